@@ -1,0 +1,391 @@
+"""Every configuration model. They are frozen, refuse unknown keys, and have no defaults: YAML has them."""
+
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
+
+from aquilamoe.config import plugins
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Config(BaseModel):
+    """Base of all configuration: immutable, and a key that nobody reads is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelConfig(Config):
+    """A Llama-style decoder, dense (`num_experts: 0`) or Mixture of Experts, in Hugging Face's spelling.
+
+    `qkv_bias` adds a bias to q, k and v (never to o), as in Qwen2 and AquilaMoE. Every layer of an MoE is sparse.
+    """
+
+    vocab_size: PositiveInt
+    hidden_size: PositiveInt
+    intermediate_size: PositiveInt
+    num_hidden_layers: PositiveInt
+    num_attention_heads: PositiveInt
+    num_key_value_heads: PositiveInt
+    head_dim: PositiveInt
+    max_position_embeddings: PositiveInt
+    rope_theta: PositiveFloat
+    rms_norm_eps: PositiveFloat
+    initializer_range: PositiveFloat
+    qkv_bias: bool
+    tie_word_embeddings: bool
+    num_experts: NonNegativeInt
+    num_experts_per_tok: NonNegativeInt
+
+    @model_validator(mode="before")
+    @classmethod
+    def _derive_head_dim(cls, values: Any) -> Any:
+        """`head_dim: null` means hidden_size / num_attention_heads."""
+        if isinstance(values, dict) and values.get("head_dim", 0) is None:
+            hidden, heads = values.get("hidden_size"), values.get("num_attention_heads")
+            if isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
+                if hidden % heads:
+                    raise ValueError(
+                        f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}; set head_dim, "
+                        f"or choose {heads} heads for a hidden size of {hidden // heads * heads or heads}"
+                    )
+                values = {**values, "head_dim": hidden // heads}
+        return values
+
+    @model_validator(mode="after")
+    def _check_shape(self) -> Self:
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        if heads % kv_heads:
+            fits = [n for n in range(1, heads + 1) if heads % n == 0]
+            raise ValueError(
+                f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}; "
+                f"choose num_key_value_heads from {fits}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd, rotary embeddings need pairs; choose an even head_dim")
+        if self.num_experts == 1:
+            raise ValueError("num_experts 1 is a dense model with a router; use 0 for dense, or at least 2")
+        if self.num_experts and not 1 <= self.num_experts_per_tok <= self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok {self.num_experts_per_tok} is not between 1 and num_experts {self.num_experts}"
+            )
+        if not self.num_experts and self.num_experts_per_tok:
+            raise ValueError(
+                f"num_experts_per_tok {self.num_experts_per_tok} without experts; set num_experts, or both to 0"
+            )
+        return self
+
+    @property
+    def is_moe(self) -> bool:
+        return self.num_experts > 0
+
+    @property
+    def _attention_params(self) -> int:
+        q, kv = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        return self.hidden_size * 2 * (q + kv) + (q + 2 * kv if self.qkv_bias else 0)
+
+    @property
+    def _expert_params(self) -> int:
+        return 3 * self.hidden_size * self.intermediate_size
+
+    def _params(self, experts: int) -> int:
+        router = self.hidden_size * self.num_experts
+        layer = self._attention_params + experts * self._expert_params + router + 2 * self.hidden_size
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+        return self.num_hidden_layers * layer + embeddings + self.hidden_size
+
+    @property
+    def num_params(self) -> int:
+        """All parameters."""
+        return self._params(self.num_experts or 1)
+
+    @property
+    def num_active_params(self) -> int:
+        """Parameters that one token meets: of the experts, only its top-k."""
+        return self._params(self.num_experts_per_tok or 1)
+
+    def flops_per_token(self, sequence_length: int) -> int:
+        """Model FLOPs of one training token (forward and backward) at `sequence_length`.
+
+        6 per matrix parameter that the token meets (the embedding look-up multiplies nothing, the head does) plus the
+        causal attention products: 6 * layers * heads * head_dim * sequence_length.
+        """
+        look_up = 0 if self.tie_word_embeddings else self.vocab_size * self.hidden_size
+        norms = self.hidden_size * (2 * self.num_hidden_layers + 1)
+        attention = self.num_hidden_layers * self.num_attention_heads * self.head_dim * sequence_length
+        return 6 * (self.num_active_params - look_up - norms + attention)
+
+
+class SourceConfig(Config):
+    """One part of the corpus, under its language: a file or glob of documents, and the checksum of a single file."""
+
+    path: str
+    sha256: str | None
+
+
+class DataConfig(Config):
+    """The corpus by language, and the share of each language in training (`mixture`, normalised to a sum of 1)."""
+
+    sources: Annotated[dict[str, SourceConfig], Field(min_length=1)]
+    mixture: dict[str, PositiveFloat]
+    validation_fraction: Annotated[float, Field(gt=0.0, lt=0.5)]
+
+
+class GrowthConfig(Config):
+    """How a dense model becomes a larger dense model (METHODS: width, depth)."""
+
+    method: str  # a file in growth/methods
+    norm: Literal["exact", "copy"]
+    noise: NonNegativeFloat
+    depth: Literal["interpolate", "stack"]
+    new_layers: Literal["copy", "zero", "scaled"]
+
+    @field_validator("method")
+    @classmethod
+    def _check_method(cls, method: str) -> str:
+        return plugins.check("growth/methods", method)
+
+
+class UpcyclingConfig(Config):
+    """How a dense model becomes a Mixture of Experts."""
+
+    method: Literal["copy", "noise"]
+    noise: NonNegativeFloat
+    router_std: NonNegativeFloat
+
+    @model_validator(mode="after")
+    def _check_noise(self) -> Self:
+        if (self.method == "noise") != (self.noise > 0):
+            raise ValueError(f"method {self.method} with noise {self.noise}; noise is > 0 for 'noise' and 0 for 'copy'")
+        return self
+
+
+class OptimizerConfig(Config):
+    name: Literal["adamw"]
+    betas: tuple[Fraction, Fraction]
+    eps: PositiveFloat
+    weight_decay: NonNegativeFloat
+    max_grad_norm: PositiveFloat
+
+
+class ScheduleConfig(Config):
+    """Learning rate over a stage, as fractions of its `learning_rate`; all lengths are tokens."""
+
+    name: Literal["cosine", "wsd", "constant"]
+    warmup_tokens: NonNegativeInt
+    decay_tokens: NonNegativeInt
+    min_lr_ratio: Fraction
+
+
+class RouterConfig(Config):
+    balance_loss_coeff: NonNegativeFloat
+    balance_scope: Literal["global_batch", "micro_batch"]
+    z_loss_coeff: NonNegativeFloat
+
+
+class StageConfig(Config):
+    """A node of the graph. `inputs` names the stages it reads, by role."""
+
+    kind: str
+    inputs: dict[str, str]
+    roles: ClassVar[tuple[str, ...]] = ()
+    optional_roles: ClassVar[tuple[str, ...]] = ()
+    any_role: ClassVar[bool] = False
+
+    @model_validator(mode="after")
+    def _check_roles(self) -> Self:
+        for role in self.roles:
+            if role not in self.inputs:
+                raise ValueError(f"inputs: '{role}' is missing; a {self.kind} stage reads {', '.join(self.roles)}")
+        unknown = set(self.inputs) - {*self.roles, *self.optional_roles}
+        if unknown and not self.any_role:
+            known = ", ".join([*self.roles, *self.optional_roles]) or "nothing"
+            raise ValueError(f"inputs: a {self.kind} stage does not read '{min(unknown)}'; it reads {known}")
+        return self
+
+
+class CorpusStage(StageConfig):
+    kind: Literal["corpus"]
+    sources: Annotated[dict[str, SourceConfig], Field(min_length=1)]
+    validation_fraction: Annotated[float, Field(gt=0.0, lt=0.5)]
+
+
+class TokenizerStage(StageConfig):
+    kind: Literal["tokenizer"]
+    vocab_size: Annotated[int, Field(ge=300)]
+    roles = ("corpus",)
+
+
+class TokenizeStage(StageConfig):
+    kind: Literal["tokenize"]
+    roles = ("corpus", "tokenizer")
+
+
+class PretrainStage(StageConfig):
+    """Train from scratch (`model`) or continue from a checkpoint (`inputs.source`)."""
+
+    kind: Literal["pretrain"]
+    roles = ("tokens",)
+    optional_roles = ("source",)
+
+    model: ModelConfig | None
+    total_tokens: PositiveInt | None
+    equal_flops: str | None
+    batch_tokens: PositiveInt
+    sequence_length: Annotated[int, Field(ge=2)]
+    mixture: dict[str, PositiveFloat]
+    learning_rate: PositiveFloat
+    precision: Literal["bf16", "fp32"]
+    optimizer_state: Literal["reset", "keep"]
+    seed: NonNegativeInt
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+    router: RouterConfig
+    validate_every_tokens: PositiveInt
+    validation_tokens: PositiveInt
+
+    @model_validator(mode="after")
+    def _check_budget(self) -> Self:
+        if (self.total_tokens is None) == (self.equal_flops is None):
+            raise ValueError("set one of total_tokens (tokens) and equal_flops (a stage name), and null the other")
+        if self.batch_tokens % self.sequence_length:
+            rounded = max(1, self.batch_tokens // self.sequence_length) * self.sequence_length
+            raise ValueError(
+                f"batch_tokens {self.batch_tokens} is not a multiple of sequence_length {self.sequence_length}; "
+                f"choose e.g. {rounded}"
+            )
+        if self.total_tokens is not None:
+            self.check_tokens(self.total_tokens)
+        if (self.model is None) == ("source" not in self.inputs):
+            raise ValueError("set either model (train from scratch) or inputs.source (continue a checkpoint)")
+        return self
+
+    def check_tokens(self, total_tokens: int) -> None:
+        """Refuse a budget that cannot hold one batch, or the schedule's warm-up and decay."""
+        if total_tokens < self.batch_tokens:
+            raise ValueError(
+                f"total_tokens {total_tokens} is smaller than one batch (batch_tokens {self.batch_tokens}); "
+                "raise total_tokens or lower batch_tokens"
+            )
+        ramps = self.schedule.warmup_tokens + self.schedule.decay_tokens
+        if ramps > total_tokens:
+            raise ValueError(
+                f"warmup_tokens + decay_tokens = {ramps} exceed total_tokens {total_tokens}; shorten the schedule"
+            )
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps: the last, partial batch is not taken."""
+        assert self.total_tokens is not None, "budgets are resolved before a stage is used"
+        return self.total_tokens // self.batch_tokens
+
+
+class GrowthStage(StageConfig):
+    """What both growths share: a source, and the sizes that change (all others stay the source's)."""
+
+    model: dict[str, Any]
+    seed: NonNegativeInt
+    tolerance: PositiveFloat
+    certificate_tokens: PositiveInt
+    roles = ("source", "tokens")
+
+
+class ScaleUpStage(GrowthStage):
+    kind: Literal["scale_up"]
+    growth: GrowthConfig
+
+
+class ScaleOutStage(GrowthStage):
+    kind: Literal["scale_out"]
+    upcycling: UpcyclingConfig
+
+
+class EvaluateStage(StageConfig):
+    """Held-out loss of every checkpoint among the inputs, on the whole validation split."""
+
+    kind: Literal["evaluate"]
+    sequence_length: Annotated[int, Field(ge=2)]
+    precision: Literal["bf16", "fp32"]
+    roles = ("tokens",)
+    any_role = True
+
+
+class ExportStage(StageConfig):
+    kind: Literal["export"]
+    dtype: Literal["float32", "bfloat16", "float16"]
+    roles = ("source",)
+
+
+Stage = Annotated[
+    CorpusStage
+    | TokenizerStage
+    | TokenizeStage
+    | PretrainStage
+    | ScaleUpStage
+    | ScaleOutStage
+    | EvaluateStage
+    | ExportStage,
+    Field(discriminator="kind"),
+]
+
+
+class ClusterConfig(Config):
+    """Where and how stages run. Nothing here enters a fingerprint."""
+
+    executor: Literal["ray", "process"]
+    address: str | None
+    workers: PositiveInt
+    cpus_per_worker: PositiveInt
+    gpus_per_worker: NonNegativeInt
+    gpu_memory_bytes: NonNegativeInt
+    max_failures: NonNegativeInt
+    micro_batch_tokens: PositiveInt
+    checkpoint_every_tokens: PositiveInt
+    compile: bool
+    flops_per_s: PositiveFloat
+
+
+class PathsConfig(Config):
+    root: str
+
+
+class TrackingConfig(Config):
+    uri: str | None
+    enabled: bool
+
+
+class ReportConfig(Config):
+    """Roles of stages in the report: the chain that is grown, and what it is compared with."""
+
+    chain: list[str]
+    control: str | None
+
+
+class ExperimentConfig(Config):
+    """One experiment: a graph of stages, and - apart from it - where and how it runs."""
+
+    name: str
+    description: str
+    action: Literal["run", "plan", "status"]
+    seed: NonNegativeInt
+    model: ModelConfig
+    data: DataConfig
+    growth: GrowthConfig
+    upcycling: UpcyclingConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+    stages: Annotated[dict[str, Stage], Field(min_length=1)]
+    report: ReportConfig
+    cluster: ClusterConfig
+    paths: PathsConfig
+    tracking: TrackingConfig

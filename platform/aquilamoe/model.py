@@ -1,0 +1,209 @@
+"""The network, dense and Mixture of Experts: RMSNorm, RoPE, grouped-query attention, SwiGLU, top-k router.
+
+Modules carry Hugging Face's names, so that a dense state dict *is* a Hugging Face state dict; only the experts differ, which
+live stacked here (one tensor for all experts) and one by one in files (see `weights.names`).
+
+Shape legend, written at the end of tensor names: b batch, t positions, n = b*t tokens, d hidden, f intermediate,
+h query heads, g key-value heads, c head_dim, e experts, k experts per token, v vocabulary, s = n*k routed rows.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from aquilamoe.config.schema import ModelConfig
+
+# Rows are padded to this multiple per expert, so that the shapes of expert products repeat: a CPU compiles each new bf16
+# shape once, and token counts change at every step.
+EXPERT_ROW_MULTIPLE = 64
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What a router decided for one layer: what the balance and z-losses and the load metrics need."""
+
+    logits_ne: Tensor  # float32
+    experts_nk: Tensor  # int64
+
+
+class RMSNorm(nn.Module):
+    """Root mean square normalisation, computed in float32 (or wider)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x_btd: Tensor) -> Tensor:
+        return F.rms_norm(x_btd, self.weight.shape, self.weight, self.eps)
+
+
+def rotary_table(config: ModelConfig, length: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return cos and sin of shape (length, head_dim), computed in float64 and then rounded to `dtype`."""
+    pairs = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float64)
+    frequencies = config.rope_theta ** (-pairs / config.head_dim)
+    angles = torch.outer(torch.arange(length, device=device, dtype=torch.float64), frequencies).repeat(1, 2)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x_bhtc: Tensor, cos_tc: Tensor, sin_tc: Tensor) -> Tensor:
+    """Apply rotary position embedding, Hugging Face's half-split pairing."""
+    first, second = x_bhtc.chunk(2, dim=-1)
+    return x_bhtc * cos_tc + torch.cat((-second, first), dim=-1) * sin_tc
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.grouped = config.num_key_value_heads != config.num_attention_heads
+        q_size = config.num_attention_heads * config.head_dim
+        kv_size = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
+
+    def forward(self, x_btd: Tensor, cos_tc: Tensor, sin_tc: Tensor) -> Tensor:
+        batch, length, _ = x_btd.shape
+        q, k, v = (
+            projection(x_btd).view(batch, length, -1, self.head_dim).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = rotate(q, cos_tc, sin_tc), rotate(k, cos_tc, sin_tc)
+        mixed_bhtc = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)
+        return self.o_proj(mixed_bhtc.transpose(1, 2).reshape(batch, length, -1))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x_btd: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x_btd)) * self.up_proj(x_btd))
+
+
+class Experts(nn.Module):
+    """All experts of a layer, stacked; every token goes through its top-k, none is dropped."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        shape = (config.num_experts, config.intermediate_size, config.hidden_size)
+        self.gate_proj = nn.Parameter(torch.empty(shape))
+        self.up_proj = nn.Parameter(torch.empty(shape))
+        self.down_proj = nn.Parameter(torch.empty(shape[0], shape[2], shape[1]))
+
+    def forward(self, x_nd: Tensor, experts_nk: Tensor, gates_nk: Tensor) -> Tensor:
+        """Sort rows by expert, run each expert on its rows, add the weighted results at their tokens."""
+        order_s = experts_nk.flatten().argsort(stable=True)
+        token_s = order_s // experts_nk.shape[1]
+        counts = torch.bincount(experts_nk.flatten(), minlength=self.gate_proj.shape[0]).tolist()
+        rows_sd = x_nd[token_s]
+        outputs = [
+            _swiglu(rows, self.gate_proj[expert], self.up_proj[expert], self.down_proj[expert])
+            for expert, rows in enumerate(rows_sd.split(counts))
+            if rows.shape[0]
+        ]
+        gates_s1 = gates_nk.flatten()[order_s, None]
+        weighted_sd = torch.cat(outputs).to(x_nd.dtype) * gates_s1.to(x_nd.dtype)
+        return torch.zeros_like(x_nd).index_add(0, token_s, weighted_sd)
+
+
+def _swiglu(rows: Tensor, gate_fd: Tensor, up_fd: Tensor, down_df: Tensor) -> Tensor:
+    count = rows.shape[0]
+    padded = F.pad(rows, (0, 0, 0, -count % EXPERT_ROW_MULTIPLE))
+    return F.linear(F.silu(F.linear(padded, gate_fd)) * F.linear(padded, up_fd), down_df)[:count]
+
+
+class MixtureOfExperts(nn.Module):
+    """Router in float32 and Mixtral's gate order: top-k of the logits, then softmax over the chosen."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_experts_per_tok = config.num_experts_per_tok
+        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.experts = Experts(config)
+
+    def forward(self, x_btd: Tensor) -> tuple[Tensor, Routing]:
+        x_nd = x_btd.flatten(0, 1)
+        wide = torch.promote_types(x_nd.dtype, torch.float32)
+        with torch.autocast(x_nd.device.type, enabled=False):
+            logits_ne = F.linear(x_nd.to(wide), self.gate.weight.to(wide))
+        top_nk, experts_nk = logits_ne.topk(self.num_experts_per_tok, dim=-1)
+        out_nd = self.experts(x_nd, experts_nk, top_nk.softmax(dim=-1))
+        return out_nd.view_as(x_btd), Routing(logits_ne, experts_nk)
+
+
+class Block(nn.Module):
+    """Pre-norm attention and feed-forward, each added to the residual stream."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MixtureOfExperts(config) if config.is_moe else FeedForward(config)
+
+    def forward(self, x_btd: Tensor, cos_tc: Tensor, sin_tc: Tensor) -> tuple[Tensor, Routing | None]:
+        x_btd = x_btd + self.self_attn(self.input_layernorm(x_btd), cos_tc, sin_tc)
+        out = self.mlp(self.post_attention_layernorm(x_btd))
+        mixed_btd, routing = out if isinstance(out, tuple) else (out, None)
+        return x_btd + mixed_btd, routing
+
+
+class Backbone(nn.Module):
+    """Embedding, blocks and the final norm: everything below the head."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, tokens_bt: Tensor) -> tuple[Tensor, list[Routing]]:
+        x_btd = self.embed_tokens(tokens_bt)
+        table = rotary_table(self.config, tokens_bt.shape[1], x_btd.device, x_btd.dtype)
+        routings = []
+        for layer in self.layers:
+            x_btd, routing = layer(x_btd, *table)
+            if routing is not None:
+                routings.append(routing)
+        return self.norm(x_btd), routings
+
+
+class Decoder(nn.Module):
+    """The language model: tokens (b, t) to logits (b, t, v), and the routing of every MoE layer."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Backbone(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(self, tokens_bt: Tensor) -> tuple[Tensor, list[Routing]]:
+        hidden_btd, routings = self.model(tokens_bt)
+        return self.lm_head(hidden_btd), routings
+
+    @torch.no_grad()
+    def initialize(self, seed: int) -> None:
+        """Matrices normal with `initializer_range`, biases zero, gains one; the same for a seed on every device count."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.fill_(1.0)
+            elif name.endswith(".bias"):
+                parameter.zero_()
+            else:
+                parameter.normal_(0.0, self.config.initializer_range, generator=generator)

@@ -1,0 +1,45 @@
+"""Identity is the recipe: what a stage computes, never where it runs."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+Recipe = dict[str, Any]
+
+
+def recipe(kind: str, version: int, config: Mapping[str, Any], inputs: Mapping[str, str]) -> Recipe:
+    """A stage's semantic configuration, with each input replaced by the fingerprint of the stage it names."""
+    own = {key: value for key, value in config.items() if key not in ("kind", "inputs")}
+    return {"kind": kind, "version": version, "config": own, "inputs": dict(inputs)}
+
+
+def fingerprint(value: Recipe) -> str:
+    """First 12 hex digits of the SHA-256 of the recipe as canonical JSON."""
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, keys joined by dots."""
+    if not isinstance(value, Mapping):
+        return {prefix: value}
+    return {
+        path: leaf
+        for key, child in value.items()
+        for path, leaf in flatten(child, f"{prefix}.{key}" if prefix else str(key)).items()
+    }
+
+
+def differences(old: Recipe, new: Recipe) -> list[str]:
+    """Say field by field what changed, own fields first, then inputs: `learning_rate 0.001 -> 0.002`."""
+    before, after = flatten(old), flatten(new)
+    changed = [key for key in {**after, **before} if before.get(key) != after.get(key)]
+    changed.sort(key=lambda key: (key.startswith("inputs."), key))
+    return [
+        f"{key.removeprefix('config.')} {_show(before, key)} -> {_show(after, key)}" for key in changed
+    ]
+
+
+def _show(values: Mapping[str, Any], key: str) -> str:
+    return str(values[key]) if key in values else "(absent)"

@@ -1,0 +1,153 @@
+"""Where outputs live: `<stage>-<fingerprint>/`, complete or absent, each with a record of how it was made."""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from aquilamoe.config.messages import UserError
+
+Record = dict[str, Any]
+RECORD = "record.json"
+METRICS = "metrics.jsonl"
+
+
+class Store:
+    """A directory of stage outputs.
+
+    An output grows in `<stage>-<fingerprint>.partial/`, which is also where an interrupted stage resumes, and is renamed
+    when it is complete. `record.json`, with the SHA-256 of every other file, is written last.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.stages = root / "stages"
+
+    def directory(self, stage: str, fingerprint: str) -> Path:
+        return self.stages / f"{stage}-{fingerprint}"
+
+    def partial(self, stage: str, fingerprint: str) -> Path:
+        return self.stages / f"{stage}-{fingerprint}.partial"
+
+    def find(self, stage: str, fingerprint: str) -> tuple[Path, Record] | None:
+        """The complete output of a recipe, whatever name made it; UserError if its files are not what the record says."""
+        named = self.directory(stage, fingerprint)
+        others = [path for path in self.stages.glob(f"*-{fingerprint}") if path != named]
+        for path in [named, *others]:
+            if (path / RECORD).is_file():
+                record = json.loads((path / RECORD).read_text())
+                _check_sizes(path, record)
+                return path, record
+        return None
+
+    def history(self, stage: str) -> list[Record]:
+        """Records of all complete outputs of a stage, newest first."""
+        records = [json.loads(path.read_text()) for path in self.stages.glob(f"{stage}-*/{RECORD}")]
+        own = [record for record in records if record["stage"] == stage]
+        return sorted(own, key=lambda record: str(record["finished"]), reverse=True)
+
+    def publish(self, partial: Path, record: Record) -> Record:
+        """Hash every file, write the record, make all durable, rename: the output exists from this moment, whole."""
+        files = sorted(path for path in partial.rglob("*") if path.is_file() and path.name != RECORD)
+        with ThreadPoolExecutor() as pool:
+            digests = list(pool.map(_digest_and_sync, files))
+        record = {
+            **record,
+            "files": {
+                str(path.relative_to(partial)): {"sha256": digest, "bytes": path.stat().st_size}
+                for path, digest in zip(files, digests, strict=True)
+            },
+        }
+        write_atomically(partial / RECORD, json.dumps(record, indent=1, ensure_ascii=False))
+        _sync_directory(partial)
+        partial.rename(partial.with_suffix(""))
+        _sync_directory(self.stages)
+        return record
+
+    def discard(self, partial: Path) -> None:
+        """Remove what an interrupted stage left, for stages that start anew."""
+        if partial.exists():
+            shutil.rmtree(partial)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the store for one driver; the kernel lets go when the process ends, however it ends."""
+        self.stages.mkdir(parents=True, exist_ok=True)
+        with (self.root / ".lock").open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UserError(
+                    f"{self.root}: in use by {self.holder() or 'another run'}; wait for it, "
+                    "or give this run a directory of its own with paths.root=DIR"
+                ) from None
+            file.truncate(0)
+            started = time.strftime("%Y-%m-%d %H:%M:%S")
+            file.write(f"process {os.getpid()} since {started} ({' '.join(sys.argv)[:200]})")
+            file.flush()
+            yield
+            file.truncate(0)
+
+    def holder(self) -> str | None:
+        """Who holds the lock, as text, or None when nobody does."""
+        path = self.root / ".lock"
+        if not path.exists():
+            return None
+        with path.open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError:
+                return file.read() or "another run"
+        return None
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a small file so that a reader sees the old text or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def read_points(path: Path) -> list[dict[str, Any]]:
+    """The points of a metrics.jsonl; a half-written last line is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    return [json.loads(line) for line in lines if line]
+
+
+def _check_sizes(path: Path, record: Record) -> None:
+    for name, expected in record["files"].items():
+        file = path / name
+        actual = file.stat().st_size if file.exists() else None
+        if actual != expected["bytes"]:
+            found = "is missing" if actual is None else f"has {actual} bytes"
+            raise UserError(
+                f"{file}: {found}, its record says {expected['bytes']} bytes; remove {path} and run again to rebuild it"
+            )
+
+
+def _digest_and_sync(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        os.fsync(file.fileno())
+    return digest
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
