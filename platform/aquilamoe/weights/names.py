@@ -1,6 +1,6 @@
 """Names and shapes of the tensors of a checkpoint: the one place that knows how Hugging Face spells them.
 
-Inside a layer a tensor is known by its role, e.g. `self_attn.q_proj.weight`: the name that comes after `model.layers.N.`
+Inside a layer a tensor is known by its role, e.g. `self_attn.q_proj.weight`: its name after `model.layers.N.`
 in the spelling of Llama, Qwen2 and Qwen2-MoE. Only Mixtral spells its router and experts differently on disk.
 """
 
@@ -19,10 +19,10 @@ O_WEIGHT = "self_attn.o_proj.weight"
 GATE, UP, DOWN = "mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight"  # of a dense layer
 ROUTER = "mlp.gate.weight"
 
-# Qwen2-MoE, the MoE architecture with QKV bias that transformers and vLLM both open, always has a shared expert. Ours is
-# all zeros: it adds nothing to the output, gets no gradient, and is no part of our model. Size 0 does not do: transformers
-# then wants empty tensors in the file (and torch warns about them), for which vLLM has no place and stops. Size 1 would
-# do, but not for tensor-parallel serving; 8 is the smallest size that 2, 4 and 8 devices can share.
+# Qwen2-MoE, the MoE architecture with QKV bias that transformers and vLLM both open, always has a shared expert. Ours
+# is all zeros: it adds nothing to the output, gets no gradient, and is no part of our model. Size 0 does not do:
+# transformers then wants empty tensors in the file (and torch warns about them), for which vLLM has no place and stops.
+# Size 1 would do, but not for tensor-parallel serving; 8 is the smallest size that 2, 4 and 8 devices can share.
 SHARED_EXPERT_SIZE = 8
 
 _MIXTRAL_PROJECTIONS = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
@@ -47,8 +47,8 @@ def expert_role(expert: int, role: str) -> str:
 def role_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors of one layer by role, in file order; every layer has the same.
 
-    A dense layer has `GATE`, `UP`, `DOWN`; an MoE layer has `ROUTER`, then the gate of every expert, then every up, then
-    every down, so that all copies of one dense tensor are neighbours. Fillers (see `filler_roles`) come last.
+    A dense layer has `GATE`, `UP`, `DOWN`; an MoE layer has `ROUTER`, then the gate of every expert, then every up,
+    then every down, so that all copies of one dense tensor are neighbours. Fillers (see `filler_roles`) come last.
     """
     hidden, ffn = config.hidden_size, config.intermediate_size
     q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
@@ -68,7 +68,7 @@ def role_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def filler_roles(config: ModelConfig) -> list[str]:
-    """Roles that the format demands and the model does not have: writers fill them with zeros. Mostly there are none."""
+    """Roles that the format demands and the model does not have: a writer fills them with zeros. Mostly none."""
     return list(_filler_shapes(config))
 
 
