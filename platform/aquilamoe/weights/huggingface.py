@@ -1,7 +1,7 @@
 """Checkpoints as Hugging Face directories: config.json both ways, weights of a `Decoder`, and the files beside them.
 
-Directories we write open in `transformers` without remote code; those we read are refused when our network would compute
-something else.
+Directories we write open in `transformers` without remote code; those we read are refused when our network would
+compute something else.
 """
 
 import json
@@ -280,7 +280,7 @@ def load_state(model: Decoder, directory: Path) -> None:
         for name, view in views.items():
             if reader.shape(name) != tuple(view.shape):
                 raise UserError(
-                    f"{directory}: tensor '{name}' has shape {reader.shape(name)}, not the model's {tuple(view.shape)}; "
+                    f"{directory}: tensor '{name}' has shape {reader.shape(name)}, the model {tuple(view.shape)}; "
                     f"take {CONFIG_FILE} and weights from the same checkpoint"
                 )
             view.copy_(reader.get(name))
@@ -289,13 +289,8 @@ def load_state(model: Decoder, directory: Path) -> None:
 def _check_names(config: ModelConfig, reader: store.Reader) -> None:
     """Refuse tensors that the model would silently leave out; what is missing is refused when it is read."""
     expected = set(names.tensor_shapes(config))
-    fillers = {
-        names.layer_name(config, layer, role)
-        for layer in range(config.num_hidden_layers)
-        for role in names.filler_roles(config)
-    }
     for name in reader.names:
-        if name in fillers and reader.get(name).any():
+        if name.endswith(".mlp.shared_expert.down_proj.weight") and reader.get(name).any():
             raise UserError(
                 f"{reader.directory}: tensor '{name}' is not zero, a shared expert is not computed; "
                 "choose a checkpoint without one"
@@ -321,7 +316,7 @@ def load_model(directory: Path, dtype: torch.dtype = torch.float32) -> Decoder:
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copy the files beside weights and config.json: tokenizer, generation settings, licence; not the README."""
+    """Copy the files beside weights and config.json: tokenizer, generation settings, licence, but not README."""
     target.mkdir(parents=True, exist_ok=True)
     for path in sorted(source.iterdir()):
         skipped = path.name in (CONFIG_FILE, "README.md") or path.name.startswith(".")
