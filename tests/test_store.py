@@ -1,6 +1,7 @@
 """Writing and reading safetensors directories."""
 
 import json
+import os
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -130,6 +131,21 @@ def test_a_wrong_stream_is_refused_and_leaves_the_old_weights_alone(
         write(tmp_path, {"a": (2,), "b": (3,)}, torch.float32, tensors)
     assert sorted(tmp_path.iterdir()) == before
     assert equal(read_all(tmp_path), old)
+
+
+def test_every_file_is_on_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[int] = []
+
+    def record(descriptor: int) -> None:
+        synced.append(os.fstat(descriptor).st_ino)
+        assert not [
+            path for path in tmp_path.iterdir() if path.stat().st_ino == synced[-1] and path.suffix != ".partial"
+        ]
+
+    monkeypatch.setattr(os, "fsync", record)
+    sharded(tmp_path)
+    assert set(synced) == {path.stat().st_ino for path in [tmp_path, *tmp_path.iterdir()]}
+    assert synced[-1] == tmp_path.stat().st_ino
 
 
 @pytest.mark.parametrize(("first", "second"), [(130, 10**9), (10**9, 130), (130, 200)])

@@ -230,9 +230,7 @@ def write_config(directory: Path, config: ModelConfig, dtype: str, eos_token_id:
     """Write config.json and generation_config.json; `dtype` is that of the weights, e.g. `bfloat16`."""
     directory.mkdir(parents=True, exist_ok=True)
     values = config_to_dict(config, dtype=dtype, eos_token_id=eos_token_id)
-    # `generate` pads a batch with the end-of-text token instead of warning that nobody told it what to pad with.
-    generation = {"eos_token_id": eos_token_id, "pad_token_id": eos_token_id}
-    for file, content in ((CONFIG_FILE, values), (GENERATION_FILE, generation)):
+    for file, content in ((CONFIG_FILE, values), (GENERATION_FILE, {"eos_token_id": eos_token_id})):
         (directory / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
