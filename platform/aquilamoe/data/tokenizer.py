@@ -1,0 +1,128 @@
+"""Byte-level BPE: one vocabulary for every language, no unknown token; decoding gives back the text (in NFC)."""
+
+import json
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from aquilamoe.config.messages import UserError
+from aquilamoe.data.corpus import count_bytes, read_documents, source_names, split_file
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+END_OF_TEXT = "<|endoftext|>"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+
+# How text is split before merging: the rules of Qwen2's tokenizer (words with the sign before them, digits one by one).
+# `transformers` puts exactly these rules, and NFC, in force for every directory whose config.json says qwen2, whatever
+# tokenizer.json says: with others a dense model with QKV bias would be read with other tokens than it was trained on.
+SPLIT_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# A merge that was seen once is noise. A corpus that has no more pairs than that is too small for its vocabulary.
+MIN_FREQUENCY = 2
+# Text to learn merges from; a larger corpus is thinned evenly. All distinct words are held in memory, and in Chinese a
+# clause is a word: measured, 37 bytes of memory per byte of a text in both languages, here 5 GB.
+TRAINING_BYTES = 1 << 27
+
+
+def train_tokenizer(corpus: Path, vocab_size: int, out: Path) -> dict[str, float]:
+    """Learn a vocabulary of exactly `vocab_size` (256 bytes, one special token, the rest merges) from the train splits.
+
+    `out` gets the files that `transformers.AutoTokenizer` opens. The special token `<|endoftext|>` (id 0) ends every
+    document and serves as bos and pad. Deterministic. UserError if the corpus has too few pairs for `vocab_size`.
+    """
+    from tokenizers import pre_tokenizers, trainers
+
+    tokenizer = _untrained()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=MIN_FREQUENCY,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    every = -(-_train_bytes(corpus) // TRAINING_BYTES)
+    seen = {"documents": 0, "bytes": 0}
+    tokenizer.train_from_iterator(_training_texts(corpus, every, seen), trainer)
+    reached = tokenizer.get_vocab_size()
+    if reached < vocab_size:
+        raise UserError(
+            f"vocab_size: {vocab_size} tokens wanted, but {seen['bytes']} bytes of training text give only {reached}; "
+            f"set vocab_size to at most {reached}, or use a larger corpus"
+        )
+    save_tokenizer(tokenizer, out)
+    return {"vocab_size": reached, "train_documents": seen["documents"], "train_bytes": seen["bytes"]}
+
+
+def _untrained() -> "Tokenizer":
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT_PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: "Tokenizer", out: Path) -> None:
+    """Write the files that `transformers.AutoTokenizer` opens, under the generic class that follows tokenizer.json."""
+    out.mkdir(parents=True, exist_ok=True)
+    specials = {f"{role}_token": END_OF_TEXT for role in ("bos", "eos", "pad", "unk")}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 10**30,  # any length: positions are the model's concern
+        **specials,
+    }
+    tokenizer.save(str(out / "tokenizer.json"))
+    (out / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (out / "special_tokens_map.json").write_text(json.dumps(specials, indent=2) + "\n")
+
+
+def load_tokenizer(directory: Path) -> "Tokenizer":
+    """Open a tokenizer for encoding documents: the name of a special token inside a text is ordinary text."""
+    from tokenizers import Tokenizer
+
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give the output folder of a tokenizer stage")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise UserError(f"{path}: not a readable tokenizer ({error}); make it again") from None
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def end_of_text_id(tokenizer: "Tokenizer") -> int:
+    """The id of the token that ends a document; UserError if the tokenizer has none."""
+    token_id = tokenizer.token_to_id(END_OF_TEXT)
+    if token_id is None:
+        raise UserError(
+            f"tokenizer: it has no token {END_OF_TEXT}, which ends every document; add it as a special token"
+        )
+    return token_id
+
+
+def _train_bytes(corpus: Path) -> int:
+    return sum(count_bytes(split_file(corpus, "train", source)) for source in source_names(corpus))
+
+
+def _training_texts(corpus: Path, every: int, seen: dict[str, int]) -> Iterator[list[str]]:
+    """Every `every`-th document of all train splits, in lists; adds to `seen` what went by."""
+    for source in source_names(corpus):
+        start = 0
+        for texts in read_documents(split_file(corpus, "train", source)):
+            chosen = list(islice(texts, -start % every, None, every))
+            start += len(texts)
+            seen["documents"] += len(chosen)
+            seen["bytes"] += sum(len(text.encode()) for text in chosen)
+            yield chosen
