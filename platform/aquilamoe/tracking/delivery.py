@@ -1,0 +1,391 @@
+"""Writes stages and pipelines into MLflow. Every step may be repeated: it looks for what is there before it adds.
+
+One MLflow experiment per experiment; a parent run per pipeline; a child run per stage, found by its fingerprint; every
+checkpoint an external LoggedModel that points to its directory, output of its stage and input of those that read it.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import sqlite3
+import warnings
+from collections.abc import Mapping
+from contextlib import closing
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from aquilamoe.pipeline.fingerprint import flatten
+from aquilamoe.pipeline.store import RECORD
+from aquilamoe.tracking import notes
+from aquilamoe.tracking.receipts import (
+    Pipeline,
+    Point,
+    Receipt,
+    Stage,
+    database_file,
+    fingerprint_of,
+    finished_stage,
+    key_of,
+    read_json,
+)
+
+# MLflow's limits: entities per call, characters.
+BATCH_METRICS, BATCH_PARAMS, MAX_KEY, MAX_PARAM, MAX_TAG = 1000, 100, 250, 6000, 5000
+NOT_METRICS = frozenset({"step", "time", "done", "total", "unit"})
+NOT_RECIPE = frozenset({"action", "cluster", "description", "name", "paths", "tracking"})
+MODEL_FIGURES = ("params_total", "params_active", "tokens", "flops", "lineage_tokens", "lineage_flops", "loss_end")
+MAX_REPORT_BYTES = 20_000_000
+# Quick to give up, as whatever could not be sent is sent later; and silent. Set before MLflow is imported.
+ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "0",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+}
+
+
+def connect(uri: str) -> Any:
+    """An MlflowClient. Imports MLflow (1-4 s) and, the first time, makes the tables of a SQLite database (1-3 s)."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    # MLflow's tables use a loader that SQLAlchemy 2.1 deprecates.
+    warnings.filterwarnings("ignore", "The ``noload`` loader strategy", DeprecationWarning)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    from mlflow import MlflowClient
+
+    path = database_file(uri)
+    if path is not None:
+        # Readers - the UI - and this writer then do not block each other; the database remembers.
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with closing(sqlite3.connect(path)) as database:
+            database.execute("PRAGMA journal_mode=wal")
+    return MlflowClient(uri)
+
+
+class Delivery:
+    """A connection to MLflow and what it is known to hold; given up after the first error and made anew."""
+
+    def __init__(self, uri: str, root: Path) -> None:
+        self.uri, self.root = uri, root
+        self.client = connect(uri)
+        self.parents: dict[str, Any] = {}  # pipeline's recipe -> run
+        self.sent: dict[str, dict[str, int]] = {}  # stage's key -> metric -> last step
+
+    def bring(self, stage: Stage) -> None:
+        """Let MLflow have all there is of a stage."""
+        if stage.key not in self.sent:
+            if stage.assumed and self._exists(stage.receipt["run_id"]):
+                return
+            self._open(stage)
+        self._send_points(stage)
+        if stage.record is not None:
+            self._finish(stage, stage.record)
+        elif stage.status != "RUNNING":
+            run_id = stage.receipt["run_id"]
+            self.client.set_tag(run_id, "failure", stage.message[:MAX_TAG])
+            self.client.set_terminated(run_id, stage.status)
+
+    def conclude(self, pipeline: Pipeline) -> None:
+        """Describe a pipeline on its run: a table of its stages, their last losses, status and report."""
+        from mlflow.entities import Metric, RunTag
+
+        run = self._parent(pipeline)
+        records = pipeline.records()
+        runs = {name: self._receipt(directory)["run_id"] for name, directory in pipeline.stages.items()}
+        tags = {f"stage.{name}": fingerprint_of(directory) for name, directory in pipeline.stages.items()}
+        tags["mlflow.note.content"] = notes.pipeline(pipeline, records, runs)
+        metrics = [
+            Metric(_name(f"{key}/{name}"), value, _milliseconds(record["finished"]), 0)
+            for key in ("loss_end", "seconds")
+            for name, record in records.items()
+            if (value := _number({**record, **record["metrics"]}.get(key))) is not None
+        ]
+        self.client.log_batch(run.info.run_id, metrics=metrics, tags=[RunTag(*_cut(*tag)) for tag in tags.items()])
+        if pipeline.report and pipeline.report.stat().st_size < MAX_REPORT_BYTES:
+            self.client.log_artifact(run.info.run_id, str(pipeline.report))
+        if pipeline.status == "RUNNING":
+            self.client.update_run(run.info.run_id, status="RUNNING")
+        else:
+            self.client.set_terminated(run.info.run_id, pipeline.status)
+        pipeline.receipt.update(status=pipeline.status)
+
+    def _experiment(self, pipeline: Pipeline) -> str:
+        name, description = pipeline.receipt["experiment"], pipeline.receipt["description"]
+        found = self.client.get_experiment_by_name(name)
+        if found is None:
+            tags = {"mlflow.note.content": description, "mlflow.experimentKind": "custom_model_development"}
+            location = (self.root / "mlartifacts").absolute().as_uri() if database_file(self.uri) else None
+            return str(self.client.create_experiment(name, artifact_location=location, tags=tags))
+        if found.lifecycle_stage == "deleted":
+            self.client.restore_experiment(found.experiment_id)
+        return str(found.experiment_id)
+
+    def _parent(self, pipeline: Pipeline) -> Any:
+        """The run of a pipeline: the latest with this recipe whose stages, as far as both are known, are the same."""
+        run = self.parents.get(pipeline.recipe)
+        if run is None or not _agree(run, pipeline):
+            experiment = self._experiment(pipeline)
+            runs = self.client.search_runs([experiment], "tags.kind = 'pipeline'", order_by=["start_time DESC"])
+            same = [run for run in runs if run.data.tags.get("recipe") == pipeline.recipe and _agree(run, pipeline)]
+            run = same[0] if same else self._create_parent(pipeline, experiment, len(runs) + 1)
+            if not run.data.params:
+                config = {key: value for key, value in pipeline.receipt["config"].items() if key not in NOT_RECIPE}
+                self._log_recipe(run.info.run_id, pipeline.receipt["config"], config)
+            if run.info.status != "RUNNING":
+                self.client.update_run(run.info.run_id, status="RUNNING")
+            self.parents[pipeline.recipe] = run
+            pipeline.receipt.update(run_id=run.info.run_id, experiment_id=experiment, status="RUNNING")
+        return run
+
+    def _create_parent(self, pipeline: Pipeline, experiment: str, number: int) -> Any:
+        name = f"{pipeline.receipt['experiment']} #{number}"
+        tags = {"kind": "pipeline", "recipe": pipeline.recipe, "mlflow.note.content": pipeline.receipt["description"]}
+        return self.client.create_run(experiment, tags=tags, run_name=name)
+
+    def _open(self, stage: Stage) -> None:
+        """Find or make a stage's run, and learn how far its curves go."""
+        run = self._find_run(stage.fingerprint)
+        if run is None:
+            parent = self._parent(stage.pipeline)
+            tags = {
+                "stage": stage.name,
+                "kind": stage.kind,
+                "fingerprint": stage.fingerprint,
+                "directory": str(stage.directory.absolute()).removesuffix(".partial"),
+                "mlflow.parentRunId": parent.info.run_id,
+                "mlflow.note.content": notes.stage(stage),
+            }
+            started = _milliseconds(stage.record["started"]) if stage.record else None
+            run = self.client.create_run(parent.info.experiment_id, started, tags, run_name=stage.name)
+        elif stage.record is None and run.info.status != "RUNNING":
+            self.client.update_run(run.info.run_id, status="RUNNING")
+            if "failure" in run.data.tags:
+                self.client.delete_tag(run.info.run_id, "failure")
+        if not run.data.params:
+            self._log_recipe(run.info.run_id, stage.recipe, stage.recipe["config"])
+        self._log_inputs(run.info.run_id, stage)
+        sent = {metric.key: metric.step for metric in run.data.to_proto().metrics}
+        self.sent[stage.key] = sent
+        stage.receipt.update(run_id=run.info.run_id, step=_last_step(sent))
+
+    def _find_run(self, fingerprint: str) -> Any:
+        runs = self.client.search_runs(self._experiments(), f"tags.fingerprint = '{fingerprint}'", max_results=1)
+        return runs[0] if runs else None
+
+    def _find_model(self, fingerprint: str) -> Any:
+        models = self.client.search_logged_models(self._experiments(), f"tags.fingerprint = '{fingerprint}'")
+        return models[0] if models else None
+
+    def _experiments(self) -> list[str]:
+        return [experiment.experiment_id for experiment in self.client.search_experiments()]
+
+    def _receipt(self, directory: Path) -> Receipt:
+        return Receipt(self.root, key_of(directory), self.uri)
+
+    def _exists(self, run_id: str) -> bool:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self.client.get_run(run_id)
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return False
+            raise
+        return True
+
+    def _log_recipe(self, run_id: str, recipe: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+        """All of a recipe as an artifact, and flat as parameters, which MLflow can compare and search."""
+        from mlflow.entities import Param
+
+        self.client.log_dict(run_id, dict(recipe), "recipe.json")
+        params = [Param(_name(key), _text(value)) for key, value in flatten(config).items() if value is not None]
+        for start in range(0, len(params), BATCH_PARAMS):
+            self.client.log_batch(run_id, params=params[start : start + BATCH_PARAMS])
+
+    def _log_inputs(self, run_id: str, stage: Stage) -> None:
+        """Checkpoints that a stage reads become model inputs, other stages' outputs dataset inputs."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelInput
+
+        models, datasets = [], []
+        for role, entry in stage.inputs.items():
+            directory = stage.input_directory(role)
+            if (directory / "model" / "config.json").is_file():
+                models.append(LoggedModelInput(self._input_model(stage, role)))
+            else:
+                source = json.dumps({"uri": str(directory.absolute())})
+                dataset = Dataset(entry["stage"], entry["fingerprint"], "local", source)
+                datasets.append(DatasetInput(dataset, [InputTag("mlflow.data.context", role)]))
+        if models or datasets:
+            self.client.log_inputs(run_id, datasets=datasets, models=models)
+
+    def _input_model(self, stage: Stage, role: str) -> str:
+        """The model that a stage reads; its stage is delivered first where MLflow does not know it."""
+        entry, directory = stage.inputs[role], stage.input_directory(role)
+        model = self._find_model(entry["fingerprint"])
+        if model is None:
+            receipt = self._receipt(directory)
+            receipt.update(delivered=False)
+            self.bring(
+                finished_stage(directory, read_json(directory / RECORD), entry["stage"], stage.pipeline, receipt)
+            )
+            model = self._find_model(entry["fingerprint"])
+        return str(model.model_id)
+
+    def _send_points(self, stage: Stage) -> None:
+        """Send what is new of the curves, a batch at a time; a step that MLflow has of a metric is not sent again."""
+        sent = self.sent[stage.key]
+        batch: list[Any] = []
+        for point in stage.take_points():
+            metrics = _metrics_of(point, sent)
+            if len(batch) + len(metrics) > BATCH_METRICS:
+                self._send_batch(stage, batch)
+                batch = []
+            batch += metrics
+        self._send_batch(stage, batch)
+
+    def _send_batch(self, stage: Stage, metrics: list[Any]) -> None:
+        if metrics:
+            self.client.log_batch(stage.receipt["run_id"], metrics=metrics)
+            sent = self.sent[stage.key]
+            sent.update({metric.key: metric.step for metric in metrics})
+            stage.receipt.update(step=_last_step(sent))
+
+    def _finish(self, stage: Stage, record: dict[str, Any]) -> None:
+        """Final figures, the checkpoint, the record; then the run is over and the receipt is complete."""
+        from mlflow.entities import RunTag
+
+        run_id = stage.receipt["run_id"]
+        model_id = self._model(stage, record, run_id) if stage.makes_model else None
+        texts = {f"result.{key}": value for key, value in record["metrics"].items() if isinstance(value, str)}
+        tags = {**texts, "mlflow.note.content": notes.stage(stage)}
+        if record["git_commit"]:
+            tags |= {"git_commit": record["git_commit"], "mlflow.source.git.commit": record["git_commit"]}
+        metrics = self._final_metrics(stage, record, model_id)
+        for start in range(0, len(metrics), BATCH_METRICS):
+            self.client.log_batch(run_id, metrics=metrics[start : start + BATCH_METRICS])
+        self.client.log_batch(run_id, tags=[RunTag(*_cut(*tag)) for tag in tags.items()])
+        self.client.log_dict(run_id, record, RECORD)
+        self.client.set_terminated(run_id, "FINISHED", _milliseconds(record["finished"]))
+        stage.receipt.update(model_id=model_id, delivered=True)
+
+    def _model(self, stage: Stage, record: dict[str, Any], run_id: str) -> str:
+        """The checkpoint as an external LoggedModel, output of the stage's run: weights stay where they are."""
+        import mlflow
+        from mlflow.entities import LoggedModelOutput, LoggedModelStatus
+
+        directory = stage.directory / "model"
+        tags = {
+            "fingerprint": stage.fingerprint,
+            "stage": stage.name,
+            "directory": str(directory.absolute()),
+            "sha256": weights_sha256(record["files"]),
+        }
+        run = self.client.get_run(run_id)
+        model = self._find_model(stage.fingerprint)
+        if model is None:
+            figures = {
+                key: _text(record["metrics"][key]) for key in MODEL_FIGURES if _number(record["metrics"].get(key))
+            }
+            architectures = read_json(directory / "config.json").get("architectures") or [None]
+            mlflow.set_tracking_uri(self.uri)
+            model = mlflow.create_external_model(
+                re.sub(r"[^\w-]", "_", stage.name),
+                run_id,
+                tags,
+                {**tags, **figures},
+                architectures[0],
+                run.info.experiment_id,
+            )
+        else:
+            self.client.set_logged_model_tags(model.model_id, tags)
+            if model.status != LoggedModelStatus.READY:
+                self.client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
+        if model.model_id not in [output.model_id for output in run.outputs.model_outputs]:
+            step = _last_step(self.sent[stage.key]) or 0
+            self.client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step)])
+        return str(model.model_id)
+
+    def _final_metrics(self, stage: Stage, record: dict[str, Any], model_id: str | None) -> list[Any]:
+        """The record's figures as `final/...`, linked to the checkpoint.
+
+        An evaluation's `<role>/<figure>` is also linked to the checkpoint it is about, as `heldout/<figure>`, a name
+        that all checkpoints share; its step is the position of the role.
+        """
+        from mlflow.entities import Metric
+
+        run_id, time_ms = stage.receipt["run_id"], _milliseconds(record["finished"])
+        roles = [role for role in stage.inputs if (stage.input_directory(role) / "model" / "config.json").is_file()]
+        models = {role: self._input_model(stage, role) for role in roles}
+        found = []
+        for key, raw in record["metrics"].items():
+            value = _number(raw)
+            if value is None:
+                continue
+            found.append(Metric(_name(f"final/{key}"), value, time_ms, 0, model_id=model_id, run_id=run_id))
+            role, _, rest = key.partition("/")
+            if rest and role in models:
+                name, step = _name(f"heldout/{rest}"), roles.index(role)
+                found.append(Metric(name, value, time_ms, step, model_id=models[role], run_id=run_id))
+        seconds = Metric("final/seconds", float(record["seconds"]), time_ms, 0, run_id=run_id)
+        return [metric for metric in [*found, seconds] if metric.key not in self.sent[stage.key]]
+
+
+def weights_sha256(files: Mapping[str, Mapping[str, Any]]) -> str:
+    """Of one weight file its SHA-256; of shards that of what `sha256sum *.safetensors` prints in their directory."""
+    shards = sorted((Path(name).name, file["sha256"]) for name, file in files.items() if name.endswith(".safetensors"))
+    if len(shards) == 1:
+        return str(shards[0][1])
+    return hashlib.sha256("".join(f"{digest}  {name}\n" for name, digest in shards).encode()).hexdigest()
+
+
+def _metrics_of(point: Point, sent: Mapping[str, int]) -> list[Any]:
+    from mlflow.entities import Metric
+
+    if "step" not in point:
+        return []
+    step, time_ms = int(point["step"]), round(float(point.get("time", 0)) * 1000)
+    values = {_name(key): _number(value) for key, value in point.items() if key not in NOT_METRICS}
+    return [
+        Metric(key, value, time_ms, step)
+        for key, value in values.items()
+        if value is not None and step > sent.get(key, -1)
+    ]
+
+
+def _agree(run: Any, pipeline: Pipeline) -> bool:
+    """Whether no stage that both know has two fingerprints."""
+    tags = run.data.tags
+    return all(
+        tags.get(f"stage.{name}") in (None, fingerprint_of(directory)) for name, directory in pipeline.stages.items()
+    )
+
+
+def _last_step(sent: Mapping[str, int]) -> int | None:
+    """The last step of any curve; final figures are no curves."""
+    return max((step for key, step in sent.items() if not key.startswith(("final/", "heldout/"))), default=None)
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, (int, float)) else None
+
+
+def _text(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text[:MAX_PARAM]
+
+
+def _name(key: str) -> str:
+    """A key in the letters and length that MLflow takes."""
+    return re.sub(r"[^\w\-. :/]", "_", key)[:MAX_KEY]
+
+
+def _cut(key: str, value: str) -> tuple[str, str]:
+    return _name(key), value[:MAX_TAG]
+
+
+def _milliseconds(iso: str) -> int:
+    return round(datetime.fromisoformat(iso).timestamp() * 1000)

@@ -1,0 +1,280 @@
+"""The pipeline's observer: takes what it is told, and a thread of its own tells MLflow, so that nobody waits for it."""
+
+import hashlib
+import json
+import queue
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from threading import Thread
+from typing import Any
+from urllib.parse import urlsplit
+
+from aquilamoe.config.messages import UserError, nearest
+from aquilamoe.pipeline.store import Record
+from aquilamoe.tracking.receipts import FOLDER, Pipeline, Point, Receipt, Stage, finished_stage, key_of, undelivered
+
+SEND_EVERY_S = 2.0  # curves; the end of a stage is told at once
+QUIET_S = 30.0  # how long a server that did not answer is left alone
+PROBE_S = 2.0  # how long a server may take for a sign of life
+FLUSH_S = 60.0  # how long the end of a pipeline waits for the last points
+SCHEMES = ("databricks", "http", "https", "mssql", "mysql", "postgresql", "sqlite")
+INTERRUPTIONS = ("KeyboardInterrupt", "SystemExit")
+
+
+class Tracker:
+    """Tells MLflow at `uri` what a pipeline does; None is `<root>/mlflow.db`, with small files in `<root>/mlartifacts`.
+
+    Calls return at once and never fail: while MLflow is away, the run goes on, and what it misses is sent later: at
+    the end of a stage, of the pipeline, or by the next run. Not for several pipelines at a time.
+    """
+
+    def __init__(self, uri: str | None, root: Path) -> None:
+        self.uri = tracking_uri(uri, root)
+        self.root = root
+        self._events: queue.SimpleQueue[Callable[[], bool]] = queue.SimpleQueue()
+        self._thread: Thread | None = None
+        self._stages: dict[str, Stage] = {}
+        self._current: dict[str, Stage] = {}  # by the name that this pipeline gives it
+        self._pipelines: dict[str, Pipeline] = {}
+        self._pipeline: Pipeline | None = None
+        self._delivery: Any = None
+        self._problem = ""  # why the last attempt did not succeed
+        self._broken = ""  # an error of our own: not everything was taken note of
+        self._closing = False
+
+    @property
+    def experiment_id(self) -> str | None:
+        """MLflow's number of the experiment, once MLflow knows it."""
+        return self._pipeline.receipt["experiment_id"] if self._pipeline else None
+
+    def pipeline_started(self, experiment: str, description: str, config: dict[str, Any], root: Path) -> None:
+        assert self._thread is None, "one pipeline at a time"
+        self._stages, self._current, self._pipelines, self._closing = {}, {}, {}, False
+        self._thread = Thread(target=self._work, name="tracking", daemon=True)
+        self._thread.start()
+        self._events.put(partial(self._on_pipeline_started, experiment, description, config, root))
+
+    def stage_started(
+        self, stage: str, fingerprint: str, directory: Path, recipe: dict[str, Any], inputs: dict[str, dict[str, Any]]
+    ) -> None:
+        self._events.put(partial(self._on_stage_started, stage, fingerprint, directory, recipe, inputs))
+
+    def stage_progress(self, stage: str, points: list[Point]) -> None:
+        self._events.put(partial(self._on_stage_progress, stage, points))
+
+    def stage_finished(self, stage: str, directory: Path, record: Record, cached: bool) -> None:
+        self._events.put(partial(self._on_stage_finished, stage, directory, record, cached))
+
+    def stage_failed(self, stage: str, message: str) -> None:
+        self._events.put(partial(self._on_stage_failed, stage, message))
+
+    def pipeline_finished(self, succeeded: bool, report: Path | None) -> str | None:
+        """Send what is left; return a line about what could not be delivered, None if MLflow has everything."""
+        assert self._thread is not None, "pipeline_started comes first"
+        self._events.put(partial(self._on_pipeline_finished, succeeded, report))
+        self._thread.join(FLUSH_S)
+        if self._thread.is_alive():
+            self._problem = f"{shown(self.uri)} took more than {FLUSH_S:.0f} s"
+        self._thread = None
+        return self._note()
+
+    def _on_pipeline_started(self, experiment: str, description: str, config: dict[str, Any], root: Path) -> bool:
+        self._pipelines, stages = undelivered(root, self.uri)
+        self._stages = {stage.key: stage for stage in stages}
+        identity = json.dumps([experiment, config.get("stages", config)], sort_keys=True, default=str)
+        recipe = hashlib.sha256(identity.encode()).hexdigest()[:12]
+        self._pipeline = Pipeline(Receipt(root, f"pipeline-{recipe}", self.uri))
+        self._pipelines[recipe] = self._pipeline
+        for stage in self._stages.values():
+            stage.pipeline = self._pipelines[stage.pipeline.recipe]  # one object for the current one
+        self._pipeline.receipt.update(experiment=experiment, description=description, config=config)
+        return False
+
+    def _on_stage_started(
+        self, name: str, fingerprint: str, directory: Path, recipe: dict[str, Any], inputs: dict[str, dict[str, Any]]
+    ) -> bool:
+        assert self._pipeline is not None, "pipeline_started comes first"
+        final = directory.with_name(key_of(directory))
+        receipt = Receipt(self.root, final.name, self.uri)
+        receipt.update(stage=name, pipeline=self._pipeline.recipe, directory=str(final.absolute()), delivered=False)
+        stage = Stage(name, directory, recipe, inputs, fingerprint, self._pipeline, receipt)
+        self._announce(stage, final)
+        self._pipeline.save(wanted_status="RUNNING")
+        return True
+
+    def _on_stage_progress(self, name: str, points: list[Point]) -> bool:
+        self._current[name].add(points)
+        self._current[name].dirty = True
+        return False
+
+    def _on_stage_finished(self, name: str, directory: Path, record: Record, cached: bool) -> bool:
+        assert self._pipeline is not None, "pipeline_started comes first"
+        receipt = Receipt(self.root, directory.name, self.uri)
+        stage = finished_stage(directory, record, name, self._pipeline, receipt)
+        self._announce(stage, directory)
+        if stage.dirty:
+            where = str(directory.absolute())
+            receipt.update(stage=name, pipeline=self._pipeline.recipe, directory=where, delivered=False)
+            self._pipeline.save()
+            self._pipeline.dirty = True
+        return not cached
+
+    def _on_stage_failed(self, name: str, message: str) -> bool:
+        if name in self._current:  # it may have failed before it started
+            stage = self._current[name]
+            stage.message = message
+            stage.status = "KILLED" if message in INTERRUPTIONS else "FAILED"
+            stage.dirty = True
+        return True
+
+    def _on_pipeline_finished(self, succeeded: bool, report: Path | None) -> bool:
+        self._closing = True
+        assert self._pipeline is not None, "pipeline_started comes first"
+        for stage in self._current.values():
+            if stage.record is None and stage.status == "RUNNING":
+                stage.status, stage.message, stage.dirty = "KILLED", "interrupted", True
+        status = "FINISHED" if succeeded else "FAILED"
+        self._pipeline.status, self._pipeline.report = status, report
+        self._pipeline.save(wanted_status=status)
+        self._pipeline.dirty |= self._pipeline.receipt["status"] != status
+        return True
+
+    def _announce(self, stage: Stage, directory: Path) -> None:
+        assert self._pipeline is not None
+        self._stages[stage.key] = self._current[stage.name] = stage
+        self._pipeline.stages[stage.name] = directory
+
+    def _work(self) -> None:
+        """Take events as they come; deliver at the ends of stages, and between them now and then."""
+        next_s = 0.0
+        while not self._closing:
+            idle = not any(stage.dirty for stage in self._stages.values())
+            urgent = self._take_events(None if idle else max(0.0, next_s - time.monotonic()))
+            if urgent or time.monotonic() >= next_s:
+                self._deliver()
+                next_s = time.monotonic() + (QUIET_S if self._problem else SEND_EVERY_S)
+
+    def _take_events(self, timeout_s: float | None) -> bool:
+        """Apply all events there are, waiting for the first; return whether one of them is urgent."""
+        urgent = False
+        try:
+            event = self._events.get(timeout=timeout_s)
+            while True:
+                try:
+                    urgent |= event()
+                except Exception as error:  # a full disk, say: no reason to stop a training
+                    self._broken = self._broken or f"{type(error).__name__}: {error}"
+                event = self._events.get_nowait()
+        except queue.Empty:
+            return urgent
+
+    def _deliver(self) -> None:
+        """Bring MLflow up to date, stages in order; after a sign that it is away, leave the rest for later."""
+        stages = [stage for stage in self._stages.values() if stage.dirty or stage.assumed]
+        if not any(stage.dirty for stage in stages) and not any(each.dirty for each in self._pipelines.values()):
+            return
+        self._problem = ""
+        for stage in stages:
+            if not self._attempt(stage.name, partial(self._bring, stage)):
+                return
+        for pipeline in self._pipelines.values():
+            if pipeline.dirty and not self._attempt("pipeline", partial(self._conclude, pipeline)):
+                return
+
+    def _bring(self, stage: Stage) -> None:
+        self._delivery.bring(stage)
+        stage.dirty = stage.assumed = False
+
+    def _conclude(self, pipeline: Pipeline) -> None:
+        self._delivery.conclude(pipeline)
+        pipeline.dirty = False
+
+    def _attempt(self, what: str, action: Callable[[], None]) -> bool:
+        """Do one thing with MLflow; return whether the next is worth trying. Nothing that MLflow raises is our end."""
+        try:
+            if self._delivery is None:
+                self._delivery = _connect(self.uri, self.root)
+            action()
+        except Exception as error:
+            # What the server has may differ from what we thought: ask it again, and read all points again.
+            self._delivery = None
+            for stage in self._stages.values():
+                stage.points, stage.reread = [], True
+            away = _is_away(error)
+            first_line = next(iter(str(error).splitlines()), type(error).__name__)[:200]
+            problem = f"{shown(self.uri)} does not answer" if away else f"{what}: {first_line}"
+            self._problem = self._problem or problem
+            return not away
+        return True
+
+    def _note(self) -> str | None:
+        if self._broken:
+            return f"tracking: incomplete ({self._broken})"
+        late = [stage for stage in self._stages.values() if stage.dirty]
+        late_pipelines = [pipeline for pipeline in self._pipelines.values() if pipeline.dirty]
+        if not late and not late_pipelines:
+            return None
+        points = sum(stage.count_unsent() for stage in late)
+        count = f"{points:,} points of {len(late)} stage{'s' if len(late) != 1 else ''}" if late else "the final status"
+        return f"tracking: {count} kept in {self.root / FOLDER}, will be sent by the next run ({self._problem})"
+
+
+def tracking_uri(uri: str | None, root: Path) -> str:
+    """The URI itself, or that of the database in `root`; UserError for anything that MLflow does not take."""
+    if uri is None:
+        return f"sqlite:///{(root / 'mlflow.db').absolute()}"
+    scheme = urlsplit(uri).scheme.partition("+")[0]
+    if scheme not in SCHEMES:
+        raise UserError(
+            f"tracking.uri: '{uri}' is not the address of a server or database ({nearest(scheme or uri, SCHEMES)}); "
+            "use http://HOST:PORT, sqlite:///FILE, or null for a database in paths.root"
+        )
+    return uri
+
+
+def shown(uri: str) -> str:
+    """A URI for people, without a password."""
+    parts = urlsplit(uri)
+    kind = "server" if parts.scheme in ("http", "https") else "database"
+    return f"{kind} {parts._replace(netloc=parts.netloc.rpartition('@')[2]).geturl()}"
+
+
+def _connect(uri: str, root: Path) -> Any:
+    """Import MLflow only for a server that answers: its own timeouts are long."""
+    if not _answers(uri):
+        raise ConnectionError(f"{shown(uri)} does not answer")
+    from aquilamoe.tracking.delivery import Delivery
+
+    return Delivery(uri, root)
+
+
+def _answers(uri: str) -> bool:
+    """Whether anything answers over HTTP, be it an error; databases are not asked."""
+    if not uri.startswith(("http://", "https://")):
+        return True
+    import ssl
+    from urllib.error import HTTPError
+    from urllib.request import urlopen
+
+    parts = urlsplit(uri)
+    plain = parts._replace(netloc=parts.netloc.rpartition("@")[2], path=f"{parts.path.rstrip('/')}/health")
+    try:
+        urlopen(plain.geturl(), timeout=PROBE_S).close()
+    except HTTPError as error:
+        error.close()
+        return error.code not in (502, 503, 504)
+    except OSError as error:
+        return isinstance(getattr(error, "reason", None), ssl.SSLError)
+    return True
+
+
+def _is_away(error: BaseException | None) -> bool:
+    """Whether an error, or what caused it, is the lack of an answer: MLflow wraps those of the network."""
+    while error is not None:
+        unanswered = type(error).__module__.startswith("requests") and getattr(error, "response", None) is None
+        if unanswered or isinstance(error, (ConnectionError, TimeoutError)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -1,0 +1,197 @@
+"""What there is to tell MLflow, and what it has been told already.
+
+Everything worth telling is on disk first (`record.json`, `metrics.jsonl`), so nothing has to be queued while MLflow is
+away: a receipt per stage and per pipeline in `<root>/tracking/` says what MLflow has; the rest is read from the stage's
+directory.
+"""
+
+import json
+import sqlite3
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from aquilamoe.pipeline.store import METRICS, RECORD, read_points, write_atomically
+
+Point = dict[str, Any]
+FOLDER = "tracking"
+
+
+class Receipt:
+    """What MLflow has of one stage or pipeline: a small JSON file, void when another tracking URI gave it."""
+
+    def __init__(self, root: Path, name: str, uri: str) -> None:
+        self.path = root / FOLDER / f"{name}.json"
+        values = read_json(self.path)
+        self.values: dict[str, Any] = values if values.get("uri") == uri else {"uri": uri}
+
+    def __getitem__(self, key: str) -> Any:
+        return self.values.get(key)
+
+    def update(self, **values: Any) -> None:
+        changed = {**self.values, **values}
+        if changed != self.values:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.path, json.dumps(changed, indent=1, ensure_ascii=False))
+            self.values = changed
+
+
+@dataclass
+class Pipeline:
+    """An experiment's graph of stages. Running it again, or continuing it, is the same pipeline.
+
+    stages: directories by name, as far as they were announced. dirty: its run in MLflow is out of date.
+    """
+
+    receipt: Receipt
+    status: str = "RUNNING"
+    report: Path | None = None
+    stages: dict[str, Path] = field(default_factory=dict)
+    dirty: bool = False
+
+    @property
+    def recipe(self) -> str:
+        """A hash of the stages' configuration."""
+        return self.receipt.path.stem.removeprefix("pipeline-")
+
+    def records(self) -> dict[str, dict[str, Any]]:
+        """Records of the stages that are complete."""
+        read = {name: read_json(directory / RECORD) for name, directory in self.stages.items()}
+        return {name: record for name, record in read.items() if record}
+
+    def save(self, **values: Any) -> None:
+        self.receipt.update(stages={name: str(path) for name, path in self.stages.items()}, **values)
+
+
+@dataclass
+class Stage:
+    """A stage as the driver announced it.
+
+    dirty: there may be something that MLflow does not have.
+    assumed: a receipt says that MLflow has all of it; worth a question only when MLflow is talked to anyway.
+    reread: points are not kept in memory (any more), `metrics.jsonl` has them.
+    """
+
+    name: str
+    directory: Path
+    recipe: dict[str, Any]
+    inputs: dict[str, dict[str, Any]]
+    fingerprint: str
+    pipeline: Pipeline
+    receipt: Receipt
+    record: dict[str, Any] | None = None
+    status: str = "RUNNING"
+    message: str = ""
+    points: list[Point] = field(default_factory=list)
+    reread: bool = False
+    dirty: bool = True
+    assumed: bool = False
+
+    @property
+    def key(self) -> str:
+        return key_of(self.directory)
+
+    @property
+    def kind(self) -> str:
+        return str(self.recipe["kind"])
+
+    @property
+    def makes_model(self) -> bool:
+        return (self.directory / "model" / "config.json").is_file()
+
+    def input_directory(self, role: str) -> Path:
+        return self.directory.parent / self.inputs[role]["directory"]
+
+    def add(self, points: list[Point]) -> None:
+        if not self.reread:
+            self.points += points
+
+    def take_points(self) -> list[Point]:
+        """Points that were not taken before; after a loss, all there are."""
+        points, self.points = self.points, []
+        path = self.directory / METRICS
+        if self.reread and path.exists():
+            points, self.reread = read_points(path), False
+        return points
+
+    def count_unsent(self) -> int:
+        """Points on disk after the last step that MLflow confirmed."""
+        sent = -1 if self.receipt["step"] is None else self.receipt["step"]
+        return sum(point.get("step", -1) > sent for point in read_points(self.directory / METRICS))
+
+
+def key_of(directory: Path) -> str:
+    """`<stage>-<fingerprint>` of a stage's directory, finished or partial."""
+    return directory.name.removesuffix(".partial")
+
+
+def fingerprint_of(directory: Path) -> str:
+    return key_of(directory).rpartition("-")[2]
+
+
+def finished_stage(directory: Path, record: dict[str, Any], name: str, pipeline: Pipeline, receipt: Receipt) -> Stage:
+    """A stage that is complete on disk; dirty unless its receipt says that MLflow has it."""
+    delivered = bool(receipt["delivered"]) and still_known(receipt["uri"], receipt["run_id"])
+    return Stage(
+        name,
+        directory,
+        record["recipe"],
+        record["inputs"],
+        record["fingerprint"],
+        pipeline,
+        receipt,
+        record=record,
+        status="FINISHED",
+        reread=True,
+        dirty=not delivered,
+        assumed=delivered,
+    )
+
+
+def undelivered(root: Path, uri: str) -> tuple[dict[str, Pipeline], list[Stage]]:
+    """What earlier runs could not tell: their pipelines by recipe, and complete stages, oldest first."""
+    receipts = [Receipt(root, path.stem, uri) for path in sorted((root / FOLDER).glob("*.json"))]
+    pipelines = {}
+    for receipt in receipts:
+        if receipt["experiment"] is not None:
+            stages = {name: Path(directory) for name, directory in (receipt["stages"] or {}).items()}
+            pipeline = Pipeline(receipt, receipt["wanted_status"] or "RUNNING", stages=stages)
+            pipeline.dirty = pipeline.status != (receipt["status"] or "RUNNING")
+            pipelines[pipeline.recipe] = pipeline
+    found = []
+    for receipt in receipts:
+        if receipt["delivered"] is False and receipt["pipeline"] in pipelines:
+            directory, pipeline = Path(receipt["directory"]), pipelines[receipt["pipeline"]]
+            record = read_json(directory / RECORD)
+            if record:
+                pipeline.dirty = True
+                found.append(finished_stage(directory, record, receipt["stage"], pipeline, receipt))
+    return pipelines, sorted(found, key=lambda stage: str(stage.record and stage.record["finished"]))
+
+
+def still_known(uri: str, run_id: str) -> bool:
+    """Whether a SQLite database has a run, asked without MLflow, whose import takes seconds. A server is believed."""
+    path = database_file(uri)
+    if path is None:
+        return True
+    try:
+        with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as database:
+            return database.execute("SELECT 1 FROM runs WHERE run_uuid = ?", (run_id,)).fetchone() is not None
+    except sqlite3.Error:
+        return False
+
+
+def database_file(uri: str) -> Path | None:
+    """The file of a SQLite URI, absolute."""
+    if not uri.startswith("sqlite:///"):
+        return None
+    return Path(uri.removeprefix("sqlite:///").partition("?")[0]).absolute()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, or an empty one where there is none (or half of one, after a disk was full)."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return {}
