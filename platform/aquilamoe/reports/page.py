@@ -1,0 +1,233 @@
+"""The report of an experiment: one HTML file that needs nothing else and says what was found and how far it carries."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from aquilamoe.reports import canvas, figure, finding, lineage
+from aquilamoe.reports.curves import Points, Trained, chain_of, trained
+from aquilamoe.reports.rows import (
+    ABSENT,
+    GROWTH_KINDS,
+    Record,
+    count,
+    decimal,
+    input_stages,
+    metric,
+    number,
+    power,
+    seconds,
+    stage_rows,
+)
+
+COMMAND = "python workflows/efficientscale.py"
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What a growth did to the function, as text."""
+
+    stage: str
+    how: str
+    claim: str
+    max_abs_dlogit: str
+    kl: str
+    before: str
+    after: str
+    tolerance: str
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a stage's output came from."""
+
+    stage: str
+    kind: str
+    fingerprint: str
+    reads: str
+    files: str
+    finished: str
+
+
+def render(
+    experiment: str,
+    description: str,
+    records: Mapping[str, Record],
+    curves: Mapping[str, Points],
+    chain: Sequence[str],
+    control: str | None,
+    target: Path,
+    command: str = COMMAND,
+) -> None:
+    """Write the report page to `target`.
+
+    records: stage name -> record.json; curves: stage name -> points of metrics.jsonl; chain: the training and growth
+    stages of the main line in order; control: the stage that continues the small model to the same FLOPs; command: what
+    reproduces the run. Stages and metrics may be missing: the page then says less. The same input gives the same bytes.
+    """
+    stages, jumps = chain_of(records, curves, chain)
+    control_record = records.get(control) if control else None
+    compared = trained(str(control), control_record, curves.get(str(control), ())) if control_record else None
+    tints = figure.colours(stages) | ({compared.stage: canvas.CONTROL} if compared else {})
+    loss_svg = figure.loss_figure(stages, jumps, compared)
+    training_svg = figure.training_figure(stages, compared)
+    points = finding.checkpoints(records)
+    context = {
+        "experiment": experiment,
+        "description": description,
+        "story": finding.story(records, chain),
+        "scale_note": finding.scale_note(records, chain),
+        "finding": finding.find(records, chain, control),
+        "facts": _facts(records, chain),
+        "loss_svg": loss_svg and canvas.embedded(loss_svg),
+        "training_svg": training_svg and canvas.embedded(training_svg),
+        "has_jumps": bool(jumps),
+        "routed": any(stage.router_load.x for stage in _all(stages, compared)),
+        "compared": compared,
+        "control_source": input_stages(control_record).get("source") if control_record else None,
+        "rows": stage_rows(records),
+        "points": points,
+        "languages": sorted({lang for point in points for lang in {**point.lang_nats, **point.lang_bits}}),
+        "best": _best(points),
+        "certificates": [_certificate(name, r) for name, r in records.items() if r.get("kind") in GROWTH_KINDS],
+        "graph": lineage.graph_svg(records, chain, tints),
+        "provenance": [_provenance(name, record) for name, record in records.items()],
+        "versions": _versions(records),
+        "commits": sorted({str(record["git_commit"]) for record in records.values() if record.get("git_commit")}),
+        "command": command,
+        "tints": tints,
+    }
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(_fill(context), encoding="utf-8", errors="xmlcharrefreplace", newline="\n")
+
+
+def loss_svg(
+    records: Mapping[str, Record], curves: Mapping[str, Points], chain: Sequence[str], control: str | None
+) -> str | None:
+    """Return the loss figure as a standalone SVG file's text, e.g. for a README; None without any point."""
+    stages, jumps = chain_of(records, curves, chain)
+    record = records.get(control) if control else None
+    return figure.loss_figure(
+        stages, jumps, trained(str(control), record, curves.get(str(control), ())) if record else None
+    )
+
+
+def _all(stages: Sequence[Trained], control: Trained | None) -> list[Trained]:
+    return [*stages, *([control] if control else [])]
+
+
+def _fill(context: Mapping[str, Any]) -> str:
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"count": count, "power": power, "decimal": decimal, "seconds": seconds}
+    template = resources.files("aquilamoe.reports").joinpath("page.html.jinja").read_text("utf-8")
+    return environment.from_string(template).render(context)
+
+
+def _facts(records: Mapping[str, Record], chain: Sequence[str]) -> list[tuple[str, str]]:
+    """A few numbers of the whole run, as (value, what it is)."""
+    last = finding.last_trained(records, chain)
+    if last is None:
+        return []
+    record = records[last]
+    total, active = metric(record, "params_total"), metric(record, "params_active")
+    times = [spent for record in records.values() if (spent := number(record.get("seconds"))) is not None]
+    facts = [
+        (count(total), "parameters at the end" + (f", {count(active)} active" if active != total else "")),
+        (count(finding.trained_tokens(records, chain)), "tokens along the chain"),
+        (power(metric(record, "lineage_flops")), "model FLOPs along the chain"),
+        (f"{seconds(sum(times))} s", "for all stages, the control included" if len(times) > 1 else "in all"),
+    ]
+    return [(value, what) for value, what in facts if not value.startswith(ABSENT)]
+
+
+def _best(points: Sequence[finding.Checkpoint]) -> dict[str, float]:
+    """The lowest value of each column of the evaluation table."""
+    best: dict[str, float] = {}
+    for point in points:
+        cells = {"nats": point.nats}
+        cells |= {f"{lang}/nats": value for lang, value in point.lang_nats.items()}
+        cells |= {f"{lang}/bits": value for lang, value in point.lang_bits.items()}
+        for column, value in cells.items():
+            if value is not None:
+                best[column] = min(value, best.get(column, value))
+    return best
+
+
+def _certificate(name: str, record: Record) -> Certificate:
+    metrics = record.get("metrics") or {}
+    preserving, passed = _flag(metrics.get("preserving")), _flag(metrics.get("passed"))
+    verdict = "makes no claim" if preserving is False else {True: "passed", False: "failed", None: ABSENT}[passed]
+    return Certificate(
+        stage=name,
+        how=_how(record),
+        claim={True: "preserving", False: "not preserving", None: ABSENT}[preserving],
+        max_abs_dlogit=_small(metric(record, "max_abs_dlogit")),
+        kl=_small(metric(record, "kl")),
+        before=decimal(metric(record, "source_loss"), 3),
+        after=decimal(metric(record, "target_loss"), 3),
+        tolerance=ABSENT if preserving is False else _small(metric(record, "tolerance")),
+        verdict=verdict,
+    )
+
+
+def _how(record: Record) -> str:
+    """The options of a growth from its recipe, e.g. `aki_pro, norm exact, depth interpolate`."""
+    config = (record.get("recipe") or {}).get("config") or {}
+    options = config.get("growth") or config.get("upcycling") or {}
+    if not isinstance(options, Mapping):
+        return str(options)
+    method = [str(options["method"])] if "method" in options else []
+    return ", ".join(
+        method
+        + [
+            f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
+            for key, value in sorted(options.items())
+            if key != "method"
+        ]
+    )
+
+
+def _flag(value: object) -> bool | None:
+    """Read a truth value that may have been stored as a number or a word."""
+    if value is None:
+        return None
+    return value.lower() in ("true", "yes", "1") if isinstance(value, str) else bool(value)
+
+
+def _small(value: float | None) -> str:
+    """Write a number that may be tiny: 2.1e-06, 0.034, 5.2."""
+    if value is None:
+        return ABSENT
+    return f"{value:.1e}" if 0 < abs(value) < 0.001 else f"{value:.3g}"
+
+
+def _provenance(name: str, record: Record) -> Provenance:
+    sizes = [number(entry.get("bytes")) or 0.0 for entry in (record.get("files") or {}).values()]
+    reads = ", ".join(role if role == stage else f"{role}: {stage}" for role, stage in input_stages(record).items())
+    return Provenance(
+        stage=name,
+        kind=str(record.get("kind", ABSENT)),
+        fingerprint=str(record.get("fingerprint") or ABSENT)[:12],
+        reads=reads or ABSENT,
+        files=f"{len(sizes)} file{'s' if len(sizes) > 1 else ''}, {_bytes(sum(sizes))}" if sizes else ABSENT,
+        finished=str(record.get("finished") or ABSENT)[:19].replace("T", " "),
+    )
+
+
+def _bytes(size: float) -> str:
+    text = count(size)
+    return f"{text} B" if text[-1].isdigit() else f"{text[:-1]} {text[-1].replace('B', 'G')}B"
+
+
+def _versions(records: Mapping[str, Record]) -> list[tuple[str, str]]:
+    """Every version that a record names; several where cached stages were made with others."""
+    found: dict[str, set[str]] = {}
+    for record in records.values():
+        for name, version in (record.get("versions") or {}).items():
+            found.setdefault(str(name), set()).add(str(version))
+    return [(name, ", ".join(sorted(values))) for name, values in sorted(found.items())]
