@@ -199,6 +199,15 @@ def test_only_function_preserving_initialisation_survives_a_growth_in_width(meth
     assert (difference(tmp_path / "source", grow(tmp_path, target, how)) < 1e-3) == (method == "fpi")
 
 
+def test_more_groups_for_the_same_query_heads_keep_the_function_unless_keys_come_from_above(tmp_path: Path) -> None:
+    source, target = model(), model(num_key_value_heads=4)
+    write_source(tmp_path / "source", source)
+    for method, kept in (("fpi", True), ("aki_pro", True), ("aki", False)):
+        how = growth(method=method)
+        assert rules.preserves(how, source, target) == kept
+        assert (difference(tmp_path / "source", grow(tmp_path, target, how, name=method)) < SAME) == kept
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("qkv_bias", [False, True])
 @pytest.mark.parametrize("noise", [0.0, 0.5])

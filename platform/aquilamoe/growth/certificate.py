@@ -28,7 +28,8 @@ def certify(
         source_tv, target_tv = (model(row_1t[:, :-1])[0][0] for model in models)
         worst = torch.maximum(worst, (source_tv - target_tv).abs().max())
         source_tv, target_tv = source_tv.log_softmax(dim=-1), target_tv.log_softmax(dim=-1)
-        kl = F.kl_div(target_tv, source_tv, reduction="sum", log_target=True)
+        # Rounding alone could make it negative.
+        kl = F.kl_div(target_tv, source_tv, reduction="sum", log_target=True).clamp(min=0.0)
         losses = [F.nll_loss(log_probs_tv, row_1t[0, 1:], reduction="sum") for log_probs_tv in (source_tv, target_tv)]
         sums += torch.stack([kl, *losses]).double()
     count = tokens_bt.shape[0] * (tokens_bt.shape[1] - 1)

@@ -1,0 +1,100 @@
+"""The certificate of a growth: what it measures, and when it fails the growth."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from aquilamoe.config.messages import UserError
+from aquilamoe.config.schema import ModelConfig
+from aquilamoe.growth.certificate import certify
+from aquilamoe.model import Decoder
+from aquilamoe.weights.huggingface import load_model, save_model
+
+TOKENS_BT = torch.arange(39).view(3, 13) * 5 % 32
+
+
+def write(directory: Path, seed: int, hidden_size: int = 16) -> Path:
+    config = ModelConfig(
+        vocab_size=32,
+        hidden_size=hidden_size,
+        intermediate_size=12,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=4,
+        max_position_embeddings=32,
+        rope_theta=1e4,
+        rms_norm_eps=1e-5,
+        initializer_range=0.3,
+        qkv_bias=True,
+        tie_word_embeddings=False,
+        num_experts=0,
+        num_experts_per_tok=0,
+    )
+    decoder = Decoder(config)
+    decoder.initialize(seed)
+    save_model(decoder, directory)
+    return directory
+
+
+@torch.no_grad()
+def logits(directory: Path) -> Tensor:
+    return load_model(directory, torch.float64)(TOKENS_BT[:, :-1])[0]
+
+
+def test_the_certificate_measures_logits_divergence_and_both_losses(tmp_path: Path) -> None:
+    source, target = write(tmp_path / "source", 0), write(tmp_path / "target", 1, hidden_size=20)
+    certificate = certify(source, target, TOKENS_BT, preserving=False, tolerance=1e-4)
+    before, after = logits(source).flatten(0, 1), logits(target).flatten(0, 1)
+    labels = TOKENS_BT[:, 1:].flatten()
+    p, q = before.softmax(-1), after.softmax(-1)
+    assert certificate["max_abs_dlogit"] == pytest.approx((before - after).abs().max().item(), rel=1e-5)
+    assert certificate["kl"] == pytest.approx((p * (p / q).log()).sum(-1).mean().item(), rel=1e-5)
+    assert certificate["source_loss"] == pytest.approx(F.cross_entropy(before, labels).item(), rel=1e-5)
+    assert certificate["target_loss"] == pytest.approx(F.cross_entropy(after, labels).item(), rel=1e-5)
+    assert certificate["tokens"] == 36
+    assert (certificate["preserving"], certificate["tolerance"], certificate["passed"]) == (False, 1e-4, True)
+    assert certificate["max_abs_dlogit"] > 0.1
+    turned = certify(source, target, TOKENS_BT.flip(0), preserving=False, tolerance=1e-4)
+    assert turned["max_abs_dlogit"] == pytest.approx(certificate["max_abs_dlogit"], rel=1e-5)  # wherever the worst is
+
+
+def test_a_model_and_its_copy_do_not_differ(tmp_path: Path) -> None:
+    source, target = write(tmp_path / "source", 0), write(tmp_path / "target", 0)
+    certificate = certify(source, target, TOKENS_BT, preserving=True, tolerance=1e-6)
+    assert certificate["passed"] is True
+    assert certificate["max_abs_dlogit"] == certificate["kl"] == 0
+    assert certificate["source_loss"] == certificate["target_loss"]
+
+
+def test_the_tolerance_is_where_a_claim_fails(tmp_path: Path) -> None:
+    source, target = write(tmp_path / "source", 0), write(tmp_path / "target", 1)
+    measured = certify(source, target, TOKENS_BT, preserving=False, tolerance=1e-4)["max_abs_dlogit"]
+    assert certify(source, target, TOKENS_BT, preserving=True, tolerance=measured)["passed"] is True
+    with pytest.raises(UserError):
+        certify(source, target, TOKENS_BT, preserving=True, tolerance=0.999 * measured)
+
+
+def test_a_broken_claim_is_one_line_with_what_was_measured_and_allowed(tmp_path: Path) -> None:
+    source, target = write(tmp_path / "source", 0), write(tmp_path / "target", 1)
+    measured = certify(source, target, TOKENS_BT, preserving=False, tolerance=1e-4)["max_abs_dlogit"]
+    with pytest.raises(UserError) as error:
+        certify(source, target, TOKENS_BT, preserving=True, tolerance=1e-4)
+    message = str(error.value)
+    assert message.startswith("certificate: ")
+    assert f"{measured:.3g} over 36 tokens (tolerance 0.0001)" in message
+    assert "\n" not in message
+
+
+def test_logits_that_are_not_numbers_break_a_claim(tmp_path: Path) -> None:
+    source = write(tmp_path / "source", 0)
+    broken = load_model(source)
+    with torch.no_grad():
+        broken.lm_head.weight[5] = math.nan
+    save_model(broken, tmp_path / "target")
+    with pytest.raises(UserError, match="differ by up to nan"):
+        certify(source, tmp_path / "target", TOKENS_BT, preserving=True, tolerance=1e9)
