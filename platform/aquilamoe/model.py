@@ -1,7 +1,7 @@
 """The network, dense and Mixture of Experts: RMSNorm, RoPE, grouped-query attention, SwiGLU, top-k router.
 
-Modules carry Hugging Face's names, so that a dense state dict *is* a Hugging Face state dict; only the experts differ, which
-live stacked here (one tensor for all experts) and one by one in files (see `weights.names`).
+Modules carry Hugging Face's names, so that a dense state dict *is* a Hugging Face state dict; only the experts differ,
+which live stacked here (one tensor for all experts) and one by one in files (see `weights.names`).
 
 Shape legend, written at the end of tensor names: b batch, t positions, n = b*t tokens, d hidden, f intermediate,
 h query heads, g key-value heads, c head_dim, e experts, k experts per token, v vocabulary, s = n*k routed rows.
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from aquilamoe.config.schema import ModelConfig
 
-# Rows are padded to this multiple per expert, so that the shapes of expert products repeat: a CPU compiles each new bf16
-# shape once, and token counts change at every step.
+# Rows are padded to this multiple per expert, so that the shapes of expert products repeat: a CPU compiles each new
+# bf16 shape once, and token counts change at every step.
 EXPERT_ROW_MULTIPLE = 64
 
 
@@ -198,7 +198,7 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
-        """Matrices normal with `initializer_range`, biases zero, gains one; the same for a seed on every device count."""
+        """Matrices normal with `initializer_range`, biases zero, gains one; the same for a seed on every machine."""
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
             if name.endswith("norm.weight"):

@@ -1,6 +1,6 @@
 """From an experiment's stages to a graph: references resolved, model sizes and FLOPs known, before anything runs."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from aquilamoe.config.messages import UserError, first_problem, nearest
 from aquilamoe.config.schema import (
+    CorpusStage,
     ExperimentConfig,
     GrowthStage,
     ModelConfig,
@@ -52,7 +53,7 @@ def parse(values: Mapping[str, Any]) -> ExperimentConfig:
     try:
         return ExperimentConfig.model_validate(values)
     except ValidationError as error:
-        raise first_problem(error, ExperimentConfig) from None
+        raise first_problem(error, ExperimentConfig, values) from None
 
 
 def build(experiment: ExperimentConfig) -> dict[str, Node]:
@@ -60,9 +61,9 @@ def build(experiment: ExperimentConfig) -> dict[str, Node]:
     builder = _Builder(experiment.stages)
     for name in experiment.stages:
         builder.resolve(name)
-    for role, name in [("chain", name) for name in experiment.report.chain] + [("control", experiment.report.control)]:
-        if name is not None and name not in experiment.stages:
-            raise UserError(f"report.{role}: there is no stage '{name}'; {nearest(name, experiment.stages)}")
+    for name in [*experiment.report.chain, *([experiment.report.control] if experiment.report.control else [])]:
+        if name not in experiment.stages:
+            raise UserError(f"report: there is no stage '{name}'; {nearest(name, experiment.stages)}")
     return builder.nodes
 
 
@@ -80,7 +81,9 @@ class _Builder:
         if name not in self.stages:
             raise UserError(f"{asked_by}: there is no stage '{name}'; {nearest(name, self.stages)}")
         if name in self.path:
-            raise UserError(f"stages: {' -> '.join([*self.path, name])} is a cycle; make one of them read another stage")
+            raise UserError(
+                f"stages: {' -> '.join([*self.path, name])} is a cycle; make one of them read another stage"
+            )
         self.path.append(name)
         stage = self.stages[name]
         for role, source in stage.inputs.items():
@@ -110,7 +113,8 @@ class _Builder:
     def _pretrain(self, name: str, stage: PretrainStage, source: Node | None) -> Node:
         model = source.model if source else stage.model
         assert model is not None, "the schema asks for a model or a source"
-        self._check_data(name, stage, model)
+        self._check_length(name, stage, model)
+        self._check_corpus(name, stage, model)
         tokens_before, flops_before = (source.lineage_tokens, source.lineage_flops) if source else (0, 0)
         per_token = model.flops_per_token(stage.sequence_length)
         if stage.equal_flops is not None:
@@ -125,26 +129,40 @@ class _Builder:
         source_model = source.model if source else None
         return Node(name, stage, model, source_model, tokens, tokens * per_token, tokens_before, flops_before)
 
-    def _check_data(self, name: str, stage: PretrainStage, model: ModelConfig) -> None:
+    def _check_length(self, name: str, stage: PretrainStage, model: ModelConfig) -> None:
         if stage.sequence_length > model.max_position_embeddings:
             raise UserError(
                 f"stages.{name}.sequence_length: {stage.sequence_length} exceeds the model's max_position_embeddings "
                 f"{model.max_position_embeddings}; lower the one or raise the other"
             )
-        tokenizer = next((s for s in self.stages.values() if isinstance(s, TokenizerStage)), None)
-        if tokenizer is not None and tokenizer.vocab_size > model.vocab_size:
-            raise UserError(
-                f"stages.{name}: the model's vocab_size {model.vocab_size} is smaller than the tokenizer's "
-                f"{tokenizer.vocab_size}; raise model.vocab_size"
-            )
+
+    def _check_corpus(self, name: str, stage: PretrainStage, model: ModelConfig) -> None:
+        """The tokenizer's ids must be in the model's vocabulary, the mixture's languages in the corpus."""
+        for upstream in self._upstream(stage.inputs["tokens"]):
+            if isinstance(upstream, TokenizerStage) and upstream.vocab_size > model.vocab_size:
+                raise UserError(
+                    f"stages.{name}: the model's vocab_size {model.vocab_size} is smaller than the tokenizer's "
+                    f"{upstream.vocab_size}; raise model.vocab_size"
+                )
+            if isinstance(upstream, CorpusStage) and (unknown := stage.mixture.keys() - upstream.sources.keys()):
+                source = min(unknown)
+                raise UserError(
+                    f"stages.{name}.mixture.{source}: not in the corpus; {nearest(source, upstream.sources)}"
+                )
+
+    def _upstream(self, name: str) -> Iterator[Stage]:
+        yield self.stages[name]
+        for source in self.stages[name].inputs.values():
+            yield from self._upstream(source)
 
 
 def grown_model(source: ModelConfig, changes: Mapping[str, Any], where: str) -> ModelConfig:
-    """Apply the sizes that a growth names; head_dim stays, and heads follow hidden_size where they are not named."""
+    """Apply the sizes that a growth names (not None); head_dim stays, and heads not named follow hidden_size."""
+    changes = {field: value for field, value in changes.items() if value is not None}
     values = {**source.model_dump(), **changes}
-    if "hidden_size" in changes and "num_attention_heads" not in changes:
-        values["num_attention_heads"] = int(changes["hidden_size"]) // source.head_dim
+    if "num_attention_heads" not in changes and isinstance(hidden_size := changes.get("hidden_size"), int):
+        values["num_attention_heads"] = hidden_size // source.head_dim
     try:
         return ModelConfig.model_validate(values)
     except ValidationError as error:
-        raise first_problem(error, ModelConfig, where) from None
+        raise first_problem(error, ModelConfig, values, where) from None

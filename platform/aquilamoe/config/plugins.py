@@ -11,7 +11,7 @@ PACKAGE_ROOT = Path(__file__).resolve().parent.parent
 
 def names(folder: str) -> list[str]:
     """The plugins in a folder of the package, e.g. `growth/methods`: the names of its modules."""
-    return sorted(path.stem for path in (PACKAGE_ROOT / folder).glob("*.py") if path.stem != "__init__")
+    return sorted(path.stem for path in (PACKAGE_ROOT / folder).glob("*.py") if not path.stem.startswith("_"))
 
 
 def check(folder: str, name: str) -> str:

@@ -25,6 +25,12 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+def _without_null(values: Any) -> Any:
+    if not isinstance(values, dict):
+        return values
+    return {key: value for key, value in values.items() if value is not None}
+
+
 class ModelConfig(Config):
     """A Llama-style decoder, dense (`num_experts: 0`) or Mixture of Experts, in Hugging Face's spelling.
 
@@ -90,17 +96,17 @@ class ModelConfig(Config):
         return self.num_experts > 0
 
     @property
-    def _attention_params(self) -> int:
-        q, kv = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
-        return self.hidden_size * 2 * (q + kv) + (q + 2 * kv if self.qkv_bias else 0)
+    def _attention_matrices(self) -> int:
+        return 2 * self.hidden_size * self.head_dim * (self.num_attention_heads + self.num_key_value_heads)
 
     @property
-    def _expert_params(self) -> int:
+    def _ffn_matrices(self) -> int:
         return 3 * self.hidden_size * self.intermediate_size
 
     def _params(self, experts: int) -> int:
-        router = self.hidden_size * self.num_experts
-        layer = self._attention_params + experts * self._expert_params + router + 2 * self.hidden_size
+        biases = self.head_dim * (self.num_attention_heads + 2 * self.num_key_value_heads) if self.qkv_bias else 0
+        router, norms = self.hidden_size * self.num_experts, 2 * self.hidden_size
+        layer = self._attention_matrices + biases + experts * self._ffn_matrices + router + norms
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
         return self.num_hidden_layers * layer + embeddings + self.hidden_size
 
@@ -120,10 +126,11 @@ class ModelConfig(Config):
         6 per matrix parameter that the token meets (the embedding look-up multiplies nothing, the head does) plus the
         causal attention products: 6 * layers * heads * head_dim * sequence_length.
         """
-        look_up = 0 if self.tie_word_embeddings else self.vocab_size * self.hidden_size
-        norms = self.hidden_size * (2 * self.num_hidden_layers + 1)
-        attention = self.num_hidden_layers * self.num_attention_heads * self.head_dim * sequence_length
-        return 6 * (self.num_active_params - look_up - norms + attention)
+        matrices = self._attention_matrices + self._ffn_matrices * (self.num_experts_per_tok or 1)
+        router = self.hidden_size * self.num_experts
+        attention = self.num_attention_heads * self.head_dim * sequence_length
+        head = self.vocab_size * self.hidden_size
+        return 6 * (self.num_hidden_layers * (matrices + router + attention) + head)
 
 
 class SourceConfig(Config):
@@ -201,6 +208,12 @@ class StageConfig(Config):
     roles: ClassVar[tuple[str, ...]] = ()
     optional_roles: ClassVar[tuple[str, ...]] = ()
     any_role: ClassVar[bool] = False
+
+    @field_validator("inputs", mode="before")
+    @classmethod
+    def _leave_out_null(cls, inputs: Any) -> Any:
+        """`role: null` takes an input away that a template names."""
+        return _without_null(inputs)
 
     @model_validator(mode="after")
     def _check_roles(self) -> Self:
@@ -389,3 +402,9 @@ class ExperimentConfig(Config):
     cluster: ClusterConfig
     paths: PathsConfig
     tracking: TrackingConfig
+
+    @field_validator("stages", mode="before")
+    @classmethod
+    def _leave_out_null(cls, stages: Any) -> Any:
+        """`stages: {control: null}` takes a stage away that the default experiment has."""
+        return _without_null(stages)

@@ -138,7 +138,7 @@ def config_from_dict(values: Mapping[str, Any], where: str = CONFIG_FILE) -> Mod
     try:
         return ModelConfig.model_validate(fields)
     except ValidationError as error:
-        raise first_problem(error, ModelConfig, where) from error
+        raise first_problem(error, ModelConfig, fields, where) from error
 
 
 def _architecture_of(values: Mapping[str, Any], where: str) -> str:
