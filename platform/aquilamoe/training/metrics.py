@@ -1,0 +1,93 @@
+"""metrics.jsonl: what a training stage measures, one point a line, one line a step - the truth for every curve."""
+
+import json
+import statistics
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+Point = Mapping[str, Any]
+
+
+class MetricsFile:
+    """Appends points as they are measured.
+
+    path: the file. resume_step: points after it are forgotten, they will be computed again; 0 starts anew.
+    batch_tokens: tokens of a step. flops_per_token: model FLOPs. ancestor_*: what the checkpoint has behind it.
+    enabled: False on all ranks but the first, which keep points but write none.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        resume_step: int,
+        batch_tokens: int,
+        flops_per_token: int,
+        ancestor_tokens: int,
+        ancestor_flops: int,
+        enabled: bool,
+    ) -> None:
+        self.path, self.enabled = path, enabled
+        self.batch_tokens, self.flops_per_token = batch_tokens, flops_per_token
+        self.ancestor_tokens, self.ancestor_flops = ancestor_tokens, ancestor_flops
+        self.points = [point for point in _read(path) if resume_step and point["step"] <= resume_step]
+        if enabled:
+            # A new file, not a shorter one: a reader that follows the old one notices.
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text("".join(json.dumps(point) + "\n" for point in self.points))
+            temporary.replace(path)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        tokens = step * self.batch_tokens
+        point = {
+            "step": step,
+            "tokens": tokens,
+            "lineage_tokens": self.ancestor_tokens + tokens,
+            "lineage_flops": self.ancestor_flops + tokens * self.flops_per_token,
+            "time": time.time(),
+            **values,
+        }
+        self.points.append(point)
+        if self.enabled:
+            with self.path.open("a") as file:
+                file.write(json.dumps(point) + "\n")
+
+    def summary(self) -> dict[str, Any]:
+        """The stage's metrics for its record; losses are validation losses in nats per token."""
+        validated = [point for point in self.points if "val/loss" in point]
+        last = validated[-1]
+        languages = [key for key in last if key.startswith("val/loss/")]
+        return {
+            "steps": last["step"],
+            "tokens": last["tokens"],
+            "flops": last["tokens"] * self.flops_per_token,
+            "lineage_tokens": last["lineage_tokens"],
+            "lineage_flops": last["lineage_flops"],
+            "loss_start": validated[0]["val/loss"],
+            "loss_end": last["val/loss"],
+            **{f"loss_end/{key.removeprefix('val/loss/')}": last[key] for key in languages},
+            "tokens_per_s": statistics.median(p["train/tokens_per_s"] for p in self.points if p["step"]),
+        }
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+
+
+def recovery_tokens(points: Iterable[Point], threshold: float) -> float | None:
+    """Tokens until the validation loss is first at or under `threshold`, interpolated; None if it never is."""
+    before: tuple[float, float] | None = None
+    for point in points:
+        if "val/loss" not in point:
+            continue
+        tokens, loss = float(point["tokens"]), float(point["val/loss"])
+        if loss <= threshold:
+            if before is None:
+                return tokens
+            share = (before[1] - threshold) / (before[1] - loss)
+            return before[0] + share * (tokens - before[0])
+        before = (tokens, loss)
+    return None

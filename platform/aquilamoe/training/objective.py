@@ -1,0 +1,67 @@
+"""What is minimised: next-token cross-entropy, plus the router's balance loss and z-loss (METHODS section 5)."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from aquilamoe.config.schema import RouterConfig
+from aquilamoe.model import Routing
+
+
+def cross_entropy(logits_btv: Tensor, targets_bt: Tensor) -> Tensor:
+    """Mean negative log-likelihood in nats per token, at least in float32."""
+    wide = torch.promote_types(logits_btv.dtype, torch.float32)
+    return F.cross_entropy(logits_btv.flatten(0, 1).to(wide), targets_bt.flatten())
+
+
+def expert_counts(routing: Routing) -> Tensor:
+    """How many tokens each expert was given: float tensor of shape (experts,)."""
+    return torch.bincount(routing.experts_nk.flatten(), minlength=routing.logits_ne.shape[1]).float()
+
+
+def balance_loss(routing: Routing, counts_e: Tensor) -> Tensor:
+    """experts * sum_i f_i * P_i: 1 at perfect balance, `experts / k` when all tokens go to the same k.
+
+    f_i, the share of assignments in `counts_e`, may cover more than this batch (other ranks, earlier micro-batches:
+    arXiv 2501.11873); P_i, the mean probability of this batch, carries the gradient.
+    """
+    share_e = counts_e / counts_e.sum()
+    probability_e = routing.logits_ne.softmax(dim=-1).mean(dim=0)
+    return counts_e.numel() * (share_e * probability_e).sum()
+
+
+def z_loss(routing: Routing) -> Tensor:
+    """Mean squared log-partition of the router's logits: keeps them small (ST-MoE, arXiv 2202.08906)."""
+    return routing.logits_ne.logsumexp(dim=-1).square().mean()
+
+
+class RouterObjective:
+    """The router's losses of one optimizer step, and the expert load they are computed from.
+
+    With the scope `global_batch`, the shares f_i cover all ranks, and the micro-batches of the step so far.
+    """
+
+    def __init__(self, config: RouterConfig) -> None:
+        self.config = config
+        self.counts: list[Tensor] = []
+
+    def __call__(self, routings: Sequence[Routing]) -> tuple[Tensor, Tensor]:
+        """Return (balance loss, z-loss), each the unweighted mean over layers."""
+        counts = torch.stack([expert_counts(routing) for routing in routings])
+        if self.config.balance_scope == "global_batch":
+            if dist.is_initialized():
+                dist.all_reduce(counts)
+            self.counts.append(counts)
+            counts = torch.stack(self.counts).sum(dim=0)
+        else:
+            self.counts.append(counts)
+        balance = torch.stack([balance_loss(routing, c) for routing, c in zip(routings, counts, strict=True)]).mean()
+        return balance, torch.stack([z_loss(routing) for routing in routings]).mean()
+
+    def load_max_over_mean(self) -> Tensor:
+        """The busiest expert's tokens over the mean, averaged over layers: 1 at perfect balance."""
+        counts = torch.stack(self.counts).sum(dim=0)
+        return (counts.max(dim=1).values / counts.mean(dim=1)).mean()
