@@ -36,9 +36,7 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
     before, after = flatten(old), flatten(new)
     changed = [key for key in {**after, **before} if before.get(key) != after.get(key)]
     changed.sort(key=lambda key: (key.startswith("inputs."), key))
-    return [
-        f"{key.removeprefix('config.')} {_show(before, key)} -> {_show(after, key)}" for key in changed
-    ]
+    return [f"{key.removeprefix('config.')} {_show(before, key)} -> {_show(after, key)}" for key in changed]
 
 
 def _show(values: Mapping[str, Any], key: str) -> str:

@@ -23,8 +23,8 @@ METRICS = "metrics.jsonl"
 class Store:
     """A directory of stage outputs.
 
-    An output grows in `<stage>-<fingerprint>.partial/`, which is also where an interrupted stage resumes, and is renamed
-    when it is complete. `record.json`, with the SHA-256 of every other file, is written last.
+    An output grows in `<stage>-<fingerprint>.partial/`, which is also where an interrupted stage resumes, and is
+    renamed when it is complete. `record.json`, with the SHA-256 of every other file, is written last.
     """
 
     def __init__(self, root: Path) -> None:
@@ -38,7 +38,7 @@ class Store:
         return self.stages / f"{stage}-{fingerprint}.partial"
 
     def find(self, stage: str, fingerprint: str) -> tuple[Path, Record] | None:
-        """The complete output of a recipe, whatever name made it; UserError if its files are not what the record says."""
+        """The complete output of a recipe, whatever name made it; UserError if files differ from the record."""
         named = self.directory(stage, fingerprint)
         others = [path for path in self.stages.glob(f"*-{fingerprint}") if path != named]
         for path in [named, *others]:
@@ -48,10 +48,11 @@ class Store:
                 return path, record
         return None
 
-    def history(self, stage: str) -> list[Record]:
-        """Records of all complete outputs of a stage, newest first."""
-        records = [json.loads(path.read_text()) for path in self.stages.glob(f"{stage}-*/{RECORD}")]
-        own = [record for record in records if record["stage"] == stage]
+    def history(self, stage: str | None = None) -> list[Record]:
+        """Records of all complete outputs (of one stage), newest first."""
+        paths = [path for path in self.stages.glob(f"{stage or ''}*/{RECORD}") if path.parent.suffix != ".partial"]
+        records = [json.loads(path.read_text()) for path in paths]
+        own = [record for record in records if stage in (None, record["stage"])]
         return sorted(own, key=lambda record: str(record["finished"]), reverse=True)
 
     def publish(self, partial: Path, record: Record) -> Record:

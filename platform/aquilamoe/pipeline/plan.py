@@ -1,0 +1,103 @@
+"""What a run would do, and why, without doing it."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from aquilamoe.config.graph import Node
+from aquilamoe.pipeline import fingerprint as identity
+from aquilamoe.pipeline.fingerprint import Recipe
+from aquilamoe.pipeline.stage import Estimate, module
+from aquilamoe.pipeline.store import METRICS, Record, Store, read_points
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A stage with its identity and what will become of it.
+
+    reason: why it runs (field, old, new), or where the cached output lies.
+    seconds: expected, from records of earlier runs or the cluster's stated speed; 0 for cached stages, None if unknown.
+    """
+
+    node: Node
+    recipe: Recipe
+    fingerprint: str
+    state: Literal["cached", "resumes", "runs"]
+    reason: str
+    estimate: Estimate
+    seconds: float | None
+    directory: Path
+    record: Record | None
+
+    @property
+    def name(self) -> str:
+        return self.node.name
+
+
+def make(nodes: Mapping[str, Node], store: Store, flops_per_s: float) -> list[Planned]:
+    """Fingerprint every stage in order and compare with what the store holds."""
+    plan: dict[str, Planned] = {}
+    for node in nodes.values():
+        stage = module(node.stage.kind)
+        inputs = {role: plan[name].fingerprint for role, name in node.stage.inputs.items()}
+        recipe = identity.recipe(node.stage.kind, stage.VERSION, node.stage.model_dump(mode="json"), inputs)
+        plan[node.name] = _planned(node, recipe, stage.estimate(node), store, plan, flops_per_s)
+    return list(plan.values())
+
+
+def _planned(
+    node: Node, recipe: Recipe, estimate: Estimate, store: Store, done: Mapping[str, Planned], flops_per_s: float
+) -> Planned:
+    digest = identity.fingerprint(recipe)
+    found = store.find(node.name, digest)
+    if found is not None:
+        directory, record = found
+        reason = f"in {directory.name}"
+        return Planned(node, recipe, digest, "cached", reason, estimate, 0.0, directory, record)
+    history = store.history(node.name)
+    seconds = _expected_seconds(node, estimate, history, store, flops_per_s)
+    directory, partial = store.directory(node.name, digest), store.partial(node.name, digest)
+    if partial.exists():
+        reason = _resume_point(partial, node)
+        return Planned(node, recipe, digest, "resumes", reason, estimate, seconds, directory, None)
+    reason = _why(recipe, history, node, done)
+    return Planned(node, recipe, digest, "runs", reason, estimate, seconds, directory, None)
+
+
+def _why(recipe: Recipe, history: Iterable[Record], node: Node, done: Mapping[str, Planned]) -> str:
+    latest = next(iter(history), None)
+    if latest is None:
+        return "no output yet"
+    changes = identity.differences(latest["recipe"], recipe)
+    own = [change for change in changes if not change.startswith("inputs.")]
+    if own:
+        more = f" (and {len(own) - 3} more fields)" if len(own) > 3 else ""
+        return "; ".join(own[:3]) + more
+    again = [name for name in node.stage.inputs.values() if done[name].state != "cached"]
+    return f"{', '.join(again)} runs" if again else "; ".join(changes[:3])
+
+
+def _resume_point(partial: Path, node: Node) -> str:
+    steps = [point for point in read_points(partial / METRICS) if "tokens" in point]
+    if steps and node.tokens:
+        return f"interrupted at {steps[-1]['tokens']:,} of {node.tokens:,} tokens"
+    return "interrupted, starts anew"
+
+
+def _expected_seconds(
+    node: Node, estimate: Estimate, history: list[Record], store: Store, flops_per_s: float
+) -> float | None:
+    """By the speed of this stage's last run; of a training stage without one, by any training here, else as stated."""
+    whole = [record for record in history if not record["resumed"]]
+    if not node.flops:
+        return float(whole[0]["seconds"]) if whole else estimate.seconds
+    records = [record for record in whole[:1] or _all_training(store) if record["metrics"].get("flops")]
+    if records:
+        speed = sum(record["metrics"]["flops"] for record in records) / sum(record["seconds"] for record in records)
+        return node.flops / speed
+    return node.flops / flops_per_s
+
+
+def _all_training(store: Store) -> list[Record]:
+    return [record for record in store.history() if record["kind"] == "pretrain" and not record["resumed"]]

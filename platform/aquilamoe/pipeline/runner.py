@@ -1,0 +1,177 @@
+"""Runs a plan: every stage that is not cached, in order, telling observers what happens."""
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any, Protocol
+
+from aquilamoe.config.schema import ClusterConfig
+from aquilamoe.pipeline.plan import Planned
+from aquilamoe.pipeline.stage import Context, Input, module
+from aquilamoe.pipeline.store import METRICS, Record, Store
+
+POLL_S = 0.2
+PACKAGES = ("aquilamoe", "torch", "ray", "mlflow", "transformers", "tokenizers", "safetensors", "grain", "numpy")
+Point = dict[str, Any]
+
+
+class Observer(Protocol):
+    """Somebody who is told what happens: the terminal, the tracking server. Calls never overlap."""
+
+    def stage_started(
+        self, stage: str, fingerprint: str, directory: Path, recipe: dict[str, Any], inputs: dict[str, dict[str, Any]]
+    ) -> None: ...
+
+    def stage_progress(self, stage: str, points: list[Point]) -> None: ...
+
+    def stage_finished(self, stage: str, directory: Path, record: Record, cached: bool) -> None: ...
+
+    def stage_failed(self, stage: str, message: str) -> None: ...
+
+
+def run(
+    plan: Sequence[Planned], store: Store, cluster: ClusterConfig, observers: Sequence[Observer]
+) -> dict[str, Input]:
+    """Run what is not cached and return every stage's output. The caller holds the store's lock."""
+    done: dict[str, Input] = {}
+    for planned in plan:
+        if planned.record is not None:
+            done[planned.name] = Input(planned.name, planned.directory, planned.record)
+            for observer in observers:
+                observer.stage_finished(planned.name, planned.directory, planned.record, cached=True)
+            continue
+        try:
+            done[planned.name] = _run_stage(planned, store, cluster, done, observers)
+        except BaseException as error:
+            for observer in observers:
+                observer.stage_failed(planned.name, str(error) or type(error).__name__)
+            raise
+    return done
+
+
+def _run_stage(
+    planned: Planned, store: Store, cluster: ClusterConfig, done: Mapping[str, Input], observers: Sequence[Observer]
+) -> Input:
+    stage = module(planned.node.stage.kind)
+    partial = store.partial(planned.name, planned.fingerprint)
+    inputs = {role: done[name] for role, name in planned.node.stage.inputs.items()}
+    references = {role: _reference(source) for role, source in inputs.items()}
+    if not stage.RESUMES:
+        store.discard(partial)
+    resumed = partial.exists()
+    partial.mkdir(parents=True, exist_ok=True)
+    for observer in observers:
+        observer.stage_started(planned.name, planned.fingerprint, partial, planned.recipe, references)
+    started = datetime.now(UTC)
+    with _following(partial / METRICS, planned.name, observers):
+        metrics = stage.run(Context(planned.node, inputs, partial, cluster, store.root))
+    record = {
+        "stage": planned.name,
+        "kind": planned.node.stage.kind,
+        "fingerprint": planned.fingerprint,
+        "recipe": planned.recipe,
+        "inputs": references,
+        "metrics": metrics,
+        "versions": _versions(),
+        "git_commit": _git_commit(),
+        "started": started.isoformat(timespec="seconds"),
+        "finished": datetime.now(UTC).isoformat(timespec="milliseconds"),
+        "seconds": (datetime.now(UTC) - started).total_seconds(),
+        "resumed": resumed,
+    }
+    record = store.publish(partial, record)
+    for observer in observers:
+        observer.stage_finished(planned.name, planned.directory, record, cached=False)
+    return Input(planned.name, planned.directory, record)
+
+
+def _reference(source: Input) -> dict[str, str]:
+    fingerprint = str(source.record["fingerprint"])
+    return {"stage": source.stage, "fingerprint": fingerprint, "directory": source.directory.name}
+
+
+@contextmanager
+def _following(path: Path, stage: str, observers: Sequence[Observer]) -> Iterator[None]:
+    """Hand new lines of a metrics file to the observers while a stage - here or in another process - writes them."""
+    follower = _Follower(path)
+    finished = Event()
+
+    def tell() -> None:
+        points = follower.new_points()
+        if points:
+            for observer in observers:
+                observer.stage_progress(stage, points)
+
+    def poll() -> None:
+        while not finished.wait(POLL_S):
+            tell()
+
+    thread = Thread(target=poll, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        finished.set()
+        thread.join()
+        tell()
+
+
+class _Follower:
+    """Reads what was appended to a file of points; each step is handed out once.
+
+    A worker that resumes replaces the file by its part up to the checkpoint and computes some steps again: those are
+    skipped.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.inode = -1
+        self.offset = 0
+        self.last_step = -1
+
+    def new_points(self) -> list[Point]:
+        if not self.path.exists():
+            return []
+        with self.path.open("rb") as file:
+            inode = os.fstat(file.fileno()).st_ino
+            if inode != self.inode:
+                self.inode, self.offset = inode, 0
+            file.seek(self.offset)
+            complete = file.read().rpartition(b"\n")[0]
+        if not complete:
+            return []
+        self.offset += len(complete) + 1
+        return [point for point in map(json.loads, complete.split(b"\n")) if self._is_new(point)]
+
+    def _is_new(self, point: Point) -> bool:
+        if "step" not in point:
+            return True
+        new = point["step"] > self.last_step
+        self.last_step = max(self.last_step, point["step"])
+        return new
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
+
+
+def _git_commit() -> str | None:
+    """The commit of the code, with `+changes` when the working tree differs; None outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
+        changes = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit.stdout.strip() + ("+changes" if changes.stdout.strip() else "")

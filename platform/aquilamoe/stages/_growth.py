@@ -1,0 +1,70 @@
+"""What both growth stages share: check, grow, and certify on held-out tokens."""
+
+import json
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
+
+from aquilamoe.config.graph import Node
+from aquilamoe.config.messages import UserError
+from aquilamoe.config.schema import GrowthConfig, GrowthStage, UpcyclingConfig
+from aquilamoe.growth import rules
+from aquilamoe.pipeline.stage import Context, Estimate, Metrics
+from aquilamoe.pipeline.store import write_atomically
+
+if TYPE_CHECKING:
+    import numpy as np
+
+CERTIFICATE = "certificate.json"
+SEQUENCE_LENGTH = 128
+BYTES_PER_PARAMETER = 4
+
+
+def estimate(node: Node, growth: GrowthConfig | UpcyclingConfig) -> Estimate:
+    """Refuse a growth that cannot be done; otherwise say what its output weighs."""
+    assert node.model is not None and node.source_model is not None
+    try:
+        rules.check(node.source_model, node.model, growth)
+    except UserError as error:
+        raise UserError(f"stages.{node.name}.model.{error}") from None
+    return Estimate(disk_bytes=BYTES_PER_PARAMETER * node.model.num_params, seconds=4.0)
+
+
+def run(context: Context, growth: GrowthConfig | UpcyclingConfig, grow: Callable[..., None]) -> Metrics:
+    """Grow the source's checkpoint; return its certificate and sizes. UserError if a preserving growth is off."""
+    import torch
+
+    from aquilamoe.growth.certificate import certify
+
+    node, stage, source = context.node, cast(GrowthStage, context.node.stage), context.inputs["source"]
+    assert node.model is not None and node.source_model is not None
+    before, after = source.directory / "model", context.out / "model"
+    grow(before, after, node.model, growth, stage.seed, lambda done, total: context.progress(done, total, "tensors"))
+    preserving = rules.preserves(growth, node.source_model, node.model)
+    tokens_bt = torch.from_numpy(_held_out(context, stage.certificate_tokens))
+    certificate: dict[str, Any] = certify(before, after, tokens_bt, preserving, stage.tolerance)
+    write_atomically(context.out / CERTIFICATE, json.dumps(certificate, indent=1))
+    return {
+        "params_total": node.model.num_params,
+        "params_active": node.model.num_active_params,
+        "lineage_tokens": node.lineage_tokens,
+        "lineage_flops": node.lineage_flops,
+        "source_final_loss": source.metrics.get("loss_end"),
+        **certificate,
+    }
+
+
+def _held_out(context: Context, tokens: int) -> "np.ndarray":
+    """Validation sequences (rows, length + 1), the languages in equal parts."""
+    import numpy as np
+
+    from aquilamoe.data.loader import validation_batches
+    from aquilamoe.data.tokens import read_record
+
+    assert context.node.model is not None
+    directory = context.inputs["tokens"].directory
+    sources = read_record(directory).sources
+    length = min(SEQUENCE_LENGTH, context.node.model.max_position_embeddings - 1)
+    rows = max(1, tokens // len(sources) // length)
+    return np.concatenate(
+        [next(iter(validation_batches(directory, source, length, rows * length, rows))) for source in sources]
+    )

@@ -1,0 +1,30 @@
+"""The final checkpoint in the dtype and shape that others load: a directory that `transformers` opens."""
+
+from typing import cast
+
+from aquilamoe.config.graph import Node
+from aquilamoe.config.schema import ExportStage
+from aquilamoe.pipeline.stage import Context, Estimate, Metrics
+
+VERSION = 1
+RESUMES = False
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def estimate(node: Node) -> Estimate:
+    assert node.model is not None
+    return Estimate(disk_bytes=node.model.num_params * BYTES[cast(ExportStage, node.stage).dtype], seconds=1.0)
+
+
+def run(context: Context) -> Metrics:
+    import torch
+
+    from aquilamoe.weights.huggingface import copy_companions, load_model, read_eos_token_id, save_model
+
+    node, stage = context.node, cast(ExportStage, context.node.stage)
+    assert node.model is not None
+    source, target = context.inputs["source"].directory / "model", context.out / "model"
+    dtype = getattr(torch, stage.dtype)
+    save_model(load_model(source), target, dtype=dtype, eos_token_id=read_eos_token_id(source))
+    copy_companions(source, target)
+    return {"params_total": node.model.num_params, "params_active": node.model.num_active_params}

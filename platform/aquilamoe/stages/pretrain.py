@@ -1,0 +1,57 @@
+"""Training, from scratch or from a checkpoint."""
+
+import shutil
+from typing import cast
+
+from aquilamoe.config.graph import Node
+from aquilamoe.config.schema import PretrainStage
+from aquilamoe.pipeline.stage import Context, Estimate, Metrics
+from aquilamoe.pipeline.store import read_points
+
+VERSION = 1
+RESUMES = True
+
+# float32 weights and Adam's two moments; while training also two checkpoints of the same.
+BYTES_PER_PARAMETER = 12
+
+
+def estimate(node: Node) -> Estimate:
+    assert node.model is not None
+    return Estimate(disk_bytes=node.model.num_params * BYTES_PER_PARAMETER)
+
+
+def run(context: Context) -> Metrics:
+    from aquilamoe.data.tokens import read_record
+    from aquilamoe.training.launch import launch
+    from aquilamoe.training.loop import Job
+    from aquilamoe.training.metrics import recovery_tokens
+    from aquilamoe.weights.huggingface import copy_companions, write_config
+
+    node, source, tokens = context.node, context.inputs.get("source"), context.inputs["tokens"]
+    assert node.model is not None
+    job = Job(
+        name=node.name,
+        stage=cast(PretrainStage, node.stage),
+        model=node.model,
+        tokens=tokens.directory,
+        source=source.directory if source else None,
+        out=context.out,
+        ancestor_tokens=node.ancestor_tokens,
+        ancestor_flops=node.ancestor_flops,
+        cluster=context.cluster,
+    )
+    metrics: Metrics = {
+        "params_total": node.model.num_params,
+        "params_active": node.model.num_active_params,
+        **launch(job, context.root),
+    }
+    copy_companions(tokens.directory / "tokenizer", context.out / "model")
+    write_config(context.out / "model", node.model, "float32", read_record(tokens.directory).eos_token_id)
+    shutil.rmtree(context.out / "checkpoints", ignore_errors=True)
+    goal = source.metrics.get("source_final_loss") if source else None
+    if goal is not None:
+        recovery = recovery_tokens(read_points(context.metrics_file), float(goal))
+        per_token = node.model.flops_per_token(job.stage.sequence_length)
+        metrics["recovery_tokens"] = recovery
+        metrics["recovery_flops"] = None if recovery is None else recovery * per_token
+    return metrics

@@ -1,0 +1,21 @@
+"""A dense checkpoint, grown to a larger dense one."""
+
+from typing import cast
+
+from aquilamoe.config.graph import Node
+from aquilamoe.config.schema import ScaleUpStage
+from aquilamoe.pipeline.stage import Context, Estimate, Metrics
+from aquilamoe.stages import _growth
+
+VERSION = 1
+RESUMES = False
+
+
+def estimate(node: Node) -> Estimate:
+    return _growth.estimate(node, cast(ScaleUpStage, node.stage).growth)
+
+
+def run(context: Context) -> Metrics:
+    from aquilamoe.growth.scale_up import scale_up
+
+    return _growth.run(context, cast(ScaleUpStage, context.node.stage).growth, scale_up)
