@@ -1,0 +1,121 @@
+"""What `action=run`, `plan` and `status` do with a validated experiment."""
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from aquilamoe import preflight, terminal
+from aquilamoe.config import graph
+from aquilamoe.config.schema import ExperimentConfig
+from aquilamoe.pipeline import plan as planning
+from aquilamoe.pipeline import runner
+from aquilamoe.pipeline.plan import Planned
+from aquilamoe.pipeline.stage import Input
+from aquilamoe.pipeline.store import METRICS, Store, read_points
+from aquilamoe.tracking import Tracker, ui_command
+
+
+def execute(values: Mapping[str, Any]) -> None:
+    """Validate a composed configuration and do its action; UserError for anything that the user can repair."""
+    experiment = graph.parse(values)
+    nodes = graph.build(experiment)
+    store = Store(Path(experiment.paths.root).absolute())
+    plan = planning.make(nodes, store, experiment.cluster.flops_per_s)
+    if experiment.action == "plan":
+        _show_plan(experiment, plan, store)
+    elif experiment.action == "status":
+        _show_status(experiment, plan, store)
+    else:
+        preflight.check(experiment, plan, store.root)
+        with store.lock():
+            # Planned again under the lock: what another run has finished meanwhile is cached now.
+            _run(experiment, values, planning.make(nodes, store, experiment.cluster.flops_per_s), store)
+
+
+def _show_plan(experiment: ExperimentConfig, plan: Sequence[Planned], store: Store) -> None:
+    out = terminal.console()
+    out.print(f"{experiment.name}: {experiment.description}\n")
+    out.print(terminal.plan_table(plan))
+    out.print(f"\nOutputs go to {_relative(store.root)}; nothing was started.")
+
+
+def _show_status(experiment: ExperimentConfig, plan: Sequence[Planned], store: Store) -> None:
+    out = terminal.console()
+    holder = store.holder()
+    out.print(f"{experiment.name}: {'running, ' + holder if holder else 'not running'}\n")
+    records = {planned.name: planned.record for planned in plan if planned.record is not None}
+    waiting = [planned for planned in plan if planned.record is None]
+    if records:
+        out.print(terminal.final_table(records, dict.fromkeys(records, "complete")))
+    for planned in waiting:
+        out.print(f"  {planned.name}: {planned.state}, {planned.reason}")
+    report = _report_path(experiment, store)
+    if report.exists():
+        out.print(f"\nreport  {_relative(report)}")
+
+
+def _run(experiment: ExperimentConfig, values: Mapping[str, Any], plan: Sequence[Planned], store: Store) -> None:
+    out = terminal.console()
+    out.print(f"{experiment.name}: {experiment.description}")
+    started = time.monotonic()
+    progress = terminal.StageProgress(out, plan)
+    tracker = Tracker(experiment.tracking.uri, store.root) if experiment.tracking.enabled else None
+    if tracker:
+        tracker.pipeline_started(experiment.name, experiment.description, dict(values), store.root)
+    report, succeeded, warning = None, False, None
+    try:
+        done = runner.run(plan, store, experiment.cluster, [progress, *([tracker] if tracker else [])])
+        report = _report(experiment, plan, done, store)
+        succeeded = True
+    finally:
+        if tracker:
+            warning = tracker.pipeline_finished(succeeded, report)
+    status = {planned.name: "cached" if planned.record is not None else "run" for planned in plan}
+    out.print()
+    out.print(terminal.final_table({name: output.record for name, output in done.items()}, status))
+    out.print(f"\nDone in {terminal.duration(time.monotonic() - started)}.")
+    if warning:
+        out.print(warning, style="yellow")
+    _where_to_look(out, experiment, report, store)
+
+
+def _report(experiment: ExperimentConfig, plan: Sequence[Planned], done: Mapping[str, Input], store: Store) -> Path:
+    """Render the page unless it shows these very outputs already."""
+    path = _report_path(experiment, store)
+    stamp = " ".join(planned.fingerprint for planned in plan)
+    marker = path.with_suffix(".stages")
+    if path.exists() and marker.exists() and marker.read_text() == stamp:
+        return path
+    from aquilamoe.reports.page import render
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    render(
+        experiment=experiment.name,
+        description=experiment.description,
+        records={name: output.record for name, output in done.items()},
+        curves={name: read_points(output.directory / METRICS) for name, output in done.items()},
+        chain=experiment.report.chain,
+        control=experiment.report.control,
+        target=path,
+    )
+    marker.write_text(stamp)
+    return path
+
+
+def _report_path(experiment: ExperimentConfig, store: Store) -> Path:
+    return store.root / "reports" / f"{experiment.name}.html"
+
+
+def _where_to_look(out: Any, experiment: ExperimentConfig, report: Path, store: Store) -> None:
+    out.print(f"\nreport         {_relative(report)}   (open it in a browser)")
+    if experiment.tracking.enabled:
+        out.print(f"MLflow         {ui_command(experiment.tracking.uri, store.root)}", soft_wrap=True)
+    if experiment.cluster.executor == "ray":
+        ray = "ray start --head --dashboard-host 127.0.0.1, then run with cluster.address=auto"
+        out.print(f"Ray dashboard  http://127.0.0.1:8265 during a run; to keep it open: {ray}", soft_wrap=True)
+
+
+def _relative(path: Path) -> str:
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)

@@ -1,0 +1,59 @@
+"""Whether an experiment can run here: asked before anything is started."""
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from aquilamoe.config.messages import UserError
+from aquilamoe.config.schema import ExperimentConfig, PretrainStage
+from aquilamoe.pipeline.plan import Planned
+
+GIGABYTE = 1e9
+
+
+def check(experiment: ExperimentConfig, plan: Sequence[Planned], root: Path) -> None:
+    """UserError with what is needed, what is there and what to do."""
+    _check_gpus(experiment)
+    _check_workers(experiment)
+    _check_disk(plan, root)
+
+
+def _check_gpus(experiment: ExperimentConfig) -> None:
+    cluster = experiment.cluster
+    needed, found = cluster.workers * cluster.gpus_per_worker, len(local_gpus())
+    if cluster.address is None and needed > found:
+        memory = f" with {cluster.gpu_memory_bytes / GIGABYTE:.0f} GB each" if cluster.gpu_memory_bytes else ""
+        raise UserError(
+            f"experiment {experiment.name}: needs {needed} GPUs{memory}, this machine has {found} "
+            f"(and {os.cpu_count()} CPUs); set cluster.address to a Ray cluster that has them, or look at its plan: "
+            f"python workflows/efficientscale.py +experiment={experiment.name} action=plan"
+        )
+
+
+def local_gpus() -> list[Path]:
+    """The NVIDIA devices of this machine."""
+    return sorted(Path("/dev").glob("nvidia[0-9]*"))
+
+
+def _check_workers(experiment: ExperimentConfig) -> None:
+    workers = experiment.cluster.workers
+    if experiment.cluster.executor == "process" and workers > 1:
+        raise UserError(f"cluster.workers: {workers} workers need cluster.executor=ray; use cluster=local, or 1 worker")
+    for name, stage in experiment.stages.items():
+        if isinstance(stage, PretrainStage) and (rows := stage.batch_tokens // stage.sequence_length) % workers:
+            raise UserError(
+                f"stages.{name}.batch_tokens: {stage.batch_tokens} tokens are {rows} sequences, which {workers} "
+                f"workers cannot share evenly; choose a multiple of {workers * stage.sequence_length}"
+            )
+
+
+def _check_disk(plan: Sequence[Planned], root: Path) -> None:
+    needed = sum(planned.estimate.disk_bytes for planned in plan if planned.state != "cached")
+    existing = next(path for path in [root, *root.parents] if path.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise UserError(
+            f"{root}: the run writes about {needed / GIGABYTE:.1f} GB, {free / GIGABYTE:.1f} GB are free; "
+            "make room, or set paths.root to a larger disk"
+        )

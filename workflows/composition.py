@@ -1,0 +1,74 @@
+"""What every workflow does with its command line: Hydra composes, the platform validates and acts."""
+
+import os
+import re
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come here instead of being printed by Hydra
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from aquilamoe.commands import execute
+from aquilamoe.config.messages import UserError, nearest
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+
+
+def run(config_name: str) -> None:
+    """Compose `conf/<config_name>.yaml` with the command line and execute it; exit with 1 and one line on a mistake."""
+    # Both `experiment=x` and Hydra's own spelling `+experiment=x` work.
+    sys.argv[1:] = ["+" + word if word.startswith("experiment=") else word for word in sys.argv[1:]]
+    try:
+        for values in _compose(config_name):
+            execute({str(key): value for key, value in values.items()})
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None
+    except (HydraException, OmegaConfBaseException) as error:
+        raise SystemExit(f"error: {_explain(error, config_name)}") from None
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command continues where this stopped", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _compose(config_name: str) -> list[dict]:
+    """The composed configurations: one, or with --multirun one for every job."""
+    composed: list[dict] = []
+
+    @hydra.main(config_path=str(CONF), config_name=config_name, version_base="1.3")
+    def keep(config: DictConfig) -> None:
+        values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        assert isinstance(values, dict)
+        composed.append(values)
+
+    keep()
+    return composed
+
+
+def _explain(error: Exception, config_name: str) -> str:
+    """Hydra's message for a misspelt key, group or option, with the nearest name that exists."""
+    message = " ".join(str(error).split())
+    if found := re.search(r"Could not override '([^']+)'", message):
+        return f"{found[1]}: unknown key; {_nearest_key(found[1], config_name)}"
+    if found := re.search(r"Could not find '(?:\w+/)*?(\w+)/(\w+)'", message):
+        options = [path.stem for path in (CONF / found[1]).glob("*.yaml")]
+        if options:
+            return f"{found[1]}={found[2]}: there is no conf/{found[1]}/{found[2]}.yaml; {nearest(found[2], options)}"
+    return message
+
+
+def _nearest_key(key: str, config_name: str) -> str:
+    """Among the keys of the default configuration, beside the last part of `key` that exists."""
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        known = hydra.compose(config_name)
+    for part in key.split("."):
+        inner = OmegaConf.select(known, part) if isinstance(known, DictConfig) else None
+        if inner is None:
+            return nearest(part, map(str, known)) if isinstance(known, DictConfig) else "it has no keys inside"
+        known = inner
+    return "it is set twice"

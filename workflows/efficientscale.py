@@ -1,0 +1,9 @@
+"""Pretrain small, scale up, scale out.
+
+python workflows/efficientscale.py [experiment=NAME] [action=run|plan|status] [KEY=VALUE ...]
+"""
+
+from composition import run
+
+if __name__ == "__main__":
+    run("config")
