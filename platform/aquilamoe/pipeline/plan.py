@@ -1,7 +1,7 @@
 """What a run would do, and why, without doing it."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -9,7 +9,7 @@ from aquilamoe.config.graph import Node
 from aquilamoe.pipeline import fingerprint as identity
 from aquilamoe.pipeline.fingerprint import Recipe
 from aquilamoe.pipeline.stage import Estimate, module
-from aquilamoe.pipeline.store import METRICS, Record, Store, read_points
+from aquilamoe.pipeline.store import METRICS, RECORD, Record, Store, read_points
 
 
 @dataclass(frozen=True)
@@ -38,16 +38,28 @@ class Planned:
 def make(nodes: Mapping[str, Node], store: Store, flops_per_s: float) -> list[Planned]:
     """Fingerprint every stage in order and compare with what the store holds."""
     plan: dict[str, Planned] = {}
+    made_by: dict[str, str] = {}
     for node in nodes.values():
         stage = module(node.stage.kind)
         inputs = {role: plan[name].fingerprint for role, name in node.stage.inputs.items()}
         recipe = identity.recipe(node.stage.kind, stage.VERSION, node.stage.model_dump(mode="json"), inputs)
-        plan[node.name] = _planned(node, recipe, stage.estimate(node), store, plan, flops_per_s)
+        planned = _planned(node, recipe, stage.estimate(node), stage.RESUMES, store, plan, flops_per_s)
+        first = made_by.setdefault(planned.fingerprint, node.name)
+        if first != node.name and planned.state != "cached":
+            # Two names for one recipe: it is computed once.
+            planned = replace(planned, state="runs", reason=f"as {first}", estimate=Estimate(), seconds=0.0)
+        plan[node.name] = planned
     return list(plan.values())
 
 
 def _planned(
-    node: Node, recipe: Recipe, estimate: Estimate, store: Store, done: Mapping[str, Planned], flops_per_s: float
+    node: Node,
+    recipe: Recipe,
+    estimate: Estimate,
+    resumes: bool,
+    store: Store,
+    done: Mapping[str, Planned],
+    flops_per_s: float,
 ) -> Planned:
     digest = identity.fingerprint(recipe)
     found = store.find(node.name, digest)
@@ -58,10 +70,13 @@ def _planned(
     history = store.history(node.name)
     seconds = _expected_seconds(node, estimate, history, store, flops_per_s)
     directory, partial = store.directory(node.name, digest), store.partial(node.name, digest)
-    if partial.exists():
+    if (partial / RECORD).is_file():
+        reason = "interrupted when it was complete"
+        return Planned(node, recipe, digest, "resumes", reason, estimate, 0.0, directory, None)
+    if partial.exists() and resumes:
         reason = _resume_point(partial, node)
         return Planned(node, recipe, digest, "resumes", reason, estimate, seconds, directory, None)
-    reason = _why(recipe, history, node, done)
+    reason = "interrupted, starts anew" if partial.exists() else _why(recipe, history, node, done)
     return Planned(node, recipe, digest, "runs", reason, estimate, seconds, directory, None)
 
 
@@ -82,7 +97,7 @@ def _resume_point(partial: Path, node: Node) -> str:
     steps = [point for point in read_points(partial / METRICS) if "tokens" in point]
     if steps and node.tokens:
         return f"interrupted at {steps[-1]['tokens']:,} of {node.tokens:,} tokens"
-    return "interrupted, starts anew"
+    return "interrupted at its start"
 
 
 def _expected_seconds(

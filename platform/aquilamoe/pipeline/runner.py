@@ -42,25 +42,44 @@ def run(
     """Run what is not cached and return every stage's output. The caller holds the store's lock."""
     done: dict[str, Input] = {}
     for planned in plan:
-        if planned.record is not None:
-            done[planned.name] = Input(planned.name, planned.directory, planned.record)
-            for observer in observers:
-                observer.stage_finished(planned.name, planned.directory, planned.record, cached=True)
-            continue
         try:
-            done[planned.name] = _run_stage(planned, store, cluster, done, observers)
+            # Asked again: another stage of this plan may have had the same recipe.
+            found = store.find(planned.name, planned.fingerprint)
+            if found is None:
+                done[planned.name] = _run_stage(planned, store, cluster, done, observers)
+                continue
         except BaseException as error:
             for observer in observers:
                 observer.stage_failed(planned.name, str(error) or type(error).__name__)
             raise
+        done[planned.name] = Input(planned.name, *found)
+        for observer in observers:
+            observer.stage_finished(planned.name, *found, cached=True)
     return done
 
 
 def _run_stage(
     planned: Planned, store: Store, cluster: ClusterConfig, done: Mapping[str, Input], observers: Sequence[Observer]
 ) -> Input:
-    stage = module(planned.node.stage.kind)
     partial = store.partial(planned.name, planned.fingerprint)
+    record = store.finish_publishing(partial)
+    if record is None:
+        record = store.publish(partial, _execute(planned, partial, store, cluster, done, observers))
+    for observer in observers:
+        observer.stage_finished(planned.name, planned.directory, record, cached=False)
+    return Input(planned.name, planned.directory, record)
+
+
+def _execute(
+    planned: Planned,
+    partial: Path,
+    store: Store,
+    cluster: ClusterConfig,
+    done: Mapping[str, Input],
+    observers: Sequence[Observer],
+) -> Record:
+    """Run the stage in its partial directory; return its record, without the files."""
+    stage = module(planned.node.stage.kind)
     inputs = {role: done[name] for role, name in planned.node.stage.inputs.items()}
     references = {role: _reference(source) for role, source in inputs.items()}
     if not stage.RESUMES:
@@ -72,7 +91,8 @@ def _run_stage(
     started = datetime.now(UTC)
     with _following(partial / METRICS, planned.name, observers):
         metrics = stage.run(Context(planned.node, inputs, partial, cluster, store.root))
-    record = {
+    finished = datetime.now(UTC)
+    return {
         "stage": planned.name,
         "kind": planned.node.stage.kind,
         "fingerprint": planned.fingerprint,
@@ -81,15 +101,11 @@ def _run_stage(
         "metrics": metrics,
         "versions": _versions(),
         "git_commit": _git_commit(),
-        "started": started.isoformat(timespec="seconds"),
-        "finished": datetime.now(UTC).isoformat(timespec="milliseconds"),
-        "seconds": (datetime.now(UTC) - started).total_seconds(),
+        "started": started.isoformat(timespec="milliseconds"),
+        "finished": finished.isoformat(timespec="milliseconds"),
+        "seconds": (finished - started).total_seconds(),
         "resumed": resumed,
     }
-    record = store.publish(partial, record)
-    for observer in observers:
-        observer.stage_finished(planned.name, planned.directory, record, cached=False)
-    return Input(planned.name, planned.directory, record)
 
 
 def _reference(source: Input) -> dict[str, str]:

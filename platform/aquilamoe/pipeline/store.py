@@ -11,13 +11,15 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
 from aquilamoe.config.messages import UserError
 
 Record = dict[str, Any]
 RECORD = "record.json"
 METRICS = "metrics.jsonl"
+SCRATCH = "checkpoints"  # what only an unfinished stage needs: no part of its output
+LOCK_ATTEMPTS, LOCK_WAIT_S = 4, 0.05
 
 
 class Store:
@@ -42,8 +44,8 @@ class Store:
         named = self.directory(stage, fingerprint)
         others = [path for path in self.stages.glob(f"*-{fingerprint}") if path != named]
         for path in [named, *others]:
-            if (path / RECORD).is_file():
-                record = json.loads((path / RECORD).read_text())
+            if path.is_dir():
+                record = _read_record(path)
                 _check_sizes(path, record)
                 return path, record
         return None
@@ -51,15 +53,20 @@ class Store:
     def history(self, stage: str | None = None) -> list[Record]:
         """Records of all complete outputs (of one stage), newest first."""
         paths = [path for path in self.stages.glob(f"{stage or ''}*/{RECORD}") if path.parent.suffix != ".partial"]
-        records = [json.loads(path.read_text()) for path in paths]
+        records = [_read_record(path.parent) for path in paths]
         own = [record for record in records if stage in (None, record["stage"])]
         return sorted(own, key=lambda record: str(record["finished"]), reverse=True)
 
     def publish(self, partial: Path, record: Record) -> Record:
         """Hash every file, write the record, make all durable, rename: the output exists from this moment, whole."""
-        files = sorted(path for path in partial.rglob("*") if path.is_file() and path.name != RECORD)
+        not_kept = (RECORD, _temporary(partial / RECORD).name, SCRATCH)
+        everything = sorted(partial.rglob("*"))
+        kept = [path for path in everything if path.relative_to(partial).parts[0] not in not_kept]
+        files = [path for path in kept if path.is_file()]
         with ThreadPoolExecutor() as pool:
             digests = list(pool.map(_digest_and_sync, files))
+        for directory in (path for path in kept if path.is_dir()):
+            _sync_directory(directory)
         record = {
             **record,
             "files": {
@@ -68,10 +75,23 @@ class Store:
             },
         }
         write_atomically(partial / RECORD, json.dumps(record, indent=1, ensure_ascii=False))
+        self._rename(partial)
+        return record
+
+    def finish_publishing(self, partial: Path) -> Record | None:
+        """Publish what was complete when its run was killed, between the record and the name; None if it was not."""
+        if not (partial / RECORD).is_file():
+            return None
+        record = _read_record(partial)
+        self._rename(partial)
+        return record
+
+    def _rename(self, partial: Path) -> None:
         _sync_directory(partial)
+        # Only now: a run killed while its files were hashed resumes from its checkpoints.
+        shutil.rmtree(partial / SCRATCH, ignore_errors=True)
         partial.rename(partial.with_suffix(""))
         _sync_directory(self.stages)
-        return record
 
     def discard(self, partial: Path) -> None:
         """Remove what an interrupted stage left, for stages that start anew."""
@@ -83,16 +103,15 @@ class Store:
         """Hold the store for one driver; the kernel lets go when the process ends, however it ends."""
         self.stages.mkdir(parents=True, exist_ok=True)
         with (self.root / ".lock").open("a+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            if not _locked(file):
                 raise UserError(
                     f"{self.root}: in use by {self.holder() or 'another run'}; wait for it, "
                     "or give this run a directory of its own with paths.root=DIR"
-                ) from None
+                )
             file.truncate(0)
             started = time.strftime("%Y-%m-%d %H:%M:%S")
-            file.write(f"process {os.getpid()} since {started} ({' '.join(sys.argv)[:200]})")
+            command = " ".join(" ".join(sys.argv).split())
+            file.write(f"process {os.getpid()} since {started} ({command[:200]})")
             file.flush()
             yield
             file.truncate(0)
@@ -110,14 +129,30 @@ class Store:
         return None
 
 
+def _locked(file: TextIO) -> bool:
+    """Take the lock unless another run has it. Who asks for the holder has it for a moment: that is not a run."""
+    for _ in range(LOCK_ATTEMPTS):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(LOCK_WAIT_S)
+        else:
+            return True
+    return False
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write a small file so that a reader sees the old text or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = _temporary(path)
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")
 
 
 def read_points(path: Path) -> list[dict[str, Any]]:
@@ -126,6 +161,16 @@ def read_points(path: Path) -> list[dict[str, Any]]:
         return []
     lines = path.read_text(encoding="utf-8").split("\n")[:-1]
     return [json.loads(line) for line in lines if line]
+
+
+def _read_record(path: Path) -> Record:
+    try:
+        record = json.loads((path / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path / RECORD}: cannot be read ({error}); remove {path} and run again to rebuild it"
+        ) from None
+    return cast(Record, record)
 
 
 def _check_sizes(path: Path, record: Record) -> None:
