@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from aquilamoe.config.messages import UserError, first_problem, nearest
 from aquilamoe.config.schema import (
     CorpusStage,
+    EvaluateStage,
     ExperimentConfig,
     GrowthStage,
     ModelConfig,
@@ -16,6 +17,9 @@ from aquilamoe.config.schema import (
     Stage,
     TokenizerStage,
 )
+
+KIND_READ = {"corpus": "corpus", "tokenizer": "tokenizer", "tokens": "tokenize"}  # by role; all others read checkpoints
+MAKE_CHECKPOINTS = ("pretrain", "scale_up", "scale_out", "export")
 
 
 @dataclass(frozen=True)
@@ -61,9 +65,10 @@ def build(experiment: ExperimentConfig) -> dict[str, Node]:
     builder = _Builder(experiment.stages)
     for name in experiment.stages:
         builder.resolve(name)
-    for name in [*experiment.report.chain, *([experiment.report.control] if experiment.report.control else [])]:
-        if name not in experiment.stages:
-            raise UserError(f"report: there is no stage '{name}'; {nearest(name, experiment.stages)}")
+    for name in experiment.report.chain:
+        builder.check_makes_checkpoint(name, "report.chain")
+    if experiment.report.control is not None:
+        builder.check_makes_checkpoint(experiment.report.control, "report.control")
     return builder.nodes
 
 
@@ -75,11 +80,9 @@ class _Builder:
         self.nodes: dict[str, Node] = {}
         self.path: list[str] = []
 
-    def resolve(self, name: str, asked_by: str = "") -> Node:
+    def resolve(self, name: str) -> Node:
         if name in self.nodes:
             return self.nodes[name]
-        if name not in self.stages:
-            raise UserError(f"{asked_by}: there is no stage '{name}'; {nearest(name, self.stages)}")
         if name in self.path:
             raise UserError(
                 f"stages: {' -> '.join([*self.path, name])} is a cycle; make one of them read another stage"
@@ -87,54 +90,91 @@ class _Builder:
         self.path.append(name)
         stage = self.stages[name]
         for role, source in stage.inputs.items():
-            self.resolve(source, f"stages.{name}.inputs.{role}")
+            self._check_input(f"stages.{name}.inputs.{role}", role, source)
+            self.resolve(source)
         node = self._node(name, stage)
         self.path.pop()
         self.nodes[name] = node
         return node
 
-    def _node(self, name: str, stage: Stage) -> Node:
-        source = self.nodes.get(stage.inputs.get("source", ""))
-        if "source" in stage.inputs and (source is None or source.model is None):
+    def _check_exists(self, name: str, asked_by: str) -> None:
+        if name not in self.stages:
+            raise UserError(f"{asked_by}: there is no stage '{name}'; {nearest(name, self.stages)}")
+
+    def _check_input(self, where: str, role: str, name: str) -> None:
+        self._check_exists(name, where)
+        if role not in KIND_READ:
+            self.check_makes_checkpoint(name, where)
+        elif self.stages[name].kind != KIND_READ[role]:
+            fitting = [other for other, stage in self.stages.items() if stage.kind == KIND_READ[role]]
             raise UserError(
-                f"stages.{name}.inputs.source: stage '{stage.inputs['source']}' makes no checkpoint; "
-                "name a pretrain, scale_up or scale_out stage"
+                f"{where}: stage '{name}' is of kind {self.stages[name].kind}, this input reads {KIND_READ[role]}; "
+                f"{nearest(name, fitting)}"
             )
+
+    def check_makes_checkpoint(self, name: str, where: str) -> None:
+        self._check_exists(name, where)
+        if self.stages[name].kind not in MAKE_CHECKPOINTS:
+            fitting = [other for other, stage in self.stages.items() if stage.kind in MAKE_CHECKPOINTS]
+            raise UserError(f"{where}: stage '{name}' makes no checkpoint; {nearest(name, fitting)}")
+
+    def _node(self, name: str, stage: Stage) -> Node:
+        source = self.nodes[stage.inputs["source"]] if "source" in stage.inputs else None
         if isinstance(stage, PretrainStage):
             return self._pretrain(name, stage, source)
-        if source is None or source.model is None:
+        if isinstance(stage, EvaluateStage):
+            self._check_evaluation(name, stage)
+            return Node(name, stage)
+        if source is None:
             return Node(name, stage)
         model = source.model
+        assert model is not None, "an input `source` makes a checkpoint"
         if isinstance(stage, GrowthStage):
-            model = grown_model(source.model, stage.model, f"stages.{name}.model")
+            model = grown_model(model, stage.model, f"stages.{name}.model")
             stage = stage.model_copy(update={"model": model.model_dump()})
         return Node(name, stage, model, source.model, 0, 0, source.lineage_tokens, source.lineage_flops)
 
     def _pretrain(self, name: str, stage: PretrainStage, source: Node | None) -> Node:
         model = source.model if source else stage.model
         assert model is not None, "the schema asks for a model or a source"
-        self._check_length(name, stage, model)
+        _check_length(f"stages.{name}.sequence_length", stage.sequence_length, model)
         self._check_corpus(name, stage, model)
+        if stage.optimizer_state == "keep" and source and not isinstance(source.stage, PretrainStage):
+            raise UserError(
+                f"stages.{name}.optimizer_state: '{source.name}' is a {source.stage.kind} stage and has no moments to "
+                "keep; use reset, or continue a pretrain stage"
+            )
         tokens_before, flops_before = (source.lineage_tokens, source.lineage_flops) if source else (0, 0)
         per_token = model.flops_per_token(stage.sequence_length)
         if stage.equal_flops is not None:
-            target = self.resolve(stage.equal_flops, f"stages.{name}.equal_flops").lineage_flops
-            total = (target - flops_before) // per_token // stage.batch_tokens * stage.batch_tokens
-            stage = stage.model_copy(update={"total_tokens": total, "equal_flops": None})
-            try:
-                stage.check_tokens(total)
-            except ValueError as error:
-                raise UserError(f"stages.{name}: {error}") from None
+            stage = self._equalized(name, stage, flops_before, per_token)
         tokens = stage.num_steps * stage.batch_tokens
         source_model = source.model if source else None
         return Node(name, stage, model, source_model, tokens, tokens * per_token, tokens_before, flops_before)
 
-    def _check_length(self, name: str, stage: PretrainStage, model: ModelConfig) -> None:
-        if stage.sequence_length > model.max_position_embeddings:
+    def _equalized(self, name: str, stage: PretrainStage, flops_before: int, per_token: int) -> PretrainStage:
+        """Give the stage the tokens that bring its line of checkpoints to the FLOPs of the other, less a batch."""
+        assert stage.equal_flops is not None
+        where = f"stages.{name}.equal_flops"
+        self.check_makes_checkpoint(stage.equal_flops, where)
+        flops = self.resolve(stage.equal_flops).lineage_flops
+        total = (flops - flops_before) // per_token // stage.batch_tokens * stage.batch_tokens
+        if total <= 0:
             raise UserError(
-                f"stages.{name}.sequence_length: {stage.sequence_length} exceeds the model's max_position_embeddings "
-                f"{model.max_position_embeddings}; lower the one or raise the other"
+                f"{where}: the line of '{stage.equal_flops}' costs {flops:.3g} FLOPs, this one {flops_before:.3g} "
+                f"before it trains and {per_token * stage.batch_tokens:.3g} a batch; name a stage that costs more"
             )
+        try:
+            stage.check_tokens(total)
+        except ValueError as error:
+            raise UserError(f"stages.{name}: {error}") from None
+        return stage.model_copy(update={"total_tokens": total, "equal_flops": None})
+
+    def _check_evaluation(self, name: str, stage: EvaluateStage) -> None:
+        for role, checkpoint in stage.inputs.items():
+            model = self.nodes[checkpoint].model
+            if role not in KIND_READ and model is not None:
+                _check_length(f"stages.{name}.sequence_length", stage.sequence_length, model)
 
     def _check_corpus(self, name: str, stage: PretrainStage, model: ModelConfig) -> None:
         """The tokenizer's ids must be in the model's vocabulary, the mixture's languages in the corpus."""
@@ -154,6 +194,14 @@ class _Builder:
         yield self.stages[name]
         for source in self.stages[name].inputs.values():
             yield from self._upstream(source)
+
+
+def _check_length(where: str, sequence_length: int, model: ModelConfig) -> None:
+    if sequence_length > model.max_position_embeddings:
+        raise UserError(
+            f"{where}: {sequence_length} exceeds the model's max_position_embeddings "
+            f"{model.max_position_embeddings}; lower the one or raise the other"
+        )
 
 
 def grown_model(source: ModelConfig, changes: Mapping[str, Any], where: str) -> ModelConfig:

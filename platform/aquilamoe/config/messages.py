@@ -8,6 +8,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 Location = tuple[int | str, ...]
+SHOWN_CHARACTERS = 60
 
 
 class UserError(Exception):
@@ -18,7 +19,7 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     """Return `did you mean 'x'? (valid: ...)`, or the valid names alone, for the end of a message."""
     choices = sorted(map(str, valid))
     close = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
-    known = f"valid: {', '.join(choices)}"
+    known = f"valid: {', '.join(choices)}" if choices else "there is none"
     return f"did you mean '{close[0]}'? ({known})" if close else known
 
 
@@ -41,16 +42,25 @@ def _describe(problem: ErrorDetails, model: type[BaseModel], values: Any, where:
     if kind == "extra_forbidden":
         return f"{path}: unknown key; {nearest(str(location[-1]), _fields_at(model, location[:-1]))}"
     if kind == "missing":
-        return f"{path}: required but not set; give it a value, e.g. {path}=VALUE"
+        return f"{path}: required but not set; give it a value, e.g. +{path}=VALUE"
     if kind == "value_error":
         return f"{path}: {str(problem['msg']).removeprefix('Value error, ')}"
+    if kind == "union_tag_not_found":
+        return f"{path}.kind: required but not set; {nearest('', _tags_at(model, location))}"
     if kind in ("literal_error", "union_tag_invalid"):
         context = problem["ctx"]
         choices = str(context.get("expected") or context["expected_tags"]).replace("'", "").replace(" or ", ", ")
         given = str(context.get("tag", value))
-        return f"{path}: '{given}' is not a choice; {nearest(given, choices.split(', '))}"
+        place = path if kind == "literal_error" else f"{path}.kind"
+        return f"{place}: '{given}' is not a choice; {nearest(given, choices.split(', '))}"
     message = str(problem["msg"])
-    return f"{path}: {value!r} is refused: {message[:1].lower()}{message[1:]}"
+    return f"{path}: {_shown(value)} is refused: {message[:1].lower()}{message[1:]}"
+
+
+def _shown(value: Any) -> str:
+    """A value on one line, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
 
 
 def _keys(location: Location, values: Any) -> Iterator[str]:
@@ -61,8 +71,11 @@ def _keys(location: Location, values: Any) -> Iterator[str]:
         if is_tag or part == "[key]":
             continue
         yield str(part)
-        known = part in values if isinstance(values, Mapping) else isinstance(values, list) and isinstance(part, int)
-        values = values[part] if known else None
+        if isinstance(values, Mapping):
+            values = values.get(part)
+        else:
+            inside = isinstance(values, list) and isinstance(part, int) and part < len(values)
+            values = values[part] if inside else None
 
 
 def _fields_at(model: type[BaseModel], location: Location) -> list[str]:
@@ -77,6 +90,12 @@ def _fields_at(model: type[BaseModel], location: Location) -> list[str]:
             tags = {_tag(candidate): candidate for candidate in inner}
             current = next((tags[str(tag)] for tag in location if str(tag) in tags), current)
     return list(current.model_fields)
+
+
+def _tags_at(model: type[BaseModel], location: Location) -> list[str]:
+    """Values of `kind` among the models of the union that a location points to."""
+    field = model.model_fields.get(str(location[0])) if location else None
+    return [tag for candidate in _models_in(field.annotation) if (tag := _tag(candidate))] if field else []
 
 
 def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:

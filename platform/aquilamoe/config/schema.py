@@ -4,25 +4,37 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
     field_validator,
     model_validator,
 )
 
 from aquilamoe.config import plugins
 
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+def _refuse_bool(value: Any) -> Any:
+    """Python counts with true and false; a configuration that does is mistaken."""
+    if isinstance(value, bool):
+        raise ValueError(f"{str(value).lower()} is not a number; give it one")
+    return value
+
+
+Int = Annotated[int, BeforeValidator(_refuse_bool)]
+Float = Annotated[float, BeforeValidator(_refuse_bool)]
+PositiveInt = Annotated[Int, Field(gt=0)]
+NonNegativeInt = Annotated[Int, Field(ge=0)]
+PositiveFloat = Annotated[Float, Field(gt=0.0)]
+NonNegativeFloat = Annotated[Float, Field(ge=0.0)]
+Fraction = Annotated[Float, Field(ge=0.0, le=1.0)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]  # it names files
 
 
 class Config(BaseModel):
     """Base of all configuration: immutable, and a key that nobody reads is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 def _without_null(values: Any) -> Any:
@@ -145,7 +157,7 @@ class DataConfig(Config):
 
     sources: Annotated[dict[str, SourceConfig], Field(min_length=1)]
     mixture: dict[str, PositiveFloat]
-    validation_fraction: Annotated[float, Field(gt=0.0, lt=0.5)]
+    validation_fraction: Annotated[Float, Field(gt=0.0, lt=0.5)]
 
 
 class GrowthConfig(Config):
@@ -230,12 +242,12 @@ class StageConfig(Config):
 class CorpusStage(StageConfig):
     kind: Literal["corpus"]
     sources: Annotated[dict[str, SourceConfig], Field(min_length=1)]
-    validation_fraction: Annotated[float, Field(gt=0.0, lt=0.5)]
+    validation_fraction: Annotated[Float, Field(gt=0.0, lt=0.5)]
 
 
 class TokenizerStage(StageConfig):
     kind: Literal["tokenizer"]
-    vocab_size: Annotated[int, Field(ge=300)]
+    vocab_size: Annotated[Int, Field(ge=300)]
     roles = ("corpus",)
 
 
@@ -255,7 +267,7 @@ class PretrainStage(StageConfig):
     total_tokens: PositiveInt | None
     equal_flops: str | None
     batch_tokens: PositiveInt
-    sequence_length: Annotated[int, Field(ge=2)]
+    sequence_length: Annotated[Int, Field(ge=2)]
     mixture: dict[str, PositiveFloat]
     learning_rate: PositiveFloat
     precision: Literal["bf16", "fp32"]
@@ -327,7 +339,7 @@ class EvaluateStage(StageConfig):
     """Held-out loss of every checkpoint among the inputs, on the whole validation split."""
 
     kind: Literal["evaluate"]
-    sequence_length: Annotated[int, Field(ge=2)]
+    sequence_length: Annotated[Int, Field(ge=2)]
     precision: Literal["bf16", "fp32"]
     roles = ("tokens",)
     any_role = True
@@ -387,7 +399,7 @@ class ReportConfig(Config):
 class ExperimentConfig(Config):
     """One experiment: a graph of stages, and - apart from it - where and how it runs."""
 
-    name: str
+    name: Name
     description: str
     action: Literal["run", "plan", "status"]
     seed: NonNegativeInt
@@ -397,7 +409,7 @@ class ExperimentConfig(Config):
     upcycling: UpcyclingConfig
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
-    stages: Annotated[dict[str, Stage], Field(min_length=1)]
+    stages: Annotated[dict[Name, Stage], Field(min_length=1)]
     report: ReportConfig
     cluster: ClusterConfig
     paths: PathsConfig
