@@ -17,9 +17,9 @@ from aquilamoe.weights.huggingface import load_model, save_model
 TOKENS_BT = torch.arange(39).view(3, 13) * 5 % 32
 
 
-def write(directory: Path, seed: int, hidden_size: int = 16) -> Path:
+def write(directory: Path, seed: int, hidden_size: int = 16, vocab_size: int = 32) -> Path:
     config = ModelConfig(
-        vocab_size=32,
+        vocab_size=vocab_size,
         hidden_size=hidden_size,
         intermediate_size=12,
         num_hidden_layers=2,
@@ -61,6 +61,17 @@ def test_the_certificate_measures_logits_divergence_and_both_losses(tmp_path: Pa
     assert certificate["max_abs_dlogit"] > 0.1
     turned = certify(source, target, TOKENS_BT.flip(0), preserving=False, tolerance=1e-4)
     assert turned["max_abs_dlogit"] == pytest.approx(certificate["max_abs_dlogit"], rel=1e-5)  # wherever the worst is
+
+
+def test_further_tokens_of_the_target_count_in_its_loss_and_not_in_the_difference_of_logits(tmp_path: Path) -> None:
+    source, target = write(tmp_path / "source", 0), write(tmp_path / "target", 1, vocab_size=48)
+    certificate = certify(source, target, TOKENS_BT, preserving=False, tolerance=1e-4)
+    before, after = logits(source).flatten(0, 1), logits(target).flatten(0, 1)
+    p, q = before.softmax(-1), after.softmax(-1)[:, :32]
+    assert certificate["max_abs_dlogit"] == pytest.approx((before - after[:, :32]).abs().max().item(), rel=1e-5)
+    assert certificate["kl"] == pytest.approx((p * (p / q).log()).sum(-1).mean().item(), rel=1e-5)
+    loss = F.cross_entropy(after, TOKENS_BT[:, 1:].flatten()).item()
+    assert certificate["target_loss"] == pytest.approx(loss, rel=1e-5)
 
 
 def test_a_model_and_its_copy_do_not_differ(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aquilamoe.growth.depth import RULES, interpolate, stack
+from aquilamoe.growth.depth import RULES, interpolate, stack, stack_top
 
 PROPERTY = settings(derandomize=True, deadline=None, max_examples=100)
 
@@ -33,6 +33,12 @@ def test_interpolation_is_exact_for_every_pair_up_to_64_and_128_layers() -> None
 
 def test_stacking_repeats_the_whole_and_then_the_bottom() -> None:
     assert stack(3, 8).sources == (0, 1, 2, 0, 1, 2, 0, 1)
+
+
+def test_stacking_on_top_repeats_the_whole_and_then_the_top() -> None:
+    assert stack_top(3, 8).sources == (0, 1, 2, 0, 1, 2, 1, 2)
+    assert stack_top(3, 5).sources == (0, 1, 2, 1, 2)
+    assert stack_top(3, 6) == stack(3, 6)
 
 
 @pytest.mark.parametrize("rule", sorted(RULES))

@@ -1,5 +1,6 @@
 """Scale-Up on files: which growths keep the function, which do not, and where every row comes from."""
 
+import math
 import subprocess
 import sys
 import tempfile
@@ -13,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
+from pydantic import ValidationError
 from torch import Tensor
 
 import aquilamoe.growth.methods
@@ -20,6 +22,8 @@ from aquilamoe.config import plugins
 from aquilamoe.config.messages import UserError
 from aquilamoe.config.schema import GrowthConfig, ModelConfig
 from aquilamoe.growth import rules
+from aquilamoe.growth.depth import RULES
+from aquilamoe.growth.methods import hypercloning
 from aquilamoe.growth.scale_up import scale_up
 from aquilamoe.model import Decoder
 from aquilamoe.weights import names
@@ -61,8 +65,14 @@ def model(**changes: Any) -> ModelConfig:
 
 
 def growth(**changes: Any) -> GrowthConfig:
-    plain = {"method": "fpi", "norm": "exact", "noise": 0.0, "depth": "interpolate", "new_layers": "copy"}
-    return GrowthConfig.model_validate(plain | changes)
+    plain = {"method": "fpi", "scope": "all", "norm": "exact", "maps": "circular", "noise": 0.0}
+    return GrowthConfig.model_validate(plain | {"depth": "interpolate", "new_layers": "copy"} | changes)
+
+
+def padded(source: ModelConfig, how: GrowthConfig, **sizes: Any) -> ModelConfig:
+    """The source with other sizes, and the epsilon that goes with them."""
+    target = source.model_copy(update=sizes)
+    return target.model_copy(update={"rms_norm_eps": how.grown_eps(source, target.hidden_size)})
 
 
 @torch.no_grad()
@@ -92,7 +102,9 @@ def logits(directory: Path, dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 def difference(source: Path, target: Path) -> float:
-    return (logits(source) - logits(target)).abs().max().item()
+    """Of the logits of the source's tokens."""
+    before, after = logits(source), logits(target)
+    return (before - after[..., : before.shape[-1]]).abs().max().item()
 
 
 def tensor(directory: Path, name: str) -> Tensor:
@@ -103,7 +115,7 @@ def tensor(directory: Path, name: str) -> Tensor:
 @st.composite
 def growths(draw: st.DrawFn) -> tuple[ModelConfig, ModelConfig, GrowthConfig]:
     """Small sources with targets that can be made of them, by every method and with every option."""
-    number = st.integers
+    number, one_of = st.integers, st.sampled_from
     groups, slots, more_groups = draw(number(1, 2)), draw(number(1, 3)), draw(number(0, 3))
     new_groups = groups + more_groups
     fewest = -(-slots // (new_groups // groups))
@@ -115,35 +127,47 @@ def growths(draw: st.DrawFn) -> tuple[ModelConfig, ModelConfig, GrowthConfig]:
         num_hidden_layers=layers,
         num_attention_heads=groups * slots,
         num_key_value_heads=groups,
-        head_dim=draw(st.sampled_from([2, 4])),
+        head_dim=draw(one_of([2, 4])),
+        rms_norm_eps=draw(one_of([1e-5, 0.1])),  # the larger one is missed when it is wrong
         qkv_bias=draw(st.booleans()),
         tie_word_embeddings=draw(st.booleans()),
     )
     sizes = {
-        "hidden_size": draw(st.sampled_from([hidden, 2 * hidden, hidden + draw(number(0, 2 * hidden))])),
+        "vocab_size": 32 + draw(one_of([0, 0, 5])),
+        "hidden_size": draw(one_of([hidden, 2 * hidden, hidden + draw(number(0, 2 * hidden))])),
         "intermediate_size": ffn + draw(number(0, 2 * ffn)),
         "num_hidden_layers": layers + draw(number(0, 4)),
         "num_attention_heads": new_groups * new_slots,
         "num_key_value_heads": new_groups,
+        "head_dim": source.head_dim * draw(one_of([1, 1, 2, 3])),
     }
     # One in three keeps its width, and as many their depth: the claims differ there.
-    kept = draw(st.sampled_from(["width", "depth", "nothing"]))
+    kept = draw(one_of(["width", "depth", "nothing"]))
     if kept == "width":
         sizes = {"num_hidden_layers": sizes["num_hidden_layers"]}
     elif kept == "depth":
         del sizes["num_hidden_layers"]
+    deep = sizes.get("num_hidden_layers", layers)
+    listed = draw(st.lists(number(0, layers - 1), min_size=deep, max_size=deep))
     how = growth(
-        method=draw(st.sampled_from(["fpi", "fpi", *METHODS])),
-        norm=draw(st.sampled_from(["exact", "copy"])),
-        noise=draw(st.sampled_from([0.0, 0.5])),
-        depth=draw(st.sampled_from(["interpolate", "stack"])),
-        new_layers=draw(st.sampled_from(["copy", "zero", "zero", "scaled"])),
+        method=draw(one_of(["fpi", "fpi", *METHODS])),
+        scope=draw(one_of(["all", "inner", "transplant"])),
+        norm=draw(one_of(["exact", "copy", "zero_pad"])),
+        maps=draw(one_of(["circular", "sampled"])),
+        noise=draw(one_of([0.0, 0.5])),
+        depth=draw(one_of([*RULES, listed, sorted(listed)])),
+        new_layers=draw(one_of(["copy", "zero", "zero", "scaled"])),
     )
-    return source, source.model_copy(update=sizes), how
+    if how.method == "lemon":
+        how = how.model_copy(update={"norm": "zero_pad", "new_layers": "zero"})
+    if how.method == "hypercloning":
+        sizes |= {field: draw(number(1, 3)) * getattr(source, field) for field in hypercloning.SIZES}
+        sizes["num_attention_heads"] *= sizes["num_key_value_heads"] // groups
+    return source, padded(source, how, **sizes), how
 
 
 @given(growths())
-@settings(derandomize=True, deadline=None, max_examples=150)
+@settings(derandomize=True, deadline=None, max_examples=300)
 def test_a_growth_keeps_the_function_exactly_when_it_claims_to(
     case: tuple[ModelConfig, ModelConfig, GrowthConfig],
 ) -> None:
@@ -192,11 +216,111 @@ def test_plain_copies_of_norms_are_exact_at_integer_ratios_only(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_only_function_preserving_initialisation_survives_a_growth_in_width(method: str, tmp_path: Path) -> None:
-    source, target, how = model(), model(hidden_size=10, num_attention_heads=10), growth(method=method)
+def test_only_methods_that_copy_survive_a_growth_in_width(method: str, tmp_path: Path) -> None:
+    source, how = model(), growth(method=method)
+    if method == "lemon":
+        how = growth(method=method, norm="zero_pad", new_layers="zero")
+    sizes = {"hidden_size": 16, "num_attention_heads": 16} if method == "hypercloning" else {"hidden_size": 10}
+    target = padded(source, how, **{"num_attention_heads": 10, **sizes})
     write_source(tmp_path / "source", source)
-    assert rules.preserves(how, source, target) == (method == "fpi")
-    assert (difference(tmp_path / "source", grow(tmp_path, target, how)) < 1e-3) == (method == "fpi")
+    preserving = method in ("fpi", "lemon", "hypercloning")
+    assert rules.preserves(how, source, target) == preserving
+    assert (difference(tmp_path / "source", grow(tmp_path, target, how)) < 1e-3) == preserving
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("hidden", [9, 16, 21], ids=["x1.125", "x2", "x2.625"])
+def test_zero_padding_is_exact_at_any_ratio_with_the_epsilon_that_goes_with_it(
+    hidden: int, tied: bool, tmp_path: Path
+) -> None:
+    source, how = model(rms_norm_eps=0.1, tie_word_embeddings=tied), growth(norm="zero_pad", noise=0.5)
+    target = padded(source, how, hidden_size=hidden)
+    assert target.rms_norm_eps == 0.1 * (hidden // 8 * 8) / hidden
+    write_source(tmp_path / "source", source)
+    assert difference(tmp_path / "source", grow(tmp_path, target, how)) < SAME
+    if hidden % 8:
+        with pytest.raises(UserError, match=f"rms_norm_eps: target 0.1, .* set rms_norm_eps to {target.rms_norm_eps}"):
+            rules.check(source, source.model_copy(update={"hidden_size": hidden}), how)
+
+
+def test_padding_is_zero_where_it_is_written_and_random_where_it_is_read(tmp_path: Path) -> None:
+    source, how = model(hidden_size=32, intermediate_size=64), growth(norm="zero_pad")
+    write_source(tmp_path / "source", source)
+    target = padded(source, how, hidden_size=32 + 16)
+    grow(tmp_path, target, how)
+    down = tensor(tmp_path / "target", names.layer_name(target, 1, names.DOWN))
+    assert not down[32:].any()
+    assert down[:32].all()
+    assert not tensor(tmp_path / "target", names.EMBEDDING)[:, 32:].any()
+    for role in (names.UP, names.Q_WEIGHT):
+        read = tensor(tmp_path / "target", names.layer_name(target, 1, role))
+        assert read[:, 32:].std().item() == pytest.approx(read[:, :32].std().item(), rel=0.2)
+    assert torch.linalg.matrix_rank(tensor(tmp_path / "target", names.layer_name(target, 1, names.UP))) == 48
+
+
+@pytest.mark.parametrize("ratio", [2, 3])
+def test_heads_grow_by_an_integer_and_old_pairs_turn_as_before(ratio: int, tmp_path: Path) -> None:
+    source, how = model(), growth()
+    target = source.model_copy(update={"head_dim": 4 * ratio})
+    write_source(tmp_path / "source", source)
+    assert difference(tmp_path / "source", grow(tmp_path, target, how)) < SAME
+    before, after = (
+        tensor(tmp_path / name, "model.layers.0.self_attn.q_proj.bias").view(8, 2, -1) for name in ("source", "target")
+    )
+    torch.testing.assert_close(after[..., ::ratio], before * ratio**0.5, atol=0, rtol=1e-12)
+    assert not after[..., 1::ratio].any()
+    keys = tensor(tmp_path / "target", "model.layers.0.self_attn.k_proj.bias")
+    assert keys.all()  # queries that are silent at first learn from keys that are not
+
+
+def test_new_tokens_get_the_mean_embedding_and_take_no_more_than_a_mean_token(tmp_path: Path) -> None:
+    for tied in (False, True):
+        directory = tmp_path / str(tied)
+        source = model(tie_word_embeddings=tied)
+        write_source(directory / "source", source)
+        grow(directory, source.model_copy(update={"vocab_size": 40, "hidden_size": 10}), growth(noise=0.5))
+        before, after = logits(directory / "source"), logits(directory / "target")
+        torch.testing.assert_close(after[..., :32], before, atol=SAME, rtol=0)
+        torch.testing.assert_close(after[..., 32:], before.mean(-1, keepdim=True).expand(-1, -1, 8))
+        divergence = after.logsumexp(-1) - before.logsumexp(-1)
+        assert 0 < divergence.max() <= math.log(1 + 8 / 32)
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "sizes", "message"),
+    [
+        ("lemon", {}, {}, "growth: method lemon with norm exact and new_layers copy, .* set both, or method fpi"),
+        ("hypercloning", {}, {"hidden_size": 12}, "hidden_size: target 12, source 8; .* use 8 or 16, or method fpi"),
+        ("hypercloning", {}, {"intermediate_size": 13}, "intermediate_size: target 13, source 12; .* use 12 or 24"),
+        (
+            "fpi",
+            {"depth": [0, 1]},
+            {"num_hidden_layers": 3},
+            "growth.depth: 2 layers in the list, num_hidden_layers is",
+        ),
+        ("fpi", {"depth": [0, 2]}, {}, "growth.depth: layer 2 in the list, the source has 2 layers; .* from 0 to 1"),
+    ],
+)
+def test_what_a_method_or_a_list_of_layers_cannot_do_is_refused(
+    method: str, changes: dict[str, Any], sizes: dict[str, int], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        rules.check(model(), model(**sizes), growth(method=method, **changes))
+
+
+@pytest.mark.parametrize(
+    ("depth", "message"),
+    [
+        ("stak", "'stak' is not a choice; did you mean 'stack'"),
+        ([0, "1"], "is not a list of layers counted from 0"),
+        ([0, -1], "is not a list of layers counted from 0"),
+        (3, "3 is not a list of layers counted from 0"),
+    ],
+)
+def test_a_depth_that_is_neither_a_rule_nor_a_list_is_one_problem(depth: Any, message: str) -> None:
+    with pytest.raises(ValidationError, match=message) as error:
+        growth(depth=depth)
+    assert error.value.error_count() == 1
 
 
 def test_more_groups_for_the_same_query_heads_keep_the_function_unless_keys_come_from_above(tmp_path: Path) -> None:
@@ -210,18 +334,29 @@ def test_more_groups_for_the_same_query_heads_keep_the_function_unless_keys_come
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("qkv_bias", [False, True])
-@pytest.mark.parametrize("noise", [0.0, 0.5])
+@pytest.mark.parametrize(
+    ("options", "sizes"),
+    [
+        ({"noise": 0.0}, {"hidden_size": 40, "num_attention_heads": 10}),
+        ({"noise": 0.5}, {"hidden_size": 40, "num_attention_heads": 10}),
+        ({"maps": "sampled", "noise": 0.5}, {"hidden_size": 72, "num_attention_heads": 12, "num_key_value_heads": 4}),
+        ({"method": "lemon", "norm": "zero_pad", "noise": 0.5}, {"hidden_size": 40, "num_attention_heads": 10}),
+        ({"method": "hypercloning", "norm": "copy", "noise": 0.5}, {"hidden_size": 64, "intermediate_size": 24}),
+        ({"depth": [0, 0, 1]}, {"hidden_size": 40, "head_dim": 8, "vocab_size": 40}),
+    ],
+    ids=["fpi", "noise", "sampled", "lemon", "hypercloning", "head_dim and vocabulary"],
+)
 def test_transformers_agrees_that_source_and_grown_checkpoint_are_one_function(
-    noise: float, qkv_bias: bool, tied: bool, tmp_path: Path
+    options: dict[str, Any], sizes: dict[str, int], qkv_bias: bool, tied: bool, tmp_path: Path
 ) -> None:
     from transformers import AutoModelForCausalLM
 
     source = model(hidden_size=32, head_dim=4, qkv_bias=qkv_bias, tie_word_embeddings=tied)
-    target = source.model_copy(
-        update={"hidden_size": 40, "intermediate_size": 15, "num_attention_heads": 10, "num_hidden_layers": 3}
-    )
+    how = growth(**{"new_layers": "zero", **options})
+    target = padded(source, how, **{"intermediate_size": 15, "num_hidden_layers": 3, **sizes})
     write_source(tmp_path / "source", source, torch.float32)
-    grow(tmp_path, target, growth(noise=noise, new_layers="zero"))
+    assert rules.preserves(how, source, target)
+    grow(tmp_path, target, how)
     tokens_bt = torch.arange(24).view(2, 12) * 5 % 32
     with torch.no_grad():
         before, after = (
@@ -229,7 +364,7 @@ def test_transformers_agrees_that_source_and_grown_checkpoint_are_one_function(
             for name in ("source", "target")
         )
     assert before.abs().max() > 0.5
-    torch.testing.assert_close(after, before, atol=1e-4, rtol=0)
+    torch.testing.assert_close(after[..., :32], before, atol=1e-5 * before.abs().max().item(), rtol=0)
 
 
 def mark_layers(directory: Path, config: ModelConfig) -> None:
@@ -281,6 +416,27 @@ def test_new_rows_come_from_the_layer_above_and_old_rows_from_the_layer(method: 
             torch.testing.assert_close(grown, expected, atol=0, rtol=0, msg=f"layer {layer}, {role}")
 
 
+@pytest.mark.parametrize("method", ["aki", "aki_pro"])
+@pytest.mark.parametrize("scope", ["inner", "transplant"])
+def test_inner_scopes_leave_what_is_written_to_the_residual_stream_to_the_layer(
+    scope: str, method: str, tmp_path: Path
+) -> None:
+    source, target = model(num_hidden_layers=3), model(num_hidden_layers=3, **AKI_SIZES)
+    mark_layers(tmp_path / "source", source)
+    grow(tmp_path, target, growth(method=method, norm="copy", scope=scope))
+    up, down, o_proj = (
+        tensor(tmp_path / "target", names.layer_name(target, 0, role))
+        for role in (names.UP, names.DOWN, names.O_WEIGHT)
+    )
+    assert up[:12, 2].eq(1).all()  # channel 2 has one copy: what is read of it is what the source read
+    assert up[12:, 2].eq(2).all()
+    fan_out = 2.0 if scope == "transplant" else 1.0
+    copies_of_neurons, copies_of_heads = [0.5] * 4 + [1.0] * 8 + [fan_out / 2] * 4, [0.5] + [1.0] * 3 + [fan_out / 2]
+    assert down.unique(dim=0).tolist() == [copies_of_neurons]
+    heads = [share for share in copies_of_heads * 2 for _ in range(4)]
+    assert o_proj.unique(dim=0).tolist() == [heads]
+
+
 def test_new_groups_of_keys_come_from_the_layer_above_in_aki_and_from_their_own_in_aki_pro(tmp_path: Path) -> None:
     source, target = model(), model(num_attention_heads=16, num_key_value_heads=4)
     mark_layers(tmp_path / "source", source)
@@ -292,10 +448,15 @@ def test_new_groups_of_keys_come_from_the_layer_above_in_aki_and_from_their_own_
 
 @pytest.mark.parametrize(
     ("depth", "origins", "uppers"),
-    [("interpolate", [1, 1, 2, 2, 3], [2, 2, 3, 3, 3]), ("stack", [1, 2, 3, 1, 2], [2, 3, 3, 2, 3])],
+    [
+        ("interpolate", [1, 1, 2, 2, 3], [2, 2, 3, 3, 3]),
+        ("stack", [1, 2, 3, 1, 2], [2, 3, 3, 2, 3]),
+        ("stack_top", [1, 2, 3, 2, 3], [2, 3, 3, 3, 3]),
+        ([0, 2, 2, 1, 0], [1, 3, 3, 2, 1], [2, 3, 3, 3, 2]),
+    ],
 )
 def test_the_layer_above_is_one_of_the_source_whatever_the_depth(
-    depth: str, origins: list[int], uppers: list[int], tmp_path: Path
+    depth: str | list[int], origins: list[int], uppers: list[int], tmp_path: Path
 ) -> None:
     mark_layers(tmp_path / "source", model(num_hidden_layers=3))
     target = model(num_hidden_layers=5, intermediate_size=13)
@@ -429,10 +590,12 @@ def test_a_new_method_is_one_file_and_one_yaml(tmp_path: Path, monkeypatch: pyte
     (folder / "quiet.py").write_text(
         "def grow(layer, upper_layer, width):\n"
         "    return {role: 0 * width.copy(role, tensor) for role, tensor in layer.items()}\n"
-        "def keeps_function(units, num_layers):\n"
+        "def keeps_function(units, num_layers, growth):\n"
         "    return False\n"
     )
-    (tmp_path / "quiet.yaml").write_text("{method: quiet, norm: exact, noise: 0, depth: stack, new_layers: copy}")
+    (tmp_path / "quiet.yaml").write_text(
+        "{method: quiet, scope: all, norm: exact, maps: circular, noise: 0, depth: stack, new_layers: copy}"
+    )
     with pytest.raises(ValueError, match="'quiet' is not in growth/methods"):
         growth(method="quiet")
     monkeypatch.setattr(plugins, "PACKAGE_ROOT", tmp_path / "package")
@@ -475,8 +638,9 @@ def test_rules_and_methods_answer_without_torch() -> None:
         ({"num_attention_heads": 4}, "num_attention_heads: target 4 is smaller than the source's 8; "),
         ({"num_key_value_heads": 1}, "num_key_value_heads: target 1 is smaller than the source's 2; "),
         ({"max_position_embeddings": 16}, "max_position_embeddings: target 16 is smaller than the source's 32; "),
-        ({"head_dim": 8}, "head_dim: target 8, source 4; a scale-up cannot change it, keep the source's"),
-        ({"vocab_size": 64}, "vocab_size: target 64, source 32; a scale-up cannot change it"),
+        ({"head_dim": 2}, "head_dim: target 2 is smaller than the source's 4; "),
+        ({"head_dim": 6}, "head_dim: target 6, source 4; .* at integer ratios only, use 4 or 8"),
+        ({"vocab_size": 31}, "vocab_size: target 31 is smaller than the source's 32; "),
         ({"rope_theta": 1e6}, "rope_theta: target 1000000.0, source 10000.0; "),
         ({"rms_norm_eps": 1e-6}, "rms_norm_eps: target 1e-06, source 1e-05; "),
         ({"qkv_bias": False}, "qkv_bias: target False, source True; "),

@@ -1,6 +1,6 @@
 """Every configuration model. They are frozen, refuse unknown keys, and have no defaults: YAML has them."""
 
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import (
     BaseModel,
@@ -12,6 +12,7 @@ from pydantic import (
 )
 
 from aquilamoe.config import plugins
+from aquilamoe.config.messages import nearest
 
 
 def _refuse_bool(value: Any) -> Any:
@@ -28,6 +29,7 @@ NonNegativeInt = Annotated[Int, Field(ge=0)]
 PositiveFloat = Annotated[Float, Field(gt=0.0)]
 NonNegativeFloat = Annotated[Float, Field(ge=0.0)]
 Fraction = Annotated[Float, Field(ge=0.0, le=1.0)]
+DepthRule = Literal["interpolate", "stack", "stack_top"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]  # it names files
 
 
@@ -164,15 +166,36 @@ class GrowthConfig(Config):
     """How a dense model becomes a larger dense model (METHODS: width, depth)."""
 
     method: str  # a file in growth/methods
-    norm: Literal["exact", "copy"]
+    scope: Literal["all", "inner", "transplant"]
+    norm: Literal["exact", "zero_pad", "copy"]
+    maps: Literal["circular", "sampled"]
     noise: NonNegativeFloat
-    depth: Literal["interpolate", "stack"]
+    depth: DepthRule | tuple[NonNegativeInt, ...]  # a list is the source's layer of every target layer
     new_layers: Literal["copy", "zero", "scaled"]
 
     @field_validator("method")
     @classmethod
     def _check_method(cls, method: str) -> str:
         return plugins.check("growth/methods", method)
+
+    @field_validator("depth", mode="before")
+    @classmethod
+    def _check_depth(cls, depth: Any) -> Any:
+        """One line instead of a problem for each member of the union."""
+        if isinstance(depth, str) and depth not in get_args(DepthRule):
+            raise ValueError(f"'{depth}' is not a choice; {nearest(depth, get_args(DepthRule))}, or a list of layers")
+        if not isinstance(depth, str) and not (
+            isinstance(depth, (list, tuple)) and all(type(layer) is int and layer >= 0 for layer in depth)
+        ):
+            raise ValueError(f"{depth!r} is not a list of layers counted from 0; write e.g. [0, 0, 1, 2]")
+        return depth
+
+    def grown_eps(self, source: ModelConfig, hidden_size: int) -> float:
+        """`rms_norm_eps` of the target: a norm over padded channels divides by a smaller mean square (METHODS 2)."""
+        if self.norm != "zero_pad":
+            return source.rms_norm_eps
+        copied = hidden_size // source.hidden_size * source.hidden_size
+        return source.rms_norm_eps * copied / hidden_size
 
 
 class UpcyclingConfig(Config):

@@ -14,8 +14,10 @@ from aquilamoe.weights.huggingface import load_model
 def certify(
     source: Path, target: Path, tokens_bt: Tensor, preserving: bool, tolerance: float
 ) -> dict[str, float | int | bool]:
-    """Compare two checkpoints of one vocabulary on `tokens_bt` (int64, of which the last column is only predicted).
+    """Compare two checkpoints on `tokens_bt` (int64, of which the last column is only predicted).
 
+    The target may have further tokens: logits are compared on the source's vocabulary, while `kl` and `target_loss`
+    count the probability that the further ones take.
     Both are computed in float32, a sequence at a time. Returned: `max_abs_dlogit`; `kl`, the mean of
     KL(source || target) in nats/token; `source_loss` and `target_loss` in nats/token; `tokens` (predicted);
     `preserving` and `tolerance` as given; `passed`: whether the claim holds, true for a growth that claims nothing.
@@ -26,10 +28,11 @@ def certify(
     sums = torch.zeros(3, dtype=torch.float64)  # kl, source loss, target loss
     for row_1t in tokens_bt.split(1):
         source_tv, target_tv = (model(row_1t[:, :-1])[0][0] for model in models)
-        worst = torch.maximum(worst, (source_tv - target_tv).abs().max())
+        vocabulary = source_tv.shape[1]
+        worst = torch.maximum(worst, (source_tv - target_tv[:, :vocabulary]).abs().max())
         source_tv, target_tv = source_tv.log_softmax(dim=-1), target_tv.log_softmax(dim=-1)
         # Rounding alone could make it negative.
-        kl = F.kl_div(target_tv, source_tv, reduction="sum", log_target=True).clamp(min=0.0)
+        kl = F.kl_div(target_tv[:, :vocabulary], source_tv, reduction="sum", log_target=True).clamp(min=0.0)
         losses = [F.nll_loss(log_probs_tv, row_1t[0, 1:], reduction="sum") for log_probs_tv in (source_tv, target_tv)]
         sums += torch.stack([kl, *losses]).double()
     count = tokens_bt.shape[0] * (tokens_bt.shape[1] - 1)

@@ -1,8 +1,11 @@
 """What can be grown into what, and which growths keep the function: answers without torch, for plans and messages."""
 
+import math
+
 from aquilamoe.config import plugins
 from aquilamoe.config.messages import UserError
 from aquilamoe.config.schema import GrowthConfig, ModelConfig, UpcyclingConfig
+from aquilamoe.growth.depth import map_layers
 from aquilamoe.growth.units import map_units
 
 _WIDTHS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
@@ -14,7 +17,7 @@ _FREE = ("max_position_embeddings", "initializer_range")
 def check(source: ModelConfig, target: ModelConfig, growth: GrowthConfig | UpcyclingConfig) -> None:
     """Raise UserError when the source cannot become the target: larger and dense, or (upcycling) with experts."""
     if isinstance(growth, GrowthConfig):
-        _check_scale_up(source, target)
+        _check_scale_up(source, target, growth)
     else:
         _check_scale_out(source, target)
 
@@ -27,28 +30,78 @@ def preserves(growth: GrowthConfig | UpcyclingConfig, source: ModelConfig, targe
     if isinstance(growth, UpcyclingConfig):
         # Gates that sum to 1 over equal experts, whatever the router says.
         return growth.method == "copy"
-    units = map_units(source, target)
     method = plugins.load("growth/methods", growth.method)
     # Plain copies change the mean square that a norm divides by, unless every channel has as many as the ratio says.
-    keeps_norms = growth.norm == "exact" or target.hidden_size % source.hidden_size == 0
-    keeps_depth = growth.new_layers == "zero" or target.num_hidden_layers == source.num_hidden_layers
-    return keeps_norms and keeps_depth and bool(method.keeps_function(units, source.num_hidden_layers))
+    keeps_norms = growth.norm != "copy" or target.hidden_size % source.hidden_size == 0
+    units = map_units(source, target, growth)
+    keeps_width = keeps_norms and bool(method.keeps_function(units, source.num_hidden_layers, growth))
+    return keeps_width and _keeps_depth(source, target, growth)
 
 
-def _check_scale_up(source: ModelConfig, target: ModelConfig) -> None:
+def _keeps_depth(source: ModelConfig, target: ModelConfig, growth: GrowthConfig) -> bool:
+    """Whether the first copies of all layers are in order, and what is between them is silent."""
+    layers = map_layers(source, target, growth)
+    originals = [layer for layer, is_new in zip(layers.sources, layers.is_new, strict=True) if not is_new]
+    if originals != list(range(source.num_hidden_layers)):
+        return False
+    return growth.new_layers == "zero" or not layers.has_new
+
+
+def _check_scale_up(source: ModelConfig, target: ModelConfig, growth: GrowthConfig) -> None:
     if source.is_moe or target.is_moe:
         raise UserError(
             f"num_experts: target {target.num_experts}, source {source.num_experts}; a scale-up makes dense models of "
             "dense models, leave num_experts out and add experts in a scale_out stage"
         )
-    grows = (*_WIDTHS, "num_hidden_layers", "max_position_embeddings")
+    grows = (*_WIDTHS, "num_hidden_layers", "head_dim", "vocab_size", "max_position_embeddings")
     for field in grows:
         _check_not_smaller(field, source, target, "scale-up")
     for field in ModelConfig.model_fields:
-        if field not in grows and field not in _FREE:
+        if field not in (*grows, "rms_norm_eps") and field not in _FREE:
             _check_kept(field, source, target, "a scale-up cannot change it, keep the source's")
-    if not map_units(source, target).q_heads.is_onto:
+    _check_eps(source, target, growth)
+    _check_head_dim(source, target)
+    _check_layers(source, target, growth)
+    if not map_units(source, target, growth).q_heads.is_onto:
         _refuse_heads(source, target)
+    method = plugins.load("growth/methods", growth.method)
+    if hasattr(method, "check"):
+        method.check(source, target, growth)
+
+
+def _check_eps(source: ModelConfig, target: ModelConfig, growth: GrowthConfig) -> None:
+    expected = growth.grown_eps(source, target.hidden_size)
+    if growth.norm != "zero_pad":
+        _check_kept("rms_norm_eps", source, target, "a scale-up cannot change it, keep the source's")
+    elif not math.isclose(target.rms_norm_eps, expected, rel_tol=1e-9):
+        raise UserError(
+            f"rms_norm_eps: target {target.rms_norm_eps}, source {source.rms_norm_eps}; norm zero_pad from hidden_size "
+            f"{source.hidden_size} to {target.hidden_size} changes it, set rms_norm_eps to {expected!r}"
+        )
+
+
+def _check_head_dim(source: ModelConfig, target: ModelConfig) -> None:
+    old, new = source.head_dim, target.head_dim
+    if new % old:
+        raise UserError(
+            f"head_dim: target {new}, source {old}; rotary frequencies fit into each other at integer ratios only, use "
+            f"{new // old * old} or {(new // old + 1) * old}"
+        )
+
+
+def _check_layers(source: ModelConfig, target: ModelConfig, growth: GrowthConfig) -> None:
+    if isinstance(growth.depth, str):
+        return
+    if len(growth.depth) != target.num_hidden_layers:
+        raise UserError(
+            f"growth.depth: {len(growth.depth)} layers in the list, num_hidden_layers is {target.num_hidden_layers}; "
+            "list one layer of the source for each layer of the target"
+        )
+    if max(growth.depth) >= source.num_hidden_layers:
+        raise UserError(
+            f"growth.depth: layer {max(growth.depth)} in the list, the source has {source.num_hidden_layers} layers; "
+            f"count them from 0 to {source.num_hidden_layers - 1}"
+        )
 
 
 def _check_scale_out(source: ModelConfig, target: ModelConfig) -> None:

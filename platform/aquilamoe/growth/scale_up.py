@@ -59,10 +59,10 @@ def _grow(reader: Reader, source: ModelConfig, target: ModelConfig, growth: Grow
     """Yield every tensor of the target in file order."""
     method = plugins.load("growth/methods", growth.method)
     dtype = compute_dtype(reader.dtype(names.EMBEDDING))
-    layers = depth.RULES[growth.depth](source.num_hidden_layers, target.num_hidden_layers)
+    layers = depth.map_layers(source, target, growth)
     roles, outer = names.role_shapes(target), names.outer_shapes(target)
     width = Width(
-        units=map_units(source, target),
+        units=map_units(source, target, growth, seed),
         growth=growth,
         shapes=roles | outer,
         tied=target.tie_word_embeddings,

@@ -4,19 +4,30 @@ A unit is a channel of the residual stream, a neuron of the feed-forward, an att
 whole layer. Everything here is arithmetic on integers; tensors are grown by these maps in `growth.width`.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cached_property
+from random import Random
 
-from aquilamoe.config.schema import ModelConfig
+from aquilamoe.config.schema import GrowthConfig, ModelConfig
 from aquilamoe.weights import names
 
 
 @dataclass(frozen=True)
 class UnitMap:
-    """A map g from target units to source units: target unit i copies source unit `sources[i]`."""
+    """A map g from target units to source units: target unit i copies source unit `sources[i]`.
+
+    Behind the copies come `padding` units that copy nothing. They are always zero, until training finds a use for them.
+    """
 
     sources: tuple[int, ...]
     num_sources: int
+    padding: int = 0
+
+    @property
+    def size(self) -> int:
+        """Number of target units."""
+        return len(self.sources) + self.padding
 
     @cached_property
     def counts(self) -> tuple[int, ...]:
@@ -28,12 +39,12 @@ class UnitMap:
 
     @cached_property
     def copies(self) -> tuple[int, ...]:
-        """Of each target unit: how many target units copy the same source unit, itself included."""
+        """Of each copy: how many target units copy the same source unit, itself included."""
         return tuple(self.counts[source] for source in self.sources)
 
     @cached_property
     def is_new(self) -> tuple[bool, ...]:
-        """Of each target unit: whether an earlier one is already the copy of its source unit."""
+        """Of each copy: whether an earlier one already copies the same source unit."""
         seen: set[int] = set()
         fresh = []
         for source in self.sources:
@@ -47,7 +58,7 @@ class UnitMap:
 
     @cached_property
     def is_identity(self) -> bool:
-        return self.sources == tuple(range(self.num_sources))
+        return not self.padding and self.sources == tuple(range(self.num_sources))
 
     @property
     def is_onto(self) -> bool:
@@ -60,26 +71,54 @@ def circular(num_sources: int, num_targets: int) -> UnitMap:
     return UnitMap(tuple(target % num_sources for target in range(num_targets)), num_sources)
 
 
-def query_heads(source: tuple[int, int], target: tuple[int, int]) -> UnitMap:
+def sampled(num_sources: int, num_targets: int, random: Random) -> UnitMap:
+    """Target unit i copies source unit i; further units copy random ones, as evenly as in `circular`.
+
+    Every round of further units is drawn without replacement, so that what depends on the numbers of copies alone (is a
+    norm exact, does every head have a place) depends on the sizes and not on the seed.
+    """
+    sources = list(range(num_sources))
+    while len(sources) < num_targets:
+        sources += random.sample(range(num_sources), num_sources)
+    return UnitMap(tuple(sources[:num_targets]), num_sources)
+
+
+Spread = Callable[[int, int], UnitMap]
+
+
+def query_heads(
+    source: tuple[int, int], target: tuple[int, int], groups: UnitMap, spread: Spread = circular
+) -> UnitMap:
     """Map query heads so that all heads of a target group come from the source group whose key and value it copies.
 
-    `source` and `target` are (query heads, key-value heads), a multiple of each other. Groups are copied circularly.
-    With as many groups as before, head (group j, slot s) copies head (j, s mod slots); a further copy of a group goes
-    on counting slots where the previous copy of it stopped, so that copies with fewer slots cover the group together.
+    `source` and `target` are (query heads, key-value heads), a multiple of each other; `groups` maps the latter. The
+    slots of a source group are spread over all slots of its copies: with as many groups as before, head (group j, slot
+    s) copies head (j, s mod slots) by the circular spread, and copies with fewer slots cover the group together.
     """
     source_slots, target_slots = source[0] // source[1], target[0] // target[1]
+    slots = [list(spread(source_slots, count * target_slots).sources) for count in groups.counts]
     heads = []
-    for group in range(target[1]):
-        source_group, copy = group % source[1], group // source[1]
-        first = copy * target_slots
-        heads += [source_group * source_slots + (first + slot) % source_slots for slot in range(target_slots)]
+    for group in groups.sources:
+        heads += [group * source_slots + slot for slot in slots[group][:target_slots]]
+        del slots[group][:target_slots]
     return UnitMap(tuple(heads), source[0])
 
 
-def channels(heads: UnitMap, head_dim: int) -> UnitMap:
-    """Expand a map of heads to the channels of their projections: a head is copied whole, channels in order."""
-    sources = tuple(head * head_dim + channel for head in heads.sources for channel in range(head_dim))
-    return UnitMap(sources, heads.num_sources * head_dim)
+def channels(heads: UnitMap, inside: UnitMap) -> UnitMap:
+    """Expand a map of heads to the channels of their projections; `inside` maps the channels of one head."""
+    sources = tuple(head * inside.num_sources + channel for head in heads.sources for channel in inside.sources)
+    return UnitMap(sources, heads.num_sources * inside.num_sources)
+
+
+def rotary_channels(head_dim: int, ratio: int) -> UnitMap:
+    """Map the channels of a query or key head that grows `ratio` times, in Hugging Face's half-split pairing.
+
+    Pair i turns at the frequency that pair `ratio * i` of the target has, and goes there. The pairs between are its
+    further copies: queries leave them silent, so that keys may have anything there (METHODS section 2).
+    """
+    pairs = head_dim // 2
+    sources = tuple(half * pairs + pair // ratio for half in (0, 1) for pair in range(pairs * ratio))
+    return UnitMap(sources, head_dim)
 
 
 # The spaces that the rows (outputs) and the columns (inputs) of each tensor live in, by role: one map per space is what
@@ -87,10 +126,10 @@ def channels(heads: UnitMap, head_dim: int) -> UnitMap:
 _ROWS = {
     names.Q_WEIGHT: "q_channels",
     names.Q_BIAS: "q_channels",
-    names.K_WEIGHT: "kv_channels",
-    names.K_BIAS: "kv_channels",
-    names.V_WEIGHT: "kv_channels",
-    names.V_BIAS: "kv_channels",
+    names.K_WEIGHT: "k_channels",
+    names.K_BIAS: "k_channels",
+    names.V_WEIGHT: "v_channels",
+    names.V_BIAS: "v_channels",
     names.O_WEIGHT: "residual",
     names.GATE: "ffn",
     names.UP: "ffn",
@@ -100,7 +139,7 @@ _COLUMNS = {
     names.Q_WEIGHT: "residual",
     names.K_WEIGHT: "residual",
     names.V_WEIGHT: "residual",
-    names.O_WEIGHT: "q_channels",
+    names.O_WEIGHT: "mixed_channels",
     names.GATE: "residual",
     names.UP: "residual",
     names.DOWN: "ffn",
@@ -110,24 +149,37 @@ _COLUMNS = {
 
 @dataclass(frozen=True)
 class Units:
-    """The unit maps of one growth in width. All layers share them."""
+    """The unit maps of one growth in width. All layers share them.
+
+    `rotary` maps the channels inside a query or key head, `plain` those inside a value head.
+    """
 
     residual: UnitMap
     ffn: UnitMap
     q_heads: UnitMap
     kv_heads: UnitMap
-    head_dim: int
+    rotary: UnitMap
+    plain: UnitMap
 
     @cached_property
     def q_channels(self) -> UnitMap:
-        return channels(self.q_heads, self.head_dim)
+        return channels(self.q_heads, self.rotary)
 
     @cached_property
-    def kv_channels(self) -> UnitMap:
-        return channels(self.kv_heads, self.head_dim)
+    def k_channels(self) -> UnitMap:
+        return channels(self.kv_heads, self.rotary)
+
+    @cached_property
+    def v_channels(self) -> UnitMap:
+        return channels(self.kv_heads, self.plain)
+
+    @cached_property
+    def mixed_channels(self) -> UnitMap:
+        """Of the values, mixed by every query head: what o_proj reads."""
+        return channels(self.q_heads, self.plain)
 
     def rows(self, role: str) -> UnitMap | None:
-        """Map of the rows of a projection or the entries of its bias; None where rows do not grow (the head)."""
+        """Map of the rows of a projection or the entries of its bias; None where rows are no units (the head)."""
         return getattr(self, _ROWS[role]) if role in _ROWS else None
 
     def columns(self, role: str) -> UnitMap | None:
@@ -137,17 +189,34 @@ class Units:
     @property
     def is_identity(self) -> bool:
         """Whether nothing grows in width."""
-        return all(space.is_identity for space in (self.residual, self.ffn, self.q_heads, self.kv_heads))
+        spaces = (self.residual, self.ffn, self.q_heads, self.kv_heads, self.rotary)
+        return all(space.is_identity for space in spaces)
 
 
-def map_units(source: ModelConfig, target: ModelConfig) -> Units:
-    """All unit maps from one model to another with the same head_dim."""
+def map_units(source: ModelConfig, target: ModelConfig, growth: GrowthConfig, seed: int = 0) -> Units:
+    """All unit maps of a growth in width. The seed decides sampled maps, and nothing that a claim depends on.
+
+    head_dim grows by an integer, all else to any larger size.
+    """
+
+    def spread(space: str) -> Spread:
+        if growth.maps == "circular":
+            return circular
+        random = Random(f"{seed}/{space}")
+        return lambda old, new: sampled(old, new, random)
+
     source_heads = (source.num_attention_heads, source.num_key_value_heads)
     target_heads = (target.num_attention_heads, target.num_key_value_heads)
+    copied = target.hidden_size
+    if growth.norm == "zero_pad":
+        copied -= target.hidden_size % source.hidden_size
+    residual = spread("residual")(source.hidden_size, copied)
+    kv_heads = spread("kv_heads")(source_heads[1], target_heads[1])
     return Units(
-        residual=circular(source.hidden_size, target.hidden_size),
-        ffn=circular(source.intermediate_size, target.intermediate_size),
-        q_heads=query_heads(source_heads, target_heads),
-        kv_heads=circular(source.num_key_value_heads, target.num_key_value_heads),
-        head_dim=source.head_dim,
+        residual=replace(residual, padding=target.hidden_size - copied),
+        ffn=spread("ffn")(source.intermediate_size, target.intermediate_size),
+        q_heads=query_heads(source_heads, target_heads, kv_heads, spread("q_heads")),
+        kv_heads=kv_heads,
+        rotary=rotary_channels(source.head_dim, target.head_dim // source.head_dim),
+        plain=circular(source.head_dim, target.head_dim),
     )

@@ -39,28 +39,36 @@ class Width:
     place: str
     dtype: torch.dtype
 
-    def copy(self, role: str, tensor: Tensor, new_rows: Tensor | None = None) -> Tensor:
-        """Grow one tensor so that the network keeps its function, as long as `new_rows` is not given.
+    def copy(
+        self, role: str, tensor: Tensor, new_rows: Tensor | None = None, new_columns: Tensor | None = None
+    ) -> Tensor:
+        """Grow one tensor so that the network keeps its function, as long as nothing *new* is given.
 
         tensor: the source's tensor of this role.
-        new_rows: a tensor of the same shape that the rows of *new* units (further copies) are taken from instead.
-            Ignored where rows do not grow: embedding, head and norms.
+        new_rows, new_columns: tensors of the same shape that the rows and the columns of new units (further copies) are
+            taken from instead. Ignored where they are no units: in embedding, head and norms.
         """
         if role in _NORMS:
-            return _take(tensor, 0, self.units.residual) * self._gain_factor(final=role == names.FINAL_NORM)
+            return self._copy_gain(role, tensor)
+        if role in (names.EMBEDDING, names.HEAD):
+            tensor = _pad_vocabulary(tensor, self.shapes[role][0])
         if role == names.EMBEDDING:
-            return _take(tensor, 1, self.units.residual) * self._residual_factor
+            return _pad_with_zeros(_take(tensor, 1, self.units.residual) * self._residual_factor, self.shapes[role])
         rows, columns = self.units.rows(role), self.units.columns(role)
-        grown = _take(_read(tensor, columns), 0, rows)
+        grown = _take(_read(tensor, columns, new_columns), 0, rows)
         if new_rows is not None and rows is not None and rows.has_new:
             new = torch.tensor(rows.is_new)
             grown[new] = _read(new_rows[torch.tensor(rows.sources)[new]], columns)
         if self.growth.noise > 0 and columns is not None and columns.has_new:
-            size = self.growth.noise * tensor.square().mean().sqrt()
-            grown = grown + size * noise.antisymmetric(grown.shape[0], columns, self.dtype, self._random(role))
+            noisy = noise.antisymmetric(grown.shape[0], columns, self.dtype, self._random(role))
+            grown = grown + self.growth.noise * _rms(tensor) * noisy
+        if columns is not None and columns.padding:
+            grown = torch.cat([grown, self._read_padding(role, grown.shape[0], _rms(tensor), columns)], dim=1)
+        if role in (names.Q_WEIGHT, names.Q_BIAS) and not self.units.rotary.is_identity:
+            grown = (grown.movedim(0, -1) * self._query_factor).movedim(-1, 0)
         if role in (names.O_WEIGHT, names.DOWN):
             grown = grown * self._residual_factor[:, None]
-        return grown
+        return _pad_with_zeros(grown, self.shapes[role])
 
     def draw(self, role: str) -> Tensor:
         """A fresh tensor as a model starts with: matrices normal with `initializer_range`, biases zero, gains one."""
@@ -73,34 +81,78 @@ class Width:
     def _random(self, role: str) -> torch.Generator:
         return noise.generator(self.seed, self.place + role)
 
-    @cached_property
-    def _residual_factor(self) -> Tensor:
-        """alpha of every target channel: copy i of channel j carries alpha_i * x_j, for the sake of the mean square."""
-        residual = self.units.residual
-        copies = torch.tensor(residual.copies, dtype=self.dtype)
-        if self.growth.norm == "copy":
-            return torch.ones_like(copies)
-        return (len(residual.sources) / residual.num_sources / copies).sqrt()
-
-    def _gain_factor(self, final: bool) -> Tensor:
-        """What the gain of every target channel is multiplied by, so that readers see equal copies.
+    def _copy_gain(self, role: str, gain: Tensor) -> Tensor:
+        """Gains of a norm, changed so that readers see equal copies; the gain of padding multiplies zeros.
 
         A tied head cannot divide its columns by the number of copies, for they are the embedding's: the final norm
         does it, and takes back the alpha that those columns carry.
         """
-        if final and self.tied:
-            return 1 / (self._residual_factor.square() * torch.tensor(self.units.residual.copies, dtype=self.dtype))
-        return 1 / self._residual_factor
+        residual = self.units.residual
+        # Padding is counted by the mean square that the norm divides by.
+        share = (len(residual.sources) / residual.size) ** 0.5
+        factor = share / self._residual_factor
+        if role == names.FINAL_NORM and self.tied:
+            factor = share / (self._residual_factor.square() * torch.tensor(residual.copies, dtype=self.dtype))
+        return torch.cat([_take(gain, 0, residual) * factor, torch.ones(residual.padding, dtype=self.dtype)])
+
+    def _read_padding(self, role: str, rows: int, rms: float, columns: UnitMap) -> Tensor:
+        """Weights on inputs that are zero: free, so random, and as large as those on copies."""
+        size = rms * columns.num_sources / len(columns.sources)
+        return noise.normal((rows, columns.padding), size, self.dtype, self._random(f"{role}/padding"))
+
+    @cached_property
+    def _residual_factor(self) -> Tensor:
+        """alpha of every copied channel: copy i of channel j carries alpha_i * x_j, for the sake of the mean square."""
+        residual = self.units.residual
+        copies = torch.tensor(residual.copies, dtype=self.dtype)
+        if self.growth.norm != "exact":
+            return torch.ones_like(copies)
+        return (len(residual.sources) / residual.num_sources / copies).sqrt()
+
+    @cached_property
+    def _query_factor(self) -> Tensor:
+        """Of every query channel: attention divides by the root of head_dim, and pairs between the old are silent."""
+        inside = self.units.rotary
+        factor = (len(inside.sources) / inside.num_sources) ** 0.5
+        of_head = torch.tensor([0.0 if new else factor for new in inside.is_new], dtype=self.dtype)
+        return of_head.repeat(len(self.units.q_heads.sources))
 
 
-def _read(tensor: Tensor, columns: UnitMap | None) -> Tensor:
+def _rms(tensor: Tensor) -> float:
+    return tensor.square().mean().sqrt().item()
+
+
+def _read(tensor: Tensor, columns: UnitMap | None, new_columns: Tensor | None = None) -> Tensor:
     """Grow the input side: every copy of a unit reads its share, so that their sum is what the unit was read with."""
     if columns is None or columns.is_identity:
         return tensor
-    return _take(tensor / torch.tensor(columns.counts, dtype=tensor.dtype), 1, columns)
+    read = _take(tensor / torch.tensor(columns.counts, dtype=tensor.dtype), 1, columns)
+    if new_columns is not None and columns.has_new:
+        new = torch.tensor(columns.is_new)
+        read[:, new] = _read(new_columns, columns)[:, new]
+    return read
 
 
 def _take(tensor: Tensor, dim: int, units: UnitMap | None) -> Tensor:
+    """Copies of the units of one dimension, without padding."""
     if units is None or units.is_identity:
         return tensor
     return tensor.index_select(dim, torch.tensor(units.sources))
+
+
+def _pad_vocabulary(tensor: Tensor, size: int) -> Tensor:
+    """New tokens get the mean of the old rows.
+
+    Logits of the old tokens stay, and by Jensen's inequality a new token takes no more probability than the mean old
+    one: the KL divergence of the predictions is at most log(1 + new / old) nats.
+    """
+    old = tensor.shape[0]
+    return tensor if size == old else torch.cat([tensor, tensor.mean(dim=0, keepdim=True).expand(size - old, -1)])
+
+
+def _pad_with_zeros(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    if tuple(tensor.shape) == shape:
+        return tensor
+    padded = torch.zeros(shape, dtype=tensor.dtype)
+    padded[tuple(slice(size) for size in tensor.shape)] = tensor
+    return padded

@@ -1,20 +1,39 @@
-"""Advanced knowledge initialisation (bert2BERT, arXiv 2110.07143): new units are copies from the layer above."""
+"""Advanced knowledge initialisation (bert2BERT, arXiv 2110.07143): new units are copies from the layer above.
+
+`growth.scope` says how far that goes. `all`: every new row of every projection, which is the paper's formula; `inner`:
+new heads and neurons only, while the rows that write to the residual stream stay the layer's own; `transplant`: as
+`inner`, and what reads the new heads and neurons comes from the layer above with them.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from aquilamoe.config.schema import GrowthConfig
 from aquilamoe.growth.units import Units
+from aquilamoe.weights import names
 
 if TYPE_CHECKING:  # plans ask `keeps_function`, and they do not wait for torch
-    from aquilamoe.growth.width import Tensors, Width
+    from aquilamoe.growth.width import Tensor, Tensors, Width
+
+WRITERS = (names.O_WEIGHT, names.DOWN)
 
 
 def grow(layer: Tensors, upper_layer: Tensors, width: Width) -> Tensors:
-    """Take old rows of every projection from the layer, new rows from the layer above; the rest as in `fpi`."""
-    return {role: width.copy(role, tensor, new_rows=upper_layer[role]) for role, tensor in layer.items()}
+    """Take what is old from the layer, what is new from the layer above; the rest as in `fpi`."""
+    return {role: advance(role, tensor, upper_layer[role], width) for role, tensor in layer.items()}
 
 
-def keeps_function(units: Units, num_layers: int) -> bool:
-    """Only where there are no new rows to take, or no layer above: then it is `fpi`."""
-    return units.is_identity or num_layers == 1
+def advance(role: str, tensor: Tensor, upper: Tensor, width: Width) -> Tensor:
+    """Grow one tensor with its namesake in the layer above, by `scope`."""
+    if role not in WRITERS or width.growth.scope == "all":
+        return width.copy(role, tensor, new_rows=upper)
+    return width.copy(role, tensor, new_columns=upper if width.growth.scope == "transplant" else None)
+
+
+def keeps_function(units: Units, num_layers: int, growth: GrowthConfig) -> bool:
+    """Only where there is nothing new to take, or no layer above: then it is `fpi`."""
+    spaces = [units.ffn, units.q_heads, units.v_channels]
+    if growth.scope == "all":
+        spaces.append(units.residual)
+    return num_layers == 1 or not any(space.has_new for space in spaces)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from aquilamoe.config.schema import GrowthConfig
+from aquilamoe.growth.methods.aki import advance
 from aquilamoe.growth.units import Units
 from aquilamoe.weights import names
 
@@ -15,11 +17,18 @@ OWN = (names.K_WEIGHT, names.K_BIAS, names.V_WEIGHT, names.V_BIAS)
 
 
 def grow(layer: Tensors, upper_layer: Tensors, width: Width) -> Tensors:
-    """Take new rows from the layer above, as in `aki`, but for keys and values."""
-    return {role: width.copy(role, layer[role], None if role in OWN else upper_layer[role]) for role in layer}
+    """Take what is new from the layer above, as in `aki` and by the same scopes, but for keys and values."""
+    return {
+        role: width.copy(role, tensor) if role in OWN else advance(role, tensor, upper_layer[role], width)
+        for role, tensor in layer.items()
+    }
 
 
-def keeps_function(units: Units, num_layers: int) -> bool:
-    """Only where no row outside keys and values is new, or where there is no layer above: then it is `fpi`."""
-    takes_new_rows = units.residual.has_new or units.ffn.has_new or units.q_heads.has_new
-    return num_layers == 1 or not takes_new_rows
+def keeps_function(units: Units, num_layers: int, growth: GrowthConfig) -> bool:
+    """Only where nothing outside keys and values is new, or where there is no layer above: then it is `fpi`."""
+    spaces = [units.ffn, units.q_heads]
+    if growth.scope == "all":
+        spaces.append(units.residual)
+    if growth.scope == "transplant":
+        spaces.append(units.mixed_channels)
+    return num_layers == 1 or not any(space.has_new for space in spaces)

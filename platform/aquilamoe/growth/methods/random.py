@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from aquilamoe.config.schema import GrowthConfig
 from aquilamoe.growth.units import Units
 
 if TYPE_CHECKING:  # plans ask `keeps_function`, and they do not wait for torch
@@ -15,5 +16,5 @@ def grow(layer: Tensors, upper_layer: Tensors, width: Width) -> Tensors:  # noqa
     return {role: width.draw(role) for role in layer}
 
 
-def keeps_function(units: Units, num_layers: int) -> bool:  # noqa: ARG001
+def keeps_function(units: Units, num_layers: int, growth: GrowthConfig) -> bool:  # noqa: ARG001
     return False
