@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
+from pydantic import ValidationError
 from torch import Tensor
 
 from aquilamoe.config.messages import UserError
@@ -17,12 +18,20 @@ from aquilamoe.config.schema import ModelConfig, UpcyclingConfig
 from aquilamoe.growth import rules
 from aquilamoe.growth.scale_out import scale_out
 from aquilamoe.model import Decoder
-from aquilamoe.weights import names
+from aquilamoe.weights import names, store
 from aquilamoe.weights.huggingface import load_model, read_config, read_eos_token_id, save_model
 from aquilamoe.weights.store import Reader
 
 ROOT = Path(__file__).resolve().parents[1]
-COPY = UpcyclingConfig(method="copy", noise=0.0, router_std=0.02)
+METHODS = ("copy", "drop", "noise", "permute")
+
+
+def upcycling(**changes: Any) -> UpcyclingConfig:
+    plain = {"method": "copy", "noise": 0.0, "drop_ratio": 0.0, "router_init": "normal", "router_std": 0.02}
+    return UpcyclingConfig.model_validate(plain | changes)
+
+
+COPY = upcycling()
 
 
 @pytest.fixture(autouse=True)
@@ -93,35 +102,62 @@ def tensors(directory: Path) -> dict[str, Tensor]:
         return {name: reader.get(name).clone() for name in reader.names}
 
 
-@given(
-    number=st.integers(2, 6),
-    chosen=st.integers(1, 6),
-    qkv_bias=st.booleans(),
-    tied=st.booleans(),
-    router_std=st.sampled_from([0.0, 0.02, 0.141, 2.0]),
-)
-@settings(derandomize=True, deadline=None, max_examples=30)
-def test_copied_experts_compute_what_the_dense_model_does(
-    number: int, chosen: int, qkv_bias: bool, tied: bool, router_std: float
+@st.composite
+def upcyclings(draw: st.DrawFn) -> tuple[ModelConfig, ModelConfig, UpcyclingConfig]:
+    """Small dense models with what can be made of them, by every method and with every option."""
+    number, one_of = st.integers, st.sampled_from
+    groups, slots, hidden = draw(number(1, 2)), draw(number(1, 2)), draw(number(2, 16))
+    shards = draw(one_of([1, 1, 2, 3]))
+    sizes = {
+        "hidden_size": hidden,
+        "num_hidden_layers": draw(number(1, 3)),
+        "num_attention_heads": groups * slots,
+        "num_key_value_heads": groups,
+        "qkv_bias": draw(st.booleans()),
+        "tie_word_embeddings": draw(st.booleans()),
+    }
+    neurons, copies = draw(number(1, 5)), draw(number(1 if shards > 1 else 2, 5))
+    source = model(intermediate_size=shards * neurons, **sizes)
+    target = experts(shards * copies, shards * draw(number(1, copies)), intermediate_size=neurons, **sizes)
+    method, init = draw(one_of(METHODS)), draw(one_of(["normal", "variance", "orthogonal", "zero"]))
+    std = draw(one_of([0.02, 0.141, 2.0, 0.0]))
+    if shards > 1 and target.num_experts > target.num_experts_per_tok and 0.0 in (std, {"zero": 0.0}.get(init, 1.0)):
+        init, std = "normal", 0.02
+    amounts = {"noise": 0.1 * (method == "noise"), "drop_ratio": 0.5 * (method == "drop")}
+    return source, target, upcycling(method=method, router_init=init, router_std=std, **amounts)
+
+
+@given(upcyclings())
+@settings(derandomize=True, deadline=None, max_examples=200)
+def test_an_upcycling_keeps_the_function_exactly_when_it_claims_to(
+    case: tuple[ModelConfig, ModelConfig, UpcyclingConfig],
 ) -> None:
-    source = model(qkv_bias=qkv_bias, tie_word_embeddings=tied)
-    target = experts(number, min(number, chosen), qkv_bias=qkv_bias, tie_word_embeddings=tied)
-    how = UpcyclingConfig(method="copy", noise=0.0, router_std=router_std)
-    assert rules.preserves(how, source, target)
+    source, target, how = case
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         write_source(directory / "source", source)
-        assert difference(directory / "source", upcycle(directory, target, how)) < 1e-10
+        measured = difference(directory / "source", upcycle(directory, target, how))
+    if rules.preserves(how, source, target):
+        assert measured < 1e-10
+    else:
+        assert measured > 1e-6
 
 
 @pytest.mark.parametrize("qkv_bias", [False, True], ids=["Mixtral", "Qwen2-MoE"])
+@pytest.mark.parametrize(
+    ("method", "sizes"),
+    [("copy", {}), ("permute", {}), ("permute", {"intermediate_size": 4, "num_experts": 12, "num_experts_per_tok": 6})],
+    ids=["copy", "permute", "fine-grained"],
+)
 def test_transformers_agrees_that_dense_and_upcycled_checkpoint_are_one_function(
-    qkv_bias: bool, tmp_path: Path
+    method: str, sizes: dict[str, int], qkv_bias: bool, tmp_path: Path
 ) -> None:
     from transformers import AutoModelForCausalLM
 
     write_source(tmp_path / "source", model(qkv_bias=qkv_bias), torch.float32)
-    upcycle(tmp_path, experts(qkv_bias=qkv_bias))
+    target = experts(qkv_bias=qkv_bias).model_copy(update=sizes)
+    assert rules.preserves(upcycling(method=method), model(), target)
+    upcycle(tmp_path, target, upcycling(method=method))
     tokens_bt = torch.arange(24).view(2, 12) * 5 % 32
     with torch.no_grad():
         before, after = (
@@ -132,10 +168,119 @@ def test_transformers_agrees_that_dense_and_upcycled_checkpoint_are_one_function
     torch.testing.assert_close(after, before, atol=1e-5, rtol=0)
 
 
+def neurons_of(weights: dict[str, Tensor], config: ModelConfig, layer: int, expert: int | None) -> Tensor:
+    """Of a feed-forward, a row for every neuron: its weights in gate, up and down."""
+    roles = [role if expert is None else names.expert_role(expert, role) for role in (names.GATE, names.UP, names.DOWN)]
+    gate, up, down = (weights[names.layer_name(config, layer, role)] for role in roles)
+    return torch.cat([gate, up, down.T], dim=1)
+
+
+def test_drop_draws_one_set_of_neurons_afresh_with_their_mean_and_deviation(tmp_path: Path) -> None:
+    source, target = model(hidden_size=64, intermediate_size=80), experts(hidden_size=64, intermediate_size=80)
+    write_source(tmp_path / "source", source)
+    before = tensors(tmp_path / "source")
+    with torch.no_grad():
+        before["model.layers.1.mlp.up_proj.weight"].add_(0.5)
+    store.write(
+        tmp_path / "source", {name: tuple(value.shape) for name, value in before.items()}, torch.float64, before.items()
+    )
+    upcycle(tmp_path, target, upcycling(method="drop", drop_ratio=0.3))
+    after, dropped = tensors(tmp_path / "target"), []
+    dense = neurons_of(before, source, 1, None)
+    for expert in range(4):
+        grown = neurons_of(after, target, 1, expert)
+        is_new = (grown != dense).any(dim=1)
+        assert (grown != dense)[is_new].all()  # gate, up and down of a neuron together
+        assert is_new.sum() == 24
+        for part in range(3):
+            old, new = (rows[is_new][:, 64 * part : 64 * (part + 1)] for rows in (dense, grown))
+            assert new.mean().item() == pytest.approx(old.mean().item(), abs=0.02)
+            assert new.std().item() == pytest.approx(old.std().item(), rel=0.1)
+        dropped.append(is_new)
+    assert not any(torch.equal(dropped[i], dropped[j]) for i in range(4) for j in range(i))
+
+
+def test_permuted_experts_have_the_same_neurons_each_in_an_order_of_its_own(tmp_path: Path) -> None:
+    write_source(tmp_path / "source", model())
+    upcycle(tmp_path, experts(), upcycling(method="permute"))
+    before, after = tensors(tmp_path / "source"), tensors(tmp_path / "target")
+    orders = []
+    for expert in range(4):
+        grown, dense = neurons_of(after, experts(), 0, expert), neurons_of(before, model(), 0, None)
+        orders.append((grown[:, None] == dense).all(-1).int().argmax(1).tolist())
+        assert torch.equal(grown, dense[orders[-1]])
+        assert sorted(orders[-1]) == list(range(12))
+    assert len({tuple(order) for order in orders}) == 4
+
+
+def test_fine_grained_experts_are_parts_that_share_the_scores_of_the_whole(tmp_path: Path) -> None:
+    source, target = model(), experts(6, 4, intermediate_size=4)
+    write_source(tmp_path / "source", source)
+    with pytest.raises(UserError, match=r"num_experts_per_tok: 4 experts, .* into 3 parts, .* use a multiple of 3"):
+        upcycle(tmp_path, target)
+    target = experts(6, 3, intermediate_size=4)
+    upcycle(tmp_path, target)
+    before, after = tensors(tmp_path / "source"), tensors(tmp_path / "target")
+    dense = neurons_of(before, source, 1, None)
+    for copy in range(2):
+        parts = [neurons_of(after, target, 1, 3 * copy + part) for part in range(3)]
+        scale = torch.tensor([1.0, 3**0.5, 3**0.5], dtype=torch.float64).repeat_interleave(16)
+        torch.testing.assert_close(torch.cat(parts), dense * scale, atol=0, rtol=1e-12)
+    router = after[names.layer_name(target, 1, names.ROUTER)]
+    assert torch.equal(router[0::3], router[1::3])
+    assert torch.equal(router[0::3], router[2::3])
+    assert router[0].ne(router[3]).all()
+
+
+@pytest.mark.parametrize(
+    ("init", "std", "number", "expected"),
+    [
+        ("normal", 0.05, 8, 0.05),
+        ("variance", 0.02, 8, 0.02**0.5),
+        ("orthogonal", 0.05, 8, 0.05),
+        ("orthogonal", 0.05, 48, 0.05),
+        ("zero", 0.02, 8, 0.0),
+    ],
+)
+def test_routers_start_as_they_are_told(init: str, std: float, number: int, expected: float, tmp_path: Path) -> None:
+    source, target = model(hidden_size=32), experts(number, hidden_size=32)
+    write_source(tmp_path / "source", source)
+    upcycle(tmp_path, target, upcycling(router_init=init, router_std=std))
+    router = tensors(tmp_path / "target")[names.layer_name(target, 0, names.ROUTER)]
+    assert router.square().mean().sqrt().item() == pytest.approx(expected, rel=0.15)
+    if init == "orthogonal":
+        short = router if number <= 32 else router.T
+        products = short @ short.T
+        torch.testing.assert_close(products, products[0, 0] * torch.eye(len(products), dtype=torch.float64))
+
+
+@pytest.mark.parametrize("changes", [{"router_init": "zero"}, {"router_std": 0.0}])
+def test_a_router_without_opinion_cannot_keep_parts_together(changes: dict[str, Any]) -> None:
+    rules.check(model(), experts(), upcycling(**changes))
+    rules.check(model(), experts(4, 4, intermediate_size=6), upcycling(**changes))
+    with pytest.raises(UserError, match=r"upcycling.router_init: .* 2 parts of a feed-forward are torn apart; use "):
+        rules.check(model(), experts(4, 2, intermediate_size=6), upcycling(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "noise"}, "method noise with noise 0.0; noise is > 0 for 'noise' and 0 for the others"),
+        ({"noise": 0.1}, "method copy with noise 0.1; "),
+        ({"method": "drop"}, "method drop with drop_ratio 0.0; "),
+        ({"method": "noise", "noise": 0.1, "drop_ratio": 0.5}, "method noise with drop_ratio 0.5; drop_ratio is > 0"),
+        ({"method": "drop", "drop_ratio": 1.5}, "less than or equal to 1"),
+    ],
+)
+def test_amounts_belong_to_their_methods(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        upcycling(**changes)
+
+
 @pytest.mark.parametrize("noise", [0.01, 0.1])
 def test_noise_makes_every_expert_different_by_that_fraction(noise: float, tmp_path: Path) -> None:
     source, target = model(hidden_size=48, intermediate_size=64), experts(hidden_size=48, intermediate_size=64)
-    how = UpcyclingConfig(method="noise", noise=noise, router_std=0.02)
+    how = upcycling(method="noise", noise=noise)
     write_source(tmp_path / "source", source)
     upcycle(tmp_path, target, how)
     before, after = tensors(tmp_path / "source"), tensors(tmp_path / "target")
@@ -152,7 +297,7 @@ def test_noise_makes_every_expert_different_by_that_fraction(noise: float, tmp_p
 def test_routers_are_drawn_and_everything_but_the_feed_forward_is_copied(tmp_path: Path) -> None:
     source, target = model(hidden_size=64), experts(8, hidden_size=64)
     write_source(tmp_path / "source", source)
-    how = UpcyclingConfig(method="noise", noise=0.5, router_std=0.141)
+    how = upcycling(method="noise", noise=0.5, router_std=0.141)
     upcycle(tmp_path, target, how)
     before, after = tensors(tmp_path / "source"), tensors(tmp_path / "target")
     assert set(after) == set(names.tensor_shapes(target))
@@ -169,7 +314,7 @@ def test_routers_are_drawn_and_everything_but_the_feed_forward_is_copied(tmp_pat
 
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_other_weights(tmp_path: Path) -> None:
     write_source(tmp_path / "source", model())
-    how = UpcyclingConfig(method="noise", noise=0.1, router_std=0.02)
+    how = upcycling(method="noise", noise=0.1)
     directories = [upcycle(tmp_path, experts(), how, seed, name) for seed, name in ((1, "a"), (1, "b"), (2, "c"))]
     first, second, other = ((directory / "model.safetensors").read_bytes() for directory in directories)
     assert first == second
@@ -201,7 +346,7 @@ def test_progress_counts_every_tensor_once(tmp_path: Path) -> None:
 
 def test_every_upcycling_has_a_yaml_that_says_all_of_it() -> None:
     files = {path.stem: path for path in (ROOT / "conf/upcycling").glob("*.yaml")}
-    assert sorted(files) == ["copy", "noise"]
+    assert tuple(sorted(files)) == METHODS
     for name, path in files.items():
         how = UpcyclingConfig.model_validate(OmegaConf.to_container(OmegaConf.load(path)))
         assert how.method == name
@@ -215,7 +360,9 @@ def test_every_upcycling_has_a_yaml_that_says_all_of_it() -> None:
     [
         (model(), "num_experts: target 0, source 0; .* set num_experts to at least 2"),
         (experts(hidden_size=32), "hidden_size: target 32, source 16; .* change them in a scale_up stage before it"),
-        (experts(intermediate_size=6), "intermediate_size: target 6, source 12; a scale-out keeps the sizes"),
+        (experts(intermediate_size=5), "intermediate_size: target 5, source 12; .* use 12 or a divisor of it"),
+        (experts(intermediate_size=24), "intermediate_size: target 24, source 12; .* use 12 or a divisor of it"),
+        (experts(5, 2, intermediate_size=6), "num_experts: 5 experts, .* into 2 parts, .* use a multiple of 2"),
         (experts(num_hidden_layers=3), "num_hidden_layers: target 3, source 2; "),
         (experts(num_attention_heads=8), "num_attention_heads: target 8, source 4; "),
         (experts(num_key_value_heads=4), "num_key_value_heads: target 4, source 2; "),

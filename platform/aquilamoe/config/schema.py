@@ -199,16 +199,22 @@ class GrowthConfig(Config):
 
 
 class UpcyclingConfig(Config):
-    """How a dense model becomes a Mixture of Experts."""
+    """How a dense model becomes a Mixture of Experts (METHODS: Scale-Out)."""
 
-    method: Literal["copy", "noise"]
+    method: Literal["copy", "noise", "drop", "permute"]
     noise: NonNegativeFloat
+    drop_ratio: Fraction
+    router_init: Literal["normal", "variance", "orthogonal", "zero"]
     router_std: NonNegativeFloat
 
     @model_validator(mode="after")
-    def _check_noise(self) -> Self:
-        if (self.method == "noise") != (self.noise > 0):
-            raise ValueError(f"method {self.method} with noise {self.noise}; noise is > 0 for 'noise' and 0 for 'copy'")
+    def _check_amounts(self) -> Self:
+        for method, field in (("noise", "noise"), ("drop", "drop_ratio")):
+            amount = getattr(self, field)
+            if (self.method == method) != (amount > 0):
+                raise ValueError(
+                    f"method {self.method} with {field} {amount}; {field} is > 0 for '{method}' and 0 for the others"
+                )
         return self
 
 

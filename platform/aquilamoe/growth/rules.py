@@ -19,7 +19,7 @@ def check(source: ModelConfig, target: ModelConfig, growth: GrowthConfig | Upcyc
     if isinstance(growth, GrowthConfig):
         _check_scale_up(source, target, growth)
     else:
-        _check_scale_out(source, target)
+        _check_scale_out(source, target, growth)
 
 
 def preserves(growth: GrowthConfig | UpcyclingConfig, source: ModelConfig, target: ModelConfig) -> bool:
@@ -28,8 +28,8 @@ def preserves(growth: GrowthConfig | UpcyclingConfig, source: ModelConfig, targe
     True means equal up to the rounding of the checkpoint's dtype; False means that some weights make them differ.
     """
     if isinstance(growth, UpcyclingConfig):
-        # Gates that sum to 1 over equal experts, whatever the router says.
-        return growth.method == "copy"
+        # Gates that sum to 1 over experts of one function, whatever the router says.
+        return growth.method in ("copy", "permute")
     method = plugins.load("growth/methods", growth.method)
     # Plain copies change the mean square that a norm divides by, unless every channel has as many as the ratio says.
     keeps_norms = growth.norm != "copy" or target.hidden_size % source.hidden_size == 0
@@ -104,7 +104,12 @@ def _check_layers(source: ModelConfig, target: ModelConfig, growth: GrowthConfig
         )
 
 
-def _check_scale_out(source: ModelConfig, target: ModelConfig) -> None:
+def num_shards(source: ModelConfig, target: ModelConfig) -> int:
+    """Into how many experts each copy of the dense feed-forward is cut (METHODS 5, fine-grained): 1 leaves it whole."""
+    return source.intermediate_size // target.intermediate_size
+
+
+def _check_scale_out(source: ModelConfig, target: ModelConfig, upcycling: UpcyclingConfig) -> None:
     if source.is_moe:
         raise UserError(
             f"num_experts: target {target.num_experts}, but the source already has {source.num_experts} experts; a "
@@ -114,10 +119,35 @@ def _check_scale_out(source: ModelConfig, target: ModelConfig) -> None:
         raise UserError("num_experts: target 0, source 0; a scale-out makes experts, set num_experts to at least 2")
     _check_not_smaller("max_position_embeddings", source, target, "scale-out")
     for field in ModelConfig.model_fields:
-        if field in (*_WIDTHS, "num_hidden_layers"):
+        if field in (*_WIDTHS, "num_hidden_layers") and field != "intermediate_size":
             _check_kept(field, source, target, "a scale-out keeps the sizes, change them in a scale_up stage before it")
-        elif field not in _EXPERTS and field not in _FREE:
+        elif field not in (*_EXPERTS, "intermediate_size") and field not in _FREE:
             _check_kept(field, source, target, "a scale-out cannot change it, keep the source's")
+    _check_shards(source, target, upcycling)
+
+
+def _check_shards(source: ModelConfig, target: ModelConfig, upcycling: UpcyclingConfig) -> None:
+    """Experts may be equal parts of the dense feed-forward, when a token always goes through whole ones."""
+    old, new = source.intermediate_size, target.intermediate_size
+    if old % new:
+        raise UserError(
+            f"intermediate_size: target {new}, source {old}; experts are the dense feed-forward or equal parts of it, "
+            f"use {old} or a divisor of it"
+        )
+    shards = num_shards(source, target)
+    for field in _EXPERTS:
+        count = getattr(target, field)
+        if count % shards:
+            raise UserError(
+                f"{field}: {count} experts, but intermediate_size {new} cuts the source's {old} into {shards} parts, "
+                f"and tokens go through whole ones; use a multiple of {shards}"
+            )
+    no_order = upcycling.router_init == "zero" or upcycling.router_std == 0
+    if shards > 1 and no_order and target.num_experts_per_tok < target.num_experts:
+        raise UserError(
+            f"upcycling.router_init: {upcycling.router_init} with std {upcycling.router_std} scores all experts alike, "
+            f"so that the {shards} parts of a feed-forward are torn apart; use normal or orthogonal with a std above 0"
+        )
 
 
 def _check_not_smaller(field: str, source: ModelConfig, target: ModelConfig, what: str) -> None:

@@ -1,6 +1,12 @@
 """Scale-Out (sparse upcycling): a dense checkpoint becomes a Mixture of Experts, a tensor at a time (METHODS 5)."""
 
+import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from aquilamoe.config.schema import ModelConfig, UpcyclingConfig
 from aquilamoe.growth import noise, rules
@@ -19,10 +25,10 @@ def scale_out(
 ) -> None:
     """Make every feed-forward of the dense checkpoint in `source` a layer of experts, and write it to `target`.
 
-    Experts are the dense feed-forward, equal (`copy`) or each with Gaussian noise relative to the standard deviation of
-    the weights (`noise`); routers are normal with `router_std`; everything else is copied. The result depends on the
-    arguments alone and keeps the source's dtype. In memory there is one tensor. Raises UserError for a growth that
-    cannot be done (see `rules.check`) and for a damaged source.
+    Experts are copies of the dense feed-forward, or of equal parts of it where the target's intermediate_size is
+    smaller; `upcycling.method` says what tells them apart, `router_init` what the routers start as. Everything else is
+    copied. The result depends on the arguments alone and keeps the source's dtype. In memory there is one tensor.
+    Raises UserError for a growth that cannot be done (see `rules.check`) and for a damaged source.
     """
     source_config = huggingface.read_config(source)
     rules.check(source_config, target_config, upcycling)
@@ -36,9 +42,10 @@ def scale_out(
 def _upcycle(reader: Reader, source: ModelConfig, target: ModelConfig, upcycling: UpcyclingConfig, seed: int) -> Stream:
     """Yield every tensor of the target in file order."""
     dtype = compute_dtype(reader.dtype(names.EMBEDDING))
+    shards = rules.num_shards(source, target)
     shapes = names.role_shapes(target)
-    dense_roles = {
-        names.expert_role(expert, role): role
+    experts = {
+        names.expert_role(expert, role): (role, expert)
         for role in (names.GATE, names.UP, names.DOWN)
         for expert in range(target.num_experts)
     }
@@ -46,18 +53,83 @@ def _upcycle(reader: Reader, source: ModelConfig, target: ModelConfig, upcycling
     outer = names.outer_shapes(target)
     yield names.EMBEDDING, reader.get(names.EMBEDDING)
     for layer in range(target.num_hidden_layers):
+        random = partial(_stream, seed, f"model.layers.{layer}.")
         for role, shape in shapes.items():
-            random = noise.generator(seed, f"model.layers.{layer}.{role}")
             if role == names.ROUTER:
-                tensor = noise.normal(shape, upcycling.router_std, dtype, random)
+                tensor = _draw_router(shape, shards, upcycling, dtype, random(role))
             elif role in fillers:
-                tensor = noise.normal(shape, 0.0, dtype, random)
+                tensor = torch.zeros(shape, dtype=dtype)
+            elif role in experts:
+                dense_role, expert = experts[role]
+                dense = reader.get(names.layer_name(source, layer, dense_role))
+                tensor = _grow_expert(dense, dense_role, divmod(expert, shards), shards, upcycling, random)
             else:
-                tensor = reader.get(names.layer_name(source, layer, dense_roles.get(role, role)))
-                if role in dense_roles and upcycling.method == "noise":
-                    tensor = tensor.to(dtype)
-                    tensor = tensor + noise.normal(shape, upcycling.noise * tensor.std().item(), dtype, random)
+                tensor = reader.get(names.layer_name(source, layer, role))
             yield names.layer_name(target, layer, role), tensor
     for name in outer:
         if name != names.EMBEDDING:
             yield name, reader.get(name)
+
+
+def _stream(seed: int, layer: str, name: str) -> torch.Generator:
+    return noise.generator(seed, layer + name)
+
+
+def _draw_router(
+    shape: tuple[int, ...], shards: int, upcycling: UpcyclingConfig, dtype: torch.dtype, random: torch.Generator
+) -> Tensor:
+    """Scores of the copies of the feed-forward, each repeated over its parts (virtual groups, arXiv 2410.07524).
+
+    `variance` reads router_std as the variance, which is what the paper's words say; `orthogonal` has rows at right
+    angles, as long as those of `normal` are on average.
+    """
+    copies, hidden = shape[0] // shards, shape[1]
+    std = upcycling.router_std
+    if upcycling.router_init == "orthogonal":
+        router = torch.empty(copies, hidden, dtype=dtype)
+        torch.nn.init.orthogonal_(router, std * max(copies, hidden) ** 0.5, generator=random)
+    else:
+        std = {"normal": std, "variance": std**0.5, "zero": 0.0}[upcycling.router_init]
+        router = noise.normal((copies, hidden), std, dtype, random)
+    return router.repeat_interleave(shards, dim=0)
+
+
+def _grow_expert(
+    dense: Tensor,
+    role: str,
+    place: tuple[int, int],
+    shards: int,
+    upcycling: UpcyclingConfig,
+    random: Callable[[str], torch.Generator],
+) -> Tensor:
+    """One tensor of an expert out of the dense one: its neurons are rows of gate and up, and columns of down.
+
+    place: which copy of the feed-forward the expert belongs to, and which part of that it is.
+    random: the layer's streams of random numbers by name; what happens to neurons is one stream for all three roles.
+    """
+    copy, shard = place
+    dtype = compute_dtype(dense.dtype)
+    axis = 1 if role == names.DOWN else 0
+    if upcycling.method in ("permute", "drop"):
+        neurons = torch.randperm(dense.shape[axis], generator=random(f"neurons.{copy}"))
+        if upcycling.method == "permute":
+            dense = dense.index_select(axis, neurons)
+        else:
+            dropped = neurons[: math.ceil(upcycling.drop_ratio * len(neurons))]
+            dense = _redraw(dense.to(dtype), axis, dropped, random(f"{role}/drop.{copy}"))
+    if shards > 1:
+        dense = dense.chunk(shards, dim=axis)[shard]
+        # Gates share a weight of 1 over the parts, so that each counts for 1 / shards; up and down make good for it.
+        dense = dense if role == names.GATE else dense.to(dtype) * shards**0.5
+    if upcycling.method == "noise":
+        dense = dense.to(dtype)
+        stream = random(names.expert_role(copy * shards + shard, role))
+        dense = dense + noise.normal(tuple(dense.shape), upcycling.noise * dense.std().item(), dtype, stream)
+    return dense
+
+
+def _redraw(dense: Tensor, axis: int, dropped: Tensor, random: torch.Generator) -> Tensor:
+    """Draw the dropped neurons afresh, with the mean and deviation of what they were (Drop-Upcycling)."""
+    old = dense.index_select(axis, dropped)
+    fresh = noise.normal(tuple(old.shape), old.std().item(), dense.dtype, random) + old.mean()
+    return dense.index_copy(axis, dropped, fresh)
