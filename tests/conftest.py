@@ -1,0 +1,111 @@
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hydra
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SYLLABLES = {
+    "en": ["the ", "mo", "ther ", "of ", "ri", "ver", "s ", "and ", "gar", "den", "s, ", "walk", "ed ", "home. "],
+    "zh": list("天下大势分久必合分。水流花开山高月小"),
+}
+TRAINING = {
+    "batch_tokens": 256,
+    "sequence_length": 32,
+    "validation_tokens": 512,
+    "validate_every_tokens": 1024,
+    "precision": "fp32",
+    "schedule.warmup_tokens": 512,
+    "schedule.decay_tokens": 512,
+}
+
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(scope="session")
+def compose() -> Callable[..., dict[str, Any]]:
+    """Compose the configuration as the command does, with overrides: `compose("growth=fpi")`."""
+
+    def composed(*overrides: str, config_name: str = "config") -> dict[str, Any]:
+        GlobalHydra.instance().clear()
+        with hydra.initialize_config_dir(str(REPOSITORY / "conf"), version_base="1.3"):
+            values = OmegaConf.to_container(hydra.compose(config_name, list(overrides)), resolve=True)
+        assert isinstance(values, dict)
+        return {str(key): value for key, value in values.items()}
+
+    return composed
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Overrides that cut the embedded experiment to a few seconds: invented text, toy sizes, one thread, no Ray."""
+    folder, draw = tmp_path_factory.mktemp("corpus"), random.Random(0)
+    for language, syllables in SYLLABLES.items():
+        documents = [
+            {"text": "".join(draw.choices(syllables, k=300)), "split": "train" if index % 4 else "validation"}
+            for index in range(24)
+        ]
+        (folder / f"{language}.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
+    values: dict[str, Any] = {
+        **{f"data.sources.{language}.path": folder / f"{language}.jsonl" for language in SYLLABLES},
+        **{f"data.sources.{language}.sha256": "null" for language in SYLLABLES},
+        "cluster": "local_process",
+        "cluster.cpus_per_worker": 1,
+        "cluster.checkpoint_every_tokens": 512,
+        "model.vocab_size": 320,
+        "model.hidden_size": 16,
+        "model.intermediate_size": 32,
+        "model.num_hidden_layers": 2,
+        "model.num_attention_heads": 2,
+        "model.num_key_value_heads": 1,
+        "model.max_position_embeddings": 64,
+        "stages.tokenizer.vocab_size": 300,
+        **{
+            f"stages.{s}.{key}": value
+            for s in ("prepare", "dense", "moe", "control")
+            for key, value in TRAINING.items()
+        },
+        "stages.prepare.total_tokens": 4096,
+        "stages.dense.total_tokens": 2048,
+        "stages.moe.total_tokens": 2048,
+        "stages.scale_up.model.hidden_size": 24,
+        "stages.scale_up.model.intermediate_size": 48,
+        "stages.scale_up.model.num_hidden_layers": 3,
+        "stages.scale_up.model.num_attention_heads": 3,
+        "stages.scale_up.certificate_tokens": 256,
+        "stages.scale_out.model.num_experts": 4,
+        "stages.scale_out.certificate_tokens": 256,
+        "stages.evaluate.sequence_length": 32,
+    }
+    return [f"{key}={value}" for key, value in values.items()]
+
+
+@pytest.fixture(scope="session")
+def environment() -> dict[str, str]:
+    """For commands: one thread, whatever the machine has."""
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="session")
+def command(environment: dict[str, str]) -> Command:
+    """Run `python workflows/efficientscale.py` in a process of its own."""
+
+    def run(*words: str, cwd: Path, python: tuple[str, ...] = (), **changes: str) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(
+            [sys.executable, *python, str(REPOSITORY / "workflows" / "efficientscale.py"), *words],
+            cwd=cwd,
+            env=environment | changes,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    return run

@@ -1,0 +1,194 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aquilamoe.config import graph
+from aquilamoe.config.messages import UserError, nearest
+from aquilamoe.config.schema import (
+    Config,
+    ExperimentConfig,
+    ModelConfig,
+    PretrainStage,
+    ScheduleConfig,
+    UpcyclingConfig,
+)
+
+Compose = Callable[..., dict[str, Any]]
+Change = tuple[str, Any]
+
+
+@pytest.fixture
+def refusal(compose: Compose) -> Callable[..., str]:
+    """The line that answers the default experiment with some values replaced, `("stages.prepare.seed", -1)`."""
+
+    def refused(*changes: Change) -> str:
+        values = compose()
+        for path, value in changes:
+            *parents, last = path.split(".")
+            place = values
+            for parent in parents:
+                place = place[parent]
+            place[last] = value
+        with pytest.raises(UserError) as caught:
+            graph.build(graph.parse(values))
+        line = str(caught.value)
+        assert "\n" not in line
+        return line
+
+    return refused
+
+
+def keys(model: type[Config]) -> str:
+    return ", ".join(sorted(model.model_fields))
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (
+            ("trackin", {}),
+            f"trackin: unknown key; did you mean 'tracking'? (valid: {keys(ExperimentConfig)})",
+        ),
+        (
+            ("upcycling.noize", 0.1),
+            f"upcycling.noize: unknown key; did you mean 'noise'? (valid: {keys(UpcyclingConfig)})",
+        ),
+        (
+            ("stages.prepare.learning_rat", 1e-3),
+            f"stages.prepare.learning_rat: unknown key; did you mean 'learning_rate'? (valid: {keys(PretrainStage)})",
+        ),
+        (
+            ("stages.prepare.schedule.warmup", 1),
+            "stages.prepare.schedule.warmup: unknown key; did you mean 'warmup_tokens'? "
+            f"(valid: {keys(ScheduleConfig)})",
+        ),
+        (
+            ("stages.export.compression", 1),
+            "stages.export.compression: unknown key; valid: dtype, inputs, kind",
+        ),
+        (
+            ("seed", "abc"),
+            "seed: 'abc' is refused: input should be a valid integer, unable to parse string as an integer",
+        ),
+        (
+            ("stages.prepare.total_tokens", 1.5),
+            "stages.prepare.total_tokens: 1.5 is refused: input should be a valid integer, got a number with a "
+            "fractional part",
+        ),
+        (
+            ("stages.prepare.optimizer", "adamw"),
+            "stages.prepare.optimizer: 'adamw' is refused: input should be a valid dictionary or instance of "
+            "OptimizerConfig",
+        ),
+        (
+            ("stages.prepare", 3),
+            "stages.prepare: 3 is refused: input should be a valid dictionary or object to extract fields from",
+        ),
+        (("stages", [1]), "stages: [1] is refused: input should be a valid dictionary"),
+        (("cluster.workers", 0), "cluster.workers: 0 is refused: input should be greater than 0"),
+        (("cluster.workers", True), "cluster.workers: true is not a number; give it one"),
+        (
+            ("stages.prepare.learning_rate", float("inf")),
+            "stages.prepare.learning_rate: inf is refused: input should be a finite number",
+        ),
+        (("action", "paln"), "action: 'paln' is not a choice; did you mean 'plan'? (valid: plan, run, status)"),
+        (
+            ("stages.export.dtype", "int8"),
+            "stages.export.dtype: 'int8' is not a choice; valid: bfloat16, float16, float32",
+        ),
+        (
+            ("stages.prepare.kind", "pretrian"),
+            "stages.prepare.kind: 'pretrian' is not a choice; did you mean 'pretrain'? "
+            "(valid: corpus, evaluate, export, pretrain, scale_out, scale_up, tokenize, tokenizer)",
+        ),
+        (
+            ("stages.new", {}),
+            "stages.new.kind: required but not set; "
+            "valid: corpus, evaluate, export, pretrain, scale_out, scale_up, tokenize, tokenizer",
+        ),
+        (
+            ("stages.new", {"kind": "export", "inputs": {"source": "moe"}}),
+            "stages.new.dtype: required but not set; give it a value, e.g. +stages.new.dtype=VALUE",
+        ),
+        (
+            ("optimizer.betas", [0.9]),
+            "optimizer.betas.1: required but not set; give it a value, e.g. +optimizer.betas.1=VALUE",
+        ),
+        (("optimizer.betas", [0.9, 2]), "optimizer.betas.1: 2 is refused: input should be less than or equal to 1"),
+        (
+            ("stages.a/b", {"kind": "corpus"}),
+            "stages.a/b: 'a/b' is refused: string should match pattern '^[A-Za-z0-9][A-Za-z0-9_.-]*$' "
+            "(and 3 more problems)",
+        ),
+        (
+            ("stages.scale_up.model.hiden_size", 256),
+            f"stages.scale_up.model.hiden_size: unknown key; did you mean 'hidden_size'? (valid: {keys(ModelConfig)})",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line_with_its_place_its_value_and_the_valid_names(
+    refusal: Callable[..., str], change: Change, line: str
+) -> None:
+    assert refusal(change) == line
+
+
+def test_a_misspelt_key_is_named_before_the_key_that_is_missing_for_it(refusal: Callable[..., str]) -> None:
+    line = refusal(("report", {"chian": [], "control": None}))
+    assert line.startswith("report.chian: unknown key; did you mean 'chain'? (valid: chain, control)")
+    assert line.endswith(" (and 1 more problem)")
+
+
+def test_of_several_problems_the_first_is_shown_and_the_others_are_counted(refusal: Callable[..., str]) -> None:
+    assert refusal(("seed", -1), ("cluster.workers", "x"), ("paths.root", None)).endswith(" (and 2 more problems)")
+
+
+def test_a_mistake_in_a_shared_group_counts_once_however_many_stages_refer_to_it(refusal: Callable[..., str]) -> None:
+    optimizer = {"name": "adamw", "betas": [0.9, 0.95], "eps": -1, "weight_decay": 0, "max_grad_norm": 1}
+    stages = [(f"stages.{name}.optimizer", optimizer) for name in ("prepare", "dense", "moe", "control")]
+    assert refusal(("optimizer", optimizer), *stages) == "optimizer.eps: -1 is refused: input should be greater than 0"
+
+
+def test_a_long_value_is_cut_to_keep_the_line_readable(refusal: Callable[..., str]) -> None:
+    assert len(refusal(("seed", list(range(1000))))) < 200
+
+
+def test_nearest_offers_a_name_only_if_one_is_near() -> None:
+    assert nearest("fip", ["fpi", "aki"]) == "did you mean 'fpi'? (valid: aki, fpi)"
+    assert nearest("zzz", ["fpi", "aki"]) == "valid: aki, fpi"
+    assert nearest("zzz", []) == "there is none"
+
+
+@pytest.mark.parametrize(
+    ("word", "line"),
+    [
+        (
+            "stages.dense.learning_rat=1",
+            "error: stages.dense.learning_rat: unknown key; did you mean 'learning_rate'? "
+            f"(valid: {keys(PretrainStage)})",
+        ),
+        (
+            "+stages.dense.learning_rat=1",
+            "error: stages.dense.learning_rat: unknown key; did you mean 'learning_rate'? "
+            f"(valid: {keys(PretrainStage)})",
+        ),
+        (
+            "upcycling=copi",
+            "error: upcycling=copi: there is no conf/upcycling/copi.yaml; did you mean 'copy'? (valid: ",
+        ),
+        ("experiment=7a", "error: experiment=7a: there is no conf/experiment/7a.yaml; did you mean '7b'? (valid: "),
+        ("+experiment=7a", "error: experiment=7a: there is no conf/experiment/7a.yaml; did you mean '7b'? (valid: "),
+        ("stages.prepare.total_tokens=100", "error: stages.prepare: total_tokens 100 is smaller than one batch "),
+        ("seed", "error: Error parsing override 'seed' "),
+    ],
+)
+def test_a_mistake_ends_the_command_with_one_line_and_status_1_before_anything_is_written(
+    command: Callable[..., Any], tmp_path: Path, word: str, line: str
+) -> None:
+    answer = command(word, cwd=tmp_path)
+    assert answer.returncode == 1
+    assert answer.stdout == ""
+    assert answer.stderr.startswith(line)
+    assert answer.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
