@@ -21,8 +21,8 @@ def fingerprint(value: Recipe) -> str:
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one, keys joined by dots."""
-    if not isinstance(value, Mapping):
+    """Nested dictionaries as one, keys joined by dots; an empty dictionary inside is a value."""
+    if not isinstance(value, Mapping) or (prefix and not value):
         return {prefix: value}
     return {
         path: leaf
