@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,9 @@ from aquilamoe.training.allocator import keep_large_buffers
 from aquilamoe.training.metrics import MetricsFile
 from aquilamoe.training.objective import RouterObjective, cross_entropy
 from aquilamoe.training.schedules import learning_rate_factor
-from aquilamoe.training.state import Progress
 
 LOG_POINTS = 200  # training points logged over a stage
-VALIDATION_ROWS = 32
+VALIDATION_ROWS = 32  # sequences in a forward pass, if `micro_batch_tokens` allows as many
 
 
 @dataclass(frozen=True)
@@ -66,31 +65,33 @@ FIRST = Rank()
 def train(job: Job, rank: Rank = FIRST) -> dict[str, Any]:
     """Train the job to its end, from its last checkpoint if it has one; return the stage's metrics.
 
-    The same bytes come out whether or not it was interrupted (CPU, same number of ranks and threads).
+    The same bytes come out whether or not it was interrupted (CPU, same number of ranks and threads). UserError for
+    what a user can repair, a loss that is not finite among it.
     """
     keep_large_buffers()
     if not job.cluster.gpus_per_worker:
         torch.set_num_threads(job.cluster.cpus_per_worker)
-    model, optimizer, progress = _restore(job, state.device_of(job.cluster.gpus_per_worker, rank.local_rank))
-    metrics = _metrics_file(job, progress, rank)
-    stepper = _Stepper(job, model, optimizer, rank)
-    if progress.step == 0:
-        metrics.write(0, validate(job, model))
+    model, optimizer, done = _restore(job, state.device_of(job.cluster.gpus_per_worker, rank.local_rank))
+    metrics = _metrics_file(job, done, rank)
+    stepper = Stepper(job, model, optimizer, rank)
+    if done == 0:
+        metrics.write(0, validate(job, model, 0))
     last = job.stage.num_steps
     log_every = max(1, last // LOG_POINTS)
     watch = _Stopwatch()
-    batches = _batches(job, rank).iterate(_position(job, progress.step))
-    for step, rows in zip(range(progress.step + 1, last + 1), batches, strict=False):
+    batches = _batches(job, rank).iterate(_position(job, done))
+    for step, rows in zip(range(done + 1, last + 1), batches, strict=False):
         with watch:
             values = stepper.step(step, rows)
         validates = step == last or _due(step, job.stage.validate_every_tokens, job)
         if validates or step % log_every == 0:
             values["train/tokens_per_s"] = job.stage.batch_tokens / watch.mean_and_reset()
-            metrics.write(step, values | (validate(job, model) if validates else {}))
+            metrics.write(step, values | (validate(job, model, step) if validates else {}))
         if rank.rank == 0 and step < last and _due(step, job.cluster.checkpoint_every_tokens, job):
-            state.save_checkpoint(job.out, model, optimizer, _progress(job, step))
+            metrics.sync()  # before the checkpoint: who resumes from it needs the points up to it
+            state.save_checkpoint(job.out, model, optimizer, step)
     if rank.rank == 0:
-        state.save(job.out, model, optimizer, _progress(job, last))
+        state.save(job.out, model, optimizer, last)
     return metrics.summary()
 
 
@@ -113,14 +114,10 @@ class _Stopwatch:
         return mean
 
 
-def _progress(job: Job, step: int) -> Progress:
-    return Progress(step, step * job.stage.batch_tokens)
-
-
-def _metrics_file(job: Job, progress: Progress, rank: Rank) -> MetricsFile:
+def _metrics_file(job: Job, resume_step: int, rank: Rank) -> MetricsFile:
     return MetricsFile(
         job.out / "metrics.jsonl",
-        resume_step=progress.step,
+        resume_step=resume_step,
         batch_tokens=job.stage.batch_tokens,
         flops_per_token=job.model.flops_per_token(job.stage.sequence_length),
         ancestor_tokens=job.ancestor_tokens,
@@ -129,20 +126,21 @@ def _metrics_file(job: Job, progress: Progress, rank: Rank) -> MetricsFile:
     )
 
 
-def _restore(job: Job, device: torch.device) -> tuple[Decoder, Optimizer, Progress]:
+def _restore(job: Job, device: torch.device) -> tuple[Decoder, Optimizer, int]:
+    """Model, optimizer and step as the newest checkpoint of this stage holds them, or else as the stage begins."""
     model = Decoder(job.model)
     saved = state.checkpoints(job.out)
-    if job.source is None:
-        model.initialize(job.stage.seed)
+    if not saved and job.source is not None:
+        state.load_weights(job.source, model)
     elif not saved:
-        state.load_state(model, job.source / state.WEIGHTS)
+        model.initialize(job.stage.seed)
     model.to(device)
     optimizer = optimizers.build(model, job.stage.optimizer, job.stage.learning_rate)
     if saved:
         return model, optimizer, state.load(saved[0], model, optimizer)
     if job.source is not None and job.stage.optimizer_state == "keep":
         state.load_moments(job.source, model, optimizer)
-    return model, optimizer, Progress(0, 0)
+    return model, optimizer, 0
 
 
 def _position(job: Job, step: int) -> int:
@@ -164,99 +162,119 @@ def _due(step: int, every_tokens: int, job: Job) -> bool:
     return step * batch // every_tokens > (step - 1) * batch // every_tokens
 
 
-class _Stepper:
+def micro_batch_rows(cluster: ClusterConfig, sequence_length: int) -> int:
+    """Sequences that go through a model at once."""
+    return max(1, cluster.micro_batch_tokens // sequence_length)
+
+
+class Stepper:
     """One optimizer step: micro-batches forward and backward, clip, update."""
 
-    def __init__(self, job: Job, model: Decoder, optimizer: Optimizer, rank: Rank) -> None:
+    def __init__(self, job: Job, model: Decoder, optimizer: Optimizer, rank: Rank = FIRST) -> None:
         self.job, self.model, self.optimizer = job, model, optimizer
+        self.device = next(model.parameters()).device
+        self.rows = micro_batch_rows(job.cluster, job.stage.sequence_length)
+        router = job.stage.router
+        self.coefficients = {
+            "train/loss": 1.0,
+            "train/balance_loss": router.balance_loss_coeff,
+            "train/z_loss": router.z_loss_coeff,
+        }
         if job.cluster.compile:
             for layer in model.model.layers:
                 layer.compile()
         self.network = DistributedDataParallel(model) if rank.world_size > 1 else model
-        self.rows = max(1, job.cluster.micro_batch_tokens // job.stage.sequence_length)
 
     def step(self, step: int, rows: np.ndarray) -> dict[str, float]:
         """Train on this rank's rows (rows, sequence_length + 1) and return the step's values."""
         stage = self.job.stage
-        tokens = step * stage.batch_tokens
-        learning_rate = stage.learning_rate * learning_rate_factor(
-            tokens, stage.num_steps * stage.batch_tokens, stage.schedule
-        )
+        total = stage.num_steps * stage.batch_tokens
+        learning_rate = stage.learning_rate * learning_rate_factor(step * stage.batch_tokens, total, stage.schedule)
         optimizers.set_learning_rate(self.optimizer, learning_rate)
-        router = RouterObjective(stage.router)
-        sums = self._accumulate(rows, router)
-        loss = sums["train/loss"]
-        if not math.isfinite(loss):
-            raise self._diverged(step, loss)
+        values = self.accumulate(rows)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), stage.optimizer.max_grad_norm)
+        values |= {"train/grad_norm": norm.item(), "train/learning_rate": learning_rate}
+        _require_finite(self.job, step, values, weights_of=step - 1)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        values = {**sums, "train/grad_norm": norm.item(), "train/learning_rate": learning_rate}
-        if self.model.config.is_moe:
-            values["router/load_max_over_mean"] = router.load_max_over_mean().item()
         return values
 
-    def _accumulate(self, rows: np.ndarray, router: RouterObjective) -> dict[str, float]:
-        device = next(self.model.parameters()).device
-        chunks = torch.from_numpy(rows).to(device).split(self.rows)
-        total = torch.zeros(3, device=device)
-        for index, chunk in enumerate(chunks):
-            share = chunk.shape[0] / rows.shape[0]
+    def accumulate(self, rows: np.ndarray) -> dict[str, float]:
+        """Leave the gradient of the global batch in the parameters; return its mean losses and the expert load."""
+        router = RouterObjective(self.job.stage.router)
+        chunks = torch.from_numpy(rows).to(self.device).split(self.rows)
+        losses: dict[str, Tensor] = {}
+        totals = torch.zeros((), dtype=torch.float64, device=self.device)
+        for index, chunk_bt in enumerate(chunks):
             if isinstance(self.network, DistributedDataParallel):
                 self.network.require_backward_grad_sync = index == len(chunks) - 1
-            with torch.autocast(device.type, torch.bfloat16, enabled=self.job.stage.precision == "bf16"):
-                logits, routings = self.network(chunk[:, :-1])
-            loss = cross_entropy(logits, chunk[:, 1:])
-            parts = [loss, *(router(routings) if routings else (torch.zeros(()), torch.zeros(())))]
-            coefficients = (1.0, self.job.stage.router.balance_loss_coeff, self.job.stage.router.z_loss_coeff)
-            objective = sum(weight * part for weight, part in zip(coefficients, parts, strict=True))
+            losses = self._losses(chunk_bt, router)
+            share = chunk_bt.shape[0] / rows.shape[0]
+            objective = sum(self.coefficients[name] * loss for name, loss in losses.items())
             (objective * share).backward()
-            total += torch.stack([part.detach().to(device) for part in parts]) * share
+            totals = totals + share * torch.stack([loss.detach().double() for loss in losses.values()])
         if dist.is_initialized():
-            dist.all_reduce(total, op=dist.ReduceOp.SUM)
-            total /= dist.get_world_size()
-        loss, balance, z = total.tolist()
-        extra = {"train/balance_loss": balance, "train/z_loss": z} if self.model.config.is_moe else {}
-        return {"train/loss": loss, **extra}
+            dist.all_reduce(totals)
+            totals /= dist.get_world_size()
+        values = dict(zip(losses, totals.tolist(), strict=True))
+        return values | ({"router/load_max_over_mean": router.load_max_over_mean()} if self.job.model.is_moe else {})
 
-    def _diverged(self, step: int, loss: float) -> UserError:
-        saved = state.checkpoints(self.job.out)
-        good = f"last good checkpoint: {saved[0]}" if saved else "no checkpoint was written before"
-        return UserError(
-            f"stage {self.job.name}: the loss is {loss} at step {step} of {self.job.stage.num_steps} "
-            f"({step * self.job.stage.batch_tokens:,} tokens); {good}; lower its learning_rate "
-            f"({self.job.stage.learning_rate}) or lengthen its warmup_tokens and run again"
-        )
+    def _losses(self, tokens_bt: Tensor, router: RouterObjective) -> dict[str, Tensor]:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.job.stage.precision == "bf16"):
+            logits_btv, routings = self.network(tokens_bt[:, :-1])
+        losses = {"train/loss": cross_entropy(logits_btv, tokens_bt[:, 1:])}
+        if routings:
+            losses["train/balance_loss"], losses["train/z_loss"] = router(routings)
+        return losses
 
 
-def validate(job: Job, model: Decoder) -> dict[str, float]:
+def _require_finite(job: Job, step: int, values: Mapping[str, float], weights_of: int) -> None:
+    """UserError for a value that is NaN or Inf.
+
+    It was computed from the weights that the step `weights_of` made. A checkpoint of that step is as bad as they are;
+    the weights of every step before it gave finite values.
+    """
+    bad = [name for name, value in values.items() if not math.isfinite(value)]
+    if not bad:
+        return
+    good = [path for path in state.checkpoints(job.out) if state.step_of(path) < weights_of]
+    raise UserError(
+        f"stage {job.name}: {bad[0]} is {values[bad[0]]} at step {step} of {job.stage.num_steps} "
+        f"({step * job.stage.batch_tokens:,} tokens); "
+        f"{f'last good checkpoint: {good[0]}' if good else 'there is no good checkpoint before it'}; "
+        f"lower its learning_rate ({job.stage.learning_rate}) or lengthen its schedule.warmup_tokens and run again"
+    )
+
+
+def validate(job: Job, model: Decoder, step: int) -> dict[str, float]:
     """Held-out loss by language, and their mean weighted as the training mixture, in nats per token."""
     stage = job.stage
+    rows = min(VALIDATION_ROWS, micro_batch_rows(job.cluster, stage.sequence_length))
     losses = {
         source: evaluate(
             model,
-            validation_batches(job.tokens, source, stage.sequence_length, stage.validation_tokens, VALIDATION_ROWS),
+            validation_batches(job.tokens, source, stage.sequence_length, stage.validation_tokens, rows),
             stage.precision,
         )
         for source in stage.mixture
     }
     weights = sum(stage.mixture.values())
     mean = sum(losses[source] * weight for source, weight in stage.mixture.items()) / weights
-    return {"val/loss": mean, **{f"val/loss/{source}": loss for source, loss in losses.items()}}
+    values = {"val/loss": mean, **{f"val/loss/{source}": loss for source, loss in losses.items()}}
+    _require_finite(job, step, values, weights_of=step)
+    return values
 
 
 @torch.no_grad()
 def evaluate(model: Decoder, batches: Iterable[np.ndarray], precision: str) -> float:
-    """Mean next-token loss in nats over batches of (rows, length + 1) token ids."""
+    """Mean next-token loss in nats over batches, at least one, of (rows, length + 1) token ids."""
     device = next(model.parameters()).device
     total, count = 0.0, 0
     for rows in batches:
-        tokens = torch.from_numpy(rows).to(device)
+        tokens_bt = torch.from_numpy(rows).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            logits, _ = model(tokens[:, :-1])
-        targets: Tensor = tokens[:, 1:]
-        total += cross_entropy(logits, targets).item() * targets.numel()
-        count += targets.numel()
-    if not count:
-        raise UserError("validation: the split is shorter than one sequence; lower sequence_length or add text")
+            logits_btv, _ = model(tokens_bt[:, :-1])
+        targets_bt = tokens_bt[:, 1:]
+        total += cross_entropy(logits_btv, targets_bt).item() * targets_bt.numel()
+        count += targets_bt.numel()
     return total / count

@@ -1,6 +1,7 @@
 """metrics.jsonl: what a training stage measures, one point a line, one line a step - the truth for every curve."""
 
 import json
+import os
 import statistics
 import time
 from collections.abc import Iterable, Mapping
@@ -34,8 +35,12 @@ class MetricsFile:
         self.points = [point for point in _read(path) if resume_step and point["step"] <= resume_step]
         if enabled:
             # A new file, not a shorter one: a reader that follows the old one notices.
+            path.parent.mkdir(parents=True, exist_ok=True)
             temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(json.dumps(point) + "\n" for point in self.points))
+            with temporary.open("w") as file:
+                file.writelines(map(_line, self.points))
+                file.flush()
+                os.fsync(file.fileno())
             temporary.replace(path)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -51,7 +56,13 @@ class MetricsFile:
         self.points.append(point)
         if self.enabled:
             with self.path.open("a") as file:
-                file.write(json.dumps(point) + "\n")
+                file.write(_line(point))
+
+    def sync(self) -> None:
+        """Wait until every point is on disk."""
+        if self.enabled:
+            with self.path.open("a") as file:
+                os.fsync(file.fileno())
 
     def summary(self) -> dict[str, Any]:
         """The stage's metrics for its record; losses are validation losses in nats per token."""
@@ -69,6 +80,10 @@ class MetricsFile:
             **{f"loss_end/{key.removeprefix('val/loss/')}": last[key] for key in languages},
             "tokens_per_s": statistics.median(p["train/tokens_per_s"] for p in self.points if p["step"]),
         }
+
+
+def _line(point: Point) -> str:
+    return json.dumps(point) + "\n"
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

@@ -18,8 +18,8 @@ def cross_entropy(logits_btv: Tensor, targets_bt: Tensor) -> Tensor:
 
 
 def expert_counts(routing: Routing) -> Tensor:
-    """How many tokens each expert was given: float tensor of shape (experts,)."""
-    return torch.bincount(routing.experts_nk.flatten(), minlength=routing.logits_ne.shape[1]).float()
+    """How many tokens each expert was given: int64 of shape (experts,)."""
+    return torch.bincount(routing.experts_nk.flatten(), minlength=routing.logits_ne.shape[1])
 
 
 def balance_loss(routing: Routing, counts_e: Tensor) -> Tensor:
@@ -28,7 +28,7 @@ def balance_loss(routing: Routing, counts_e: Tensor) -> Tensor:
     f_i, the share of assignments in `counts_e`, may cover more than this batch (other ranks, earlier micro-batches:
     arXiv 2501.11873); P_i, the mean probability of this batch, carries the gradient.
     """
-    share_e = counts_e / counts_e.sum()
+    share_e = counts_e.to(routing.logits_ne.dtype) / counts_e.sum()
     probability_e = routing.logits_ne.softmax(dim=-1).mean(dim=0)
     return counts_e.numel() * (share_e * probability_e).sum()
 
@@ -41,27 +41,29 @@ def z_loss(routing: Routing) -> Tensor:
 class RouterObjective:
     """The router's losses of one optimizer step, and the expert load they are computed from.
 
-    With the scope `global_batch`, the shares f_i cover all ranks, and the micro-batches of the step so far.
+    With the scope `global_batch`, the shares f_i cover all ranks, and the micro-batches of the step so far: any number
+    of ranks gives the loss and the gradient of the whole batch. Micro-batches do not: an early one is weighed by the
+    shares of a part of the batch, because the rest has not been routed yet. Cross-entropy and z-loss are means over
+    tokens, and the same for every division of the batch.
     """
 
     def __init__(self, config: RouterConfig) -> None:
         self.config = config
-        self.counts: list[Tensor] = []
+        self.counts_le: Tensor | None = None  # of the step so far, by layer
 
     def __call__(self, routings: Sequence[Routing]) -> tuple[Tensor, Tensor]:
         """Return (balance loss, z-loss), each the unweighted mean over layers."""
-        counts = torch.stack([expert_counts(routing) for routing in routings])
-        if self.config.balance_scope == "global_batch":
-            if dist.is_initialized():
-                dist.all_reduce(counts)
-            self.counts.append(counts)
-            counts = torch.stack(self.counts).sum(dim=0)
-        else:
-            self.counts.append(counts)
-        balance = torch.stack([balance_loss(routing, c) for routing, c in zip(routings, counts, strict=True)]).mean()
-        return balance, torch.stack([z_loss(routing) for routing in routings]).mean()
+        counts_le = torch.stack([expert_counts(routing) for routing in routings])
+        is_global = self.config.balance_scope == "global_batch"
+        if is_global and dist.is_initialized():
+            dist.all_reduce(counts_le)
+        self.counts_le = counts_le if self.counts_le is None else self.counts_le + counts_le
+        shares_of = self.counts_le if is_global else counts_le
+        balance = [balance_loss(routing, counts_e) for routing, counts_e in zip(routings, shares_of, strict=True)]
+        return torch.stack(balance).mean(), torch.stack([z_loss(routing) for routing in routings]).mean()
 
-    def load_max_over_mean(self) -> Tensor:
+    def load_max_over_mean(self) -> float:
         """The busiest expert's tokens over the mean, averaged over layers: 1 at perfect balance."""
-        counts = torch.stack(self.counts).sum(dim=0)
-        return (counts.max(dim=1).values / counts.mean(dim=1)).mean()
+        assert self.counts_le is not None, "nothing was routed yet"
+        counts_le = self.counts_le.double()
+        return (counts_le.max(dim=1).values / counts_le.mean(dim=1)).mean().item()

@@ -3,10 +3,10 @@
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -15,40 +15,52 @@ from aquilamoe.config.messages import UserError
 from aquilamoe.model import Decoder
 from aquilamoe.weights.huggingface import load_state, save_model
 
-KEEP = 2
+KEEP = 2  # should the newest turn out bad, there is one before it
 WEIGHTS, TRAINING = "model", "training"
+HIDDEN = "."  # begins the name of a checkpoint that is being written or removed
+MOMENTS, PROGRESS = "optimizer.safetensors", "progress.json"
 
 
-@dataclass(frozen=True)
-class Progress:
-    """How far a stage has come. Data position and learning rate are functions of `step`."""
+def save(directory: Path, model: Decoder, optimizer: Optimizer, step: int) -> None:
+    """Write `model/` (a Hugging Face directory, float32) and `training/` (optimizer moments) into `directory`.
 
-    step: int
-    tokens: int
-
-
-def save(directory: Path, model: Decoder, optimizer: Optimizer, progress: Progress) -> None:
-    """Write `model/` (a Hugging Face directory, float32) and `training/` (optimizer moments) into `directory`."""
+    Nothing else is state: the position in the data and the learning rate are functions of `step`.
+    """
     save_model(model, directory / WEIGHTS)
     training = directory / TRAINING
     training.mkdir(parents=True, exist_ok=True)
-    save_file(_moments(model, optimizer), training / "optimizer.safetensors")
-    (training / "progress.json").write_text(json.dumps(asdict(progress)))
+    save_file(_moments(model, optimizer), training / MOMENTS)
+    (training / PROGRESS).write_text(json.dumps({"step": step}))
 
 
-def load(directory: Path, model: Decoder, optimizer: Optimizer) -> Progress:
-    """Restore what `save` wrote, bit for bit."""
+def load(checkpoint: Path, model: Decoder, optimizer: Optimizer) -> int:
+    """Restore what `save` wrote, bit for bit, and return its step. UserError if a file is damaged."""
+    try:
+        load_weights(checkpoint, model)
+        load_moments(checkpoint, model, optimizer)
+        return int(json.loads((checkpoint / TRAINING / PROGRESS).read_text())["step"])
+    except (UserError, OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split()).split(";")[0]
+        raise UserError(
+            f"{checkpoint}: cannot continue from this checkpoint ({reason}); remove it and run again: "
+            "the one before it takes its place"
+        ) from error
+
+
+def load_weights(directory: Path, model: Decoder) -> None:
+    """Give the model the weights of a checkpoint, or of a finished stage."""
     load_state(model, directory / WEIGHTS)
-    load_moments(directory, model, optimizer)
-    return Progress(**json.loads((directory / TRAINING / "progress.json").read_text()))
 
 
 def load_moments(directory: Path, model: nn.Module, optimizer: Optimizer) -> None:
     """Give the optimizer the moments of a checkpoint whose tensors have the model's shapes."""
-    path = directory / TRAINING / "optimizer.safetensors"
+    path = directory / TRAINING / MOMENTS
     if not path.exists():
-        raise UserError(f"{path}: the source has no optimizer state; set optimizer_state=reset")
-    moments = load_file(path)
+        raise UserError(f"{path}: there is no optimizer state; set optimizer_state=reset")
+    try:
+        moments = load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path}: is damaged ({error}); make it again, or set optimizer_state=reset") from error
     for name, parameter in model.named_parameters():
         state = {key: moments[f"{name}/{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
         optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in state.items()}
@@ -62,25 +74,31 @@ def _moments(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
     }
 
 
-def save_checkpoint(out: Path, model: Decoder, optimizer: Optimizer, progress: Progress) -> Path:
+def save_checkpoint(out: Path, model: Decoder, optimizer: Optimizer, step: int) -> Path:
     """Add `checkpoints/step-N` beside what is there: built under another name, made durable, renamed."""
-    target = out / "checkpoints" / f"step-{progress.step:09d}"
-    temporary = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    save(temporary, model, optimizer, progress)
+    folder = out / "checkpoints"
+    for leftover in folder.glob(f"{HIDDEN}step-*"):
+        shutil.rmtree(leftover)
+    target = folder / f"step-{step:09d}"
+    temporary = folder / f"{HIDDEN}{target.name}"
+    save(temporary, model, optimizer, step)
     for path in [*temporary.rglob("*"), temporary]:
         _sync(path)
-    shutil.rmtree(target, ignore_errors=True)
     temporary.rename(target)
-    _sync(target.parent)
+    _sync(folder)
     for old in checkpoints(out)[KEEP:]:
-        shutil.rmtree(old)
+        shutil.rmtree(old.rename(folder / f"{HIDDEN}{old.name}"))
     return target
 
 
 def checkpoints(out: Path) -> list[Path]:
     """Complete checkpoints of a stage in progress, newest first."""
-    return sorted((out / "checkpoints").glob("step-*"), reverse=True)
+    return sorted((out / "checkpoints").glob("step-*"), key=step_of, reverse=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimizer step that a checkpoint was written after."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def _sync(path: Path) -> None:

@@ -1,0 +1,347 @@
+"""What is minimised: by its formula, by its gradients, and the same on one rank and on two (real gloo processes)."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from aquilamoe.config.schema import ClusterConfig, ModelConfig, PretrainStage, RouterConfig
+from aquilamoe.model import Decoder, Routing
+from aquilamoe.training import optimizer as optimizers
+from aquilamoe.training.loop import Job, Rank, Stepper
+from aquilamoe.training.objective import RouterObjective, balance_loss, cross_entropy, expert_counts, z_loss
+
+LENGTH, ROWS = 12, 8
+ROUTER = RouterConfig(balance_loss_coeff=0.5, balance_scope="global_batch", z_loss_coeff=0.1)
+PER_MICRO_BATCH = ROUTER.model_copy(update={"balance_scope": "micro_batch"})
+MODELS = {"dense": 0, "moe": 4}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def model_config(experts: int) -> ModelConfig:
+    return ModelConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=4,
+        max_position_embeddings=32,
+        rope_theta=1e4,
+        rms_norm_eps=1e-5,
+        initializer_range=0.2,
+        qkv_bias=True,
+        tie_word_embeddings=False,
+        num_experts=experts,
+        num_experts_per_tok=2 if experts else 0,
+    )
+
+
+def stepper(
+    experts: int, router: RouterConfig = ROUTER, micro_batch_rows: int = ROWS, rank: Rank | None = None
+) -> Stepper:
+    """A float64 model with everything that a step needs; the same weights each time."""
+    config = model_config(experts)
+    stage = PretrainStage.model_validate(
+        {
+            "kind": "pretrain",
+            "inputs": {"tokens": "tokens"},
+            "model": config,
+            "total_tokens": 100 * ROWS * LENGTH,
+            "equal_flops": None,
+            "batch_tokens": ROWS * LENGTH,
+            "sequence_length": LENGTH,
+            "mixture": {"en": 1.0},
+            "learning_rate": 1e-2,
+            "precision": "fp32",
+            "optimizer_state": "reset",
+            "seed": 1,
+            "optimizer": {
+                "name": "adamw",
+                "betas": (0.9, 0.95),
+                "eps": 1e-8,
+                "weight_decay": 0.1,
+                "max_grad_norm": 1.0,
+            },
+            "schedule": {"name": "constant", "warmup_tokens": 0, "decay_tokens": 0, "min_lr_ratio": 1.0},
+            "router": router,
+            "validate_every_tokens": 10_000,
+            "validation_tokens": LENGTH,
+        }
+    )
+    cluster = ClusterConfig(
+        executor="process",
+        address=None,
+        workers=1,
+        cpus_per_worker=1,
+        gpus_per_worker=0,
+        gpu_memory_bytes=0,
+        max_failures=0,
+        micro_batch_tokens=micro_batch_rows * LENGTH,
+        checkpoint_every_tokens=10_000,
+        compile=False,
+        flops_per_s=1e9,
+    )
+    model = Decoder(config)
+    model.initialize(7)
+    model.double()
+    here = Path()
+    job = Job("test", stage, config, here, None, here, 0, 0, cluster)
+    return Stepper(job, model, optimizers.build(model, stage.optimizer, 1e-2), rank or Rank())
+
+
+def batch(seed: int = 3, rows: int = ROWS) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 64, (rows, LENGTH + 1))
+
+
+def gradients(of: Stepper) -> dict[str, Tensor]:
+    found = {name: parameter.grad for name, parameter in of.model.named_parameters()}
+    return {name: gradient for name, gradient in found.items() if gradient is not None}
+
+
+def assert_equal_gradients(ones: dict[str, Tensor], others: dict[str, Tensor], tolerance: float = 1e-12) -> None:
+    assert ones.keys() == others.keys() and ones
+    for name, one in ones.items():
+        torch.testing.assert_close(
+            one, others[name], rtol=0, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def routing(logits_ne: Tensor, k: int) -> Routing:
+    return Routing(logits_ne, logits_ne.topk(k, dim=-1).indices)
+
+
+def even_routing(experts: int, k: int, tokens_per_expert: int) -> Routing:
+    """Every expert is chosen equally often, and every expert's mean probability is the same."""
+    rolled = torch.stack([torch.arange(experts).roll(shift) for shift in range(experts)])
+    return routing(rolled.double().repeat(tokens_per_expert, 1), k)
+
+
+# Cross-entropy
+
+
+def test_cross_entropy_is_the_mean_negative_log_probability_of_the_targets() -> None:
+    logits_btv, targets_bt = torch.randn(3, 5, 11, dtype=torch.float64), torch.randint(0, 11, (3, 5))
+    picked = [
+        torch.log(logits_btv[b, t].exp()[targets_bt[b, t]] / logits_btv[b, t].exp().sum())
+        for b in range(3)
+        for t in range(5)
+    ]
+    assert torch.allclose(cross_entropy(logits_btv, targets_bt), -torch.stack(picked).mean(), atol=1e-12)
+
+
+def test_cross_entropy_of_bfloat16_logits_is_computed_in_float32() -> None:
+    logits_btv = torch.randn(2, 3, 500).bfloat16()
+    targets_bt = torch.randint(0, 500, (2, 3))
+    loss = cross_entropy(logits_btv, targets_bt)
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, cross_entropy(logits_btv.float(), targets_bt))
+
+
+# The router's losses
+
+
+@pytest.mark.parametrize(("experts", "k"), [(4, 1), (4, 2), (8, 2), (6, 3)])
+def test_the_balance_loss_is_one_at_perfect_balance(experts: int, k: int) -> None:
+    even = even_routing(experts, k, 5)
+    assert abs(balance_loss(even, expert_counts(even)).item() - 1) < 1e-12
+
+
+@pytest.mark.parametrize(("experts", "k"), [(4, 1), (4, 2), (8, 2), (6, 3)])
+def test_the_balance_loss_is_experts_over_k_when_all_tokens_go_to_the_same_k(experts: int, k: int) -> None:
+    logits_ne = torch.full((20, experts), -100.0, dtype=torch.float64)
+    logits_ne[:, :k] = 100.0
+    collapsed = routing(logits_ne, k)
+    assert abs(balance_loss(collapsed, expert_counts(collapsed)).item() - experts / k) < 1e-12
+
+
+@settings(derandomize=True, deadline=None, max_examples=40)
+@given(tokens=st.integers(1, 30), experts=st.integers(2, 9), data=st.data())
+def test_the_router_losses_equal_the_formulas_written_out(tokens: int, experts: int, data: Any) -> None:
+    k = data.draw(st.integers(1, experts))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
+    found = routing(3 * torch.randn(tokens, experts, dtype=torch.float64, generator=generator), k)
+    counts, probabilities, squares = [0] * experts, [0.0] * experts, 0.0
+    for n in range(tokens):
+        exponentials = [float(np.exp(x)) for x in found.logits_ne[n].tolist()]
+        squares += float(np.log(sum(exponentials))) ** 2
+        for e in range(experts):
+            probabilities[e] += exponentials[e] / sum(exponentials) / tokens
+        for chosen in found.experts_nk[n].tolist():
+            counts[chosen] += 1
+    balance = experts * sum(c / (tokens * k) * p for c, p in zip(counts, probabilities, strict=True))
+    assert expert_counts(found).tolist() == counts
+    assert abs(balance_loss(found, expert_counts(found)).item() - balance) < 1e-12
+    assert abs(z_loss(found).item() - squares / tokens) < 1e-10
+
+
+def test_the_gradients_of_the_router_losses_are_right() -> None:
+    logits_ne = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
+    experts_nk = logits_ne.detach().topk(2, dim=-1).indices
+
+    def balance(logits: Tensor) -> Tensor:
+        return balance_loss(Routing(logits, experts_nk), expert_counts(Routing(logits, experts_nk)))
+
+    assert torch.autograd.gradcheck(balance, logits_ne)
+    assert torch.autograd.gradcheck(lambda logits: z_loss(Routing(logits, experts_nk)), logits_ne)
+
+
+def test_the_gradient_of_the_balance_loss_takes_probability_from_the_crowded_expert() -> None:
+    logits_ne = torch.tensor([[2.0, 1.0, 0.0], [2.0, 0.0, 1.0], [3.0, 0.0, 0.0]], requires_grad=True)
+    crowded = routing(logits_ne, 1)
+    balance_loss(crowded, expert_counts(crowded)).backward()
+    assert logits_ne.grad is not None
+    assert (logits_ne.grad[:, 0] > 0).all() and (logits_ne.grad[:, 1:] < 0).all()
+
+
+def test_layers_are_balanced_one_by_one_and_averaged() -> None:
+    """Two collapsed layers that together look balanced are not balanced."""
+    to_first, to_second = torch.tensor([[50.0, -50.0]]).repeat(6, 1), torch.tensor([[-50.0, 50.0]]).repeat(6, 1)
+    objective = RouterObjective(ROUTER)
+    balance, _ = objective([routing(to_first, 1), routing(to_second, 1)])
+    assert abs(balance.item() - 2) < 1e-6
+    assert objective.load_max_over_mean() == 2.0
+
+
+def test_the_load_counts_all_micro_batches_of_a_step() -> None:
+    to_first, to_second = torch.tensor([[50.0, -50.0]]).repeat(6, 1), torch.tensor([[-50.0, 50.0]]).repeat(6, 1)
+    for config in (ROUTER, PER_MICRO_BATCH):
+        objective = RouterObjective(config)
+        objective([routing(to_first, 1)])
+        assert objective.load_max_over_mean() == 2.0
+        objective([routing(to_second, 1)])
+        assert objective.load_max_over_mean() == 1.0
+
+
+def test_with_global_scope_a_micro_batch_is_weighed_by_the_shares_of_the_step_so_far() -> None:
+    first, second = (routing(torch.randn(9, 4, dtype=torch.float64), 2) for _ in range(2))
+    so_far, alone = RouterObjective(ROUTER), RouterObjective(PER_MICRO_BATCH)
+    for objective in (so_far, alone):
+        assert torch.equal(objective([first])[0], balance_loss(first, expert_counts(first)))
+    both = expert_counts(first) + expert_counts(second)
+    assert torch.equal(so_far([second])[0], balance_loss(second, both))
+    assert torch.equal(alone([second])[0], balance_loss(second, expert_counts(second)))
+
+
+# Micro-batches
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4])
+def test_accumulated_micro_batches_give_the_gradient_of_the_whole_batch(rows: int) -> None:
+    """Also when the batch is no multiple of them. True of cross-entropy and z-loss, so of every dense model."""
+    no_balance = ROUTER.model_copy(update={"balance_loss_coeff": 0.0})
+    for experts in MODELS.values():
+        whole, parts = stepper(experts, no_balance), stepper(experts, no_balance, micro_batch_rows=rows)
+        of_whole, of_parts = whole.accumulate(batch()), parts.accumulate(batch())
+        for name in of_whole.keys() - {"train/balance_loss"}:
+            assert abs(of_whole[name] - of_parts[name]) < 1e-12
+        assert_equal_gradients(gradients(whole), gradients(parts))
+
+
+def test_accumulation_changes_the_balance_loss_unless_the_micro_batches_are_alike() -> None:
+    alike = np.concatenate([batch(rows=ROWS // 2)] * 2)
+    for rows, is_same in ((alike, True), (batch(), False)):
+        whole, parts = stepper(4), stepper(4, micro_batch_rows=ROWS // 2)
+        difference = whole.accumulate(rows)["train/balance_loss"] - parts.accumulate(rows)["train/balance_loss"]
+        assert (abs(difference) < 1e-12) == is_same
+        assert abs(difference) < 0.05
+
+
+# Ranks. Each process of a pair runs this very file as a script.
+
+CASES = [(name, scope, rows) for name in MODELS for scope in ("global_batch", "micro_batch") for rows in (ROWS, 2)]
+
+
+def case_name(model: str, scope: str, micro_batch_rows: int) -> str:
+    return f"{model} {scope} {micro_batch_rows}"
+
+
+def run_rank(rank: int, folder: Path) -> None:
+    """Step once through every case with half of the batch and write what came out."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=2)
+    rows = batch()[rank * ROWS // 2 : (rank + 1) * ROWS // 2]
+    found: dict[str, Tensor] = {}
+    for model, scope, micro_batch_rows in CASES:
+        router = ROUTER.model_copy(update={"balance_scope": scope})
+        trained = stepper(MODELS[model], router, micro_batch_rows, Rank(rank, 2, rank))
+        values = trained.accumulate(rows)
+        case = case_name(model, scope, micro_batch_rows)
+        found |= {f"{case} value {name}": torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
+        found |= {f"{case} gradient {name}": gradient.clone() for name, gradient in gradients(trained).items()}
+    save_file(found, folder / f"rank-{rank}.safetensors")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    command = [sys.executable, __file__, str(folder)]
+    started = [subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True) for rank in range(2)]
+    for process in started:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+    return [load_file(folder / f"rank-{rank}.safetensors") for rank in range(2)]
+
+
+def of_case(found: dict[str, Tensor], case: str, kind: str) -> dict[str, Tensor]:
+    prefix = f"{case} {kind} "
+    return {name.removeprefix(prefix): value for name, value in found.items() if name.startswith(prefix)}
+
+
+def test_both_ranks_end_with_the_same_losses_and_gradients(two_ranks: list[dict[str, Tensor]]) -> None:
+    first, second = two_ranks
+    for name, value in first.items():
+        if not ("micro_batch" in name and name.endswith("load_max_over_mean")):  # this rank's own load
+            assert torch.equal(value, second[name]), name
+
+
+@pytest.mark.parametrize(
+    ("model", "scope"), [("dense", "global_batch"), ("dense", "micro_batch"), ("moe", "global_batch")]
+)
+def test_two_ranks_give_the_losses_and_gradients_of_one_rank_on_the_whole_batch(
+    model: str, scope: str, two_ranks: list[dict[str, Tensor]]
+) -> None:
+    whole = stepper(MODELS[model])
+    values = whole.accumulate(batch())
+    case = case_name(model, scope, ROWS)
+    found = of_case(two_ranks[0], case, "value")
+    assert found.keys() == values.keys()
+    assert all(abs(found[name].item() - values[name]) < 1e-12 for name in values)
+    assert_equal_gradients(gradients(whole), of_case(two_ranks[0], case, "gradient"))
+
+
+def test_two_ranks_with_micro_batches_reduce_the_gradients_of_all_of_them(two_ranks: list[dict[str, Tensor]]) -> None:
+    whole = stepper(MODELS["dense"])
+    whole.accumulate(batch())
+    assert_equal_gradients(gradients(whole), of_case(two_ranks[0], case_name("dense", "global_batch", 2), "gradient"))
+
+
+def test_the_classic_scope_balances_each_rank_by_itself(two_ranks: list[dict[str, Tensor]]) -> None:
+    halves = [stepper(MODELS["moe"], PER_MICRO_BATCH).accumulate(half) for half in np.split(batch(), 2)]
+    mean = sum(values["train/balance_loss"] for values in halves) / 2
+    found = of_case(two_ranks[0], case_name("moe", "micro_batch", ROWS), "value")["train/balance_loss"].item()
+    whole = stepper(MODELS["moe"]).accumulate(batch())["train/balance_loss"]
+    assert abs(found - mean) < 1e-12 < abs(found - whole)
+
+
+if __name__ == "__main__":
+    run_rank(int(sys.argv[2]), Path(sys.argv[1]))

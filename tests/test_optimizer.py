@@ -1,0 +1,109 @@
+"""Which parameters AdamW decays, and that a step is the one that its configuration describes."""
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch.optim import Optimizer
+
+from aquilamoe.config.schema import ModelConfig, OptimizerConfig
+from aquilamoe.model import Decoder
+from aquilamoe.training import optimizer as optimizers
+
+ADAMW = OptimizerConfig(name="adamw", betas=(0.8, 0.9), eps=1e-7, weight_decay=0.1, max_grad_norm=1.0)
+LEARNING_RATE = 0.01
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def decoder(experts: int = 0, tied: bool = False) -> Decoder:
+    model = Decoder(
+        ModelConfig(
+            vocab_size=32,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=4,
+            max_position_embeddings=32,
+            rope_theta=1e4,
+            rms_norm_eps=1e-5,
+            initializer_range=0.2,
+            qkv_bias=True,
+            tie_word_embeddings=tied,
+            num_experts=experts,
+            num_experts_per_tok=2 if experts else 0,
+        )
+    )
+    model.initialize(3)
+    return model
+
+
+def decays(model: Decoder, optimizer: Optimizer) -> dict[str, float]:
+    """The weight decay of every parameter by name; each is in one group exactly."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    found = [(names[p], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]]
+    assert len(found) == len(dict(found)) == len(names)
+    return dict(found)
+
+
+@pytest.mark.parametrize(("experts", "tied"), [(0, False), (0, True), (4, False)])
+def test_exactly_the_matrices_are_decayed(experts: int, tied: bool) -> None:
+    model = decoder(experts, tied)
+    decayed = {name for name, decay in decays(model, optimizers.build(model, ADAMW, LEARNING_RATE)).items() if decay}
+    assert decayed == {name for name, parameter in model.named_parameters() if parameter.ndim > 1}
+    spared = {name for name, _ in model.named_parameters()} - decayed
+    assert all(name.endswith((".bias", "norm.weight")) for name in spared)
+    assert len(spared) == 2 * (2 + 3) + 1  # of each layer two norms and three biases, and the final norm
+
+
+def test_stacked_experts_the_router_the_embedding_and_the_head_are_decayed() -> None:
+    model = decoder(experts=4)
+    found = decays(model, optimizers.build(model, ADAMW, LEARNING_RATE))
+    for name in ("mlp.experts.gate_proj", "mlp.experts.up_proj", "mlp.experts.down_proj", "mlp.gate.weight"):
+        assert found[f"model.layers.1.{name}"] == 0.1
+    assert found["model.embed_tokens.weight"] == found["lm_head.weight"] == 0.1
+
+
+def test_a_step_without_gradients_of_the_loss_shrinks_the_matrices_and_leaves_gains_and_biases() -> None:
+    model = decoder(experts=4)
+    optimizer = optimizers.build(model, ADAMW, LEARNING_RATE)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        factor = 1 - LEARNING_RATE * 0.1 if parameter.ndim > 1 else 1.0
+        torch.testing.assert_close(parameter.detach(), before[name] * factor, rtol=1e-6, atol=0)
+
+
+def test_a_step_is_adamw_written_out() -> None:
+    model = decoder().double()
+    optimizer = optimizers.build(model, ADAMW, LEARNING_RATE)
+    parameter = model.lm_head.weight
+    expected, m, v = parameter.detach().clone(), torch.zeros_like(parameter), torch.zeros_like(parameter)
+    for step, scale in enumerate((1.0, -0.5, 0.1), start=1):
+        gradient = scale * torch.linspace(-1, 1, parameter.numel(), dtype=torch.float64).view_as(parameter)
+        parameter.grad = gradient.clone()
+        optimizers.set_learning_rate(optimizer, LEARNING_RATE / step)
+        optimizer.step()
+        m, v = 0.8 * m + 0.2 * gradient, 0.9 * v + 0.1 * gradient**2
+        corrected = (v / (1 - 0.9**step)).sqrt() + 1e-7
+        rate = LEARNING_RATE / step
+        expected = expected * (1 - rate * 0.1) - rate * (m / (1 - 0.8**step)) / corrected
+    torch.testing.assert_close(parameter.detach(), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_the_learning_rate_is_set_for_both_groups() -> None:
+    optimizer = optimizers.build(decoder(), ADAMW, LEARNING_RATE)
+    optimizers.set_learning_rate(optimizer, 0.125)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.125, 0.125]
+    assert math.isclose(optimizer.param_groups[0]["betas"][1], 0.9)

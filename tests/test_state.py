@@ -1,0 +1,177 @@
+"""Checkpoints of a training in progress: bit for bit, complete or absent, only the newest two."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.optim import Optimizer
+
+from aquilamoe.config.messages import UserError
+from aquilamoe.config.schema import ModelConfig, OptimizerConfig
+from aquilamoe.model import Decoder
+from aquilamoe.training import optimizer as optimizers
+from aquilamoe.training import state
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def untrained(experts: int = 0, seed: int = 1, tied: bool = False) -> tuple[Decoder, Optimizer]:
+    model = Decoder(
+        ModelConfig(
+            vocab_size=32,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=4,
+            max_position_embeddings=32,
+            rope_theta=1e4,
+            rms_norm_eps=1e-5,
+            initializer_range=0.2,
+            qkv_bias=True,
+            tie_word_embeddings=tied,
+            num_experts=experts,
+            num_experts_per_tok=2 if experts else 0,
+        )
+    )
+    model.initialize(seed)
+    adamw = OptimizerConfig(name="adamw", betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, max_grad_norm=1.0)
+    return model, optimizers.build(model, adamw, 0.01)
+
+
+def step(model: Decoder, optimizer: Optimizer, seed: int = 0) -> None:
+    tokens_bt = torch.randint(0, 32, (4, 9), generator=torch.Generator().manual_seed(seed))
+    logits_btv, _ = model(tokens_bt)
+    logits_btv.square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def trained(experts: int = 0, tied: bool = False) -> tuple[Decoder, Optimizer]:
+    model, optimizer = untrained(experts, tied=tied)
+    step(model, optimizer)
+    return model, optimizer
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize(("experts", "tied"), [(0, False), (0, True), (4, False)])
+def test_weights_moments_and_step_come_back_bit_for_bit(experts: int, tied: bool, tmp_path: Path) -> None:
+    model, optimizer = trained(experts, tied)
+    state.save(tmp_path, model, optimizer, 17)
+    other, its_optimizer = untrained(experts, seed=2, tied=tied)
+    assert state.load(tmp_path, other, its_optimizer) == 17
+    for (name, one), two in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(one, two), name
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            assert torch.equal(optimizer.state[one][key], its_optimizer.state[two][key]), name
+    step(model, optimizer, seed=1)
+    step(other, its_optimizer, seed=1)
+    assert all(torch.equal(one, two) for one, two in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_the_same_state_is_always_the_same_bytes(tmp_path: Path) -> None:
+    model, optimizer = trained(experts=4)
+    for folder in ("one", "two"):
+        state.save(tmp_path / folder, model, optimizer, 3)
+    files = [path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*") if path.is_file()]
+    assert len(files) >= 4
+    assert all((tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes() for file in files)
+
+
+def test_nothing_in_a_checkpoint_is_pickled(tmp_path: Path) -> None:
+    state.save(tmp_path, *trained(), 3)
+    assert {path.suffix for path in tmp_path.rglob("*") if path.is_file()} == {".json", ".safetensors"}
+
+
+def test_moments_are_named_after_parameters(tmp_path: Path) -> None:
+    model, optimizer = trained(experts=4)
+    state.save(tmp_path, model, optimizer, 3)
+    found = load_file(tmp_path / "training" / "optimizer.safetensors")
+    keys = ("step", "exp_avg", "exp_avg_sq")
+    assert set(found) == {f"{name}/{key}" for name, _ in model.named_parameters() for key in keys}
+
+
+def test_the_newest_two_checkpoints_are_kept_and_listed_newest_first(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    for number in (8, 16, 24, 999_999_999, 1_000_000_000):
+        made = state.save_checkpoint(tmp_path, model, optimizer, number)
+        assert state.checkpoints(tmp_path)[0] == made and state.step_of(made) == number
+    assert [state.step_of(path) for path in state.checkpoints(tmp_path)] == [1_000_000_000, 999_999_999]
+    assert len(names(tmp_path / "checkpoints")) == 2
+
+
+def test_a_checkpoint_that_was_being_written_or_removed_is_not_a_checkpoint(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    made = state.save_checkpoint(tmp_path, model, optimizer, 8)
+    for leftover in (".step-000000016", ".step-000000004"):
+        (made.parent / leftover / "model").mkdir(parents=True)
+        (made.parent / leftover / "model" / "model.safetensors").write_bytes(b"half")
+    assert state.checkpoints(tmp_path) == [made]
+    second = state.save_checkpoint(tmp_path, model, optimizer, 16)
+    assert names(made.parent) == [made.name, second.name]
+    assert state.load(second, *untrained()) == 16
+
+
+def test_a_failure_while_a_checkpoint_is_written_leaves_the_older_ones_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, optimizer = trained()
+    made = state.save_checkpoint(tmp_path, model, optimizer, 8)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(state, "save_file", full)
+        with pytest.raises(OSError, match="No space"):
+            state.save_checkpoint(tmp_path, model, optimizer, 16)
+    assert state.checkpoints(tmp_path) == [made]
+    assert state.load(made, *untrained()) == 8
+
+
+def test_every_file_and_folder_is_on_disk_before_a_checkpoint_gets_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[Path] = []
+    monkeypatch.setattr(state, "_sync", synced.append)
+    made = state.save_checkpoint(tmp_path, *trained(), 8)
+    hidden = made.with_name(f".{made.name}")
+    inside = [hidden / path.relative_to(made) for path in made.rglob("*")]
+    assert set(synced) == {hidden, *inside, made.parent}
+    assert synced[-1] == made.parent  # the rename itself
+
+
+@pytest.mark.parametrize(
+    "file", ["model/model.safetensors", "training/optimizer.safetensors", "training/progress.json"]
+)
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_a_damaged_checkpoint_is_one_line_that_says_what_to_do(tmp_path: Path, file: str, damage: str) -> None:
+    made = state.save_checkpoint(tmp_path, *trained(), 8)
+    if damage == "cut":
+        (made / file).write_bytes((made / file).read_bytes()[:7])
+    else:
+        (made / file).unlink()
+    with pytest.raises(UserError) as raised:
+        state.load(made, *untrained())
+    message = str(raised.value)
+    assert message.startswith(f"{made}: cannot continue from this checkpoint (") and "\n" not in message
+    assert "remove it and run again" in message
+
+
+def test_a_source_without_optimizer_state_is_one_line_that_names_the_setting(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"optimizer\.safetensors: there is no optimizer state; set optimizer_state=reset"
+    ):
+        state.load_moments(tmp_path, *untrained())
