@@ -21,14 +21,16 @@ WRITERS = (names.O_WEIGHT, names.DOWN)
 
 def grow(layer: Tensors, upper_layer: Tensors, width: Width) -> Tensors:
     """Take what is old from the layer, what is new from the layer above; the rest as in `fpi`."""
-    return {role: advance(role, tensor, upper_layer[role], width) for role, tensor in layer.items()}
+    return {role: advance(role, tensor, upper_layer, width) for role, tensor in layer.items()}
 
 
-def advance(role: str, tensor: Tensor, upper: Tensor, width: Width) -> Tensor:
+def advance(role: str, tensor: Tensor, upper_layer: Tensors, width: Width) -> Tensor:
     """Grow one tensor with its namesake in the layer above, by `scope`."""
+    if width.units.rows(role) is None:
+        return width.copy(role, tensor)
     if role not in WRITERS or width.growth.scope == "all":
-        return width.copy(role, tensor, new_rows=upper)
-    return width.copy(role, tensor, new_columns=upper if width.growth.scope == "transplant" else None)
+        return width.copy(role, tensor, new_rows=upper_layer[role])
+    return width.copy(role, tensor, new_columns=upper_layer[role] if width.growth.scope == "transplant" else None)
 
 
 def keeps_function(units: Units, num_layers: int, growth: GrowthConfig) -> bool:

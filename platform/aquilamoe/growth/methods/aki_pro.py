@@ -19,7 +19,7 @@ OWN = (names.K_WEIGHT, names.K_BIAS, names.V_WEIGHT, names.V_BIAS)
 def grow(layer: Tensors, upper_layer: Tensors, width: Width) -> Tensors:
     """Take what is new from the layer above, as in `aki` and by the same scopes, but for keys and values."""
     return {
-        role: width.copy(role, tensor) if role in OWN else advance(role, tensor, upper_layer[role], width)
+        role: width.copy(role, tensor) if role in OWN else advance(role, tensor, upper_layer, width)
         for role, tensor in layer.items()
     }
 

@@ -1,0 +1,268 @@
+"""What every way of growing does to a model: exact or not, rank, and cost. Writes docs/growth-exactness.md.
+
+python benchmarks/growth_table.py
+
+Nothing in the table is typed: a small random checkpoint is grown by every case in float64, through files, and measured.
+"""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from aquilamoe.config.schema import GrowthConfig, ModelConfig, UpcyclingConfig
+from aquilamoe.growth import rules
+from aquilamoe.growth.scale_out import scale_out
+from aquilamoe.growth.scale_up import scale_up
+from aquilamoe.model import Decoder
+from aquilamoe.weights import names
+from aquilamoe.weights.huggingface import load_model, save_model
+from aquilamoe.weights.store import Reader
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs/growth-exactness.md"
+EXACT = 1e-10  # largest difference of a logit (around 1) in float64 that counts as rounding
+
+SOURCE = ModelConfig(
+    vocab_size=128,
+    hidden_size=64,
+    intermediate_size=160,
+    num_hidden_layers=4,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    head_dim=8,
+    max_position_embeddings=64,
+    rope_theta=1e4,
+    rms_norm_eps=1e-2,
+    initializer_range=0.02,
+    qkv_bias=True,
+    tie_word_embeddings=False,
+    num_experts=0,
+    num_experts_per_tok=0,
+)
+WIDER = {"hidden_size": 80, "intermediate_size": 200, "num_attention_heads": 12}
+TWICE = {"hidden_size": 128, "intermediate_size": 320, "num_attention_heads": 16}
+DEEPER = {"num_hidden_layers": 6}
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2}
+PARTS = {"num_experts": 16, "num_experts_per_tok": 4, "intermediate_size": 80}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of the table: a YAML of conf/growth or conf/upcycling, what is changed in it, the sizes that grow."""
+
+    yaml: str
+    options: dict[str, Any]
+    sizes: dict[str, int]
+
+    @property
+    def how(self) -> GrowthConfig | UpcyclingConfig:
+        values = OmegaConf.to_container(OmegaConf.load(ROOT / f"conf/{self.yaml}.yaml"))
+        assert isinstance(values, dict)
+        kind = GrowthConfig if self.yaml.startswith("growth/") else UpcyclingConfig
+        return kind.model_validate({**values, **self.options})
+
+    @property
+    def target(self) -> ModelConfig:
+        target, how = SOURCE.model_copy(update=self.sizes), self.how
+        if isinstance(how, GrowthConfig):
+            target = target.model_copy(update={"rms_norm_eps": how.grown_eps(SOURCE, target.hidden_size)})
+        return target
+
+    @property
+    def title(self) -> str:
+        """The words of a command line that ask for this growth."""
+        group, name = self.yaml.split("/")
+        options = [f"{group}.{key}={value}".replace(" ", "") for key, value in self.options.items()]
+        return " ".join([f"{group}={name}", *options])
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a case does.
+
+    difference: the largest of a logit of the source's tokens.
+    ups: up_proj of the second layer, a tensor for each expert.
+    parameters, flops: of the target, to those of the source.
+    reads: bytes read while growing, to those of the source.
+    """
+
+    difference: float
+    ups: list[Tensor]
+    parameters: float
+    flops: float
+    reads: float
+
+
+def cases() -> list[Case]:
+    """Every method with every option that it knows."""
+    found = [Case("growth/random", {}, WIDER)]
+    for noise in (0.5, 0):
+        found += [Case("growth/fpi", {"norm": norm, "noise": noise}, WIDER) for norm in ("exact", "zero_pad", "copy")]
+    found += [Case("growth/fpi", {"norm": "copy"}, TWICE), Case("growth/fpi", {"maps": "sampled"}, WIDER)]
+    for size in ({"head_dim": 16}, {"num_key_value_heads": 8}, {"vocab_size": 160}):
+        found.append(Case("growth/fpi", {}, size))
+    for method in ("aki", "aki_pro"):
+        found += [Case(f"growth/{method}", {"scope": scope}, WIDER) for scope in ("all", "inner", "transplant")]
+        found.append(Case(f"growth/{method}", {}, {"num_key_value_heads": 8}))
+    found += [Case("growth/lemon", {}, WIDER | DEEPER), Case("growth/hypercloning", {}, TWICE)]
+    for depth in ("interpolate", "stack", "stack_top", [0, 1, 1, 2, 2, 3], [0, 1, 2, 1, 3, 2]):
+        for new_layers in ("copy", "zero", "scaled"):
+            found.append(Case("growth/fpi", {"depth": depth, "new_layers": new_layers}, DEEPER))
+    for method in ("copy", "permute", "noise", "drop"):
+        found += [Case(f"upcycling/{method}", {}, sizes) for sizes in (EXPERTS, PARTS)]
+    for init in ("variance", "orthogonal", "zero"):
+        found.append(Case("upcycling/copy", {"router_init": init}, EXPERTS))
+    return found
+
+
+@torch.no_grad()
+def write_source(directory: Path, dtype: torch.dtype = torch.float64) -> None:
+    """A checkpoint as training leaves it: no gain is one, no bias zero, and every part of the network matters."""
+    decoder = Decoder(SOURCE).double()
+    random = torch.Generator().manual_seed(0)
+    for name, parameter in decoder.named_parameters():
+        values = torch.randn(parameter.shape, generator=random, dtype=torch.float64)
+        is_matrix = parameter.dim() == 2 and "embed" not in name
+        scale, mean = (parameter.shape[1] ** -0.5, 0.0) if is_matrix else (0.5, float("norm" in name))
+        parameter.copy_(values * scale + mean)
+    save_model(decoder, directory, dtype)
+
+
+@contextmanager
+def counted_reads() -> Iterator[list[int]]:
+    """Collect the bytes of every tensor that is read."""
+    get = Reader.get
+    sizes: list[int] = []
+
+    def counting(reader: Reader, name: str) -> Tensor:
+        tensor = get(reader, name)
+        sizes.append(tensor.nbytes)
+        return tensor
+
+    with patch.object(Reader, "get", counting):
+        yield sizes
+
+
+@torch.no_grad()
+def logits(directory: Path) -> Tensor:
+    tokens_bt = torch.arange(64).view(2, 32) * 37 % SOURCE.vocab_size
+    return load_model(directory, torch.float64)(tokens_bt)[0]
+
+
+def grow(case: Case, source: Path, target: Path) -> None:
+    how = case.how
+    if isinstance(how, GrowthConfig):
+        scale_up(source, target, case.target, how, seed=0)
+    else:
+        scale_out(source, target, case.target, how, seed=0)
+
+
+def measure(case: Case, source: Path) -> Measured:
+    """Grow the checkpoint in `source` and compare."""
+    target = case.target
+    with tempfile.TemporaryDirectory() as name:
+        grown = Path(name) / "grown"
+        with counted_reads() as sizes:
+            grow(case, source, grown)
+        before, after = logits(source), logits(grown)
+        roles = [role for role in names.role_shapes(target) if role.endswith("up_proj.weight") and "shared" not in role]
+        with Reader(grown) as reader:
+            ups = [reader.get(names.layer_name(target, 1, role)).clone() for role in roles]
+    length = SOURCE.max_position_embeddings
+    return Measured(
+        difference=(before - after[..., : SOURCE.vocab_size]).abs().max().item(),
+        ups=ups,
+        parameters=target.num_params / SOURCE.num_params,
+        flops=target.flops_per_token(length) / SOURCE.flops_per_token(length),
+        reads=sum(sizes) / (before.element_size() * SOURCE.num_params),
+    )
+
+
+def table() -> list[tuple[Case, Measured]]:
+    """Measure every case."""
+    with tempfile.TemporaryDirectory() as name:
+        write_source(Path(name))
+        return [(case, measure(case, Path(name))) for case in cases()]
+
+
+def effective_rank(matrix: Tensor) -> float:
+    """Exponential of the entropy of the singular values, as shares of their sum (Roy and Vetterli, 2007)."""
+    values = torch.linalg.svdvals(matrix)
+    shares = values[values > values[0] * 1e-12] / values.sum()
+    return torch.exp(-(shares * shares.log()).sum()).item()
+
+
+def similarity(matrices: list[Tensor]) -> float:
+    """Mean cosine between the weights of neighbours."""
+    cosines = [torch.cosine_similarity(a.flatten(), b.flatten(), dim=0).item() for a, b in pairwise(matrices)]
+    return sum(cosines) / len(cosines)
+
+
+def line(case: Case, measured: Measured) -> str:
+    """A row of the table."""
+    sizes = ", ".join(f"{field} {getattr(SOURCE, field)} → {size}" for field, size in case.sizes.items())
+    exact = measured.difference <= EXACT
+    up = measured.ups[0]
+    if len(measured.ups) > 1:
+        learns_apart = f"{similarity(measured.ups):.2f}"
+    else:
+        learns_apart = f"{int(torch.linalg.matrix_rank(up))} of {min(up.shape)} ({effective_rank(up):.0f})"
+    costs = [f"{cost:.2f}" for cost in (measured.parameters, measured.flops, measured.reads)]
+    verdict = ["yes", "0"] if exact else ["no", f"{measured.difference:.1g}"]
+    return f"| {' | '.join([f'`{case.title}`', sizes, *verdict, learns_apart, *costs])} |"
+
+
+HEAD = """# What growing does to a model
+
+Made by `python benchmarks/growth_table.py`; no figure on this page is typed. A random checkpoint ({layers} layers,
+hidden size {hidden}, {heads} query heads in {groups} groups) is grown in float64, through files, by every method and by
+every option.
+
+- **exact?** Whether the grown model computes the source's function: no logit of the source's tokens differs by more
+  than {exact:g}. Where it says so here, the certificate of a growth holds the method to it.
+- **difference** The largest of those differences; the logits are around 1. `random` shows what forgetting costs.
+- **rank** Of the second layer's up_proj, out of the largest possible, and its effective rank (the exponential of the
+  entropy of the singular values). Copies that nothing tells apart have the rank of the source, and AdamW keeps it so.
+- **similarity** Mean cosine between the up_proj of neighbouring experts. Parts of a feed-forward are not alike.
+- **parameters**, **FLOPs** of a training token, and bytes of the tensors **read** while growing: times the source's.
+"""
+
+
+def page(rows: list[tuple[Case, str]]) -> str:
+    """The document."""
+    head = HEAD.format(
+        layers=SOURCE.num_hidden_layers,
+        hidden=SOURCE.hidden_size,
+        heads=SOURCE.num_attention_heads,
+        groups=SOURCE.num_key_value_heads,
+        exact=EXACT,
+    )
+    parts = [head]
+    for title, group, learns_apart in (("Scale-Up", "growth", "rank"), ("Scale-Out", "upcycling", "similarity")):
+        columns = [title, "sizes", "exact?", "difference", learns_apart, "parameters", "FLOPs", "read"]
+        lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+        lines += [row for case, row in rows if case.yaml.startswith(group)]
+        parts.append(f"\n## {title}\n\n" + "\n".join(lines) + "\n")
+    return "".join(parts)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    measured = table()
+    for case, result in measured:
+        assert (result.difference <= EXACT) == rules.preserves(case.how, SOURCE, case.target), case
+    PAGE.write_text(page([(case, line(case, result)) for case, result in measured]), encoding="utf-8")
+    print(f"{PAGE.relative_to(ROOT)}: {len(measured)} ways of growing")
+
+
+if __name__ == "__main__":
+    main()

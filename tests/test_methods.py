@@ -1,0 +1,305 @@
+"""Methods of growth: where every row comes from, and how a new method is added."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+import aquilamoe.growth.methods
+from aquilamoe.config import plugins
+from aquilamoe.config.schema import GrowthConfig, ModelConfig
+from aquilamoe.growth import rules
+from aquilamoe.growth.scale_up import scale_up
+from aquilamoe.model import Decoder
+from aquilamoe.weights import names
+from aquilamoe.weights.huggingface import load_model, save_model
+from aquilamoe.weights.store import Reader
+
+ROOT = Path(__file__).resolve().parents[1]
+METHODS = plugins.names("growth/methods")
+SAME = 1e-10  # of logits around 1, in float64
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def model(**changes: Any) -> ModelConfig:
+    sizes: dict[str, Any] = {
+        "vocab_size": 32,
+        "hidden_size": 8,
+        "intermediate_size": 12,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 4,
+        "max_position_embeddings": 32,
+        "rope_theta": 1e4,
+        "rms_norm_eps": 1e-5,
+        "initializer_range": 0.02,
+        "qkv_bias": True,
+        "tie_word_embeddings": False,
+        "num_experts": 0,
+        "num_experts_per_tok": 0,
+    }
+    return ModelConfig.model_validate(sizes | changes)
+
+
+def growth(**changes: Any) -> GrowthConfig:
+    plain = {"method": "fpi", "scope": "all", "norm": "exact", "maps": "circular", "noise": 0.0}
+    return GrowthConfig.model_validate(plain | {"depth": "interpolate", "new_layers": "copy"} | changes)
+
+
+def padded(source: ModelConfig, how: GrowthConfig, **sizes: Any) -> ModelConfig:
+    """The source with other sizes, and the epsilon that goes with them."""
+    target = source.model_copy(update=sizes)
+    return target.model_copy(update={"rms_norm_eps": how.grown_eps(source, target.hidden_size)})
+
+
+@torch.no_grad()
+def write_source(directory: Path, config: ModelConfig, dtype: torch.dtype = torch.float64) -> Path:
+    """A checkpoint as training leaves it: no gain is one, no bias zero, and every part of the network matters."""
+    decoder = Decoder(config).double()
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in decoder.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        is_matrix = parameter.dim() == 2 and "embed" not in name
+        parameter.copy_(
+            noise / parameter.shape[1] ** 0.5 if is_matrix else noise * 0.5 + (1.0 if "norm" in name else 0.0)
+        )
+    save_model(decoder, directory, dtype, eos_token_id=3)
+    return directory
+
+
+def grow(directory: Path, target: ModelConfig, how: GrowthConfig, seed: int = 0, name: str = "target") -> Path:
+    scale_up(directory / "source", directory / name, target, how, seed)
+    return directory / name
+
+
+@torch.no_grad()
+def logits(directory: Path, dtype: torch.dtype = torch.float64) -> Tensor:
+    tokens_bt = torch.arange(24).view(2, 12) * 5 % 32
+    return load_model(directory, dtype)(tokens_bt)[0]
+
+
+def difference(source: Path, target: Path) -> float:
+    """Of the logits of the source's tokens."""
+    before, after = logits(source), logits(target)
+    return (before - after[..., : before.shape[-1]]).abs().max().item()
+
+
+def tensor(directory: Path, name: str) -> Tensor:
+    with Reader(directory) as reader:
+        return reader.get(name).clone()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_only_methods_that_copy_survive_a_growth_in_width(method: str, tmp_path: Path) -> None:
+    source, how = model(), growth(method=method)
+    if method == "lemon":
+        how = growth(method=method, norm="zero_pad", new_layers="zero")
+    sizes = {"hidden_size": 16, "num_attention_heads": 16} if method == "hypercloning" else {"hidden_size": 10}
+    target = padded(source, how, **{"num_attention_heads": 10, **sizes})
+    write_source(tmp_path / "source", source)
+    preserving = method in ("fpi", "lemon", "hypercloning")
+    assert rules.preserves(how, source, target) == preserving
+    assert (difference(tmp_path / "source", grow(tmp_path, target, how)) < 1e-3) == preserving
+
+
+def test_more_groups_for_the_same_query_heads_keep_the_function_unless_keys_come_from_above(tmp_path: Path) -> None:
+    source, target = model(), model(num_key_value_heads=4)
+    write_source(tmp_path / "source", source)
+    for method, kept in (("fpi", True), ("aki_pro", True), ("aki", False)):
+        how = growth(method=method)
+        assert rules.preserves(how, source, target) == kept
+        assert (difference(tmp_path / "source", grow(tmp_path, target, how, name=method)) < SAME) == kept
+
+
+def mark_layers(directory: Path, config: ModelConfig) -> None:
+    """A checkpoint whose every tensor in layer l is l + 1 throughout."""
+    decoder = Decoder(config).double()
+    with torch.no_grad():
+        for index, layer in enumerate(decoder.model.layers):
+            for parameter in layer.parameters():
+                parameter.fill_(index + 1)
+        for outer in (decoder.model.embed_tokens, decoder.model.norm, decoder.lm_head):
+            outer.weight.fill_(100.0)
+    save_model(decoder, directory)
+
+
+AKI_SIZES = {"hidden_size": 10, "intermediate_size": 16, "num_attention_heads": 10}
+
+
+@pytest.mark.parametrize("method", ["aki", "aki_pro"])
+def test_new_rows_come_from_the_layer_above_and_old_rows_from_the_layer(method: str, tmp_path: Path) -> None:
+    source, target = model(num_hidden_layers=3), model(num_hidden_layers=3, **AKI_SIZES)
+    mark_layers(tmp_path / "source", source)
+    grow(tmp_path, target, growth(method=method, norm="copy"))
+    head, new = [False] * 4, [True] * 4
+    group = head * 4 + new
+    new_rows = {
+        names.Q_WEIGHT: group * 2,
+        names.Q_BIAS: group * 2,
+        names.K_WEIGHT: head * 2,
+        names.K_BIAS: head * 2,
+        names.V_WEIGHT: head * 2,
+        names.V_BIAS: head * 2,
+        names.O_WEIGHT: [False] * 8 + [True] * 2,
+        names.GATE: [False] * 12 + [True] * 4,
+        names.UP: [False] * 12 + [True] * 4,
+        names.DOWN: [False] * 8 + [True] * 2,
+        names.INPUT_NORM: [False] * 10,
+        names.POST_ATTENTION_NORM: [False] * 10,
+    }
+    residual = torch.tensor([2.0, 2, 1, 1, 1, 1, 1, 1, 2, 2], dtype=torch.float64)
+    q_channels = torch.tensor([2.0] * 4 + [1.0] * 12 + [2.0] * 4, dtype=torch.float64).repeat(2)
+    ffn = torch.tensor([2.0] * 4 + [1.0] * 8 + [2.0] * 4, dtype=torch.float64)
+    readers = {names.O_WEIGHT: q_channels, names.DOWN: ffn}
+    assert set(new_rows) == set(names.role_shapes(target))
+    for layer, (own, above) in enumerate([(1.0, 2.0), (2.0, 3.0), (3.0, 3.0)]):
+        for role, is_new in new_rows.items():
+            grown = tensor(tmp_path / "target", names.layer_name(target, layer, role))
+            rows = torch.where(torch.tensor(is_new), above, own).double()
+            expected = rows if grown.dim() == 1 else rows[:, None] / readers.get(role, residual)
+            torch.testing.assert_close(grown, expected, atol=0, rtol=0, msg=f"layer {layer}, {role}")
+
+
+@pytest.mark.parametrize("method", ["aki", "aki_pro"])
+@pytest.mark.parametrize("scope", ["inner", "transplant"])
+def test_inner_scopes_leave_what_is_written_to_the_residual_stream_to_the_layer(
+    scope: str, method: str, tmp_path: Path
+) -> None:
+    source, target = model(num_hidden_layers=3), model(num_hidden_layers=3, **AKI_SIZES)
+    mark_layers(tmp_path / "source", source)
+    grow(tmp_path, target, growth(method=method, norm="copy", scope=scope))
+    up, down, o_proj = (
+        tensor(tmp_path / "target", names.layer_name(target, 0, role))
+        for role in (names.UP, names.DOWN, names.O_WEIGHT)
+    )
+    assert up[:12, 2].eq(1).all()  # channel 2 has one copy: what is read of it is what the source read
+    assert up[12:, 2].eq(2).all()
+    fan_out = 2.0 if scope == "transplant" else 1.0
+    copies_of_neurons, copies_of_heads = [0.5] * 4 + [1.0] * 8 + [fan_out / 2] * 4, [0.5] + [1.0] * 3 + [fan_out / 2]
+    assert down.unique(dim=0).tolist() == [copies_of_neurons]
+    heads = [share for share in copies_of_heads * 2 for _ in range(4)]
+    assert o_proj.unique(dim=0).tolist() == [heads]
+
+
+def test_new_groups_of_keys_come_from_the_layer_above_in_aki_and_from_their_own_in_aki_pro(tmp_path: Path) -> None:
+    source, target = model(), model(num_attention_heads=16, num_key_value_heads=4)
+    mark_layers(tmp_path / "source", source)
+    name = names.layer_name(target, 0, names.K_BIAS)
+    for method, new_groups in (("aki", 2.0), ("aki_pro", 1.0)):
+        grow(tmp_path, target, growth(method=method), name=method)
+        assert tensor(tmp_path / method, name).tolist() == [1.0] * 8 + [new_groups] * 8
+
+
+@pytest.mark.parametrize(
+    ("depth", "origins", "uppers"),
+    [
+        ("interpolate", [1, 1, 2, 2, 3], [2, 2, 3, 3, 3]),
+        ("stack", [1, 2, 3, 1, 2], [2, 3, 3, 2, 3]),
+        ("stack_top", [1, 2, 3, 2, 3], [2, 3, 3, 3, 3]),
+        ([0, 2, 2, 1, 0], [1, 3, 3, 2, 1], [2, 3, 3, 3, 2]),
+    ],
+)
+def test_the_layer_above_is_one_of_the_source_whatever_the_depth(
+    depth: str | list[int], origins: list[int], uppers: list[int], tmp_path: Path
+) -> None:
+    mark_layers(tmp_path / "source", model(num_hidden_layers=3))
+    target = model(num_hidden_layers=5, intermediate_size=13)
+    grow(tmp_path, target, growth(method="aki", depth=depth))
+    ups = [tensor(tmp_path / "target", names.layer_name(target, layer, names.UP)) for layer in range(5)]
+    assert [up[0, 0].item() for up in ups] == origins
+    assert [up[12, 0].item() for up in ups] == uppers
+
+
+def test_random_growth_starts_like_a_fresh_model(tmp_path: Path) -> None:
+    source, target = model(), model(hidden_size=64, intermediate_size=64, initializer_range=0.03)
+    write_source(tmp_path / "source", source)
+    grow(tmp_path, target, growth(method="random"))
+    drawn = {name: tensor(tmp_path / "target", name) for name in names.tensor_shapes(target)}
+    for name, values in drawn.items():
+        if name.endswith("norm.weight"):
+            assert (values == 1).all()
+        elif name.endswith(".bias"):
+            assert not values.any()
+        else:
+            assert values.std().item() == pytest.approx(0.03, rel=0.1)
+            assert abs(values.mean().item()) < 0.005
+    assert drawn[names.EMBEDDING].ne(drawn[names.HEAD]).all()
+    ups = [drawn[names.layer_name(target, layer, names.UP)] for layer in range(2)]
+    assert ups[0].ne(ups[1]).all()
+
+
+QUIET = """
+from aquilamoe.growth.methods import fpi
+
+def grow(layer, upper_layer, width):
+    return {role: 0 * tensor for role, tensor in fpi.grow(layer, upper_layer, width).items()}
+
+def keeps_function(units, num_layers, growth):
+    return False
+"""
+
+
+def test_a_new_method_is_one_file_with_one_function_that_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "package/growth/methods"
+    folder.mkdir(parents=True)
+    (folder / "quiet.py").write_text(QUIET)
+    with pytest.raises(ValueError, match="'quiet' is not in growth/methods"):
+        growth(method="quiet")
+    monkeypatch.setattr(plugins, "PACKAGE_ROOT", tmp_path / "package")
+    methods = aquilamoe.growth.methods
+    monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(folder)])
+    how = growth(method="quiet")
+    write_source(tmp_path / "source", model())
+    assert not rules.preserves(how, model(), model(hidden_size=10))
+    assert not logits(grow(tmp_path, model(hidden_size=10), how)).any()
+
+
+def test_one_file_and_one_yaml_are_a_new_method_of_the_command(tmp_path: Path) -> None:
+    for folder in ("platform", "conf", "workflows"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    command = [sys.executable, "workflows/efficientscale.py", "action=plan", "growth=quiet"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "platform"), "COLUMNS": "200"}
+
+    def plan(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*command, *words], cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    before = plan()
+    assert before.returncode == 1
+    assert "there is no conf/growth/quiet.yaml" in before.stderr
+    (tmp_path / "platform/aquilamoe/growth/methods/quiet.py").write_text(QUIET)
+    yaml = (ROOT / "conf/growth/aki_pro.yaml").read_text().replace("method: aki_pro", "method: quiet")
+    (tmp_path / "conf/growth/quiet.yaml").write_text(yaml)
+    after = plan()
+    assert after.returncode == 0, after.stderr
+    assert re.search(r"scale_up +runs", after.stdout)
+    misspelt = plan("growth.method=quit")
+    assert misspelt.returncode == 1
+    assert "'quit' is not in growth/methods; did you mean 'quiet'?" in misspelt.stderr
+
+
+def test_every_method_has_a_yaml_that_says_all_of_it() -> None:
+    files = {path.stem: path for path in (ROOT / "conf/growth").glob("*.yaml")}
+    assert sorted(files) == METHODS
+    for name, path in files.items():
+        how = GrowthConfig.model_validate(OmegaConf.to_container(OmegaConf.load(path)))
+        assert how.method == name
+        keys = [line for line in path.read_text().splitlines() if not line.startswith("#")]
+        assert [line.partition(":")[0] for line in keys] == list(GrowthConfig.model_fields)
+        assert all(" # " in line for line in keys)

@@ -1,0 +1,193 @@
+"""Growing tensors in width: norms, heads, tokens, and noise that cancels."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from aquilamoe.config.messages import UserError
+from aquilamoe.config.schema import GrowthConfig, ModelConfig
+from aquilamoe.growth import rules
+from aquilamoe.growth.scale_up import scale_up
+from aquilamoe.model import Decoder
+from aquilamoe.weights import names
+from aquilamoe.weights.huggingface import load_model, save_model
+from aquilamoe.weights.store import Reader
+
+SAME = 1e-10  # of logits around 1, in float64
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def model(**changes: Any) -> ModelConfig:
+    sizes: dict[str, Any] = {
+        "vocab_size": 32,
+        "hidden_size": 8,
+        "intermediate_size": 12,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 4,
+        "max_position_embeddings": 32,
+        "rope_theta": 1e4,
+        "rms_norm_eps": 1e-5,
+        "initializer_range": 0.02,
+        "qkv_bias": True,
+        "tie_word_embeddings": False,
+        "num_experts": 0,
+        "num_experts_per_tok": 0,
+    }
+    return ModelConfig.model_validate(sizes | changes)
+
+
+def growth(**changes: Any) -> GrowthConfig:
+    plain = {"method": "fpi", "scope": "all", "norm": "exact", "maps": "circular", "noise": 0.0}
+    return GrowthConfig.model_validate(plain | {"depth": "interpolate", "new_layers": "copy"} | changes)
+
+
+def padded(source: ModelConfig, how: GrowthConfig, **sizes: Any) -> ModelConfig:
+    """The source with other sizes, and the epsilon that goes with them."""
+    target = source.model_copy(update=sizes)
+    return target.model_copy(update={"rms_norm_eps": how.grown_eps(source, target.hidden_size)})
+
+
+@torch.no_grad()
+def write_source(directory: Path, config: ModelConfig, dtype: torch.dtype = torch.float64) -> Path:
+    """A checkpoint as training leaves it: no gain is one, no bias zero, and every part of the network matters."""
+    decoder = Decoder(config).double()
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in decoder.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        is_matrix = parameter.dim() == 2 and "embed" not in name
+        parameter.copy_(
+            noise / parameter.shape[1] ** 0.5 if is_matrix else noise * 0.5 + (1.0 if "norm" in name else 0.0)
+        )
+    save_model(decoder, directory, dtype, eos_token_id=3)
+    return directory
+
+
+def grow(directory: Path, target: ModelConfig, how: GrowthConfig, seed: int = 0, name: str = "target") -> Path:
+    scale_up(directory / "source", directory / name, target, how, seed)
+    return directory / name
+
+
+@torch.no_grad()
+def logits(directory: Path, dtype: torch.dtype = torch.float64) -> Tensor:
+    tokens_bt = torch.arange(24).view(2, 12) * 5 % 32
+    return load_model(directory, dtype)(tokens_bt)[0]
+
+
+def difference(source: Path, target: Path) -> float:
+    """Of the logits of the source's tokens."""
+    before, after = logits(source), logits(target)
+    return (before - after[..., : before.shape[-1]]).abs().max().item()
+
+
+def tensor(directory: Path, name: str) -> Tensor:
+    with Reader(directory) as reader:
+        return reader.get(name).clone()
+
+
+def test_plain_copies_of_norms_are_exact_at_integer_ratios_only(tmp_path: Path) -> None:
+    source, how = model(), growth(norm="copy")
+    write_source(tmp_path / "source", source)
+    double, quarter = model(hidden_size=16), model(hidden_size=10)
+    assert rules.preserves(how, source, double)
+    assert difference(tmp_path / "source", grow(tmp_path, double, how, name="double")) < SAME
+    assert not rules.preserves(how, source, quarter)
+    assert difference(tmp_path / "source", grow(tmp_path, quarter, how, name="quarter")) > 0.01
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("hidden", [9, 16, 21], ids=["x1.125", "x2", "x2.625"])
+def test_zero_padding_is_exact_at_any_ratio_with_the_epsilon_that_goes_with_it(
+    hidden: int, tied: bool, tmp_path: Path
+) -> None:
+    source, how = model(rms_norm_eps=0.1, tie_word_embeddings=tied), growth(norm="zero_pad", noise=0.5)
+    target = padded(source, how, hidden_size=hidden)
+    assert target.rms_norm_eps == 0.1 * (hidden // 8 * 8) / hidden
+    write_source(tmp_path / "source", source)
+    assert difference(tmp_path / "source", grow(tmp_path, target, how)) < SAME
+    if hidden % 8:
+        with pytest.raises(UserError, match=f"rms_norm_eps: target 0.1, .* set rms_norm_eps to {target.rms_norm_eps}"):
+            rules.check(source, source.model_copy(update={"hidden_size": hidden}), how)
+
+
+def test_padding_is_zero_where_it_is_written_and_random_where_it_is_read(tmp_path: Path) -> None:
+    source, how = model(hidden_size=32, intermediate_size=64), growth(norm="zero_pad")
+    write_source(tmp_path / "source", source)
+    target = padded(source, how, hidden_size=32 + 16)
+    grow(tmp_path, target, how)
+    down = tensor(tmp_path / "target", names.layer_name(target, 1, names.DOWN))
+    assert not down[32:].any()
+    assert down[:32].all()
+    assert not tensor(tmp_path / "target", names.EMBEDDING)[:, 32:].any()
+    for role in (names.UP, names.Q_WEIGHT):
+        read = tensor(tmp_path / "target", names.layer_name(target, 1, role))
+        assert read[:, 32:].std().item() == pytest.approx(read[:, :32].std().item(), rel=0.2)
+    assert torch.linalg.matrix_rank(tensor(tmp_path / "target", names.layer_name(target, 1, names.UP))) == 48
+
+
+@pytest.mark.parametrize("ratio", [2, 3])
+def test_heads_grow_by_an_integer_and_old_pairs_turn_as_before(ratio: int, tmp_path: Path) -> None:
+    source, how = model(), growth()
+    target = source.model_copy(update={"head_dim": 4 * ratio})
+    write_source(tmp_path / "source", source)
+    assert difference(tmp_path / "source", grow(tmp_path, target, how)) < SAME
+    before, after = (
+        tensor(tmp_path / name, "model.layers.0.self_attn.q_proj.bias").view(8, 2, -1) for name in ("source", "target")
+    )
+    torch.testing.assert_close(after[..., ::ratio], before * ratio**0.5, atol=0, rtol=1e-12)
+    assert not after[..., 1::ratio].any()
+    keys = tensor(tmp_path / "target", "model.layers.0.self_attn.k_proj.bias")
+    assert keys.all()  # queries that are silent at first learn from keys that are not
+
+
+def test_new_tokens_get_the_mean_embedding_and_take_no_more_than_a_mean_token(tmp_path: Path) -> None:
+    for tied in (False, True):
+        directory = tmp_path / str(tied)
+        source = model(tie_word_embeddings=tied)
+        write_source(directory / "source", source)
+        grow(directory, source.model_copy(update={"vocab_size": 40, "hidden_size": 10}), growth(noise=0.5))
+        before, after = logits(directory / "source"), logits(directory / "target")
+        torch.testing.assert_close(after[..., :32], before, atol=SAME, rtol=0)
+        torch.testing.assert_close(after[..., 32:], before.mean(-1, keepdim=True).expand(-1, -1, 8))
+        divergence = after.logsumexp(-1) - before.logsumexp(-1)
+        assert 0 < divergence.max() <= math.log(1 + 8 / 32)
+
+
+def test_noise_restores_the_rank_that_copies_take(tmp_path: Path) -> None:
+    source, target = model(intermediate_size=20), model(hidden_size=16, intermediate_size=40)
+    write_source(tmp_path / "source", source)
+    name = names.layer_name(target, 0, names.UP)
+    ranks = {}
+    for noise in (0.0, 0.5):
+        grow(tmp_path, target, growth(noise=noise), name=str(noise))
+        ranks[noise] = int(torch.linalg.matrix_rank(tensor(tmp_path / str(noise), name)))
+    assert ranks == {0.0: source.hidden_size, 0.5: target.hidden_size}
+
+
+def test_noise_is_relative_to_the_weights_and_leaves_units_without_copies_alone(tmp_path: Path) -> None:
+    source = model(hidden_size=64, intermediate_size=64)
+    target = model(hidden_size=96, intermediate_size=128)
+    write_source(tmp_path / "source", source)
+    grow(tmp_path, target, growth(noise=0.0), name="plain")
+    grow(tmp_path, target, growth(noise=0.25), name="noisy")
+    for name in (names.layer_name(target, 1, names.GATE), names.HEAD):
+        rms = tensor(tmp_path / "source", name).square().mean().sqrt()
+        noise = tensor(tmp_path / "noisy", name) - tensor(tmp_path / "plain", name)
+        assert not noise[:, 32:64].any()
+        assert noise[:, :32].square().mean().sqrt() / rms == pytest.approx(0.25, rel=0.1)
+        assert (noise[:, :32] + noise[:, 64:]).abs().max() < 1e-12
+    rows = tensor(tmp_path / "noisy", names.layer_name(target, 1, names.GATE))
+    assert (rows[:64] != rows[64:]).any(dim=1).all()  # copies of a neuron are no twins
