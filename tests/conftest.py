@@ -4,6 +4,8 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +36,15 @@ Command = Callable[..., "subprocess.CompletedProcess[str]"]
 def compose() -> Callable[..., dict[str, Any]]:
     """Compose the configuration as the command does, with overrides: `compose("growth=fpi")`."""
 
-    def composed(*overrides: str, config_name: str = "config") -> dict[str, Any]:
+    @cache
+    def composed(overrides: tuple[str, ...]) -> dict[str, Any]:
         GlobalHydra.instance().clear()
         with hydra.initialize_config_dir(str(REPOSITORY / "conf"), version_base="1.3"):
-            values = OmegaConf.to_container(hydra.compose(config_name, list(overrides)), resolve=True)
+            values = OmegaConf.to_container(hydra.compose("config", list(overrides)), resolve=True)
         assert isinstance(values, dict)
         return {str(key): value for key, value in values.items()}
 
-    return composed
+    return lambda *overrides: deepcopy(composed(overrides))
 
 
 @pytest.fixture(scope="session")

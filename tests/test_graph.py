@@ -138,7 +138,8 @@ def test_the_flops_of_a_stage_are_its_models_per_token_times_its_tokens(build: B
 
 
 def test_a_partial_batch_is_not_trained(build: Build) -> None:
-    assert build("stages.prepare.total_tokens=100_000")["prepare"].tokens == 24 * 4096
+    nodes = build("stages.prepare.batch_tokens=4096", "stages.prepare.total_tokens=100_000")
+    assert nodes["prepare"].tokens == 24 * 4096
 
 
 @pytest.mark.parametrize(
@@ -162,11 +163,12 @@ def test_equal_flops_becomes_tokens_before_anything_runs(build: Build) -> None:
 
 def test_a_line_that_already_costs_more_cannot_be_made_equal(refusal: Callable[..., str]) -> None:
     line = refusal("stages.control.equal_flops=prepare")
-    assert line.startswith("stages.control.equal_flops: the line of 'prepare' costs 4.71e+12 FLOPs, this one 4.71e+12 ")
+    assert line.startswith("stages.control.equal_flops: the line of 'prepare' costs ")
+    assert line.endswith(" a batch; name a stage that costs more")
 
 
 def test_a_growth_keeps_the_sizes_that_it_does_not_name(build: Build) -> None:
-    nodes = build("stages.scale_up.model.num_attention_heads=null")
+    nodes = build("stages.scale_up.model.hidden_size=128", "stages.scale_up.model.num_hidden_layers=6")
     small, large = nodes["prepare"].model, nodes["scale_up"].model
     assert small is not None
     assert large is not None
@@ -176,9 +178,12 @@ def test_a_growth_keeps_the_sizes_that_it_does_not_name(build: Build) -> None:
 
 
 def test_heads_that_a_growth_does_not_name_follow_the_hidden_size(build: Build) -> None:
-    model = build("stages.scale_up.model.num_attention_heads=null", "stages.scale_up.model.hidden_size=96")[
-        "dense"
-    ].model
+    words = (
+        "model.head_dim=16",
+        "stages.scale_up.model.num_attention_heads=null",
+        "stages.scale_up.model.hidden_size=96",
+    )
+    model = build(*words)["dense"].model
     assert model is not None
     assert (model.num_attention_heads, model.head_dim) == (6, 16)
 
@@ -191,23 +196,24 @@ def test_a_continued_stage_has_the_model_of_its_source(build: Build) -> None:
 
 
 def test_a_growth_to_an_impossible_shape_names_the_growth(refusal: Callable[..., str]) -> None:
-    assert refusal("stages.scale_up.model.num_attention_heads=7").startswith(
+    assert refusal("model.num_key_value_heads=2", "stages.scale_up.model.num_attention_heads=7").startswith(
         "stages.scale_up.model: num_attention_heads 7 is not a multiple of num_key_value_heads 2; "
     )
-    assert refusal("stages.scale_out.model.num_experts_per_tok=9").startswith(
+    assert refusal("stages.scale_out.model.num_experts=8", "stages.scale_out.model.num_experts_per_tok=9").startswith(
         "stages.scale_out.model: num_experts_per_tok 9 is not between 1 and num_experts 8"
     )
 
 
 def test_a_sequence_longer_than_the_context_is_refused(refusal: Callable[..., str]) -> None:
+    context = "model.max_position_embeddings=512"
     remedy = "exceeds the model's max_position_embeddings 512; lower the one or raise the other"
-    words = ("stages.prepare.sequence_length=1024", "stages.prepare.validation_tokens=1024")
-    assert refusal(*words) == f"stages.prepare.sequence_length: 1024 {remedy}"
-    assert refusal("stages.evaluate.sequence_length=1024") == f"stages.evaluate.sequence_length: 1024 {remedy}"
+    for stage in ("prepare", "evaluate"):
+        place = f"stages.{stage}.sequence_length"
+        assert refusal(context, f"{place}=1024") == f"{place}: 1024 {remedy}"
 
 
 def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(refusal: Callable[..., str]) -> None:
-    assert refusal("model.vocab_size=4095") == (
+    assert refusal("stages.tokenizer.vocab_size=4096", "model.vocab_size=4095") == (
         "stages.prepare: the model's vocab_size 4095 is smaller than the tokenizer's 4096; raise model.vocab_size"
     )
 

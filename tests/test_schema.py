@@ -11,6 +11,7 @@ from aquilamoe.config.messages import UserError
 from aquilamoe.config.schema import ExperimentConfig, ModelConfig
 
 Compose = Callable[..., dict[str, Any]]
+RAMPS = ("schedule.warmup_tokens=900_000_000", "schedule.decay_tokens=7")
 MERGED_GROUPS = pytest.mark.xfail(
     strict=True, reason="stages refer to a group as a whole: Hydra can merge it at once or interpolate it, not both"
 )
@@ -115,19 +116,19 @@ def test_flops_count_the_tokens_that_an_expert_meets_not_the_experts(paper: dict
 
 
 def test_a_null_head_dim_is_the_hidden_size_over_the_heads(experiment: Callable[..., ExperimentConfig]) -> None:
-    assert experiment("model.head_dim=null", "model.num_attention_heads=8").model.head_dim == 8
+    assert experiment("model.head_dim=null", "model.hidden_size=64", "model.num_attention_heads=8").model.head_dim == 8
 
 
 @pytest.mark.parametrize(
     ("words", "line"),
     [
         (
-            ["model.num_attention_heads=5"],
+            ["model.hidden_size=64", "model.num_attention_heads=5"],
             "model: hidden_size 64 is not a multiple of num_attention_heads 5; set head_dim, or choose 5 heads for a "
             "hidden size of 60",
         ),
         (
-            ["model.num_key_value_heads=3"],
+            ["model.num_attention_heads=4", "model.num_key_value_heads=3"],
             "model: num_attention_heads 4 is not a multiple of num_key_value_heads 3; choose num_key_value_heads from "
             "[1, 2, 4]",
         ),
@@ -152,25 +153,25 @@ def test_a_null_head_dim_is_the_hidden_size_over_the_heads(experiment: Callable[
             "growth.method: 'akipro' is not in growth/methods; did you mean 'aki_pro'? (valid: ",
         ),
         (
-            ["upcycling.noise=0.1"],
+            ["upcycling=copy", "upcycling.noise=0.1"],
             "upcycling: method copy with noise 0.1; noise is > 0 for 'noise' and 0 for ",
         ),
         (
-            ["stages.prepare.total_tokens=4095"],
+            ["stages.prepare.batch_tokens=4096", "stages.prepare.total_tokens=4095"],
             "stages.prepare: total_tokens 4095 is smaller than one batch (batch_tokens 4096); raise total_tokens or "
             "lower batch_tokens",
         ),
         (
-            ["stages.prepare.batch_tokens=1000"],
+            ["stages.prepare.sequence_length=128", "stages.prepare.batch_tokens=1000"],
             "stages.prepare: batch_tokens 1000 is not a multiple of sequence_length 128; choose e.g. 896",
         ),
         (
-            ["stages.dense.schedule.warmup_tokens=700_000"],
-            "stages.dense: warmup_tokens + decay_tokens = 700000 exceed total_tokens 614400; shorten the schedule",
+            [f"stages.dense.{word}" for word in ("total_tokens=614400", *RAMPS)],
+            "stages.dense: warmup_tokens + decay_tokens = 900000007 exceed total_tokens 614400; shorten the schedule",
         ),
         (
-            ["stages.control.schedule.decay_tokens=9_000_000"],
-            "stages.control: warmup_tokens + decay_tokens = 9000000 exceed total_tokens 3219456; shorten the schedule",
+            [f"stages.control.{word}" for word in RAMPS],
+            "stages.control: warmup_tokens + decay_tokens = 900000007 exceed total_tokens ",
         ),
         (
             ["stages.prepare.total_tokens=null"],
