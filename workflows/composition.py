@@ -2,8 +2,10 @@
 
 import os
 import re
+import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come here instead of being printed by Hydra
 
@@ -23,9 +25,10 @@ def run(config_name: str) -> None:
     """Compose `conf/<config_name>.yaml` with the command line and execute it; exit with 1 and one line on a mistake."""
     # Both `experiment=x` and Hydra's own spelling `+experiment=x` work.
     sys.argv[1:] = ["+" + word if word.startswith("experiment=") else word for word in sys.argv[1:]]
+    command = shlex.join(["python", os.path.relpath(sys.argv[0], CONF.parent), *sys.argv[1:]])
     try:
         for values in _compose(config_name):
-            execute({str(key): value for key, value in values.items()})
+            execute(values, command)
     except UserError as error:
         raise SystemExit(f"error: {error}") from None
     except (HydraException, OmegaConfBaseException) as error:
@@ -35,15 +38,15 @@ def run(config_name: str) -> None:
         raise SystemExit(130) from None
 
 
-def _compose(config_name: str) -> list[dict]:
+def _compose(config_name: str) -> list[dict[str, Any]]:
     """The composed configurations: one, or with --multirun one for every job."""
-    composed: list[dict] = []
+    composed: list[dict[str, Any]] = []
 
     @hydra.main(config_path=str(CONF), config_name=config_name, version_base="1.3")
     def keep(config: DictConfig) -> None:
         values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
         assert isinstance(values, dict)
-        composed.append(values)
+        composed.append({str(key): value for key, value in values.items()})
 
     keep()
     return composed

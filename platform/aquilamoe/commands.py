@@ -17,8 +17,11 @@ from aquilamoe.pipeline.store import METRICS, Store, read_points
 from aquilamoe.tracking import Tracker, ui_command
 
 
-def execute(values: Mapping[str, Any]) -> None:
-    """Validate a composed configuration and do its action; UserError for anything that the user can repair."""
+def execute(values: Mapping[str, Any], command: str) -> None:
+    """Validate a composed configuration and do its action; UserError for anything that the user can repair.
+
+    command: what the user typed, for the report's line on how to reproduce it.
+    """
     experiment = graph.parse(values)
     nodes = graph.build(experiment)
     store = Store(Path(experiment.paths.root).absolute())
@@ -31,7 +34,8 @@ def execute(values: Mapping[str, Any]) -> None:
         preflight.check(experiment, plan, store.root)
         with store.lock():
             # Planned again under the lock: what another run has finished meanwhile is cached now.
-            _run(experiment, values, planning.make(nodes, store, experiment.cluster.flops_per_s), store)
+            plan = planning.make(nodes, store, experiment.cluster.flops_per_s)
+            _run(experiment, values, plan, store, command)
 
 
 def _show_plan(experiment: ExperimentConfig, plan: Sequence[Planned], store: Store) -> None:
@@ -56,7 +60,9 @@ def _show_status(experiment: ExperimentConfig, plan: Sequence[Planned], store: S
         out.print(f"\nreport  {_relative(report)}")
 
 
-def _run(experiment: ExperimentConfig, values: Mapping[str, Any], plan: Sequence[Planned], store: Store) -> None:
+def _run(
+    experiment: ExperimentConfig, values: Mapping[str, Any], plan: Sequence[Planned], store: Store, command: str
+) -> None:
     out = terminal.console()
     out.print(f"{experiment.name}: {experiment.description}")
     started = time.monotonic()
@@ -67,7 +73,7 @@ def _run(experiment: ExperimentConfig, values: Mapping[str, Any], plan: Sequence
     report, succeeded, warning = None, False, None
     try:
         done = runner.run(plan, store, experiment.cluster, [progress, *([tracker] if tracker else [])])
-        report = _report(experiment, plan, done, store)
+        report = _report(experiment, done, store, command)
         succeeded = True
     finally:
         if tracker:
@@ -81,10 +87,11 @@ def _run(experiment: ExperimentConfig, values: Mapping[str, Any], plan: Sequence
     _where_to_look(out, experiment, report, store)
 
 
-def _report(experiment: ExperimentConfig, plan: Sequence[Planned], done: Mapping[str, Input], store: Store) -> Path:
+def _report(experiment: ExperimentConfig, done: Mapping[str, Input], store: Store, command: str) -> Path:
     """Render the page unless it shows these very outputs already."""
     path = _report_path(experiment, store)
-    stamp = " ".join(planned.fingerprint for planned in plan)
+    made = [f"{output.record['fingerprint']} {output.record['finished']}" for output in done.values()]
+    stamp = "\n".join([command, experiment.description, *made])
     marker = path.with_suffix(".stages")
     if path.exists() and marker.exists() and marker.read_text() == stamp:
         return path
@@ -99,6 +106,7 @@ def _report(experiment: ExperimentConfig, plan: Sequence[Planned], done: Mapping
         chain=experiment.report.chain,
         control=experiment.report.control,
         target=path,
+        command=command,
     )
     marker.write_text(stamp)
     return path

@@ -1,0 +1,34 @@
+# make run: install on the first call, then run the embedded experiment.   make test: the whole test suite.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: run smoke plan test check clean
+
+run: $(INSTALLED)
+	$(BIN)/python workflows/efficientscale.py
+
+smoke: $(INSTALLED)
+	$(BIN)/python workflows/efficientscale.py experiment=smoke paths.root=runs/smoke
+
+plan: $(INSTALLED)
+	$(BIN)/python workflows/efficientscale.py action=plan
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+check: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# torch comes first and with its pinned version: other packages would pull a build with gigabytes of CUDA libraries.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -c constraints.txt torch
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $(INSTALLED)
+
+clean:
+	rm -rf $(VENV) runs
