@@ -23,7 +23,7 @@ from aquilamoe import tracking
 from aquilamoe.config.messages import UserError
 from aquilamoe.pipeline import fingerprint as identity
 from aquilamoe.pipeline.store import Store
-from aquilamoe.tracking import Tracker, observer
+from aquilamoe.tracking import Tracker, connection, observer
 from aquilamoe.tracking.delivery import weights_sha256
 
 DESCRIPTION = "A small model, grown."
@@ -244,14 +244,14 @@ def test_a_pipeline_is_a_parent_run_and_every_stage_a_child_with_its_curves(root
     assert steps_of(driver.tracker.uri, prepare, "val/loss/zh") == [0, 5, 10, 15, 20, 25]
     history = client_of(driver.tracker.uri).get_metric_history(prepare.info.run_id, "train/loss")
     assert [(metric.value, metric.timestamp) for metric in history][:2] == [(8.0, 1700000000000), (7.99, 1700000001000)]
-    assert prepare.data.metrics["final/loss_end"] == 7.7
-    assert "final/recovery_tokens" not in prepare.data.metrics  # null: never recovered
+    assert prepare.data.metrics["final.loss_end"] == 7.7
+    assert "final.recovery_tokens" not in prepare.data.metrics  # null: never recovered
     assert prepare.data.params["model.hidden_size"] == "64"
     expected = {"kind": "pretrain", "git_commit": "0123abc", "result.note": "as expected"}
     assert expected.items() <= prepare.data.tags.items()
     assert parent.data.tags["stage.prepare"] == prepare.data.tags["fingerprint"]
     assert DESCRIPTION in parent.data.tags["mlflow.note.content"]
-    assert parent.data.metrics["loss_end/prepare"] == 7.7
+    assert parent.data.metrics["final.loss_end.prepare"] == 7.7
     artifacts = client_of(driver.tracker.uri).list_artifacts(parent.info.run_id)
     assert {file.path for file in artifacts} == {"recipe.json", "report.html"}
 
@@ -271,7 +271,7 @@ def test_checkpoints_are_models_that_point_to_directories_and_nothing_is_copied(
     assert figures.items() <= model.params.items()
     assert model.tags["fingerprint"] == record["fingerprint"]
     assert (model.name, model.model_type, model.status) == ("prepare", "LlamaForCausalLM", "READY")
-    assert ("final/loss_end", 7.7) in [(metric.key, metric.value) for metric in model.metrics]
+    assert ("final.loss_end", 7.7) in [(metric.key, metric.value) for metric in model.metrics]
     run = runs_by_stage(driver.tracker.uri)["prepare"]
     assert [(output.model_id, output.step) for output in run.outputs.model_outputs] == [(model.model_id, 2)]
     (dataset,) = run.inputs.dataset_inputs
@@ -310,10 +310,10 @@ def test_held_out_losses_are_found_at_the_checkpoints_they_are_about(root: Path)
     driver.run_all()
     assert driver.end() is None
     models = client_of(driver.tracker.uri).search_logged_models(
-        [driver.tracker.experiment_id], "metrics.`heldout/zh/nats_per_token` < 6"
+        [driver.tracker.experiment_id], "metrics.`heldout.zh.nats_per_token` < 6"
     )
     assert [model.name for model in models] == ["continue"]
-    assert runs_by_stage(driver.tracker.uri)["evaluate"].data.metrics["final/small/zh/nats_per_token"] == 6.5
+    assert runs_by_stage(driver.tracker.uri)["evaluate"].data.metrics["final.small.zh.nats_per_token"] == 6.5
 
 
 def test_a_killed_run_is_continued_without_a_step_sent_twice(root: Path) -> None:
@@ -356,6 +356,25 @@ def test_steps_lost_from_the_receipt_are_not_sent_twice(root: Path) -> None:
     runs = runs_by_stage(second.tracker.uri)
     assert set(runs) == {"demo #1", "prepare"}
     assert steps_of(second.tracker.uri, runs["prepare"], "train/loss") == list(range(12))
+
+
+def test_a_killed_run_that_is_not_continued_is_ended_by_the_next(root: Path) -> None:
+    first = Driver(root)
+    partial = first.start("prepare")
+    first.train(partial, range(5))
+    wait_for(lambda: receipt(root, partial)["step"] == 4)
+
+    second = Driver(root, config={**CONFIG, "stages": {"something": "else"}})
+    assert second.end() is None
+    status = {name: run.info.status for name, run in runs_by_stage(second.tracker.uri).items()}
+    assert status == {"demo #1": "KILLED", "prepare": "KILLED", "demo #2": "FINISHED"}
+
+    third = Driver(root)
+    third.start("prepare")
+    third.finish(partial)
+    assert third.end() is None
+    status = {name: run.info.status for name, run in runs_by_stage(third.tracker.uri).items()}
+    assert set(status.values()) == {"FINISHED"}
 
 
 @pytest.mark.parametrize(
@@ -457,7 +476,8 @@ def test_other_fingerprints_under_the_same_configuration_are_another_pipeline(ro
     runs = client.search_runs([second.tracker.experiment_id], order_by=["start_time ASC"])
     parents = [run for run in runs if run.data.tags["kind"] == "pipeline"]
     assert [run.info.run_name for run in parents] == ["demo #1", "demo #2"]
-    prepared = [run for run in runs if run.info.run_name == "prepare"]
+    prepared = [run for run in runs if run.data.tags.get("stage") == "prepare"]
+    assert [run.info.run_name for run in prepared] == ["prepare #1", "prepare #2"]
     assert [run.data.tags["mlflow.parentRunId"] for run in prepared] == [run.info.run_id for run in parents]
 
 
@@ -533,6 +553,37 @@ def test_a_server_that_comes_and_goes_loses_nothing_and_delays_nobody(
         assert [ancestor.stage for ancestor in ancestors] == ["prepare"]
 
 
+def test_a_server_that_takes_calls_but_never_answers_delays_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "PROBE_S", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        driver = Driver(tmp_path, uri=f"http://127.0.0.1:{silent.getsockname()[1]}")
+        before = time.monotonic()
+        driver.run("prepare", steps=3)
+        note = driver.end()
+        assert time.monotonic() - before < 3
+    assert note is not None
+    assert "3 points of 1 stage kept" in note
+    assert "does not answer" in note
+
+
+def test_the_comparison_page_finds_its_view_in_the_experiment(root: Path) -> None:
+    driver = Driver(root)
+    driver.run("prepare", steps=3)
+    assert driver.end() is None
+    assert driver.tracker.experiment_id is not None
+    url = tracking.comparison_url("http://127.0.0.1:5000/", driver.tracker.experiment_id)
+    assert url.startswith(f"http://127.0.0.1:5000/#/experiments/{driver.tracker.experiment_id}/runs?")
+    key = dict(part.split("=") for part in url.partition("?")[2].split("&"))["viewStateShareKey"]
+    tags = client_of(driver.tracker.uri).get_experiment(driver.tracker.experiment_id).tags
+    view = json.loads(tags[f"mlflow.sharedViewState.{key}"])
+    shown = {
+        name for chart in view["compareRunCharts"] for name in (chart["metricKey"], chart["selectedXAxisMetricKey"])
+    }
+    assert shown <= set(runs_by_stage(driver.tracker.uri)["prepare"].data.metrics)
+
+
 def test_importing_tracking_imports_no_mlflow() -> None:
     script = "import sys, aquilamoe.tracking; print({'mlflow', 'torch', 'ray', 'pandas'} & set(sys.modules) or 'none')"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
@@ -555,7 +606,7 @@ def test_the_ui_command_opens_the_database_of_the_run(tmp_path: Path, monkeypatc
 
 
 def test_a_password_is_not_shown() -> None:
-    assert observer.shown("http://me:secret@server:5000/x") == "server http://server:5000/x"
+    assert connection.shown("http://me:secret@server:5000/x") == "server http://server:5000/x"
 
 
 def wait_for(condition: Any, limit_s: float = 30.0) -> None:

@@ -6,20 +6,15 @@ checkpoint an external LoggedModel that points to its directory, output of its s
 
 import hashlib
 import json
-import logging
-import os
 import re
-import sqlite3
-import warnings
 from collections.abc import Mapping
-from contextlib import closing
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from aquilamoe.pipeline.fingerprint import flatten
 from aquilamoe.pipeline.store import RECORD
 from aquilamoe.tracking import notes
+from aquilamoe.tracking.connection import connect
 from aquilamoe.tracking.receipts import (
     Pipeline,
     Point,
@@ -29,8 +24,10 @@ from aquilamoe.tracking.receipts import (
     fingerprint_of,
     finished_stage,
     key_of,
+    milliseconds,
     read_json,
 )
+from aquilamoe.tracking.view import VIEW_TAG, saved_view
 
 # MLflow's limits: entities per call, characters.
 BATCH_METRICS, BATCH_PARAMS, MAX_KEY, MAX_PARAM, MAX_TAG = 1000, 100, 250, 6000, 5000
@@ -38,32 +35,6 @@ NOT_METRICS = frozenset({"step", "time", "done", "total", "unit"})
 NOT_RECIPE = frozenset({"action", "cluster", "description", "name", "paths", "tracking"})
 MODEL_FIGURES = ("params_total", "params_active", "tokens", "flops", "lineage_tokens", "lineage_flops", "loss_end")
 MAX_REPORT_BYTES = 20_000_000
-# Quick to give up, as whatever could not be sent is sent later; and silent. Set before MLflow is imported.
-ENVIRONMENT = {
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_LOGGING_LEVEL": "WARNING",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "0",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-}
-
-
-def connect(uri: str) -> Any:
-    """An MlflowClient. Imports MLflow (1-4 s) and, the first time, makes the tables of a SQLite database (1-3 s)."""
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    # MLflow's tables use a loader that SQLAlchemy 2.1 deprecates.
-    warnings.filterwarnings("ignore", "The ``noload`` loader strategy", DeprecationWarning)
-    logging.getLogger("alembic").setLevel(logging.WARNING)
-    from mlflow import MlflowClient
-
-    path = database_file(uri)
-    if path is not None:
-        # Readers - the UI - and this writer then do not block each other; the database remembers.
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with closing(sqlite3.connect(path)) as database:
-            database.execute("PRAGMA journal_mode=wal")
-    return MlflowClient(uri)
 
 
 class Delivery:
@@ -99,10 +70,9 @@ class Delivery:
         tags = {f"stage.{name}": fingerprint_of(directory) for name, directory in pipeline.stages.items()}
         tags["mlflow.note.content"] = notes.pipeline(pipeline, records, runs)
         metrics = [
-            Metric(_name(f"{key}/{name}"), value, _milliseconds(record["finished"]), 0)
-            for key in ("loss_end", "seconds")
+            Metric(_name(f"final.loss_end.{name}"), value, milliseconds(record["finished"]), 0)
             for name, record in records.items()
-            if (value := _number({**record, **record["metrics"]}.get(key))) is not None
+            if (value := _number(record["metrics"].get("loss_end"))) is not None
         ]
         self.client.log_batch(run.info.run_id, metrics=metrics, tags=[RunTag(*_cut(*tag)) for tag in tags.items()])
         if pipeline.report and pipeline.report.stat().st_size < MAX_REPORT_BYTES:
@@ -111,17 +81,28 @@ class Delivery:
             self.client.update_run(run.info.run_id, status="RUNNING")
         else:
             self.client.set_terminated(run.info.run_id, pipeline.status)
+        if pipeline.status == "KILLED":
+            self._kill(pipeline, [directory for name, directory in pipeline.stages.items() if name not in records])
         pipeline.receipt.update(status=pipeline.status)
+
+    def _kill(self, pipeline: Pipeline, unfinished: list[Path]) -> None:
+        """End the runs of a killed pipeline's unfinished stages, but for those that another pipeline continues."""
+        for receipt in map(self._receipt, unfinished):
+            if receipt["run_id"] and receipt["pipeline"] == pipeline.recipe:
+                self.client.set_terminated(receipt["run_id"], "KILLED")
 
     def _experiment(self, pipeline: Pipeline) -> str:
         name, description = pipeline.receipt["experiment"], pipeline.receipt["description"]
         found = self.client.get_experiment_by_name(name)
         if found is None:
             tags = {"mlflow.note.content": description, "mlflow.experimentKind": "custom_model_development"}
+            tags[VIEW_TAG] = saved_view()
             location = (self.root / "mlartifacts").absolute().as_uri() if database_file(self.uri) else None
             return str(self.client.create_experiment(name, artifact_location=location, tags=tags))
         if found.lifecycle_stage == "deleted":
             self.client.restore_experiment(found.experiment_id)
+        if found.tags.get(VIEW_TAG) != saved_view():
+            self.client.set_experiment_tag(found.experiment_id, VIEW_TAG, saved_view())
         return str(found.experiment_id)
 
     def _parent(self, pipeline: Pipeline) -> Any:
@@ -143,7 +124,7 @@ class Delivery:
 
     def _create_parent(self, pipeline: Pipeline, experiment: str, number: int) -> Any:
         name = f"{pipeline.receipt['experiment']} #{number}"
-        tags = {"kind": "pipeline", "recipe": pipeline.recipe, "mlflow.note.content": pipeline.receipt["description"]}
+        tags = {"kind": "pipeline", "recipe": pipeline.recipe, "number": str(number)}
         return self.client.create_run(experiment, tags=tags, run_name=name)
 
     def _open(self, stage: Stage) -> None:
@@ -159,8 +140,8 @@ class Delivery:
                 "mlflow.parentRunId": parent.info.run_id,
                 "mlflow.note.content": notes.stage(stage),
             }
-            started = _milliseconds(stage.record["started"]) if stage.record else None
-            run = self.client.create_run(parent.info.experiment_id, started, tags, run_name=stage.name)
+            name = f"{stage.name} #{parent.data.tags['number']}"
+            run = self.client.create_run(parent.info.experiment_id, stage.started_ms, tags, run_name=name)
         elif stage.record is None and run.info.status != "RUNNING":
             self.client.update_run(run.info.run_id, status="RUNNING")
             if "failure" in run.data.tags:
@@ -269,7 +250,7 @@ class Delivery:
             self.client.log_batch(run_id, metrics=metrics[start : start + BATCH_METRICS])
         self.client.log_batch(run_id, tags=[RunTag(*_cut(*tag)) for tag in tags.items()])
         self.client.log_dict(run_id, record, RECORD)
-        self.client.set_terminated(run_id, "FINISHED", _milliseconds(record["finished"]))
+        self.client.set_terminated(run_id, "FINISHED", milliseconds(record["finished"]))
         stage.receipt.update(model_id=model_id, delivered=True)
 
     def _model(self, stage: Stage, record: dict[str, Any], run_id: str) -> str:
@@ -295,8 +276,8 @@ class Delivery:
             model = mlflow.create_external_model(
                 re.sub(r"[^\w-]", "_", stage.name),
                 run_id,
-                tags,
-                {**tags, **figures},
+                tags | {"mlflow.note.content": notes.stage(stage)[:MAX_TAG]},
+                tags | figures,
                 architectures[0],
                 run.info.experiment_id,
             )
@@ -310,14 +291,15 @@ class Delivery:
         return str(model.model_id)
 
     def _final_metrics(self, stage: Stage, record: dict[str, Any], model_id: str | None) -> list[Any]:
-        """The record's figures as `final/...`, linked to the checkpoint.
+        """The record's figures as `final.<figure>`, linked to the checkpoint.
 
-        An evaluation's `<role>/<figure>` is also linked to the checkpoint it is about, as `heldout/<figure>`, a name
-        that all checkpoints share; its step is the position of the role.
+        An evaluation's `<role>/<figure>` is also linked to the checkpoint it is about, as `heldout.<figure>`, a name
+        that all checkpoints share; its step is the position of the role. Dots instead of slashes, as each slash makes
+        a section of charts, and curves come first in MLflow where the rest is in none.
         """
         from mlflow.entities import Metric
 
-        run_id, time_ms = stage.receipt["run_id"], _milliseconds(record["finished"])
+        run_id, time_ms = stage.receipt["run_id"], milliseconds(record["finished"])
         roles = [role for role in stage.inputs if (stage.input_directory(role) / "model" / "config.json").is_file()]
         models = {role: self._input_model(stage, role) for role in roles}
         found = []
@@ -325,12 +307,14 @@ class Delivery:
             value = _number(raw)
             if value is None:
                 continue
-            found.append(Metric(_name(f"final/{key}"), value, time_ms, 0, model_id=model_id, run_id=run_id))
+            found.append(
+                Metric(_name(f"final.{key}".replace("/", ".")), value, time_ms, 0, model_id=model_id, run_id=run_id)
+            )
             role, _, rest = key.partition("/")
             if rest and role in models:
-                name, step = _name(f"heldout/{rest}"), roles.index(role)
+                name, step = _name(f"heldout.{rest}".replace("/", ".")), roles.index(role)
                 found.append(Metric(name, value, time_ms, step, model_id=models[role], run_id=run_id))
-        seconds = Metric("final/seconds", float(record["seconds"]), time_ms, 0, run_id=run_id)
+        seconds = Metric("final.seconds", float(record["seconds"]), time_ms, 0, run_id=run_id)
         return [metric for metric in [*found, seconds] if metric.key not in self.sent[stage.key]]
 
 
@@ -366,7 +350,7 @@ def _agree(run: Any, pipeline: Pipeline) -> bool:
 
 def _last_step(sent: Mapping[str, int]) -> int | None:
     """The last step of any curve; final figures are no curves."""
-    return max((step for key, step in sent.items() if not key.startswith(("final/", "heldout/"))), default=None)
+    return max((step for key, step in sent.items() if not key.startswith(("final.", "heldout."))), default=None)
 
 
 def _number(value: Any) -> float | None:
@@ -385,7 +369,3 @@ def _name(key: str) -> str:
 
 def _cut(key: str, value: str) -> tuple[str, str]:
     return _name(key), value[:MAX_TAG]
-
-
-def _milliseconds(iso: str) -> int:
-    return round(datetime.fromisoformat(iso).timestamp() * 1000)

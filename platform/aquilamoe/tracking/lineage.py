@@ -6,10 +6,10 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from aquilamoe.config.messages import UserError
-from aquilamoe.tracking.observer import shown, tracking_uri
+from aquilamoe.tracking.connection import connect, shown, tracking_uri
+from aquilamoe.tracking.view import VIEW
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,6 @@ def lineage(uri: str, checkpoint: str) -> list[Checkpoint]:
 
     A checkpoint is the output of its stage's run; the checkpoints that this run has as inputs are its parents.
     """
-    from aquilamoe.tracking.delivery import connect
-
     client = connect(uri)
     model = _find(client, checkpoint)
     if model is None:
@@ -68,8 +66,7 @@ def ui_command(uri: str | None, root: Path) -> str:
     return f"MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false {command}"  # two processes instead of thirteen
 
 
-def comparison_url(server: str, experiment_id: str, metric: str = "val/loss") -> str:
-    """The page that overlays the curves of an experiment's stages, the lowest `metric` first."""
-    order = quote(f"metrics.`{metric}`", safe=".")
-    query = f"compareRunsMode=CHART&workflowType=machine_learning&orderByKey={order}&orderByAsc=true"
+def comparison_url(server: str, experiment_id: str) -> str:
+    """The page that overlays the loss of an experiment's training stages against the FLOPs of their lineage."""
+    query = f"viewStateShareKey={VIEW}&compareRunsMode=CHART&workflowType=machine_learning"
     return f"{server.rstrip('/')}/#/experiments/{experiment_id}/runs?{query}"

@@ -9,17 +9,14 @@ from functools import partial
 from pathlib import Path
 from threading import Thread
 from typing import Any
-from urllib.parse import urlsplit
 
-from aquilamoe.config.messages import UserError, nearest
 from aquilamoe.pipeline.store import Record
+from aquilamoe.tracking.connection import answers, is_away, shown, tracking_uri
 from aquilamoe.tracking.receipts import FOLDER, Pipeline, Point, Receipt, Stage, finished_stage, key_of, undelivered
 
 SEND_EVERY_S = 2.0  # curves; the end of a stage is told at once
 QUIET_S = 30.0  # how long a server that did not answer is left alone
-PROBE_S = 2.0  # how long a server may take for a sign of life
 FLUSH_S = 60.0  # how long the end of a pipeline waits for the last points
-SCHEMES = ("databricks", "http", "https", "mssql", "mysql", "postgresql", "sqlite")
 INTERRUPTIONS = ("KeyboardInterrupt", "SystemExit")
 
 
@@ -59,7 +56,8 @@ class Tracker:
     def stage_started(
         self, stage: str, fingerprint: str, directory: Path, recipe: dict[str, Any], inputs: dict[str, dict[str, Any]]
     ) -> None:
-        self._events.put(partial(self._on_stage_started, stage, fingerprint, directory, recipe, inputs))
+        now_ms = round(time.time() * 1000)
+        self._events.put(partial(self._on_stage_started, now_ms, stage, fingerprint, directory, recipe, inputs))
 
     def stage_progress(self, stage: str, points: list[Point]) -> None:
         self._events.put(partial(self._on_stage_progress, stage, points))
@@ -93,13 +91,19 @@ class Tracker:
         return False
 
     def _on_stage_started(
-        self, name: str, fingerprint: str, directory: Path, recipe: dict[str, Any], inputs: dict[str, dict[str, Any]]
+        self,
+        now_ms: int,
+        name: str,
+        fingerprint: str,
+        directory: Path,
+        recipe: dict[str, Any],
+        inputs: dict[str, dict[str, Any]],
     ) -> bool:
         assert self._pipeline is not None, "pipeline_started comes first"
         final = directory.with_name(key_of(directory))
         receipt = Receipt(self.root, final.name, self.uri)
         receipt.update(stage=name, pipeline=self._pipeline.recipe, directory=str(final.absolute()), delivered=False)
-        stage = Stage(name, directory, recipe, inputs, fingerprint, self._pipeline, receipt)
+        stage = Stage(name, directory, recipe, inputs, fingerprint, self._pipeline, receipt, now_ms)
         self._announce(stage, final)
         self._pipeline.save(wanted_status="RUNNING")
         return True
@@ -195,19 +199,27 @@ class Tracker:
         """Do one thing with MLflow; return whether the next is worth trying. Nothing that MLflow raises is our end."""
         try:
             if self._delivery is None:
-                self._delivery = _connect(self.uri, self.root)
+                self._connect()
             action()
         except Exception as error:
             # What the server has may differ from what we thought: ask it again, and read all points again.
             self._delivery = None
             for stage in self._stages.values():
                 stage.points, stage.reread = [], True
-            away = _is_away(error)
+            away = is_away(error)
             first_line = next(iter(str(error).splitlines()), type(error).__name__)[:200]
             problem = f"{shown(self.uri)} does not answer" if away else f"{what}: {first_line}"
             self._problem = self._problem or problem
             return not away
         return True
+
+    def _connect(self) -> None:
+        """Import MLflow only for a server that answers: its own timeouts are long."""
+        if not answers(self.uri):
+            raise ConnectionError(self.uri)
+        from aquilamoe.tracking.delivery import Delivery
+
+        self._delivery = Delivery(self.uri, self.root)
 
     def _note(self) -> str | None:
         if self._broken:
@@ -219,62 +231,3 @@ class Tracker:
         points = sum(stage.count_unsent() for stage in late)
         count = f"{points:,} points of {len(late)} stage{'s' if len(late) != 1 else ''}" if late else "the final status"
         return f"tracking: {count} kept in {self.root / FOLDER}, will be sent by the next run ({self._problem})"
-
-
-def tracking_uri(uri: str | None, root: Path) -> str:
-    """The URI itself, or that of the database in `root`; UserError for anything that MLflow does not take."""
-    if uri is None:
-        return f"sqlite:///{(root / 'mlflow.db').absolute()}"
-    scheme = urlsplit(uri).scheme.partition("+")[0]
-    if scheme not in SCHEMES:
-        raise UserError(
-            f"tracking.uri: '{uri}' is not the address of a server or database ({nearest(scheme or uri, SCHEMES)}); "
-            "use http://HOST:PORT, sqlite:///FILE, or null for a database in paths.root"
-        )
-    return uri
-
-
-def shown(uri: str) -> str:
-    """A URI for people, without a password."""
-    parts = urlsplit(uri)
-    kind = "server" if parts.scheme in ("http", "https") else "database"
-    return f"{kind} {parts._replace(netloc=parts.netloc.rpartition('@')[2]).geturl()}"
-
-
-def _connect(uri: str, root: Path) -> Any:
-    """Import MLflow only for a server that answers: its own timeouts are long."""
-    if not _answers(uri):
-        raise ConnectionError(f"{shown(uri)} does not answer")
-    from aquilamoe.tracking.delivery import Delivery
-
-    return Delivery(uri, root)
-
-
-def _answers(uri: str) -> bool:
-    """Whether anything answers over HTTP, be it an error; databases are not asked."""
-    if not uri.startswith(("http://", "https://")):
-        return True
-    import ssl
-    from urllib.error import HTTPError
-    from urllib.request import urlopen
-
-    parts = urlsplit(uri)
-    plain = parts._replace(netloc=parts.netloc.rpartition("@")[2], path=f"{parts.path.rstrip('/')}/health")
-    try:
-        urlopen(plain.geturl(), timeout=PROBE_S).close()
-    except HTTPError as error:
-        error.close()
-        return error.code not in (502, 503, 504)
-    except OSError as error:
-        return isinstance(getattr(error, "reason", None), ssl.SSLError)
-    return True
-
-
-def _is_away(error: BaseException | None) -> bool:
-    """Whether an error, or what caused it, is the lack of an answer: MLflow wraps those of the network."""
-    while error is not None:
-        unanswered = type(error).__module__.startswith("requests") and getattr(error, "response", None) is None
-        if unanswered or isinstance(error, (ConnectionError, TimeoutError)):
-            return True
-        error = error.__cause__ or error.__context__
-    return False

@@ -9,6 +9,7 @@ import json
 import sqlite3
 from contextlib import closing
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,7 @@ class Stage:
     fingerprint: str
     pipeline: Pipeline
     receipt: Receipt
+    started_ms: int
     record: dict[str, Any] | None = None
     status: str = "RUNNING"
     message: str = ""
@@ -141,6 +143,7 @@ def finished_stage(directory: Path, record: dict[str, Any], name: str, pipeline:
         record["fingerprint"],
         pipeline,
         receipt,
+        milliseconds(record["started"]),
         record=record,
         status="FINISHED",
         reread=True,
@@ -157,6 +160,8 @@ def undelivered(root: Path, uri: str) -> tuple[dict[str, Pipeline], list[Stage]]
         if receipt["experiment"] is not None:
             stages = {name: Path(directory) for name, directory in (receipt["stages"] or {}).items()}
             pipeline = Pipeline(receipt, receipt["wanted_status"] or "RUNNING", stages=stages)
+            if pipeline.status == "RUNNING" and receipt["run_id"]:
+                pipeline.status = "KILLED"  # without a word: one driver at a time uses a store
             pipeline.dirty = pipeline.status != (receipt["status"] or "RUNNING")
             pipelines[pipeline.recipe] = pipeline
     found = []
@@ -168,6 +173,11 @@ def undelivered(root: Path, uri: str) -> tuple[dict[str, Pipeline], list[Stage]]
                 pipeline.dirty = True
                 found.append(finished_stage(directory, record, receipt["stage"], pipeline, receipt))
     return pipelines, sorted(found, key=lambda stage: str(stage.record and stage.record["finished"]))
+
+
+def milliseconds(iso: str) -> int:
+    """An ISO date as MLflow counts time."""
+    return round(datetime.fromisoformat(iso).timestamp() * 1000)
 
 
 def still_known(uri: str, run_id: str) -> bool:

@@ -1,0 +1,92 @@
+"""Where MLflow is, whether it answers, and how to talk to it without noise."""
+
+import logging
+import os
+import sqlite3
+import warnings
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from aquilamoe.config.messages import UserError, nearest
+from aquilamoe.tracking.receipts import database_file
+
+PROBE_S = 2.0  # how long a server may take for a sign of life
+SCHEMES = ("databricks", "http", "https", "mssql", "mysql", "postgresql", "sqlite")
+# Quick to give up, as whatever could not be sent is sent later; and silent. Set before MLflow is imported.
+ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "0",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+}
+
+
+def tracking_uri(uri: str | None, root: Path) -> str:
+    """The URI itself, or that of the database in `root`; UserError for anything that MLflow does not take."""
+    if uri is None:
+        return f"sqlite:///{(root / 'mlflow.db').absolute()}"
+    scheme = urlsplit(uri).scheme.partition("+")[0]
+    if scheme not in SCHEMES:
+        raise UserError(
+            f"tracking.uri: '{uri}' is not the address of a server or database ({nearest(scheme or uri, SCHEMES)}); "
+            "use http://HOST:PORT, sqlite:///FILE, or null for a database in paths.root"
+        )
+    return uri
+
+
+def shown(uri: str) -> str:
+    """A URI for people, without a password."""
+    parts = urlsplit(uri)
+    kind = "server" if parts.scheme in ("http", "https") else "database"
+    return f"{kind} {parts._replace(netloc=parts.netloc.rpartition('@')[2]).geturl()}"
+
+
+def answers(uri: str) -> bool:
+    """Whether anything answers over HTTP, be it an error; databases are not asked."""
+    if not uri.startswith(("http://", "https://")):
+        return True
+    import ssl
+    from urllib.error import HTTPError
+    from urllib.request import urlopen
+
+    parts = urlsplit(uri)
+    plain = parts._replace(netloc=parts.netloc.rpartition("@")[2], path=f"{parts.path.rstrip('/')}/health")
+    try:
+        urlopen(plain.geturl(), timeout=PROBE_S).close()
+    except HTTPError as error:
+        error.close()
+        return error.code not in (502, 503, 504)
+    except OSError as error:
+        return isinstance(getattr(error, "reason", None), ssl.SSLError)
+    return True
+
+
+def is_away(error: BaseException | None) -> bool:
+    """Whether an error, or what caused it, is the lack of an answer: MLflow wraps those of the network."""
+    while error is not None:
+        unanswered = type(error).__module__.startswith("requests") and getattr(error, "response", None) is None
+        if unanswered or isinstance(error, (ConnectionError, TimeoutError)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def connect(uri: str) -> Any:
+    """An MlflowClient. Imports MLflow (1-4 s) and, the first time, makes the tables of a SQLite database (1-3 s)."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    # MLflow's tables use a loader that SQLAlchemy 2.1 deprecates.
+    warnings.filterwarnings("ignore", "The ``noload`` loader strategy", DeprecationWarning)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    from mlflow import MlflowClient
+
+    path = database_file(uri)
+    if path is not None:
+        # Readers - the UI - and this writer then do not block each other; the database remembers.
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with closing(sqlite3.connect(path)) as database:
+            database.execute("PRAGMA journal_mode=wal")
+    return MlflowClient(uri)
