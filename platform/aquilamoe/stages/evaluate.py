@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import cast
 
 from aquilamoe.config.graph import Node
-from aquilamoe.config.schema import EvaluateStage
+from aquilamoe.config.schema import ClusterConfig, EvaluateStage
 from aquilamoe.pipeline.stage import Context, Estimate, Metrics
 
 VERSION = 1
 RESUMES = False
-ROWS = 32
 
 
 def estimate(_: Node) -> Estimate:
@@ -29,24 +28,25 @@ def run(context: Context) -> Metrics:
     metrics: Metrics = {}
     for index, (role, directory) in enumerate(checkpoints.items()):
         context.progress(index, len(checkpoints), "checkpoints")
-        losses = _losses(cast(EvaluateStage, context.node.stage), directory, tokens)
+        losses = _losses(cast(EvaluateStage, context.node.stage), context.cluster, directory, tokens)
         metrics |= {f"{role}/{key}": value for key, value in losses.items()}
     context.progress(len(checkpoints), len(checkpoints), "checkpoints")
     return metrics
 
 
-def _losses(stage: EvaluateStage, checkpoint: Path, tokens: Path) -> dict[str, float]:
+def _losses(stage: EvaluateStage, cluster: ClusterConfig, checkpoint: Path, tokens: Path) -> dict[str, float]:
     """Nats per token and bits per UTF-8 byte for each language, and their mean over the languages."""
     from aquilamoe.data.loader import validation_batches
     from aquilamoe.data.tokens import read_record
-    from aquilamoe.training.loop import evaluate
+    from aquilamoe.training.loop import evaluate, validation_rows
     from aquilamoe.weights.huggingface import load_model
 
     model = load_model(checkpoint / "model")
     sources = read_record(tokens).sources
+    length, rows = stage.sequence_length, validation_rows(cluster, stage.sequence_length)
     losses: dict[str, float] = {}
     for name, splits in sources.items():
-        nats = evaluate(model, validation_batches(tokens, name, stage.sequence_length, None, ROWS), stage.precision)
+        nats = evaluate(model, validation_batches(tokens, name, length, None, rows), stage.precision)
         split = splits["validation"]
         losses[f"{name}/nats_per_token"] = nats
         losses[f"{name}/bits_per_byte"] = nats / math.log(2) * split.tokens / split.bytes

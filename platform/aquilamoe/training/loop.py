@@ -26,7 +26,7 @@ from aquilamoe.training.objective import RouterObjective, cross_entropy
 from aquilamoe.training.schedules import learning_rate_factor
 
 LOG_POINTS = 200  # training points logged over a stage
-VALIDATION_ROWS = 32  # sequences in a forward pass, if `micro_batch_tokens` allows as many
+VALIDATION_ROWS = 32
 
 
 @dataclass(frozen=True)
@@ -162,9 +162,13 @@ def _due(step: int, every_tokens: int, job: Job) -> bool:
     return step * batch // every_tokens > (step - 1) * batch // every_tokens
 
 
-def micro_batch_rows(cluster: ClusterConfig, sequence_length: int) -> int:
-    """Sequences that go through a model at once."""
+def _micro_batch_rows(cluster: ClusterConfig, sequence_length: int) -> int:
     return max(1, cluster.micro_batch_tokens // sequence_length)
+
+
+def validation_rows(cluster: ClusterConfig, sequence_length: int) -> int:
+    """Sequences that go through a model at once when it is not trained."""
+    return min(VALIDATION_ROWS, _micro_batch_rows(cluster, sequence_length))
 
 
 class Stepper:
@@ -173,7 +177,7 @@ class Stepper:
     def __init__(self, job: Job, model: Decoder, optimizer: Optimizer, rank: Rank = FIRST) -> None:
         self.job, self.model, self.optimizer = job, model, optimizer
         self.device = next(model.parameters()).device
-        self.rows = micro_batch_rows(job.cluster, job.stage.sequence_length)
+        self.rows = _micro_batch_rows(job.cluster, job.stage.sequence_length)
         router = job.stage.router
         self.coefficients = {
             "train/loss": 1.0,
@@ -249,7 +253,7 @@ def _require_finite(job: Job, step: int, values: Mapping[str, float], weights_of
 def validate(job: Job, model: Decoder, step: int) -> dict[str, float]:
     """Held-out loss by language, and their mean weighted as the training mixture, in nats per token."""
     stage = job.stage
-    rows = min(VALIDATION_ROWS, micro_batch_rows(job.cluster, stage.sequence_length))
+    rows = validation_rows(job.cluster, stage.sequence_length)
     losses = {
         source: evaluate(
             model,
