@@ -128,6 +128,18 @@ def test_more_groups_for_the_same_query_heads_keep_the_function_unless_keys_come
         assert (difference(tmp_path / "source", grow(tmp_path, target, how, name=method)) < SAME) == kept
 
 
+@pytest.mark.parametrize("scope", ["all", "inner", "transplant"])
+def test_wider_heads_keep_the_function_where_keys_values_and_their_readers_are_the_layers_own(
+    scope: str, tmp_path: Path
+) -> None:
+    source, target = model(), model(head_dim=8)
+    write_source(tmp_path / "source", source)
+    for method, kept in (("aki", False), ("aki_pro", scope != "transplant")):
+        how = growth(method=method, scope=scope)
+        assert rules.preserves(how, source, target) == kept
+        assert (difference(tmp_path / "source", grow(tmp_path, target, how, name=method)) < SAME) == kept
+
+
 def mark_layers(directory: Path, config: ModelConfig) -> None:
     """A checkpoint whose every tensor in layer l is l + 1 throughout."""
     decoder = Decoder(config).double()

@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from aquilamoe.config.messages import UserError
-from aquilamoe.config.schema import GrowthConfig, ModelConfig
+from aquilamoe.config.schema import GrowthConfig, ModelConfig, UpcyclingConfig
 from aquilamoe.growth import rules
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,6 +39,15 @@ def model(**changes: Any) -> ModelConfig:
 def growth(**changes: Any) -> GrowthConfig:
     plain = {"method": "fpi", "scope": "all", "norm": "exact", "maps": "circular", "noise": 0.0}
     return GrowthConfig.model_validate(plain | {"depth": "interpolate", "new_layers": "copy"} | changes)
+
+
+def experts(number: int = 4, chosen: int = 2, **changes: Any) -> ModelConfig:
+    return model(num_experts=number, num_experts_per_tok=chosen, **changes)
+
+
+def upcycling(**changes: Any) -> UpcyclingConfig:
+    plain = {"method": "copy", "noise": 0.0, "drop_ratio": 0.0, "router_init": "normal", "router_std": 0.02}
+    return UpcyclingConfig.model_validate(plain | changes)
 
 
 @pytest.mark.parametrize(
@@ -98,3 +107,41 @@ def test_what_is_not_a_size_of_the_function_may_change() -> None:
     target = model(max_position_embeddings=64, initializer_range=0.01)
     rules.check(model(), target, growth())
     assert rules.preserves(growth(), model(), target)
+
+
+@pytest.mark.parametrize("changes", [{"router_init": "zero"}, {"router_std": 0.0}])
+def test_a_router_without_opinion_cannot_keep_parts_together(changes: dict[str, Any]) -> None:
+    rules.check(model(), experts(), upcycling(**changes))
+    rules.check(model(), experts(4, 4, intermediate_size=6), upcycling(**changes))
+    with pytest.raises(UserError, match=r"upcycling.router_init: .* 2 parts of a feed-forward are torn apart; use "):
+        rules.check(model(), experts(4, 2, intermediate_size=6), upcycling(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "noise"}, "method noise with noise 0.0; noise is > 0 for 'noise' and 0 for the others"),
+        ({"noise": 0.1}, "method copy with noise 0.1; "),
+        ({"method": "drop"}, "method drop with drop_ratio 0.0; "),
+        ({"method": "noise", "noise": 0.1, "drop_ratio": 0.5}, "method noise with drop_ratio 0.5; drop_ratio is > 0"),
+        ({"method": "drop", "drop_ratio": 1.5}, "less than or equal to 1"),
+    ],
+)
+def test_amounts_belong_to_their_methods(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        upcycling(**changes)
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (experts(6), "num_experts: target 6, source 4; .* use a multiple of 4, e.g. 8"),
+        (experts(2), "num_experts: target 2, source 4; .* use a multiple of 4, e.g. 4"),
+        (experts(8, 1), "num_experts_per_tok: target 1 is smaller than the source's 2; "),
+        (experts(8, 4, intermediate_size=6), "intermediate_size: target 6, source 12; experts of experts are whole"),
+        (model(), "num_experts: target 0; "),
+    ],
+)
+def test_experts_of_experts_that_cannot_be_made_are_refused(target: ModelConfig, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        rules.check(experts(), target, upcycling())

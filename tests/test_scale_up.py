@@ -134,12 +134,16 @@ def growths(draw: st.DrawFn) -> tuple[ModelConfig, ModelConfig, GrowthConfig]:
         "num_key_value_heads": new_groups,
         "head_dim": source.head_dim * draw(one_of([1, 1, 2, 3])),
     }
-    # One in three keeps its width, and as many their depth: the claims differ there.
-    kept = draw(one_of(["width", "depth", "nothing"]))
+    # Some keep their width or their depth, and some grow one size only: the claims differ there.
+    kept = draw(one_of(["width", "depth", "nothing", "all but one"]))
     if kept == "width":
         sizes = {"num_hidden_layers": sizes["num_hidden_layers"]}
     elif kept == "depth":
         del sizes["num_hidden_layers"]
+    elif kept == "all but one":
+        heads = [field for field in sizes if field.endswith("_heads")]
+        grows = draw(one_of([["head_dim"], heads, ["hidden_size"], ["intermediate_size"]]))
+        sizes = {field: sizes[field] for field in grows}
     deep = sizes.get("num_hidden_layers", layers)
     listed = draw(st.lists(number(0, layers - 1), min_size=deep, max_size=deep))
     how = growth(

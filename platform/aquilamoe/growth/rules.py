@@ -28,14 +28,26 @@ def preserves(growth: GrowthConfig | UpcyclingConfig, source: ModelConfig, targe
     True means equal up to the rounding of the checkpoint's dtype; False means that some weights make them differ.
     """
     if isinstance(growth, UpcyclingConfig):
-        # Gates that sum to 1 over experts of one function, whatever the router says.
-        return growth.method in ("copy", "permute")
+        return growth.method in ("copy", "permute") and _keeps_choice(source, target)
     method = plugins.load("growth/methods", growth.method)
     # Plain copies change the mean square that a norm divides by, unless every channel has as many as the ratio says.
     keeps_norms = growth.norm != "copy" or target.hidden_size % source.hidden_size == 0
     units = map_units(source, target, growth)
     keeps_width = keeps_norms and bool(method.keeps_function(units, source.num_hidden_layers, growth))
     return keeps_width and _keeps_depth(source, target, growth)
+
+
+def _keeps_choice(source: ModelConfig, target: ModelConfig) -> bool:
+    """Whether tokens go through what they went through, by the same shares.
+
+    Of a dense source they do whatever the router says: gates sum to 1 over experts of one function. Copies of experts
+    have one score, so that a token chooses all copies of an expert before the next expert.
+    """
+    if not source.is_moe:
+        return True
+    copies = target.num_experts // source.num_experts
+    old, new = source.num_experts_per_tok, target.num_experts_per_tok
+    return new == copies * old or (old == 1 and new <= copies)
 
 
 def _keeps_depth(source: ModelConfig, target: ModelConfig, growth: GrowthConfig) -> bool:
@@ -110,20 +122,30 @@ def num_shards(source: ModelConfig, target: ModelConfig) -> int:
 
 
 def _check_scale_out(source: ModelConfig, target: ModelConfig, upcycling: UpcyclingConfig) -> None:
-    if source.is_moe:
-        raise UserError(
-            f"num_experts: target {target.num_experts}, but the source already has {source.num_experts} experts; a "
-            "scale-out starts from a dense checkpoint, choose one as its source"
-        )
     if not target.is_moe:
-        raise UserError("num_experts: target 0, source 0; a scale-out makes experts, set num_experts to at least 2")
+        raise UserError("num_experts: target 0; a scale-out makes experts, set num_experts to at least 2")
     _check_not_smaller("max_position_embeddings", source, target, "scale-out")
     for field in ModelConfig.model_fields:
         if field in (*_WIDTHS, "num_hidden_layers") and field != "intermediate_size":
             _check_kept(field, source, target, "a scale-out keeps the sizes, change them in a scale_up stage before it")
         elif field not in (*_EXPERTS, "intermediate_size") and field not in _FREE:
             _check_kept(field, source, target, "a scale-out cannot change it, keep the source's")
-    _check_shards(source, target, upcycling)
+    if source.is_moe:
+        _check_more_experts(source, target)
+    else:
+        _check_shards(source, target, upcycling)
+
+
+def _check_more_experts(source: ModelConfig, target: ModelConfig) -> None:
+    """Experts out of experts: whole ones, each as often as the others."""
+    _check_kept("intermediate_size", source, target, "experts of experts are whole, keep the source's")
+    _check_not_smaller("num_experts_per_tok", source, target, "scale-out")
+    if target.num_experts % source.num_experts:
+        old, more = source.num_experts, target.num_experts // source.num_experts + 1
+        raise UserError(
+            f"num_experts: target {target.num_experts}, source {old}; every expert gets as many copies, use a multiple "
+            f"of {old}, e.g. {more * old}"
+        )
 
 
 def _check_shards(source: ModelConfig, target: ModelConfig, upcycling: UpcyclingConfig) -> None:

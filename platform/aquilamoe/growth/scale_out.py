@@ -1,4 +1,4 @@
-"""Scale-Out (sparse upcycling): a dense checkpoint becomes a Mixture of Experts, a tensor at a time (METHODS 5)."""
+"""Scale-Out (sparse upcycling): a checkpoint gets experts, or more of them, a tensor at a time (METHODS section 5)."""
 
 import math
 from collections.abc import Callable
@@ -23,12 +23,13 @@ def scale_out(
     seed: int,
     progress: Progress = silent,
 ) -> None:
-    """Make every feed-forward of the dense checkpoint in `source` a layer of experts, and write it to `target`.
+    """Make every feed-forward of the checkpoint in `source` a layer of (more) experts, and write it to `target`.
 
-    Experts are copies of the dense feed-forward, or of equal parts of it where the target's intermediate_size is
-    smaller; `upcycling.method` says what tells them apart, `router_init` what the routers start as. Everything else is
-    copied. The result depends on the arguments alone and keeps the source's dtype. In memory there is one tensor.
-    Raises UserError for a growth that cannot be done (see `rules.check`) and for a damaged source.
+    Of a dense source, experts are copies of the feed-forward, or of equal parts of it where the target's
+    intermediate_size is smaller, and `router_init` says what routers start as. Of a Mixture of Experts they are copies
+    of its experts, neighbours with the score of their original. `upcycling.method` says what tells copies apart;
+    everything else is copied. The result depends on the arguments alone and keeps the source's dtype. In memory there
+    is one tensor. Raises UserError for a growth that cannot be done (see `rules.check`) and for a damaged source.
     """
     source_config = huggingface.read_config(source)
     rules.check(source_config, target_config, upcycling)
@@ -42,7 +43,8 @@ def scale_out(
 def _upcycle(reader: Reader, source: ModelConfig, target: ModelConfig, upcycling: UpcyclingConfig, seed: int) -> Stream:
     """Yield every tensor of the target in file order."""
     dtype = compute_dtype(reader.dtype(names.EMBEDDING))
-    shards = rules.num_shards(source, target)
+    shards = 1 if source.is_moe else rules.num_shards(source, target)
+    copies = target.num_experts // (source.num_experts or target.num_experts)
     shapes = names.role_shapes(target)
     experts = {
         names.expert_role(expert, role): (role, expert)
@@ -55,13 +57,16 @@ def _upcycle(reader: Reader, source: ModelConfig, target: ModelConfig, upcycling
     for layer in range(target.num_hidden_layers):
         random = partial(_stream, seed, f"model.layers.{layer}.")
         for role, shape in shapes.items():
-            if role == names.ROUTER:
+            if role == names.ROUTER and source.is_moe:
+                tensor = reader.get(names.layer_name(source, layer, role)).repeat_interleave(copies, dim=0)
+            elif role == names.ROUTER:
                 tensor = _draw_router(shape, shards, upcycling, dtype, random(role))
             elif role in fillers:
                 tensor = torch.zeros(shape, dtype=dtype)
             elif role in experts:
                 dense_role, expert = experts[role]
-                dense = reader.get(names.layer_name(source, layer, dense_role))
+                source_role = names.expert_role(expert // copies, dense_role) if source.is_moe else dense_role
+                dense = reader.get(names.layer_name(source, layer, source_role))
                 tensor = _grow_expert(dense, dense_role, divmod(expert, shards), shards, upcycling, random)
             else:
                 tensor = reader.get(names.layer_name(source, layer, role))
