@@ -1,0 +1,346 @@
+"""The real command, in processes of its own: what a user types, and what is there afterwards."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aquilamoe.pipeline.store import RECORD, Store
+
+WORKFLOW = Path(__file__).parent.parent / "workflows" / "efficientscale.py"
+HEAVY = {"torch", "ray", "mlflow"}
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
+
+# Python imports this when it starts: it stops the process, or the Ray worker, that is about to touch a certain file.
+AMBUSH = """
+import os, re, signal, sys, time
+from pathlib import Path
+
+pattern, deed = re.compile(os.environ["AMBUSH_PATH"]), os.environ["AMBUSH"]
+
+def watch(event, arguments):
+    if event in ("open", "os.mkdir", "os.rename"):
+        touched = arguments[1] if event == "os.rename" else arguments[0]
+        if pattern.search(str(touched)):
+            if deed == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            elif not Path(deed).exists():
+                Path(deed).touch()  # whoever waits for this file will stop the process
+                time.sleep(300)
+
+sys.addaudithook(watch)
+"""
+
+
+@pytest.fixture(scope="module")
+def ambush(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], dict[str, str]]:
+    """Environment in which a process is killed, or waits, when it touches a path that matches."""
+    folder = tmp_path_factory.mktemp("ambush")
+    (folder / "sitecustomize.py").write_text(AMBUSH)
+    python_path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return lambda path, deed: {"PYTHONPATH": python_path, "AMBUSH_PATH": path, "AMBUSH": deed}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory, command: Command, tiny: list[str]) -> Path:
+    """The folder in which the tiny experiment was run once, from its beginning to its end, with tracking."""
+    folder = tmp_path_factory.mktemp("base")
+    answer = command(*tiny, cwd=folder)
+    assert answer.returncode == 0, answer.stderr
+    (folder / "stdout").write_text(answer.stdout)
+    (folder / "stderr").write_text(answer.stderr)
+    return folder
+
+
+@pytest.fixture
+def copy_of_base(base: Path, tmp_path: Path) -> Path:
+    shutil.copytree(base, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+def outputs(folder: Path) -> dict[str, dict[str, Any]]:
+    """Records of the stages that a run left, by directory."""
+    return {path.parent.name: json.loads(path.read_text()) for path in (folder / "runs" / "stages").glob(f"*/{RECORD}")}
+
+
+def weights_and_metrics(folder: Path) -> dict[str, Any]:
+    """The bytes of every file but the curves, which have times in them, and what each stage measured."""
+    found = {}
+    for name, record in outputs(folder).items():
+        files = {path: entry["sha256"] for path, entry in record["files"].items() if path != "metrics.jsonl"}
+        metrics = {key: value for key, value in record["metrics"].items() if not key.endswith("_per_s")}
+        found[name] = (files, metrics)
+    return found
+
+
+def imported(answer: "subprocess.CompletedProcess[str]") -> set[str]:
+    """Packages that a command run with `-X importtime` imported."""
+    modules = {
+        line.rpartition("|")[2].strip() for line in answer.stderr.splitlines() if line.startswith("import time:")
+    }
+    assert "aquilamoe.commands" in modules
+    return {module.partition(".")[0] for module in modules}
+
+
+def wait_for(what: Callable[[], bool], driver: "subprocess.Popen[str]", limit_s: float = 240) -> None:
+    end = time.monotonic() + limit_s
+    while not what():
+        assert driver.poll() is None, "the driver ended before"
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.02)
+
+
+def test_a_run_leaves_every_stage_complete_and_a_report(base: Path) -> None:
+    stages = {record["stage"] for record in outputs(base).values()}
+    assert stages == {
+        *("corpus", "tokenizer", "tokens", "prepare", "scale_up", "dense", "scale_out", "moe", "control", "evaluate"),
+        "export",
+    }
+    assert not list((base / "runs" / "stages").glob("*.partial"))
+    report = (base / "runs" / "reports" / "embedded.html").read_text()
+    assert all(stage in report for stage in stages)
+
+
+def test_a_run_writes_nothing_outside_its_root(base: Path) -> None:
+    assert {path.name for path in base.iterdir()} == {"runs", "stdout", "stderr"}
+
+
+def test_a_run_warns_of_nothing(base: Path) -> None:
+    assert (base / "stderr").read_text() == ""
+    assert "arn" not in (base / "stdout").read_text()
+
+
+def test_a_run_says_where_to_look(base: Path) -> None:
+    stdout = (base / "stdout").read_text()
+    assert "runs/reports/embedded.html" in stdout
+    assert "mlflow ui --backend-store-uri sqlite:///runs/mlflow.db" in stdout
+
+
+def test_a_run_is_in_mlflow_with_a_run_for_each_stage_and_one_for_the_pipeline(base: Path) -> None:
+    database = sqlite3.connect(base / "runs" / "mlflow.db")
+    try:
+        statuses = database.execute("select status from runs").fetchall()
+        experiments = {name for (name,) in database.execute("select name from experiments")}
+    finally:
+        database.close()
+    assert statuses == [("FINISHED",)] * (len(outputs(base)) + 1)
+    assert "embedded" in experiments
+
+
+def test_growing_costs_flops_in_the_order_of_the_line(base: Path) -> None:
+    records = {record["stage"]: record["metrics"] for record in outputs(base).values()}
+    line = [records[name]["lineage_flops"] for name in ("prepare", "dense", "moe")]
+    assert line == sorted(set(line))
+    batch = records["control"]["flops"] / records["control"]["steps"]
+    assert 0 <= records["moe"]["lineage_flops"] - records["control"]["lineage_flops"] < batch
+
+
+def test_a_second_run_computes_nothing_and_imports_neither_torch_nor_ray_nor_mlflow(
+    base: Path, command: Command, tiny: list[str]
+) -> None:
+    before = outputs(base)
+    answer = command(*tiny, cwd=base, python=("-X", "importtime"))
+    assert answer.returncode == 0
+    assert imported(answer) & HEAVY == set()
+    assert outputs(base) == before
+    assert len(re.findall(r"^  \w+ +cached$", answer.stdout, re.MULTILINE)) == len(before)
+
+
+@pytest.mark.parametrize(
+    "words", [("action=plan",), ("action=plan", "experiment=7b"), ("action=status",), ("--help",)], ids=" ".join
+)
+def test_looking_imports_neither_torch_nor_ray_nor_mlflow_and_writes_nothing(
+    command: Command, tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    answer = command(*words, cwd=tmp_path, python=("-X", "importtime"))
+    assert answer.returncode == 0
+    assert imported(answer) & HEAVY == set()
+    assert answer.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_growth_runs_what_its_plan_says_and_that_is_what_depends_on_it(
+    copy_of_base: Path, command: Command, tiny: list[str]
+) -> None:
+    words = [*tiny, "growth=fpi", "tracking.enabled=false"]
+    plan = command(*words, "action=plan", cwd=copy_of_base).stdout
+    before = outputs(copy_of_base)
+    answer = command(*words, cwd=copy_of_base)
+    assert answer.returncode == 0, answer.stderr
+    made = {record["stage"] for name, record in outputs(copy_of_base).items() if name not in before}
+    assert made == {"scale_up", "dense", "scale_out", "moe", "evaluate", "export"}
+    assert set(re.findall(r"^(\w+) +runs ", plan, re.MULTILINE)) == made
+    assert "growth.method aki_pro -> fpi" in plan
+    grown = next(r for name, r in outputs(copy_of_base).items() if r["stage"] == "scale_up" and name not in before)
+    assert grown["metrics"]["preserving"] is (grown["metrics"]["max_abs_dlogit"] < 1e-3)
+
+
+def test_the_status_tells_what_is_complete_and_what_is_missing(
+    copy_of_base: Path, command: Command, tiny: list[str]
+) -> None:
+    shutil.rmtree(next((copy_of_base / "runs" / "stages").glob("export-*")))
+    answer = command(*tiny, "action=status", cwd=copy_of_base)
+    assert answer.returncode == 0
+    assert answer.stdout.startswith("embedded: not running\n")
+    assert "  export: runs, no output yet\n" in answer.stdout
+    assert answer.stdout.count("complete") == 10
+
+
+def test_an_experiment_is_chosen_with_or_without_a_plus(command: Command, tmp_path: Path) -> None:
+    with_plus = command("+experiment=smoke", "action=plan", cwd=tmp_path)
+    assert with_plus.returncode == 0
+    assert with_plus.stdout.startswith("smoke: ")
+    assert command("experiment=smoke", "action=plan", cwd=tmp_path).stdout == with_plus.stdout
+
+
+def test_an_experiment_too_large_for_this_machine_says_so_in_one_line_and_shows_its_plan(
+    command: Command, tmp_path: Path
+) -> None:
+    answer = command("+experiment=7b", cwd=tmp_path)
+    assert (answer.returncode, answer.stdout) == (1, "")
+    assert re.fullmatch(
+        r"error: experiment 7b: needs 256 GPUs with 80 GB each, this machine has \d+ \(and \d+ CPUs\); set "
+        r"cluster.address to a Ray cluster that has them, or look at its plan: "
+        r"python workflows/efficientscale.py \+experiment=7b action=plan\n",
+        answer.stderr,
+    )
+    assert list(tmp_path.iterdir()) == []
+    plan = command("+experiment=7b", "action=plan", cwd=tmp_path)
+    assert plan.returncode == 0
+    assert all(size in plan.stdout for size in ("8.22B", "16.7B", "105B", "29.2B"))
+
+
+def test_a_second_driver_answers_in_one_line_and_leaves_the_store_alone(
+    command: Command, tmp_path: Path, tiny: list[str]
+) -> None:
+    with Store(tmp_path / "runs").lock():
+        answer = command(*tiny, cwd=tmp_path)
+    assert (answer.returncode, answer.stdout) == (1, "")
+    assert re.fullmatch(
+        rf"error: {tmp_path}/runs: in use by process {os.getpid()} since .*; wait for it, or give this run a directory "
+        r"of its own with paths.root=DIR\n",
+        answer.stderr,
+    )
+    assert outputs(tmp_path) == {}
+
+
+def test_an_interrupted_run_says_that_the_same_command_continues(
+    environment: dict[str, str], tmp_path: Path, tiny: list[str], ambush: Callable[[str, str], dict[str, str]]
+) -> None:
+    trap = tmp_path / "trap"
+    driver = subprocess.Popen(
+        [sys.executable, str(WORKFLOW), *tiny, "tracking.enabled=false"],
+        cwd=tmp_path,
+        env=environment | ambush(r"tokens-\w+\.partial/tokens.json", str(trap)),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for(trap.exists, driver)
+    driver.send_signal(signal.SIGINT)
+    _, stderr = driver.communicate(timeout=60)
+    assert driver.returncode == 130
+    assert stderr == "\ninterrupted; the same command continues where this stopped\n"
+
+
+def test_a_run_killed_at_many_points_ends_with_the_bytes_of_one_that_was_not(
+    base: Path, tmp_path: Path, command: Command, tiny: list[str], ambush: Callable[[str, str], dict[str, str]]
+) -> None:
+    words = [*tiny, "tracking.enabled=false"]
+    for point in (
+        r"tokenizer-\w+\.partial/tokenizer.json",  # in a stage that does not resume
+        r"prepare-\w+\.partial/checkpoints/",  # before the first checkpoint
+        r"prepare-\w+\.partial/checkpoints/.*step-0*8\b",  # in the middle of writing the fourth
+        r"scale_up-\w+\.partial/model/config.json",  # in a growth
+        r"moe-\w+\.partial/checkpoints/.*step-0*6\b",
+        r"moe-[0-9a-f]{12}$",  # complete but for its name
+    ):
+        killed = command(*words, cwd=tmp_path, **ambush(point, "kill"))
+        assert killed.returncode == -signal.SIGKILL, (point, killed.stderr)
+        stage = point.partition("-")[0]
+        assert list((tmp_path / "runs" / "stages").glob(f"{stage}-*.partial")), point
+        assert not [record for record in outputs(tmp_path).values() if record["stage"] == stage and stage != "moe"]
+    answer = command(*words, cwd=tmp_path)
+    assert answer.returncode == 0, answer.stderr
+    assert not list((tmp_path / "runs" / "stages").glob("*.partial"))
+    assert weights_and_metrics(tmp_path) == weights_and_metrics(base)
+    resumed = {record["stage"]: record["resumed"] for record in outputs(tmp_path).values()}
+    assert resumed.pop("prepare")
+    assert resumed.pop("moe")
+    assert not any(resumed.values())
+
+
+def marked_processes(mark: str) -> list[int]:
+    """Processes that have `mark` in their environment: all that a driver started, and theirs."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if mark.encode() in path.read_bytes():
+                found.append(int(path.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+def test_a_run_on_ray_that_is_killed_leaves_no_process_and_ends_with_the_bytes_of_one_without_ray(
+    base: Path,
+    environment: dict[str, str],
+    tmp_path: Path,
+    tiny: list[str],
+    ambush: Callable[[str, str], dict[str, str]],
+) -> None:
+    later = ("scale_up", "dense", "scale_out", "moe", "control", "evaluate", "export")
+    words = [
+        *(word for word in tiny if not word.startswith("cluster=")),
+        *("cluster=local", "tracking.enabled=false", "report.chain=[prepare]", "report.control=null"),
+        *(f"stages.{stage}=null" for stage in later),
+    ]
+    words = [word for word in words if not word.startswith(tuple(f"stages.{stage}." for stage in later))]
+    mark, trap = uuid.uuid4().hex, tmp_path / "trap"
+    settings = environment | {"DRIVER_OF_THE_TEST": mark}
+
+    def start(**changes: str) -> "subprocess.Popen[str]":
+        return subprocess.Popen(
+            [sys.executable, str(WORKFLOW), *words],
+            cwd=tmp_path,
+            env=settings | changes,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    driver = start(**ambush(r"prepare-\w+\.partial/checkpoints/.*step-0*8\b", str(trap)))
+    try:
+        wait_for(trap.exists, driver)  # in a worker of Ray's
+        assert len(marked_processes(mark)) > 3
+        driver.kill()
+        driver.communicate()
+        end = time.monotonic() + 60
+        while marked_processes(mark):
+            assert time.monotonic() < end, "processes of Ray survive their driver"
+            time.sleep(0.1)
+        driver = start()
+        _, stderr = driver.communicate(timeout=240)
+        assert (driver.returncode, stderr) == (0, "")
+        ends = time.monotonic() + 60
+        while marked_processes(mark):
+            assert time.monotonic() < ends, "processes of Ray survive the end of the run"
+            time.sleep(0.1)
+    finally:
+        for process in marked_processes(mark):
+            os.kill(process, signal.SIGKILL)
+    ours, theirs = weights_and_metrics(tmp_path), weights_and_metrics(base)
+    assert ours == {name: theirs[name] for name in ours}
+    (prepare,) = (record for record in outputs(tmp_path).values() if record["stage"] == "prepare")
+    assert prepare["resumed"]
