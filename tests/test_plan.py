@@ -8,6 +8,7 @@ import pytest
 
 from aquilamoe.config import graph
 from aquilamoe.config.graph import Node
+from aquilamoe.config.messages import UserError
 from aquilamoe.pipeline import plan as planning
 from aquilamoe.pipeline.plan import Planned
 from aquilamoe.pipeline.stage import Estimate
@@ -137,9 +138,9 @@ def test_a_change_of_any_field_runs_the_stage_and_its_descendants_and_nothing_el
             {"dense", "scale_out", "moe", "evaluate", "export"},
         ),
         (
-            "stages.scale_out.model.num_experts=8",
-            "stages.scale_out.model.num_experts=4",
-            "model.num_experts 8 -> 4",
+            "stages.scale_out.model.num_experts_per_tok=2",
+            "stages.scale_out.model.num_experts_per_tok=1",
+            "model.num_experts_per_tok 2 -> 1",
             {"scale_out", "moe", "control", "evaluate", "export"},
         ),
         (
@@ -258,6 +259,36 @@ def test_the_time_of_a_resumed_run_is_not_learned_from(plan: Callable[..., Plan]
     assert plan("stages.tokenizer.vocab_size=2048")["tokenizer"].seconds is None
     dense = plan()["dense"]
     assert dense.seconds == dense.node.flops / FLOPS_PER_S
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (
+            ["stages.scale_up.model.hidden_size=32", "stages.scale_up.model.num_attention_heads=4"],
+            "stages.scale_up.model.hidden_size: target 32 is smaller than the source's 64; ",
+        ),
+        (
+            ["stages.scale_up.model.num_hidden_layers=3"],
+            "stages.scale_up.model.num_hidden_layers: target 3 is smaller than the source's 4; ",
+        ),
+        (
+            ["stages.scale_out.model.num_experts=0", "stages.scale_out.model.num_experts_per_tok=0"],
+            "stages.scale_out.model.num_experts: target 0",
+        ),
+        (
+            ["stages.scale_out.inputs.source=prepare", "+stages.scale_out.model.hidden_size=128"],
+            "stages.scale_out.model.hidden_size: target 128, source 64; ",
+        ),
+    ],
+)
+def test_a_growth_that_cannot_be_done_is_refused_before_anything_runs(
+    plan: Callable[..., Plan], words: list[str], line: str
+) -> None:
+    small = ["model.hidden_size=64", "model.num_attention_heads=4", "model.num_hidden_layers=4"]
+    with pytest.raises(UserError) as caught:
+        plan(*small, *words, "stages.control=null", "stages.evaluate=null", "report.control=null")
+    assert str(caught.value).startswith(line)
 
 
 def test_planning_writes_nothing(plan: Callable[..., Plan], tmp_path: Path) -> None:

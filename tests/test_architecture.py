@@ -1,0 +1,235 @@
+"""The shape of the house: who may import whom, and what no file may become."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aquilamoe.config import graph, plugins
+from aquilamoe.pipeline import plan as planning
+from aquilamoe.pipeline.store import Store
+
+REPOSITORY = Path(__file__).parent.parent
+PACKAGE = REPOSITORY / "platform" / "aquilamoe"
+CONF = REPOSITORY / "conf"
+SOURCES = sorted([*PACKAGE.rglob("*.py"), *(REPOSITORY / "workflows").glob("*.py")])
+
+# A room, and the rooms that it may import besides itself. Stages are loaded by their names: nobody imports them.
+MAY_IMPORT = {
+    "config": set(),
+    "model": {"config"},
+    "weights": {"config", "model"},
+    "growth": {"config", "model", "weights"},
+    "data": {"config"},
+    "training": {"config", "model", "weights", "data"},
+    "pipeline": {"config"},
+    "stages": {"config", "model", "weights", "growth", "data", "training", "pipeline"},
+    "tracking": {"config", "pipeline"},
+    "reports": {"config", "pipeline"},
+    "preflight": {"config", "pipeline"},
+    "terminal": {"config", "pipeline", "reports"},
+    "commands": {"config", "pipeline", "tracking", "reports", "preflight", "terminal"},
+    "workflows": {"config", "commands"},
+}
+# A package of others, and the only places that may import it (of a directory: all its files).
+ONLY_IN = {
+    "hydra": ["workflows"],
+    "omegaconf": ["workflows"],
+    "ray": ["aquilamoe/training/launch.py"],
+    "mlflow": ["aquilamoe/tracking"],
+    "torch": [
+        f"aquilamoe/{room}" for room in ("model.py", "weights", "growth", "training", "stages", "data/loader.py")
+    ],
+    "rich": ["aquilamoe/terminal.py"],
+    "matplotlib": ["aquilamoe/reports"],
+    "jinja2": ["aquilamoe/reports"],
+    "transformers": [],
+}
+# What would make `action=plan`, `--help` and a cached run slow.
+HEAVY = {
+    "torch",
+    "ray",
+    "mlflow",
+    "transformers",
+    "tokenizers",
+    "pyarrow",
+    "grain",
+    "matplotlib",
+    "jinja2",
+    "safetensors",
+}
+
+
+@dataclass(frozen=True)
+class Import:
+    """`module` as imported in `path`, for type checkers alone or when the program runs."""
+
+    path: Path
+    line: int
+    module: str
+    typing_only: bool
+
+    @property
+    def where(self) -> str:
+        return f"{self.path.relative_to(REPOSITORY)}:{self.line} imports {self.module}"
+
+
+def imports(path: Path, tree: ast.AST | None = None, typing_only: bool = False) -> Iterator[Import]:
+    """All imports of a file, also those inside functions."""
+    for node in ast.iter_child_nodes(tree or ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (Import(path, node.lineno, alias.name, typing_only) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: a relative import"
+            # `from aquilamoe import terminal` imports the room `aquilamoe.terminal`.
+            names = [f".{alias.name}" for alias in node.names] if node.module == "aquilamoe" else [""]
+            yield from (Import(path, node.lineno, f"{node.module}{name}", typing_only) for name in names)
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            yield from imports(path, ast.Module(node.body, []), typing_only=True)
+            yield from imports(path, ast.Module(node.orelse, []), typing_only)
+        else:
+            yield from imports(path, node, typing_only)
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py") if path.is_relative_to(PACKAGE) else "workflows"
+
+
+ALL_IMPORTS = [found for path in SOURCES for found in imports(path)]
+
+
+def test_the_source_root_is_no_package_and_so_does_not_hide_the_standard_librarys_platform() -> None:
+    assert not (REPOSITORY / "platform" / "__init__.py").exists()
+
+
+def test_every_room_is_on_the_map() -> None:
+    assert {room(path) for path in SOURCES if path != PACKAGE / "__init__.py"} == set(MAY_IMPORT)
+
+
+def test_imports_go_only_in_the_directions_of_the_map() -> None:
+    internal = [found for found in ALL_IMPORTS if found.module.split(".")[0] == "aquilamoe"]
+    assert len(internal) > 100
+    wrong = [
+        found.where
+        for found in internal
+        if found.module.split(".")[1] not in {room(found.path), *MAY_IMPORT[room(found.path)]}
+    ]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("package", ONLY_IN)
+def test_a_package_of_others_is_imported_only_where_it_belongs(package: str) -> None:
+    places = [(REPOSITORY if place == "workflows" else REPOSITORY / "platform") / place for place in ONLY_IN[package]]
+    assert all(place.exists() for place in places)
+    wrong = [
+        found.where
+        for found in ALL_IMPORTS
+        if found.module.split(".")[0] == package
+        and not found.typing_only
+        and not any(found.path.is_relative_to(place) for place in places)
+    ]
+    assert wrong == []
+
+
+def test_the_rules_would_notice_an_import_inside_a_function_and_one_for_type_checkers(tmp_path: Path) -> None:
+    source = tmp_path / "x.py"
+    source.write_text(
+        "from typing import TYPE_CHECKING\n"
+        "if TYPE_CHECKING:\n    import torch\nelse:\n    import ray\n"
+        "def f():\n    with g():\n        from aquilamoe import stages, model\n"
+        "class C:\n    import mlflow.entities as e\n"
+    )
+    assert [(found.module, found.typing_only) for found in imports(source)] == [
+        ("typing", False),
+        ("torch", True),
+        ("ray", False),
+        ("aquilamoe.stages", False),
+        ("aquilamoe.model", False),
+        ("mlflow.entities", False),
+    ]
+
+
+def test_importing_the_commands_and_every_stage_imports_nothing_heavy() -> None:
+    stages = [f"aquilamoe.stages.{name}" for name in plugins.names("stages")]
+    light = ["aquilamoe.data.corpus", "aquilamoe.data.tokenizer", "aquilamoe.data.tokens", "aquilamoe.growth.rules"]
+    code = f"import sys, aquilamoe.commands, {', '.join([*stages, *light])}; print(*sys.modules)"
+    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert {module.partition(".")[0] for module in modules} & HEAVY == set()
+
+
+def test_every_stage_module_has_the_face_that_the_pipeline_knows(compose: Callable[..., dict[str, Any]]) -> None:
+    kinds = {stage["kind"] for stage in compose()["stages"].values()}
+    assert set(plugins.names("stages")) == kinds
+    for kind in kinds:
+        stage = plugins.load("stages", kind)
+        assert isinstance(stage.VERSION, int)
+        assert isinstance(stage.RESUMES, bool)
+        assert callable(stage.estimate)
+        assert callable(stage.run)
+
+
+def options(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name != "stage")
+
+
+@pytest.mark.parametrize("word", [f"{group}={option}" for group in GROUPS for option in options(group)])
+def test_every_option_of_every_group_composes_to_a_valid_experiment(
+    compose: Callable[..., dict[str, Any]], tmp_path: Path, word: str
+) -> None:
+    experiment = graph.parse(compose(f"+{word}" if word.startswith("experiment=") else word))
+    if not word.startswith("model="):  # the default experiment grows its own small model only
+        plan = planning.make(graph.build(experiment), Store(tmp_path), 1e9)
+        assert {planned.name for planned in plan} == set(experiment.stages)
+
+
+@pytest.mark.parametrize("folder", ["growth"])
+def test_every_method_has_an_option_of_its_name_and_every_option_a_method(
+    compose: Callable[..., dict[str, Any]], folder: str
+) -> None:
+    methods = {compose(f"{folder}={option}")[folder]["method"] for option in options(folder)}
+    assert methods == set(plugins.names(f"{folder}/methods"))
+    assert set(plugins.names(f"{folder}/methods")) <= set(options(folder))
+
+
+@pytest.mark.parametrize("path", sorted(CONF.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONF)))
+def test_a_file_of_the_configuration_begins_by_saying_what_it_is(path: Path) -> None:
+    text = path.read_text(encoding="utf-8").removeprefix("# @package _global_\n")
+    assert text.startswith(("# ", "kind: ", "name: ")), f"{path}: begin with a comment that says what it is"
+
+
+def functions(path: Path) -> Iterator[ast.FunctionDef]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    yield from (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_a_file_is_read_in_one_sitting_and_a_function_on_one_screen(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= FILE_LINES.get(path.name, 400)
+    long = [f"{node.name} ({node.end_lineno - node.lineno + 1} lines)" for node in functions(path) if is_long(node)]
+    assert long == []
+
+
+FILE_LINES = {"schema.py": 500}  # one screenful per model, and all of them in one place
+
+
+def is_long(node: ast.FunctionDef) -> bool:
+    assert node.end_lineno is not None
+    return node.end_lineno - node.lineno >= 60
+
+
+def test_no_file_is_named_after_its_lack_of_a_subject() -> None:
+    names = {path.stem for path in SOURCES}
+    assert names.isdisjoint({"utils", "util", "common", "base", "helpers", "misc", "core"})
+
+
+def test_packages_have_empty_init_files_but_where_they_are_a_face() -> None:
+    full = [path.parent.name for path in PACKAGE.rglob("__init__.py") if path.read_text().strip()]
+    assert full in ([], ["tracking"])

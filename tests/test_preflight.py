@@ -1,0 +1,102 @@
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from aquilamoe import preflight
+from aquilamoe.config import graph
+from aquilamoe.config.messages import UserError
+from aquilamoe.pipeline import plan as planning
+from aquilamoe.pipeline.store import Store
+
+Compose = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def check(compose: Compose, tmp_path: Path) -> Callable[..., str | None]:
+    """What preflight says of an experiment; None if it may start."""
+
+    def checked(*overrides: str) -> str | None:
+        experiment = graph.parse(compose(*overrides))
+        plan = planning.make(graph.build(experiment), Store(tmp_path), 1e9)
+        try:
+            preflight.check(experiment, plan, tmp_path / "runs")
+        except UserError as error:
+            return str(error)
+        return None
+
+    return checked
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Let this machine have a number of GPUs."""
+
+    def have(number: int) -> None:
+        monkeypatch.setattr(preflight, "local_gpus", lambda: [Path(f"/dev/nvidia{index}") for index in range(number)])
+
+    return have
+
+
+def test_the_embedded_experiment_may_start_on_any_machine(check: Callable[..., str | None]) -> None:
+    assert check() is None
+
+
+def test_missing_gpus_are_counted_against_those_that_are_needed(
+    check: Callable[..., str | None], gpus: Callable[[int], None]
+) -> None:
+    gpus(2)
+    line = check("cluster.workers=4", "cluster.gpus_per_worker=1", "cluster.gpu_memory_bytes=80_000_000_000")
+    assert line is not None
+    assert line.startswith("experiment embedded: needs 4 GPUs with 80 GB each, this machine has 2 (and ")
+    assert "\n" not in line
+
+
+def test_gpus_that_are_there_are_enough(check: Callable[..., str | None], gpus: Callable[[int], None]) -> None:
+    gpus(4)
+    assert check("cluster.workers=4", "cluster.gpus_per_worker=1") is None
+
+
+def test_a_cluster_elsewhere_is_not_judged_by_this_machine(
+    check: Callable[..., str | None], gpus: Callable[[int], None]
+) -> None:
+    gpus(0)
+    assert check("cluster.workers=4", "cluster.gpus_per_worker=1", "cluster.address=auto") is None
+
+
+def test_several_workers_need_ray(check: Callable[..., str | None]) -> None:
+    assert check("cluster=local_process", "cluster.workers=2") == (
+        "cluster.workers: 2 workers need cluster.executor=ray; use cluster=local, or 1 worker"
+    )
+
+
+def test_a_batch_must_be_shared_evenly_by_the_workers(check: Callable[..., str | None]) -> None:
+    words = ("cluster.workers=3", "stages.prepare.batch_tokens=4096", "stages.prepare.sequence_length=128")
+    assert check(*words) == (
+        "stages.prepare.batch_tokens: 4096 tokens are 32 sequences, which 3 workers cannot share evenly; "
+        "choose a multiple of 384"
+    )
+    assert check("cluster.workers=4") is None
+
+
+def test_a_run_that_does_not_fit_the_disk_is_refused_with_both_sizes(
+    check: Callable[..., str | None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=100_000_000))
+    line = check()
+    assert line is not None
+    assert line.startswith(f"{tmp_path}/runs: the run writes about 0.2 GB, 0.1 GB are free; ")
+
+
+def test_what_is_cached_needs_no_disk(compose: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    experiment, store = graph.parse(compose()), Store(tmp_path)
+    nodes = graph.build(experiment)
+    for planned in planning.make(nodes, store, 1e9):
+        partial = store.partial(planned.name, planned.fingerprint)
+        partial.mkdir(parents=True)
+        store.publish(partial, {"stage": planned.name, "kind": planned.node.stage.kind, "resumed": False})
+    preflight.check(experiment, planning.make(nodes, store, 1e9), tmp_path / "runs")
