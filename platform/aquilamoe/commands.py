@@ -14,7 +14,9 @@ from aquilamoe.pipeline import runner
 from aquilamoe.pipeline.plan import Planned
 from aquilamoe.pipeline.stage import Input
 from aquilamoe.pipeline.store import METRICS, Store, read_points
-from aquilamoe.tracking import Tracker, ui_command
+from aquilamoe.tracking import Tracker, comparison_url, ui_command
+
+LOCAL_MLFLOW = "http://127.0.0.1:5000"
 
 
 def execute(values: Mapping[str, Any], command: str) -> None:
@@ -84,7 +86,7 @@ def _run(
     out.print(f"\nDone in {terminal.duration(time.monotonic() - started)}.")
     if warning:
         out.print(warning, style="yellow")
-    _where_to_look(out, experiment, report, store)
+    _where_to_look(out, experiment, report, store, tracker.experiment_id if tracker else None)
 
 
 def _report(experiment: ExperimentConfig, done: Mapping[str, Input], store: Store, command: str) -> Path:
@@ -116,10 +118,15 @@ def _report_path(experiment: ExperimentConfig, store: Store) -> Path:
     return store.root / "reports" / f"{experiment.name}.html"
 
 
-def _where_to_look(out: Any, experiment: ExperimentConfig, report: Path, store: Store) -> None:
+def _where_to_look(
+    out: Any, experiment: ExperimentConfig, report: Path, store: Store, mlflow_experiment: str | None
+) -> None:
     out.print(f"\nreport         {_relative(report)}   (open it in a browser)")
     if experiment.tracking.enabled:
         out.print(f"MLflow         {ui_command(experiment.tracking.uri, store.root)}", soft_wrap=True)
+    if mlflow_experiment:
+        server = experiment.tracking.uri if (experiment.tracking.uri or "").startswith("http") else LOCAL_MLFLOW
+        out.print(f"               curves: {comparison_url(str(server), mlflow_experiment)}", soft_wrap=True)
     if experiment.cluster.executor == "ray":
         ray = "ray start --head --dashboard-host 127.0.0.1, then run with cluster.address=auto"
         out.print(f"Ray dashboard  http://127.0.0.1:8265 during a run; to keep it open: {ray}", soft_wrap=True)

@@ -49,6 +49,7 @@ def run(context: Context, growth: GrowthConfig | UpcyclingConfig, grow: Callable
         "lineage_tokens": node.lineage_tokens,
         "lineage_flops": node.lineage_flops,
         "source_final_loss": source.metrics.get("loss_end"),
+        "certificate_tokens": certificate.pop("tokens"),
         **certificate,
     }
 
