@@ -1,0 +1,85 @@
+"""What the README tells a newcomer to type is typed here."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def code_blocks(language: str = "") -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def workflow_commands() -> list[str]:
+    lines = [line.split("#")[0].strip() for block in code_blocks() for line in block.splitlines()]
+    return [line for line in lines if line.startswith("python workflows/")]
+
+
+def plan(command: str, root: Path, where: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, *shlex.split(command)[1:], "action=plan", f"paths.root={root}"]
+    return subprocess.run(words, cwd=where, capture_output=True, text=True, check=False)
+
+
+def test_there_are_commands_to_test() -> None:
+    assert len(workflow_commands()) >= 5
+    assert "make run" in README
+    assert "make test" in README
+
+
+@pytest.mark.parametrize("command", workflow_commands())
+def test_every_workflow_command_of_the_readme_has_a_plan(command: str, tmp_path: Path) -> None:
+    done = plan(command, tmp_path / "runs")
+    assert done.returncode == 0, done.stderr
+    assert "stages run" in done.stdout
+
+
+def test_every_make_target_of_the_readme_exists() -> None:
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    named = set(re.findall(r"\bmake ([a-z]+)", README))
+    assert named <= set(targets)
+
+
+def test_every_file_that_the_readme_links_to_exists() -> None:
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_the_growth_method_of_the_readme_works_as_it_says(tmp_path: Path) -> None:
+    """One function in one file and one YAML, in a copy of the project, is a growth that a plan knows."""
+    for folder in ("platform", "conf", "workflows"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    (method,) = (block for block in code_blocks("python") if "def grow(" in block)
+    (tmp_path / "platform/aquilamoe/growth/methods/halfway.py").write_text(method)
+    fpi = (tmp_path / "conf/growth/fpi.yaml").read_text()
+    (tmp_path / "conf/growth/halfway.yaml").write_text(fpi.replace("method: fpi", "method: halfway"))
+    grow = f"""
+import sys; sys.path.insert(0, {str(tmp_path / "platform")!r})
+from pathlib import Path
+import torch, yaml
+from aquilamoe.config.schema import GrowthConfig, ModelConfig
+from aquilamoe.growth.scale_up import scale_up
+from aquilamoe.model import Decoder
+from aquilamoe.weights.huggingface import load_model, save_model
+values = yaml.safe_load(Path({str(tmp_path / "conf/model/dense_d64.yaml")!r}).read_text())
+values |= {{"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3}}
+source = ModelConfig(**values)
+model = Decoder(source); model.initialize(0); save_model(model, Path({str(tmp_path / "source")!r}))
+growth = yaml.safe_load(Path({str(tmp_path / "conf/growth/halfway.yaml")!r}).read_text())
+growth = GrowthConfig(**growth | {{"noise": 0.0}})
+target = source.model_copy(update={{"intermediate_size": 64}})
+scale_up(Path({str(tmp_path / "source")!r}), Path({str(tmp_path / "target")!r}), target, growth, 0)
+old = [layer.mlp.up_proj.weight for layer in model.model.layers]
+new = load_model(Path({str(tmp_path / "target")!r})).model.layers[0].mlp.up_proj.weight
+torch.testing.assert_close(new[:32], (old[0] + old[1]) / 2)
+torch.testing.assert_close(new[32:], (old[0] + old[1]) / 2)
+"""
+    done = subprocess.run([sys.executable, "-c", grow], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
