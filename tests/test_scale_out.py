@@ -178,11 +178,8 @@ def test_drop_draws_one_set_of_neurons_afresh_with_their_mean_and_deviation(tmp_
     source, target = model(hidden_size=64, intermediate_size=80), experts(hidden_size=64, intermediate_size=80)
     write_source(tmp_path / "source", source)
     before = tensors(tmp_path / "source")
-    with torch.no_grad():
-        before["model.layers.1.mlp.up_proj.weight"].add_(0.5)
-    store.write(
-        tmp_path / "source", {name: tuple(value.shape) for name, value in before.items()}, torch.float64, before.items()
-    )
+    before["model.layers.1.mlp.up_proj.weight"] += 0.5
+    store.write(tmp_path / "source", names.tensor_shapes(source), torch.float64, before.items())
     upcycle(tmp_path, target, upcycling(method="drop", drop_ratio=0.3))
     after, dropped = tensors(tmp_path / "target"), []
     dense = neurons_of(before, source, 1, None)

@@ -100,6 +100,13 @@ def difference(source: Path, target: Path) -> float:
     return (before - after[..., : before.shape[-1]]).abs().max().item()
 
 
+@torch.no_grad()
+def transformers_logits(directory: Path) -> Tensor:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(directory).eval()(torch.arange(24).view(2, 12) * 5 % 32).logits
+
+
 def tensor(directory: Path, name: str) -> Tensor:
     with Reader(directory) as reader:
         return reader.get(name).clone()
@@ -179,6 +186,21 @@ def test_a_growth_keeps_the_function_exactly_when_it_claims_to(
         assert measured > DIFFERENT
 
 
+@given(growths())
+@settings(derandomize=True, deadline=None, max_examples=60)
+def test_transformers_finds_the_claims_of_random_growths_true_in_float32(
+    case: tuple[ModelConfig, ModelConfig, GrowthConfig],
+) -> None:
+    source, target, how = case
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        write_source(directory / "source", source, torch.float32)
+        grow(directory, target, how)
+        before, after = (transformers_logits(directory / name)[..., :32] for name in ("source", "target"))
+    measured = ((before - after).abs().max() / before.abs().max()).item()
+    assert measured < 1e-5 if rules.preserves(how, source, target) else measured > 1e-3
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("qkv_bias", [False, True])
 @pytest.mark.parametrize("noise", [0.0, 0.5])
@@ -219,20 +241,13 @@ def test_function_preserving_growth_keeps_the_logits(
 def test_transformers_agrees_that_source_and_grown_checkpoint_are_one_function(
     options: dict[str, Any], sizes: dict[str, int], qkv_bias: bool, tied: bool, tmp_path: Path
 ) -> None:
-    from transformers import AutoModelForCausalLM
-
     source = model(hidden_size=32, head_dim=4, qkv_bias=qkv_bias, tie_word_embeddings=tied)
     how = growth(**{"new_layers": "zero", **options})
     target = padded(source, how, **{"intermediate_size": 15, "num_hidden_layers": 3, **sizes})
     write_source(tmp_path / "source", source, torch.float32)
     assert rules.preserves(how, source, target)
     grow(tmp_path, target, how)
-    tokens_bt = torch.arange(24).view(2, 12) * 5 % 32
-    with torch.no_grad():
-        before, after = (
-            AutoModelForCausalLM.from_pretrained(tmp_path / name).eval()(tokens_bt).logits
-            for name in ("source", "target")
-        )
+    before, after = (transformers_logits(tmp_path / name) for name in ("source", "target"))
     assert before.abs().max() > 0.5
     torch.testing.assert_close(after[..., :32], before, atol=1e-5 * before.abs().max().item(), rtol=0)
 
