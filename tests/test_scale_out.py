@@ -179,7 +179,8 @@ def test_drop_draws_one_set_of_neurons_afresh_with_their_mean_and_deviation(tmp_
     write_source(tmp_path / "source", source)
     before = tensors(tmp_path / "source")
     before["model.layers.1.mlp.up_proj.weight"] += 0.5
-    store.write(tmp_path / "source", names.tensor_shapes(source), torch.float64, before.items())
+    shapes = names.tensor_shapes(source)
+    store.write(tmp_path / "source", shapes, torch.float64, ((name, before[name]) for name in shapes))
     upcycle(tmp_path, target, upcycling(method="drop", drop_ratio=0.3))
     after, dropped = tensors(tmp_path / "target"), []
     dense = neurons_of(before, source, 1, None)
