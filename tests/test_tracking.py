@@ -1,6 +1,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -23,7 +24,7 @@ from aquilamoe import tracking
 from aquilamoe.config.messages import UserError
 from aquilamoe.pipeline import fingerprint as identity
 from aquilamoe.pipeline.store import Store
-from aquilamoe.tracking import Tracker, connection, observer
+from aquilamoe.tracking import Tracker, connection, observer, view
 from aquilamoe.tracking.delivery import weights_sha256
 
 DESCRIPTION = "A small model, grown."
@@ -217,8 +218,8 @@ def everything(uri: str) -> dict[str, Any]:
             run.data.params,
             {key: readable(value) for key, value in run.data.tags.items()},
             {key: sorted(steps_of(uri, run, key)) for key in run.data.metrics},
-            len(run.inputs.model_inputs),
-            len(run.outputs.model_outputs),
+            len(client.get_run(run.info.run_id).inputs.model_inputs),
+            len(client.get_run(run.info.run_id).outputs.model_outputs),
             sorted(file.path for file in client.list_artifacts(run.info.run_id)),
         )
         for name, run in runs.items()
@@ -237,6 +238,7 @@ def test_a_pipeline_is_a_parent_run_and_every_stage_a_child_with_its_curves(root
     parent = runs.pop("demo #1")
     assert {run.data.tags["mlflow.parentRunId"] for run in runs.values()} == {parent.info.run_id}
     assert {run.info.status for run in [parent, *runs.values()]} == {"FINISHED"}
+    assert parent.info.start_time <= min(run.info.start_time for run in runs.values())
     assert {run.info.experiment_id for run in [parent, *runs.values()]} == {driver.tracker.experiment_id}
     prepare = runs["prepare"]
     for key in ("train/loss", "tokens", "lineage_flops", "lineage_tokens"):
@@ -582,6 +584,12 @@ def test_the_comparison_page_finds_its_view_in_the_experiment(root: Path) -> Non
         name for chart in view["compareRunCharts"] for name in (chart["metricKey"], chart["selectedXAxisMetricKey"])
     }
     assert shown <= set(runs_by_stage(driver.tracker.uri)["prepare"].data.metrics)
+
+
+def test_the_curves_of_two_pipelines_have_their_own_colors() -> None:
+    colors = [view.run_color(position, pipeline) for position in range(12) for pipeline in (1, 2, 3)]
+    assert all(re.fullmatch("#[0-9a-f]{6}", color) for color in colors)
+    assert len(set(colors)) == len(colors)
 
 
 def test_importing_tracking_imports_no_mlflow() -> None:

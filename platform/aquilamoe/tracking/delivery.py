@@ -27,7 +27,7 @@ from aquilamoe.tracking.receipts import (
     milliseconds,
     read_json,
 )
-from aquilamoe.tracking.view import VIEW_TAG, saved_view
+from aquilamoe.tracking.view import VIEW_TAG, run_color, saved_view
 
 # MLflow's limits: entities per call, characters.
 BATCH_METRICS, BATCH_PARAMS, MAX_KEY, MAX_PARAM, MAX_TAG = 1000, 100, 250, 6000, 5000
@@ -125,22 +125,25 @@ class Delivery:
     def _create_parent(self, pipeline: Pipeline, experiment: str, number: int) -> Any:
         name = f"{pipeline.receipt['experiment']} #{number}"
         tags = {"kind": "pipeline", "recipe": pipeline.recipe, "number": str(number)}
-        return self.client.create_run(experiment, tags=tags, run_name=name)
+        return self.client.create_run(experiment, pipeline.receipt["started_ms"], tags, run_name=name)
 
     def _open(self, stage: Stage) -> None:
         """Find or make a stage's run, and learn how far its curves go."""
         run = self._find_run(stage.fingerprint)
         if run is None:
             parent = self._parent(stage.pipeline)
+            number = int(parent.data.tags["number"])
+            position = [*stage.pipeline.stages, stage.name].index(stage.name)
             tags = {
                 "stage": stage.name,
                 "kind": stage.kind,
                 "fingerprint": stage.fingerprint,
                 "directory": str(stage.directory.absolute()).removesuffix(".partial"),
                 "mlflow.parentRunId": parent.info.run_id,
+                "mlflow.runColor": run_color(position, number),
                 "mlflow.note.content": notes.stage(stage),
             }
-            name = f"{stage.name} #{parent.data.tags['number']}"
+            name = f"{stage.name} #{number}"
             run = self.client.create_run(parent.info.experiment_id, stage.started_ms, tags, run_name=name)
         elif stage.record is None and run.info.status != "RUNNING":
             self.client.update_run(run.info.run_id, status="RUNNING")

@@ -51,7 +51,8 @@ class Tracker:
         self._stages, self._current, self._pipelines, self._closing = {}, {}, {}, False
         self._thread = Thread(target=self._work, name="tracking", daemon=True)
         self._thread.start()
-        self._events.put(partial(self._on_pipeline_started, experiment, description, config, root))
+        now_ms = round(time.time() * 1000)
+        self._events.put(partial(self._on_pipeline_started, now_ms, experiment, description, config, root))
 
     def stage_started(
         self, stage: str, fingerprint: str, directory: Path, recipe: dict[str, Any], inputs: dict[str, dict[str, Any]]
@@ -78,7 +79,9 @@ class Tracker:
         self._thread = None
         return self._note()
 
-    def _on_pipeline_started(self, experiment: str, description: str, config: dict[str, Any], root: Path) -> bool:
+    def _on_pipeline_started(
+        self, now_ms: int, experiment: str, description: str, config: dict[str, Any], root: Path
+    ) -> bool:
         self._pipelines, stages = undelivered(root, self.uri)
         self._stages = {stage.key: stage for stage in stages}
         identity = json.dumps([experiment, config.get("stages", config)], sort_keys=True, default=str)
@@ -87,7 +90,10 @@ class Tracker:
         self._pipelines[recipe] = self._pipeline
         for stage in self._stages.values():
             stage.pipeline = self._pipelines[stage.pipeline.recipe]  # one object for the current one
-        self._pipeline.receipt.update(experiment=experiment, description=description, config=config)
+        first_ms = self._pipeline.receipt["started_ms"] or now_ms
+        self._pipeline.receipt.update(
+            experiment=experiment, description=description, config=config, started_ms=first_ms
+        )
         return False
 
     def _on_stage_started(
