@@ -20,12 +20,13 @@ from typing import Any
 
 import pytest
 
-from aquilamoe import tracking
 from aquilamoe.config.messages import UserError
 from aquilamoe.pipeline import fingerprint as identity
 from aquilamoe.pipeline.store import Store
-from aquilamoe.tracking import Tracker, connection, observer, view
+from aquilamoe.tracking import connection, observer, view
 from aquilamoe.tracking.delivery import weights_sha256
+from aquilamoe.tracking.lineage import comparison_url, lineage, ui_command
+from aquilamoe.tracking.observer import Tracker
 
 DESCRIPTION = "A small model, grown."
 CONFIG = {"name": "demo", "stages": {"prepare": {"kind": "pretrain"}}, "growth": {"method": "aki_pro"}}
@@ -296,15 +297,15 @@ def test_lineage_is_a_query(root: Path) -> None:
     shutil.rmtree(root / "stages")  # what is on disk is not asked
 
     upcycled = driver.inputs["upcycle"]["fingerprint"]
-    ancestors = tracking.lineage(driver.tracker.uri, upcycled)
+    ancestors = lineage(driver.tracker.uri, upcycled)
     assert [ancestor.stage for ancestor in ancestors] == ["continue", "grow", "prepare"]
     assert ancestors[0].fingerprint == driver.inputs["continue"]["fingerprint"]
     assert ancestors[0].params["directory"].endswith("model")
-    by_id = tracking.lineage(driver.tracker.uri, ancestors[0].model_id)
+    by_id = lineage(driver.tracker.uri, ancestors[0].model_id)
     assert by_id == ancestors[1:]
-    assert tracking.lineage(driver.tracker.uri, ancestors[-1].fingerprint) == []
+    assert lineage(driver.tracker.uri, ancestors[-1].fingerprint) == []
     with pytest.raises(UserError, match=r"000000000000: database .* knows no such checkpoint; give the fingerprint"):
-        tracking.lineage(driver.tracker.uri, "000000000000")
+        lineage(driver.tracker.uri, "000000000000")
 
 
 def test_held_out_losses_are_found_at_the_checkpoints_they_are_about(root: Path) -> None:
@@ -423,7 +424,7 @@ def test_a_cached_run_does_not_import_mlflow_unless_the_database_lost_it(root: P
     script = f"""
         import json, shutil, sys
         from pathlib import Path
-        from aquilamoe.tracking import Tracker
+        from aquilamoe.tracking.observer import Tracker
         root = Path({str(root)!r})
         for known in (True, False):
             tracker = Tracker(None, root)
@@ -455,7 +456,7 @@ def test_cached_stages_are_replayed_into_a_database_that_does_not_know_them(
     again.tell_cached()
     assert again.end() is None
     assert everything(again.tracker.uri) == everything(driver.tracker.uri)
-    ancestors = tracking.lineage(again.tracker.uri, again.inputs["upcycle"]["fingerprint"])
+    ancestors = lineage(again.tracker.uri, again.inputs["upcycle"]["fingerprint"])
     assert [ancestor.stage for ancestor in ancestors] == ["continue", "grow", "prepare"]
 
 
@@ -551,7 +552,7 @@ def test_a_server_that_comes_and_goes_loses_nothing_and_delays_nobody(
         assert {run.info.status for run in runs.values()} == {"FINISHED"}
         for stage in ("prepare", "continue"):
             assert steps_of(uri, runs[stage], "train/loss") == list(range(30))
-        ancestors = tracking.lineage(uri, second.inputs["continue"]["fingerprint"])
+        ancestors = lineage(uri, second.inputs["continue"]["fingerprint"])
         assert [ancestor.stage for ancestor in ancestors] == ["prepare"]
 
 
@@ -575,7 +576,7 @@ def test_the_comparison_page_finds_its_view_in_the_experiment(root: Path) -> Non
     driver.run("prepare", steps=3)
     assert driver.end() is None
     assert driver.tracker.experiment_id is not None
-    url = tracking.comparison_url("http://127.0.0.1:5000/", driver.tracker.experiment_id)
+    url = comparison_url("http://127.0.0.1:5000/", driver.tracker.experiment_id)
     assert url.startswith(f"http://127.0.0.1:5000/#/experiments/{driver.tracker.experiment_id}/runs?")
     key = dict(part.split("=") for part in url.partition("?")[2].split("&"))["viewStateShareKey"]
     tags = client_of(driver.tracker.uri).get_experiment(driver.tracker.experiment_id).tags
@@ -607,10 +608,10 @@ def test_a_path_is_no_tracking_uri(tmp_path: Path) -> None:
 
 def test_the_ui_command_opens_the_database_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    command = tracking.ui_command(None, tmp_path / "runs")
+    command = ui_command(None, tmp_path / "runs")
     assert "mlflow ui --backend-store-uri sqlite:///runs/mlflow.db --port 5000 --workers 1" in command
-    assert tracking.ui_command("http://server:5000", tmp_path) == "http://server:5000"
-    assert "'postgresql://me@host/my db'" in tracking.ui_command("postgresql://me@host/my db", tmp_path)
+    assert ui_command("http://server:5000", tmp_path) == "http://server:5000"
+    assert "'postgresql://me@host/my db'" in ui_command("postgresql://me@host/my db", tmp_path)
 
 
 def test_a_password_is_not_shown() -> None:

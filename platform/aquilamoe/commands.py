@@ -14,7 +14,9 @@ from aquilamoe.pipeline import runner
 from aquilamoe.pipeline.plan import Planned
 from aquilamoe.pipeline.stage import Input
 from aquilamoe.pipeline.store import METRICS, Store, read_points
-from aquilamoe.tracking import Tracker, comparison_url, ui_command
+from aquilamoe.tracking.lineage import comparison_url, ui_command
+from aquilamoe.tracking.observer import Tracker
+from aquilamoe.training.openmp import OPENMP_ENVIRONMENT
 
 LOCAL_MLFLOW = "http://127.0.0.1:5000"
 
@@ -65,6 +67,8 @@ def _show_status(experiment: ExperimentConfig, plan: Sequence[Planned], store: S
 def _run(
     experiment: ExperimentConfig, values: Mapping[str, Any], plan: Sequence[Planned], store: Store, command: str
 ) -> None:
+    for key, value in OPENMP_ENVIRONMENT.items():  # before a stage of this process imports torch
+        os.environ.setdefault(key, value)
     out = terminal.console()
     out.print(f"{experiment.name}: {experiment.description}")
     started = time.monotonic()
