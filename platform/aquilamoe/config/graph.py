@@ -11,9 +11,11 @@ from aquilamoe.config.schema import (
     CorpusStage,
     EvaluateStage,
     ExperimentConfig,
+    GrowthConfig,
     GrowthStage,
     ModelConfig,
     PretrainStage,
+    ScaleUpStage,
     Stage,
     TokenizerStage,
 )
@@ -130,7 +132,8 @@ class _Builder:
         model = source.model
         assert model is not None, "an input `source` makes a checkpoint"
         if isinstance(stage, GrowthStage):
-            model = grown_model(model, stage.model, f"stages.{name}.model")
+            growth = stage.growth if isinstance(stage, ScaleUpStage) else None
+            model = grown_model(model, stage.model, f"stages.{name}.model", growth)
             stage = stage.model_copy(update={"model": model.model_dump()})
         return Node(name, stage, model, source.model, 0, 0, source.lineage_tokens, source.lineage_flops)
 
@@ -204,12 +207,22 @@ def _check_length(where: str, sequence_length: int, model: ModelConfig) -> None:
         )
 
 
-def grown_model(source: ModelConfig, changes: Mapping[str, Any], where: str) -> ModelConfig:
-    """Apply the sizes that a growth names (not None); head_dim stays, and heads not named follow hidden_size."""
+def grown_model(
+    source: ModelConfig, changes: Mapping[str, Any], where: str, growth: GrowthConfig | None = None
+) -> ModelConfig:
+    """Apply the sizes that a growth names (not None) to the source.
+
+    What is not named stays, but for what follows: the number of heads from hidden_size and head_dim, and rms_norm_eps
+    from the growth's norm.
+    """
     changes = {field: value for field, value in changes.items() if value is not None}
     values = {**source.model_dump(), **changes}
-    if "num_attention_heads" not in changes and isinstance(hidden_size := changes.get("hidden_size"), int):
-        values["num_attention_heads"] = hidden_size // source.head_dim
+    hidden_size, head_dim = values["hidden_size"], values["head_dim"]
+    if isinstance(hidden_size, int) and isinstance(head_dim, int) and hidden_size > 0 and head_dim > 0:
+        if "hidden_size" in changes and "num_attention_heads" not in changes:
+            values["num_attention_heads"] = hidden_size // head_dim
+        if growth is not None and "rms_norm_eps" not in changes:
+            values["rms_norm_eps"] = growth.grown_eps(source, hidden_size)
     try:
         return ModelConfig.model_validate(values)
     except ValidationError as error:

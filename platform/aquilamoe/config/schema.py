@@ -22,6 +22,17 @@ DepthRule = Literal["interpolate", "stack", "stack_top"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]  # it names files
 
 
+def _inherit(stage: Any, groups: dict[str, Any]) -> Any:
+    if not isinstance(stage, dict):
+        return stage
+    merged = {
+        group: {**groups[group], **_without_null(stage[group])}
+        for group in ("growth", "upcycling", "optimizer", "schedule")
+        if isinstance(stage.get(group), dict) and isinstance(groups.get(group), dict)
+    }
+    return {**stage, **merged}
+
+
 def _without_null(values: Any) -> Any:
     if not isinstance(values, dict):
         return values
@@ -330,3 +341,11 @@ class ExperimentConfig(Config):
     def _leave_out_null(cls, stages: Any) -> Any:
         """`stages: {control: null}` takes a stage away that the default experiment has."""
         return _without_null(stages)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _inherit_groups(cls, values: Any) -> Any:
+        """What a stage leaves null in a group is as the experiment's group has it."""
+        if not isinstance(values, dict) or not isinstance(stages := values.get("stages"), dict):
+            return values
+        return {**values, "stages": {name: _inherit(stage, values) for name, stage in stages.items()}}

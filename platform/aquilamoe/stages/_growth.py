@@ -25,7 +25,9 @@ def estimate(node: Node, growth: GrowthConfig | UpcyclingConfig) -> Estimate:
     try:
         rules.check(node.source_model, node.model, growth)
     except UserError as error:
-        raise UserError(f"stages.{node.name}.model.{error}") from None
+        # A rule's message begins with the field: of the model, or of the growth itself.
+        inside = "" if str(error).startswith(("growth", "upcycling")) else "model."
+        raise UserError(f"stages.{node.name}.{inside}{error}") from None
     return Estimate(disk_bytes=BYTES_PER_PARAMETER * node.model.num_params, seconds=4.0)
 
 
