@@ -11,7 +11,7 @@ os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come here instead of be
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -27,29 +27,35 @@ def run(config_name: str) -> None:
     sys.argv[1:] = ["+" + word if word.startswith("experiment=") else word for word in sys.argv[1:]]
     command = shlex.join(["python", os.path.relpath(sys.argv[0], CONF.parent), *sys.argv[1:]])
     try:
-        for values in _compose(config_name):
+        for values in _composed(config_name):
             execute(values, command)
     except UserError as error:
         raise SystemExit(f"error: {error}") from None
-    except (HydraException, OmegaConfBaseException) as error:
-        raise SystemExit(f"error: {_explain(error, config_name)}") from None
     except KeyboardInterrupt:
         print("\ninterrupted; the same command continues where this stopped", file=sys.stderr)
         raise SystemExit(130) from None
 
 
-def _compose(config_name: str) -> list[dict[str, Any]]:
+def _composed(config_name: str) -> list[dict[str, Any]]:
     """The composed configurations: one, or with --multirun one for every job."""
-    composed: list[dict[str, Any]] = []
+    configs: list[DictConfig] = []
 
+    # Nothing is done inside: Hydra prints a line of its own about what goes wrong there.
     @hydra.main(config_path=str(CONF), config_name=config_name, version_base="1.3")
     def keep(config: DictConfig) -> None:
-        values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-        assert isinstance(values, dict)
-        composed.append({str(key): value for key, value in values.items()})
+        configs.append(config)
 
-    keep()
-    return composed
+    try:
+        keep()
+        return [_plain(config) for config in configs]
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        raise UserError(_explain(error, config_name)) from None
+
+
+def _plain(config: DictConfig) -> dict[str, Any]:
+    values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
 
 
 def _explain(error: Exception, config_name: str) -> str:
@@ -61,6 +67,8 @@ def _explain(error: Exception, config_name: str) -> str:
         options = [path.stem for path in (CONF / found[1]).glob("*.yaml")]
         if options:
             return f"{found[1]}={found[2]}: there is no conf/{found[1]}/{found[2]}.yaml; {nearest(found[2], options)}"
+    if isinstance(error, OverrideParseException):
+        return f"{message.partition(' See https')[0]}; write what you change as KEY=VALUE, --help shows how"
     return message
 
 

@@ -14,7 +14,8 @@ GIGABYTE = 1e9
 
 def check(experiment: ExperimentConfig, plan: Sequence[Planned], root: Path) -> None:
     """UserError with what is needed, what is there and what to do."""
-    _check_gpus(experiment)
+    if any(planned.state != "cached" and planned.node.stage.kind == "pretrain" for planned in plan):
+        _check_gpus(experiment)
     _check_workers(experiment)
     _check_disk(plan, root)
 
