@@ -175,3 +175,14 @@ def test_a_source_without_optimizer_state_is_one_line_that_names_the_setting(tmp
         UserError, match=r"optimizer\.safetensors: there is no optimizer state; set optimizer_state=reset"
     ):
         state.load_moments(tmp_path, *untrained())
+
+
+def test_a_second_writer_waits_for_the_first_and_says_whom_it_waited_for(tmp_path: Path) -> None:
+    with (
+        state.only_writer(tmp_path),
+        pytest.raises(UserError, match="another process has been training here"),
+        state.only_writer(tmp_path, 0.2),
+    ):
+        pass
+    with state.only_writer(tmp_path, 0.2):  # free again
+        assert state.checkpoints(tmp_path) == []

@@ -1,6 +1,5 @@
 """Training, from scratch or from a checkpoint."""
 
-import shutil
 from typing import cast
 
 from aquilamoe.config.graph import Node
@@ -47,7 +46,6 @@ def run(context: Context) -> Metrics:
     }
     copy_companions(tokens.directory / "tokenizer", context.out / "model")
     write_config(context.out / "model", node.model, "float32", read_record(tokens.directory).eos_token_id)
-    shutil.rmtree(context.out / "checkpoints", ignore_errors=True)
     goal = source.metrics.get("source_final_loss") if source else None
     if goal is not None:
         recovery = recovery_tokens(read_points(context.metrics_file), float(goal))

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,8 +70,16 @@ def train(job: Job, rank: Rank = FIRST) -> dict[str, Any]:
     what a user can repair, a loss that is not finite among it.
     """
     keep_large_buffers()
+    with state.only_writer(job.out) if rank.rank == 0 else nullcontext():
+        if dist.is_initialized():
+            dist.barrier()  # nobody reads a checkpoint before the writer of this run is the only one
+        return _train(job, rank)
+
+
+def _train(job: Job, rank: Rank) -> dict[str, Any]:
     if not job.cluster.gpus_per_worker:
         torch.set_num_threads(job.cluster.cpus_per_worker)
+    batches = _batches(job, rank)  # a mistake in the data shows before anything is built or exchanged
     model, optimizer, done = _restore(job, state.device_of(job.cluster.gpus_per_worker, rank.local_rank))
     metrics = _metrics_file(job, done, rank)
     stepper = Stepper(job, model, optimizer, rank)
@@ -79,8 +88,8 @@ def train(job: Job, rank: Rank = FIRST) -> dict[str, Any]:
     last = job.stage.num_steps
     log_every = max(1, last // LOG_POINTS)
     watch = _Stopwatch()
-    batches = _batches(job, rank).iterate(_position(job, done))
-    for step, rows in zip(range(done + 1, last + 1), batches, strict=False):
+    steps = range(done + 1, last + 1)
+    for step, rows in zip(steps, batches.iterate(_position(job, done)), strict=False):
         with watch:
             values = stepper.step(step, rows)
         validates = step == last or _due(step, job.stage.validate_every_tokens, job)

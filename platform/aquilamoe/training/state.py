@@ -1,8 +1,12 @@
 """Checkpoints of a training in progress: complete or absent, newest first, never pickled."""
 
+import fcntl
 import json
 import os
 import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -99,6 +103,29 @@ def checkpoints(out: Path) -> list[Path]:
 def step_of(checkpoint: Path) -> int:
     """The optimizer step that a checkpoint was written after."""
     return int(checkpoint.name.removeprefix("step-"))
+
+
+@contextmanager
+def only_writer(out: Path, wait_s: float = 60.0) -> Iterator[None]:
+    """Wait until no other process trains in this directory, and keep it so.
+
+    The workers of a killed driver live for some seconds more. The kernel drops the lock with the process.
+    """
+    lock = out / "checkpoints" / "writer.lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + wait_s
+    with lock.open("w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise UserError(
+                        f"{out}: another process has been training here for {wait_s:.0f} s; end it and run again"
+                    ) from None
+                time.sleep(0.1)
+        yield
 
 
 def _sync(path: Path) -> None:

@@ -1,0 +1,297 @@
+"""Ray Train for real: the bytes of an in-process run, through a killed worker too; one session for the whole file."""
+
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from aquilamoe.config.messages import UserError
+from aquilamoe.config.schema import ClusterConfig, ModelConfig, PretrainStage
+from aquilamoe.data.tokens import TokenCounts, TokensRecord, write_record, write_token_file
+from aquilamoe.training import state
+from aquilamoe.training.launch import _cause, _connect, _worker, launch, start_session
+from aquilamoe.training.loop import Job
+
+# Ray Data, which Ray Train imports, warns of options of its own that nobody sets.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")
+
+VOCABULARY, LENGTH, ROWS = 64, 16, 8
+BATCH = LENGTH * ROWS
+LOSSES = ("train/loss", "train/balance_loss", "train/grad_norm", "val/loss", "val/loss/en", "val/loss/zh")
+
+
+def cluster(executor: str, workers: int = 1, **changes: Any) -> ClusterConfig:
+    fields: dict[str, Any] = {
+        "executor": executor,
+        "address": None,
+        "workers": workers,
+        "cpus_per_worker": 1,
+        "gpus_per_worker": 0,
+        "gpu_memory_bytes": 0,
+        "max_failures": 2,
+        "micro_batch_tokens": BATCH,
+        "checkpoint_every_tokens": 10 * BATCH,
+        "compile": False,
+        "flops_per_s": 1e9,
+    }
+    return ClusterConfig.model_validate(fields | changes)
+
+
+LOCAL_PROCESS = cluster("process")
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokens")
+    sources: dict[str, dict[str, TokenCounts]] = {}
+    for source, factor in (("en", 7), ("zh", 13)):
+        for split, size in (("train", 5000), ("validation", 400)):
+            numbers = np.arange(size, dtype=np.int64)
+            stream = (numbers * factor + numbers // 9) % (VOCABULARY - 1)
+            write_token_file(folder / f"{split}-{source}", VOCABULARY, np.array_split(stream, size // 100))
+            sources.setdefault(source, {})[split] = TokenCounts(size, size // 100, size)
+    write_record(folder, TokensRecord(VOCABULARY, VOCABULARY - 1, sources))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def session() -> Iterator[str]:
+    """The address of one Ray session for all tests; none of its processes is left after it."""
+    threads, environment = torch.get_num_threads(), dict(os.environ)
+    start_session(cluster("ray", workers=2))
+    import ray
+
+    started = descendants(os.getpid())
+    assert len(started) > 3
+    yield ray.get_runtime_context().gcs_address
+    started |= descendants(os.getpid())
+    ray.shutdown()
+    torch.set_num_threads(threads)
+    os.environ.clear()
+    os.environ.update(environment)
+    deadline = time.monotonic() + 20
+    while (left := {pid for pid in started if is_running(pid)}) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not left
+
+
+def descendants(pid: int) -> set[int]:
+    """Process ids below `pid`, from the kernel's list."""
+    parents: dict[int, int] = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            parents[int(path.name)] = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:  # it ended while we looked
+            continue
+    found, edge = set[int](), {pid}
+    while edge:
+        edge = {child for child, parent in parents.items() if parent in edge}
+        found |= edge
+    return found
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def workers_started(session: str) -> list[dict[str, Any]]:
+    """What Ray knows of every training worker of the session at this address, dead ones included."""
+    from ray.util.state import list_actors
+
+    actors = list_actors(session, limit=1000, detail=True)
+    return [vars(actor) for actor in actors if actor.class_name.endswith("RayTrainWorker")]
+
+
+def make_job(tokens: Path, out: Path, on: ClusterConfig, experts: int = 4, steps: int = 20, **changes: Any) -> Job:
+    model = ModelConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=4,
+        max_position_embeddings=32,
+        rope_theta=1e4,
+        rms_norm_eps=1e-5,
+        initializer_range=0.05,
+        qkv_bias=True,
+        tie_word_embeddings=False,
+        num_experts=experts,
+        num_experts_per_tok=2,
+    )
+    stage: dict[str, Any] = {
+        "kind": "pretrain",
+        "inputs": {"tokens": "tokens"},
+        "model": model,
+        "total_tokens": steps * BATCH,
+        "equal_flops": None,
+        "batch_tokens": BATCH,
+        "sequence_length": LENGTH,
+        "mixture": {"en": 2.0, "zh": 1.0},
+        "learning_rate": 0.005,
+        "precision": "fp32",
+        "optimizer_state": "reset",
+        "seed": 42,
+        "optimizer": {"name": "adamw", "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "max_grad_norm": 1.0},
+        "schedule": {"name": "cosine", "warmup_tokens": 4 * BATCH, "decay_tokens": 0, "min_lr_ratio": 0.1},
+        "router": {"balance_loss_coeff": 0.01, "balance_scope": "global_batch", "z_loss_coeff": 0.001},
+        "validate_every_tokens": 10 * BATCH,
+        "validation_tokens": 320,
+    }
+    return Job("small", PretrainStage.model_validate(stage | changes), model, tokens, None, out, 0, 0, on)
+
+
+def points(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_times(out: Path) -> list[dict[str, Any]]:
+    return [{key: point[key] for key in point.keys() - {"time", "train/tokens_per_s"}} for point in points(out)]
+
+
+def result(out: Path) -> dict[str, bytes]:
+    files = [path for part in ("model", "training") for path in (out / part).rglob("*") if path.is_file()]
+    return {str(path.relative_to(out)): path.read_bytes() for path in files}
+
+
+class Disturbance(threading.Thread):
+    """Does something to a run as soon as it has a checkpoint of `step` or later."""
+
+    def __init__(self, out: Path, step: int, action: Callable[[], None]) -> None:
+        super().__init__(daemon=True)
+        self.out, self.step, self.action = out, step, action
+        self.in_the_middle = False
+        self.over = threading.Event()
+
+    def run(self) -> None:
+        while not any(state.step_of(path) >= self.step for path in state.checkpoints(self.out)):
+            if self.over.wait(0.01):
+                return
+        self.action()
+        self.in_the_middle = not (self.out / "model").exists()
+
+    def __enter__(self) -> None:
+        self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.over.set()
+        self.join()
+        assert self.in_the_middle
+
+
+def kill_the_worker(session: str) -> None:
+    (alive,) = [worker for worker in workers_started(session) if worker["state"] == "ALIVE"]
+    os.kill(alive["pid"], signal.SIGKILL)
+
+
+def test_a_run_through_ctrl_c_and_a_killed_worker_ends_with_the_bytes_of_an_undisturbed_run_in_process(
+    tokens: Path, tmp_path: Path, session: str
+) -> None:
+    steps, out = 600, tmp_path / "small.partial"
+    job = make_job(tokens, out, cluster("ray"), steps=steps)
+    ctrl_c = signal.getsignal(signal.SIGINT)
+    with Disturbance(out, 10, lambda: os.kill(os.getpid(), signal.SIGINT)), pytest.raises(KeyboardInterrupt):
+        launch(job, tmp_path)
+    assert signal.getsignal(signal.SIGINT) is ctrl_c
+    interrupted_at = state.step_of(state.checkpoints(out)[0])
+    assert 10 <= interrupted_at < 500
+    with Disturbance(out, interrupted_at + 20, lambda: kill_the_worker(session)):
+        metrics = launch(job, tmp_path)
+    assert len(workers_started(session)) == 3
+    expected = launch(make_job(tokens, tmp_path / "process", LOCAL_PROCESS, steps=steps), tmp_path)
+    assert {**metrics, "tokens_per_s": 0} == {**expected, "tokens_per_s": 0}
+    assert result(out) == result(tmp_path / "process") and len(result(out)) >= 4
+    assert without_times(out) == without_times(tmp_path / "process")
+    assert not list((tmp_path / "ray").iterdir())  # Ray's own notes
+
+
+def test_two_workers_give_the_loss_curve_of_one(tokens: Path, tmp_path: Path, session: str) -> None:
+    metrics = launch(make_job(tokens, tmp_path / "two", cluster("ray", workers=2)), tmp_path)
+    expected = launch(make_job(tokens, tmp_path / "one", LOCAL_PROCESS), tmp_path)
+    assert metrics.keys() == expected.keys()
+    assert metrics["loss_end"] == pytest.approx(expected["loss_end"], abs=1e-5)
+    for two, one in zip(points(tmp_path / "two"), points(tmp_path / "one"), strict=True):
+        assert two.keys() == one.keys()
+        assert [two[key] for key in LOSSES if key in two] == pytest.approx(
+            [one[key] for key in LOSSES if key in one], abs=1e-5
+        )
+
+
+def test_a_mistake_that_a_worker_finds_is_one_line_and_is_not_tried_again(
+    tokens: Path, tmp_path: Path, session: str
+) -> None:
+    before = len(workers_started(session))
+    with pytest.raises(UserError) as raised:
+        launch(make_job(tokens, tmp_path / "out", cluster("ray", workers=2), mixture={"fr": 1.0}), tmp_path)
+    assert str(raised.value).startswith("mixture.fr: ") and "\n" not in str(raised.value)
+    assert len(workers_started(session)) == before + 2
+
+
+# Without workers
+
+
+def run_as_a_worker(job: Job, barrier: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    import ray.train.collective
+
+    rank = SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 2, get_local_rank=lambda: 0)
+    monkeypatch.setattr(ray.train, "get_context", lambda: rank)
+    monkeypatch.setattr(ray.train.collective, "barrier", barrier)
+    return _worker({"job": job})
+
+
+def test_a_mistake_that_all_ranks_find_is_returned_and_one_that_a_rank_finds_alone_is_raised(
+    tmp_path: Path, session: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Raising makes Ray end the other ranks, who would wait in their next exchange for one that does not come."""
+
+    def wait_in_vain() -> None:
+        raise TimeoutError("the others did not come")
+
+    job = make_job(tmp_path / "not-shared", tmp_path / "out", cluster("ray", workers=2))
+    assert "no such file" in run_as_a_worker(job, lambda: None, monkeypatch)["user_error"]
+    with pytest.raises(UserError, match="no such file"):
+        run_as_a_worker(job, wait_in_vain, monkeypatch)
+
+
+class LostWorkerError(Exception):
+    """As Ray reports a worker that died."""
+
+    health_check_failure = OSError("The actor died\nunexpectedly.")
+
+
+def test_workers_that_are_lost_too_often_are_one_line_that_says_how_to_go_on(tokens: Path, tmp_path: Path) -> None:
+    job = make_job(tokens, tmp_path, cluster("ray", workers=2))
+    cause = _cause(job, {0: RuntimeError("Connection closed by peer"), 1: LostWorkerError()})
+    assert isinstance(cause, UserError) and "\n" not in str(cause)
+    assert str(cause).startswith("stage small: worker 1 was lost, and cluster.max_failures (2) ")
+    assert "(The actor died unexpectedly.)" in str(cause)
+
+
+def test_an_error_in_a_worker_that_is_nobodys_mistake_keeps_its_type(tokens: Path, tmp_path: Path) -> None:
+    bug = AssertionError("ours")
+    assert _cause(make_job(tokens, tmp_path, cluster("ray")), {0: bug}) is bug
+
+
+def test_a_cluster_that_does_not_answer_is_one_line_at_once(tokens: Path, tmp_path: Path) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{unused.getsockname()[1]}"
+        for given in (address, f"ray://{address}"):
+            with pytest.raises(UserError) as raised:
+                _connect(given)
+            assert str(raised.value).startswith(f"cluster.address: no Ray cluster answers at '{given}' (")
+            assert "ray start --head" in str(raised.value) and "\n" not in str(raised.value)
