@@ -39,7 +39,7 @@ def execute(values: Mapping[str, Any], command: str) -> None:
         with store.lock():
             # Planned again under the lock: what another run has finished meanwhile is cached now.
             plan = planning.make(nodes, store, experiment.cluster.flops_per_s)
-            _run(experiment, values, plan, store, command)
+            _run(experiment, plan, store, command)
 
 
 def _show_plan(experiment: ExperimentConfig, plan: Sequence[Planned], store: Store) -> None:
@@ -64,9 +64,7 @@ def _show_status(experiment: ExperimentConfig, plan: Sequence[Planned], store: S
         out.print(f"\nreport  {_relative(report)}")
 
 
-def _run(
-    experiment: ExperimentConfig, values: Mapping[str, Any], plan: Sequence[Planned], store: Store, command: str
-) -> None:
+def _run(experiment: ExperimentConfig, plan: Sequence[Planned], store: Store, command: str) -> None:
     for key, value in OPENMP_ENVIRONMENT.items():  # before a stage of this process imports torch
         os.environ.setdefault(key, value)
     out = terminal.console()
@@ -74,8 +72,9 @@ def _run(
     started = time.monotonic()
     progress = terminal.StageProgress(out, plan)
     tracker = Tracker(experiment.tracking.uri, store.root) if experiment.tracking.enabled else None
+    resolved = experiment.model_dump(mode="json")  # stages as they are, what they inherit from groups included
     if tracker:
-        tracker.pipeline_started(experiment.name, experiment.description, dict(values), store.root)
+        tracker.pipeline_started(experiment.name, experiment.description, resolved, store.root)
     report, succeeded, warning = None, False, None
     try:
         done = runner.run(plan, store, experiment.cluster, [progress, *([tracker] if tracker else [])])

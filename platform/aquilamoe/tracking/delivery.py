@@ -111,8 +111,11 @@ class Delivery:
         if run is None or not _agree(run, pipeline):
             experiment = self._experiment(pipeline)
             runs = self.client.search_runs([experiment], "tags.kind = 'pipeline'", order_by=["start_time DESC"])
-            same = [run for run in runs if run.data.tags.get("recipe") == pipeline.recipe and _agree(run, pipeline)]
-            run = same[0] if same else self._create_parent(pipeline, experiment, len(runs) + 1)
+            own = [run for run in runs if run.data.tags.get("recipe") == pipeline.recipe]
+            same = [run for run in own if _agree(run, pipeline)]
+            # The first parent began with the pipeline, even if MLflow was away then; another begins with this attempt.
+            started_ms = (pipeline.latest_ms if own else None) or pipeline.receipt["started_ms"]
+            run = same[0] if same else self._create_parent(pipeline, experiment, len(runs) + 1, started_ms)
             if not run.data.params:
                 config = {key: value for key, value in pipeline.receipt["config"].items() if key not in NOT_RECIPE}
                 self._log_recipe(run.info.run_id, pipeline.receipt["config"], config)
@@ -122,10 +125,10 @@ class Delivery:
             pipeline.receipt.update(run_id=run.info.run_id, experiment_id=experiment, status="RUNNING")
         return run
 
-    def _create_parent(self, pipeline: Pipeline, experiment: str, number: int) -> Any:
+    def _create_parent(self, pipeline: Pipeline, experiment: str, number: int, started_ms: int) -> Any:
         name = f"{pipeline.receipt['experiment']} #{number}"
         tags = {"kind": "pipeline", "recipe": pipeline.recipe, "number": str(number)}
-        return self.client.create_run(experiment, pipeline.receipt["started_ms"], tags, run_name=name)
+        return self.client.create_run(experiment, started_ms, tags, run_name=name)
 
     def _open(self, stage: Stage) -> None:
         """Find or make a stage's run, and learn how far its curves go."""

@@ -86,7 +86,7 @@ class Tracker:
         self._stages = {stage.key: stage for stage in stages}
         identity = json.dumps([experiment, config.get("stages", config)], sort_keys=True, default=str)
         recipe = hashlib.sha256(identity.encode()).hexdigest()[:12]
-        self._pipeline = Pipeline(Receipt(root, f"pipeline-{recipe}", self.uri))
+        self._pipeline = Pipeline(Receipt(root, f"pipeline-{recipe}", self.uri), latest_ms=now_ms)
         self._pipelines[recipe] = self._pipeline
         for stage in self._stages.values():
             stage.pipeline = self._pipelines[stage.pipeline.recipe]  # one object for the current one

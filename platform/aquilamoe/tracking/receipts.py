@@ -42,7 +42,8 @@ class Receipt:
 class Pipeline:
     """An experiment's graph of stages. Running it again, or continuing it, is the same pipeline.
 
-    stages: directories by name, as far as they were announced. dirty: its run in MLflow is out of date.
+    stages: directories by name, as far as they were announced. dirty: its run in MLflow is out of date. latest_ms: when
+    this attempt began, None if it is not this driver's.
     """
 
     receipt: Receipt
@@ -50,6 +51,7 @@ class Pipeline:
     report: Path | None = None
     stages: dict[str, Path] = field(default_factory=dict)
     dirty: bool = False
+    latest_ms: int | None = None
 
     @property
     def recipe(self) -> str:

@@ -96,8 +96,6 @@ def _fit(job: Job, root: Path) -> dict[str, Any]:
             outcome = getattr(_trainer(job, storage, name).fit(), "return_value", None)
     except WorkerGroupError as error:
         raise _cause(job, error.worker_failures) from error
-    except SystemExit:  # what Ray makes of Ctrl-C
-        raise KeyboardInterrupt from None
     finally:
         shutil.rmtree(storage / name, ignore_errors=True)  # Ray's own notes: nothing is resumed from them
     assert isinstance(outcome, dict), "rank 0 returns a dictionary"
