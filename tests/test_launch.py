@@ -21,6 +21,7 @@ from aquilamoe.data.tokens import TokenCounts, TokensRecord, write_record, write
 from aquilamoe.training import state
 from aquilamoe.training.launch import _cause, _connect, _worker, launch, start_session
 from aquilamoe.training.loop import Job
+from aquilamoe.training.openmp import OPENMP_ENVIRONMENT
 
 # Ray Data, which Ray Train imports, warns of options of its own that nobody sets.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")
@@ -239,6 +240,13 @@ def test_a_mistake_that_a_worker_finds_is_one_line_and_is_not_tried_again(
         launch(make_job(tokens, tmp_path / "out", cluster("ray", workers=2), mixture={"fr": 1.0}), tmp_path)
     assert str(raised.value).startswith("mixture.fr: ") and "\n" not in str(raised.value)
     assert len(workers_started(session)) == before + 2
+
+
+def test_workers_have_the_setting_of_openmp_that_precedes_torch(session: str) -> None:
+    import ray
+
+    found = ray.get(ray.remote(lambda: {name: os.environ.get(name) for name in OPENMP_ENVIRONMENT}).remote())
+    assert found == OPENMP_ENVIRONMENT
 
 
 # Without workers

@@ -141,6 +141,25 @@ def test_a_failure_while_a_checkpoint_is_written_leaves_the_older_ones_alone(
     assert state.load(made, *untrained()) == 8
 
 
+def test_a_kill_while_an_old_checkpoint_is_removed_leaves_no_half_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, optimizer = trained()
+    for number in (8, 16):
+        state.save_checkpoint(tmp_path, model, optimizer, number)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(state.shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            state.save_checkpoint(tmp_path, model, optimizer, 24)
+    assert [state.step_of(path) for path in state.checkpoints(tmp_path)] == [24, 16]
+    state.save_checkpoint(tmp_path, model, optimizer, 32)
+    assert names(tmp_path / "checkpoints") == ["step-000000024", "step-000000032"]
+
+
 def test_every_file_and_folder_is_on_disk_before_a_checkpoint_gets_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
