@@ -385,3 +385,17 @@ def test_flops_per_token_equal_a_hand_calculation() -> None:
     # Two of the four experts, and the router's 4x4.
     mixture = tiny("mixtral", **sizes, **heads)
     assert mixture.flops_per_token(16) == dense.flops_per_token(16) + 6 * 3 * (3 * 24 + 16)
+
+
+def test_gradients_below_the_experts_are_the_same_bits_every_time_on_two_threads() -> None:
+    """A token whose row goes to three experts gets three gradients: their sum must not depend on who is first."""
+    config = tiny("mixtral", num_experts=8, num_experts_per_tok=3, hidden_size=128)
+    model = random_decoder(config)
+    tokens_bt = random_tokens(config, 1024).view(32, 64)
+    torch.set_num_threads(2)
+    gradients = []
+    for _ in range(6):
+        model.zero_grad(set_to_none=True)
+        model(tokens_bt)[0].logsumexp(dim=-1).mean().backward()
+        gradients.append(model.model.layers[0].self_attn.o_proj.weight.grad)
+    assert all(torch.equal(gradients[0], other) for other in gradients[1:])

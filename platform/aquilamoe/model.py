@@ -107,7 +107,7 @@ class Experts(nn.Module):
         order_s = experts_nk.flatten().argsort(stable=True)
         token_s = order_s // experts_nk.shape[1]
         counts = torch.bincount(experts_nk.flatten(), minlength=self.gate_proj.shape[0]).tolist()
-        rows_sd = x_nd[token_s]
+        rows_sd = x_nd.index_select(0, token_s)  # its backward adds in one order, that of x_nd[token_s] may not
         outputs = [
             _swiglu(rows, self.gate_proj[expert], self.up_proj[expert], self.down_proj[expert])
             for expert, rows in enumerate(rows_sd.split(counts))
