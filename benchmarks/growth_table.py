@@ -174,7 +174,7 @@ def measure(case: Case, source: Path) -> Measured:
         with counted_reads() as sizes:
             grow(case, source, grown)
         before, after = logits(source), logits(grown)
-        roles = [role for role in names.role_shapes(target) if role.endswith("up_proj.weight") and "shared" not in role]
+        roles = [role for role in names.role_shapes(target, 0) if role.endswith("up_proj.weight") and "shared" not in role]
         with Reader(grown) as reader:
             ups = [reader.get(names.layer_name(target, 1, role)).clone() for role in roles]
     length = SOURCE.max_position_embeddings

@@ -15,17 +15,15 @@ from aquilamoe.config.messages import UserError
 from aquilamoe.config.schema import ModelConfig
 from aquilamoe.model import Decoder
 from aquilamoe.weights import names
-from aquilamoe.weights.huggingface import (
+from aquilamoe.weights.configuration import (
     config_from_dict,
     config_to_dict,
     copy_companions,
-    load_model,
-    load_state,
     read_config,
     read_eos_token_id,
-    save_model,
     write_config,
 )
+from aquilamoe.weights.huggingface import load_model, load_state, save_model
 from aquilamoe.weights.store import Reader
 
 transformers.utils.logging.disable_progress_bar()

@@ -30,7 +30,8 @@ from aquilamoe.stages import pretrain as pretrain_stage
 from aquilamoe.training import loop, state
 from aquilamoe.training.loop import Job, evaluate, train
 from aquilamoe.training.metrics import MetricsFile
-from aquilamoe.weights.huggingface import load_model, read_config, save_model
+from aquilamoe.weights.configuration import read_config
+from aquilamoe.weights.huggingface import load_model, save_model
 
 VOCABULARY, END = 64, 63
 LENGTH, ROWS = 8, 4

@@ -18,7 +18,8 @@ from aquilamoe.growth import rules
 from aquilamoe.growth.scale_out import scale_out
 from aquilamoe.model import Decoder
 from aquilamoe.weights import names, store
-from aquilamoe.weights.huggingface import load_model, read_config, read_eos_token_id, save_model
+from aquilamoe.weights.configuration import read_config, read_eos_token_id
+from aquilamoe.weights.huggingface import load_model, save_model
 from aquilamoe.weights.store import Reader
 
 ROOT = Path(__file__).resolve().parents[1]

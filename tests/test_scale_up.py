@@ -21,7 +21,8 @@ from aquilamoe.growth.methods import hypercloning
 from aquilamoe.growth.scale_up import scale_up
 from aquilamoe.model import Decoder
 from aquilamoe.weights import names
-from aquilamoe.weights.huggingface import load_model, read_config, read_eos_token_id, save_model
+from aquilamoe.weights.configuration import read_config, read_eos_token_id
+from aquilamoe.weights.huggingface import load_model, save_model
 from aquilamoe.weights.store import Reader
 
 METHODS = plugins.names("growth/methods")

@@ -67,26 +67,39 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
+        self.norm_per_head = config.qk_norm == "head"
+        self.q_norm: RMSNorm | None = None
+        self.k_norm: RMSNorm | None = None
+        if config.qk_norm != "none":
+            self.q_norm = RMSNorm(config.head_dim if self.norm_per_head else q_size, config.rms_norm_eps)
+            self.k_norm = RMSNorm(config.head_dim if self.norm_per_head else kv_size, config.rms_norm_eps)
 
     def forward(self, x_btd: Tensor, cos_tc: Tensor, sin_tc: Tensor) -> Tensor:
         batch, length, _ = x_btd.shape
-        q, k, v = (
-            projection(x_btd).view(batch, length, -1, self.head_dim).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q, k = self._heads(self.q_proj(x_btd), self.q_norm), self._heads(self.k_proj(x_btd), self.k_norm)
+        v = self._heads(self.v_proj(x_btd), None)
         q, k = rotate(q, cos_tc, sin_tc), rotate(k, cos_tc, sin_tc)
         mixed_bhtc = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)
         return self.o_proj(mixed_bhtc.transpose(1, 2).reshape(batch, length, -1))
+
+    def _heads(self, projected_btq: Tensor, norm: nn.Module | None) -> Tensor:
+        """(b, heads, t, c), normalised over each head or over all of them."""
+        if norm is not None and not self.norm_per_head:
+            projected_btq = norm(projected_btq)
+        heads_bthc = projected_btq.unflatten(-1, (-1, self.head_dim))
+        if norm is not None and self.norm_per_head:
+            heads_bthc = norm(heads_bthc)
+        return heads_bthc.transpose(1, 2)
 
 
 class FeedForward(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x_btd: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x_btd)) * self.up_proj(x_btd))
@@ -97,7 +110,7 @@ class Experts(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        shape = (config.num_experts, config.intermediate_size, config.hidden_size)
+        shape = (config.num_experts, config.moe_intermediate_size, config.hidden_size)
         self.gate_proj = nn.Parameter(torch.empty(shape))
         self.up_proj = nn.Parameter(torch.empty(shape))
         self.down_proj = nn.Parameter(torch.empty(shape[0], shape[2], shape[1]))
@@ -125,13 +138,21 @@ def _swiglu(rows: Tensor, gate_fd: Tensor, up_fd: Tensor, down_df: Tensor) -> Te
 
 
 class MixtureOfExperts(nn.Module):
-    """Router in float32 and Mixtral's gate order: top-k of the logits, then softmax over the chosen."""
+    """Router in float32, the experts it chooses, and perhaps a shared one that every token goes through.
+
+    Shares of the chosen are in Mixtral's order (top-k of the logits, then softmax over these), or probabilities among
+    all experts (`norm_topk_prob: false`). The shared expert's share is a sigmoid of its own score, as in Qwen2-MoE.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.num_experts_per_tok = config.num_experts_per_tok
+        self.num_experts_per_tok, self.norm_topk_prob = config.num_experts_per_tok, config.norm_topk_prob
         self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
         self.experts = Experts(config)
+        self.shared_expert: FeedForward | None = None
+        if config.shared_expert_intermediate_size:
+            self.shared_expert = FeedForward(config.hidden_size, config.shared_expert_intermediate_size)
+            self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
 
     def forward(self, x_btd: Tensor) -> tuple[Tensor, Routing]:
         x_nd = x_btd.flatten(0, 1)
@@ -139,19 +160,29 @@ class MixtureOfExperts(nn.Module):
         with torch.autocast(x_nd.device.type, enabled=False):
             logits_ne = F.linear(x_nd.to(wide), self.gate.weight.to(wide))
         top_nk, experts_nk = logits_ne.topk(self.num_experts_per_tok, dim=-1)
-        out_nd = self.experts(x_nd, experts_nk, top_nk.softmax(dim=-1))
+        if self.norm_topk_prob:
+            gates_nk = top_nk.softmax(dim=-1)
+        else:
+            gates_nk = (top_nk - logits_ne.logsumexp(dim=-1, keepdim=True)).exp()
+        out_nd = self.experts(x_nd, experts_nk, gates_nk)
+        if self.shared_expert is not None:
+            out_nd = out_nd + self.shared_expert_gate(x_nd).sigmoid() * self.shared_expert(x_nd)
         return out_nd.view_as(x_btd), Routing(logits_ne, experts_nk)
 
 
 class Block(nn.Module):
-    """Pre-norm attention and feed-forward, each added to the residual stream."""
+    """Pre-norm attention and feed-forward, each added to the residual stream; `layer` counts from 0."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MixtureOfExperts(config) if config.is_moe else FeedForward(config)
+        self.mlp: nn.Module = (
+            MixtureOfExperts(config)
+            if config.is_sparse(layer)
+            else FeedForward(config.hidden_size, config.intermediate_size)
+        )
 
     def forward(self, x_btd: Tensor, cos_tc: Tensor, sin_tc: Tensor) -> tuple[Tensor, Routing | None]:
         x_btd = x_btd + self.self_attn(self.input_layernorm(x_btd), cos_tc, sin_tc)
@@ -167,7 +198,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, tokens_bt: Tensor) -> tuple[Tensor, list[Routing]]:

@@ -212,11 +212,11 @@ def grown_model(
 ) -> ModelConfig:
     """Apply the sizes that a growth names (not None) to the source.
 
-    What is not named stays, but for what follows: the number of heads from hidden_size and head_dim, and rms_norm_eps
-    from the growth's norm.
+    What is not named stays, but for what follows: the number of heads from hidden_size and head_dim, rms_norm_eps from
+    the growth's norm, and the size of the first experts from the feed-forward.
     """
     changes = {field: value for field, value in changes.items() if value is not None}
-    values = {**source.model_dump(), **changes}
+    values = {**source.model_dump(), **({} if source.is_moe else {"moe_intermediate_size": None}), **changes}
     hidden_size, head_dim = values["hidden_size"], values["head_dim"]
     if isinstance(hidden_size, int) and isinstance(head_dim, int) and hidden_size > 0 and head_dim > 0:
         if "hidden_size" in changes and "num_attention_heads" not in changes:

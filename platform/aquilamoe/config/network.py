@@ -1,6 +1,6 @@
 """The shape of a network, which knows its own arithmetic: parameters and FLOPs, without torch."""
 
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -20,6 +20,12 @@ PositiveFloat = Annotated[Float, Field(gt=0.0)]
 NonNegativeFloat = Annotated[Float, Field(ge=0.0)]
 Fraction = Annotated[Float, Field(ge=0.0, le=1.0)]
 
+# Qwen2-MoE, the architecture that transformers and vLLM both open for experts beside a QKV bias, always has a shared
+# expert. One that is all zeros adds nothing to the output, gets no gradient, and is no part of our model. Size 0 does
+# not do in a file: transformers then wants empty tensors (and torch warns about them), for which vLLM has no place and
+# stops. Size 1 would do, but not for tensor-parallel serving; 8 is the smallest that 2, 4 and 8 devices can share.
+ABSENT_SHARED_EXPERT_SIZE = 8
+
 
 class Config(BaseModel):
     """Base of all configuration: immutable, and a key that nobody reads is an error."""
@@ -30,7 +36,15 @@ class Config(BaseModel):
 class ModelConfig(Config):
     """A Llama-style decoder, dense (`num_experts: 0`) or Mixture of Experts, in Hugging Face's spelling.
 
-    `qkv_bias` adds a bias to q, k and v (never to o), as in Qwen2 and AquilaMoE. Every layer of an MoE is sparse.
+    intermediate_size: neurons of a dense feed-forward layer.
+    qkv_bias: a bias on q, k and v (never on o), as in Qwen2 and AquilaMoE.
+    qk_norm: RMSNorm on queries and keys: `head` over each head (Qwen3), `projection` over all of them (OLMoE).
+    moe_intermediate_size: neurons of an expert; null is intermediate_size.
+    shared_expert_intermediate_size: neurons of an expert that every token goes through, by a share of its own
+        (Qwen2-MoE); 0 is none.
+    norm_topk_prob: whether the shares of a token's chosen experts are made to sum to 1 (Mixtral's order: top-k, then
+        softmax); otherwise they are probabilities among all experts.
+    mlp_only_layers: layers of a Mixture of Experts that stay dense, counted from 0.
     """
 
     vocab_size: PositiveInt
@@ -48,6 +62,31 @@ class ModelConfig(Config):
     tie_word_embeddings: bool
     num_experts: NonNegativeInt
     num_experts_per_tok: NonNegativeInt
+    moe_intermediate_size: NonNegativeInt
+    # What most networks do not have is left out by default.
+    qk_norm: Literal["none", "head", "projection"] = "none"
+    shared_expert_intermediate_size: NonNegativeInt = 0
+    norm_topk_prob: bool = True
+    mlp_only_layers: tuple[NonNegativeInt, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _derive_expert_size(cls, values: Any) -> Any:
+        """`moe_intermediate_size: null` means that experts are as large as a dense feed-forward.
+
+        Where no layer is dense, intermediate_size says nothing, and is the experts' size too, as files have it.
+        """
+        if not isinstance(values, dict):
+            return values
+        dense, experts = values.get("intermediate_size"), values.get("moe_intermediate_size")
+        if not values.get("num_experts"):
+            return {**values, "moe_intermediate_size": 0 if experts is None else experts}
+        experts = dense if experts is None else experts
+        return {
+            **values,
+            "moe_intermediate_size": experts,
+            "intermediate_size": dense if values.get("mlp_only_layers") else experts,
+        }
 
     @model_validator(mode="before")
     @classmethod
@@ -75,17 +114,67 @@ class ModelConfig(Config):
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd, rotary embeddings need pairs; choose an even head_dim")
+        if self.num_experts:
+            self._check_experts()
+        else:
+            self._check_dense()
+        self._check_norms()
+        return self
+
+    def _check_norms(self) -> None:
+        """Refuse a network that no architecture of transformers computes."""
+        if self.qk_norm == "none":
+            return
+        for field in ("qkv_bias", "shared_expert_intermediate_size"):
+            if value := getattr(self, field):
+                raise ValueError(
+                    f"qk_norm {self.qk_norm} with {field} {str(value).lower()} is no known architecture; choose one"
+                )
+        if self.qk_norm == "projection" and (not self.num_experts or self.mlp_only_layers):
+            raise ValueError("qk_norm projection is OLMoE's, where every layer has experts; use head or none")
+        if self.qk_norm == "projection" and self.num_attention_heads * self.head_dim != self.hidden_size:
+            raise ValueError(
+                f"qk_norm projection is OLMoE's, where {self.num_attention_heads} heads of {self.head_dim} channels "
+                f"make the hidden_size {self.hidden_size}; use head or none"
+            )
+
+    def _check_experts(self) -> None:
         if self.num_experts == 1:
             raise ValueError("num_experts 1 is a dense model with a router; use 0 for dense, or at least 2")
-        if self.num_experts and not 1 <= self.num_experts_per_tok <= self.num_experts:
+        if not 1 <= self.num_experts_per_tok <= self.num_experts:
             raise ValueError(
                 f"num_experts_per_tok {self.num_experts_per_tok} is not between 1 and num_experts {self.num_experts}"
             )
-        if not self.num_experts and self.num_experts_per_tok:
+        if not self.moe_intermediate_size:
+            raise ValueError("moe_intermediate_size 0 leaves experts without neurons; use null for intermediate_size")
+        if self.shared_expert_intermediate_size == ABSENT_SHARED_EXPERT_SIZE:
+            raise ValueError(
+                f"shared_expert_intermediate_size {ABSENT_SHARED_EXPERT_SIZE} marks a file without a shared expert; "
+                "use another size, or 0 for none"
+            )
+        dense = self.mlp_only_layers
+        if list(dense) != sorted(set(dense)) or (dense and dense[-1] >= self.num_hidden_layers):
+            raise ValueError(
+                f"mlp_only_layers {list(dense)} is not a rising list of layers from 0 to {self.num_hidden_layers - 1}; "
+                "name each dense layer once"
+            )
+        if len(dense) == self.num_hidden_layers:
+            raise ValueError(
+                f"mlp_only_layers names all {len(dense)} layers and leaves none for the {self.num_experts} experts; "
+                "name fewer layers, or set num_experts to 0"
+            )
+
+    def _check_dense(self) -> None:
+        if self.num_experts_per_tok:
             raise ValueError(
                 f"num_experts_per_tok {self.num_experts_per_tok} without experts; set num_experts, or both to 0"
             )
-        return self
+        for field in ("moe_intermediate_size", "shared_expert_intermediate_size", "mlp_only_layers"):
+            if value := getattr(self, field):
+                raise ValueError(
+                    f"{field} {list(value) if isinstance(value, tuple) else value} without experts; set num_experts, "
+                    f"or {field} to {[] if isinstance(value, tuple) else 0}"
+                )
 
     @property
     def is_moe(self) -> bool:
@@ -95,26 +184,45 @@ class ModelConfig(Config):
     def _attention_matrices(self) -> int:
         return 2 * self.hidden_size * self.head_dim * (self.num_attention_heads + self.num_key_value_heads)
 
+    def is_sparse(self, layer: int) -> bool:
+        """Whether a layer, counted from 0, has experts."""
+        return self.is_moe and layer not in self.mlp_only_layers
+
     @property
-    def _ffn_matrices(self) -> int:
-        return 3 * self.hidden_size * self.intermediate_size
+    def num_sparse_layers(self) -> int:
+        return self.num_hidden_layers - len(self.mlp_only_layers) if self.is_moe else 0
+
+    def _ffn_matrices(self, experts: int) -> int:
+        """Parameters of all feed-forwards, routers left out, when a sparse layer has so many experts."""
+        shared = self.shared_expert_intermediate_size
+        sparse = experts * self.moe_intermediate_size + shared
+        dense_layers = self.num_hidden_layers - self.num_sparse_layers
+        neurons = dense_layers * self.intermediate_size + self.num_sparse_layers * sparse
+        return 3 * self.hidden_size * neurons
+
+    @property
+    def _router_matrices(self) -> int:
+        rows = self.num_experts + (1 if self.shared_expert_intermediate_size else 0)
+        return self.num_sparse_layers * rows * self.hidden_size
 
     def _params(self, experts: int) -> int:
-        biases = self.head_dim * (self.num_attention_heads + 2 * self.num_key_value_heads) if self.qkv_bias else 0
-        router, norms = self.hidden_size * self.num_experts, 2 * self.hidden_size
-        layer = self._attention_matrices + biases + experts * self._ffn_matrices + router + norms
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        biases = self.head_dim * (heads + 2 * kv_heads) if self.qkv_bias else 0
+        gains = {"none": 0, "head": 2 * self.head_dim, "projection": self.head_dim * (heads + kv_heads)}[self.qk_norm]
+        layer = self._attention_matrices + biases + gains + 2 * self.hidden_size
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
-        return self.num_hidden_layers * layer + embeddings + self.hidden_size
+        feed_forwards = self._ffn_matrices(experts) + self._router_matrices
+        return self.num_hidden_layers * layer + feed_forwards + embeddings + self.hidden_size
 
     @property
     def num_params(self) -> int:
         """All parameters."""
-        return self._params(self.num_experts or 1)
+        return self._params(self.num_experts)
 
     @property
     def num_active_params(self) -> int:
         """Parameters that one token meets: of the experts, only its top-k."""
-        return self._params(self.num_experts_per_tok or 1)
+        return self._params(self.num_experts_per_tok)
 
     def flops_per_token(self, sequence_length: int) -> int:
         """Model FLOPs of one training token (forward and backward) at `sequence_length`.
@@ -122,8 +230,7 @@ class ModelConfig(Config):
         6 per matrix parameter that the token meets (the embedding look-up multiplies nothing, the head does) plus the
         causal attention products: 6 * layers * heads * head_dim * sequence_length.
         """
-        matrices = self._attention_matrices + self._ffn_matrices * (self.num_experts_per_tok or 1)
-        router = self.hidden_size * self.num_experts
-        attention = self.num_attention_heads * self.head_dim * sequence_length
+        matrices = self._ffn_matrices(self.num_experts_per_tok) + self._router_matrices
+        attention = self._attention_matrices + self.num_attention_heads * self.head_dim * sequence_length
         head = self.vocab_size * self.hidden_size
-        return 6 * (self.num_hidden_layers * (matrices + router + attention) + head)
+        return 6 * (matrices + self.num_hidden_layers * attention + head)

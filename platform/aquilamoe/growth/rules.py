@@ -10,6 +10,14 @@ from aquilamoe.growth.units import map_units
 
 _WIDTHS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
 _EXPERTS = ("num_experts", "num_experts_per_tok")
+# What the first experts decide, and further ones keep.
+_FEED_FORWARDS = (
+    "intermediate_size",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+    "norm_topk_prob",
+    "mlp_only_layers",
+)
 # Neither is part of the function that is grown: how long a context may be, and what a fresh start would draw.
 _FREE = ("max_position_embeddings", "initializer_range")
 
@@ -28,7 +36,7 @@ def preserves(growth: GrowthConfig | UpcyclingConfig, source: ModelConfig, targe
     True means equal up to the rounding of the checkpoint's dtype; False means that some weights make them differ.
     """
     if isinstance(growth, UpcyclingConfig):
-        return growth.method in ("copy", "permute") and _keeps_choice(source, target)
+        return growth.method in ("copy", "permute") and _keeps_shares(source, target)
     method = plugins.load("growth/methods", growth.method)
     # Plain copies change the mean square that a norm divides by, unless every channel has as many as the ratio says.
     keeps_norms = growth.norm != "copy" or target.hidden_size % source.hidden_size == 0
@@ -37,17 +45,18 @@ def preserves(growth: GrowthConfig | UpcyclingConfig, source: ModelConfig, targe
     return keeps_width and _keeps_depth(source, target, growth)
 
 
-def _keeps_choice(source: ModelConfig, target: ModelConfig) -> bool:
+def _keeps_shares(source: ModelConfig, target: ModelConfig) -> bool:
     """Whether tokens go through what they went through, by the same shares.
 
-    Of a dense source they do whatever the router says: gates sum to 1 over experts of one function. Copies of experts
-    have one score, so that a token chooses all copies of an expert before the next expert.
+    Of a dense source they do, whatever the router says, when shares sum to 1 over experts of one function. Copies of
+    experts have one score, so that a token chooses all copies of an expert before the next expert; where shares are
+    probabilities among all experts, each copy has its part of the original's, and all of them must be chosen.
     """
     if not source.is_moe:
-        return True
+        return target.norm_topk_prob
     copies = target.num_experts // source.num_experts
     old, new = source.num_experts_per_tok, target.num_experts_per_tok
-    return new == copies * old or (old == 1 and new <= copies)
+    return new == copies * old or (target.norm_topk_prob and old == 1 and new <= copies)
 
 
 def _keeps_depth(source: ModelConfig, target: ModelConfig, growth: GrowthConfig) -> bool:
@@ -94,6 +103,11 @@ def _check_eps(source: ModelConfig, target: ModelConfig, growth: GrowthConfig) -
 
 def _check_head_dim(source: ModelConfig, target: ModelConfig) -> None:
     old, new = source.head_dim, target.head_dim
+    if new > old and source.qk_norm != "none":
+        raise UserError(
+            f"head_dim: target {new}, source {old}; a norm over each head (qk_norm {source.qk_norm}) would count the "
+            f"new channels, keep {old} and grow num_attention_heads"
+        )
     if new % old:
         raise UserError(
             f"head_dim: target {new}, source {old}; rotary frequencies fit into each other at integer ratios only, use "
@@ -118,7 +132,7 @@ def _check_layers(source: ModelConfig, target: ModelConfig, growth: GrowthConfig
 
 def num_shards(source: ModelConfig, target: ModelConfig) -> int:
     """Into how many experts each copy of the dense feed-forward is cut (METHODS 5, fine-grained): 1 leaves it whole."""
-    return source.intermediate_size // target.intermediate_size
+    return 1 if source.is_moe else source.intermediate_size // target.moe_intermediate_size
 
 
 def _check_scale_out(source: ModelConfig, target: ModelConfig, upcycling: UpcyclingConfig) -> None:
@@ -128,7 +142,7 @@ def _check_scale_out(source: ModelConfig, target: ModelConfig, upcycling: Upcycl
     for field in ModelConfig.model_fields:
         if field in (*_WIDTHS, "num_hidden_layers") and field != "intermediate_size":
             _check_kept(field, source, target, "a scale-out keeps the sizes, change them in a scale_up stage before it")
-        elif field not in (*_EXPERTS, "intermediate_size") and field not in _FREE:
+        elif field not in (*_EXPERTS, *_FEED_FORWARDS) and field not in _FREE:
             _check_kept(field, source, target, "a scale-out cannot change it, keep the source's")
     if source.is_moe:
         _check_more_experts(source, target)
@@ -138,7 +152,8 @@ def _check_scale_out(source: ModelConfig, target: ModelConfig, upcycling: Upcycl
 
 def _check_more_experts(source: ModelConfig, target: ModelConfig) -> None:
     """Experts out of experts: whole ones, each as often as the others."""
-    _check_kept("intermediate_size", source, target, "experts of experts are whole, keep the source's")
+    for field in _FEED_FORWARDS:
+        _check_kept(field, source, target, "a scale-out of experts copies whole ones, keep the source's")
     _check_not_smaller("num_experts_per_tok", source, target, "scale-out")
     if target.num_experts % source.num_experts:
         old, more = source.num_experts, target.num_experts // source.num_experts + 1
@@ -150,19 +165,26 @@ def _check_more_experts(source: ModelConfig, target: ModelConfig) -> None:
 
 def _check_shards(source: ModelConfig, target: ModelConfig, upcycling: UpcyclingConfig) -> None:
     """Experts may be equal parts of the dense feed-forward, when a token always goes through whole ones."""
-    old, new = source.intermediate_size, target.intermediate_size
+    old, new = source.intermediate_size, target.moe_intermediate_size
+    if target.mlp_only_layers:
+        _check_kept("intermediate_size", source, target, "dense layers are copied, set moe_intermediate_size instead")
+    if target.shared_expert_intermediate_size not in (0, old):
+        raise UserError(
+            f"shared_expert_intermediate_size: target {target.shared_expert_intermediate_size}, the source's "
+            f"feed-forward has {old} neurons; a shared expert is a copy of it, use {old} or 0"
+        )
     if old % new:
         raise UserError(
-            f"intermediate_size: target {new}, source {old}; experts are the dense feed-forward or equal parts of it, "
-            f"use {old} or a divisor of it"
+            f"moe_intermediate_size: target {new}, source {old}; experts are the dense feed-forward or equal parts of "
+            f"it, use {old} or a divisor of it"
         )
     shards = num_shards(source, target)
     for field in _EXPERTS:
         count = getattr(target, field)
         if count % shards:
             raise UserError(
-                f"{field}: {count} experts, but intermediate_size {new} cuts the source's {old} into {shards} parts, "
-                f"and tokens go through whole ones; use a multiple of {shards}"
+                f"{field}: {count} experts, but moe_intermediate_size {new} cuts the source's {old} into {shards} "
+                f"parts, and tokens go through whole ones; use a multiple of {shards}"
             )
     no_order = upcycling.router_init == "zero" or upcycling.router_std == 0
     if shards > 1 and no_order and target.num_experts_per_tok < target.num_experts:

@@ -11,7 +11,7 @@ from torch import Tensor
 from aquilamoe.config.schema import ModelConfig, UpcyclingConfig
 from aquilamoe.growth import noise, rules
 from aquilamoe.growth.stream import Progress, Stream, compute_dtype, rewrite, silent
-from aquilamoe.weights import huggingface, names
+from aquilamoe.weights import configuration, names
 from aquilamoe.weights.store import Reader
 
 
@@ -31,7 +31,7 @@ def scale_out(
     everything else is copied. The result depends on the arguments alone and keeps the source's dtype. In memory there
     is one tensor. Raises UserError for a growth that cannot be done (see `rules.check`) and for a damaged source.
     """
-    source_config = huggingface.read_config(source)
+    source_config = configuration.read_config(source)
     rules.check(source_config, target_config, upcycling)
 
     def grow(reader: Reader) -> Stream:
@@ -45,7 +45,7 @@ def _upcycle(reader: Reader, source: ModelConfig, target: ModelConfig, upcycling
     dtype = compute_dtype(reader.dtype(names.EMBEDDING))
     shards = 1 if source.is_moe else rules.num_shards(source, target)
     copies = target.num_experts // (source.num_experts or target.num_experts)
-    shapes = names.role_shapes(target)
+    shapes = names.role_shapes(target, 0)
     experts = {
         names.expert_role(expert, role): (role, expert)
         for role in (names.GATE, names.UP, names.DOWN)

@@ -13,7 +13,7 @@ from aquilamoe.growth import depth, rules
 from aquilamoe.growth.stream import Progress, Stream, compute_dtype, rewrite, silent
 from aquilamoe.growth.units import UnitMap, map_units
 from aquilamoe.growth.width import Width
-from aquilamoe.weights import huggingface, names
+from aquilamoe.weights import configuration, names
 from aquilamoe.weights.store import Reader
 
 
@@ -30,7 +30,7 @@ def scale_up(
     The result depends on the arguments alone and keeps the source's dtype. In memory there is one grown layer, or the
     embedding. Raises UserError for a growth that cannot be done (see `rules.check`) and for a damaged source.
     """
-    source_config = huggingface.read_config(source)
+    source_config = configuration.read_config(source)
     rules.check(source_config, target_config, growth)
 
     def grow(reader: Reader) -> Stream:
@@ -60,7 +60,7 @@ def _grow(reader: Reader, source: ModelConfig, target: ModelConfig, growth: Grow
     method = plugins.load("growth/methods", growth.method)
     dtype = compute_dtype(reader.dtype(names.EMBEDDING))
     layers = depth.map_layers(source, target, growth)
-    roles, outer = names.role_shapes(target), names.outer_shapes(target)
+    roles, outer = names.role_shapes(target, 0), names.outer_shapes(target)
     width = Width(
         units=map_units(source, target, growth, seed),
         growth=growth,

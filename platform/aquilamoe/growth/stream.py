@@ -8,7 +8,7 @@ from torch import Tensor
 
 from aquilamoe.config.messages import UserError
 from aquilamoe.config.schema import ModelConfig
-from aquilamoe.weights import huggingface, names, store
+from aquilamoe.weights import configuration, names, store
 
 Progress = Callable[[int, int], None]  # (tensors written, tensors of the target)
 Stream = Iterator[tuple[str, Tensor]]  # on-disk names with tensors, in the order of the target's files
@@ -39,9 +39,9 @@ def rewrite(
         dtype = reader.dtype(names.EMBEDDING)
         store.write(target, shapes, dtype, _watch(grow(reader), len(shapes), progress))
     # The source's own generation settings, if it has any, take the place of the plain ones.
-    eos_token_id = huggingface.read_eos_token_id(source)
-    huggingface.write_config(target, target_config, str(dtype).removeprefix("torch."), eos_token_id)
-    huggingface.copy_companions(source, target)
+    eos_token_id = configuration.read_eos_token_id(source)
+    configuration.write_config(target, target_config, str(dtype).removeprefix("torch."), eos_token_id)
+    configuration.copy_companions(source, target)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -19,7 +19,8 @@ def estimate(node: Node) -> Estimate:
 def run(context: Context) -> Metrics:
     import torch
 
-    from aquilamoe.weights.huggingface import copy_companions, load_model, read_eos_token_id, save_model
+    from aquilamoe.weights.configuration import copy_companions, read_eos_token_id
+    from aquilamoe.weights.huggingface import load_model, save_model
 
     node, stage = context.node, cast(ExportStage, context.node.stage)
     assert node.model is not None

@@ -24,7 +24,7 @@ def run(context: Context) -> Metrics:
     from aquilamoe.training.launch import launch
     from aquilamoe.training.loop import Job
     from aquilamoe.training.metrics import recovery_tokens
-    from aquilamoe.weights.huggingface import copy_companions, write_config
+    from aquilamoe.weights.configuration import copy_companions, write_config
 
     node, source, tokens = context.node, context.inputs.get("source"), context.inputs["tokens"]
     assert node.model is not None

@@ -4,6 +4,7 @@ Inside a layer a tensor is known by its role, e.g. `self_attn.q_proj.weight`: it
 in the spelling of Llama, Qwen2 and Qwen2-MoE. Only Mixtral spells its router and experts differently on disk.
 """
 
+from aquilamoe.config.network import ABSENT_SHARED_EXPERT_SIZE
 from aquilamoe.config.schema import ModelConfig
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -16,14 +17,13 @@ Q_WEIGHT, Q_BIAS = "self_attn.q_proj.weight", "self_attn.q_proj.bias"
 K_WEIGHT, K_BIAS = "self_attn.k_proj.weight", "self_attn.k_proj.bias"
 V_WEIGHT, V_BIAS = "self_attn.v_proj.weight", "self_attn.v_proj.bias"
 O_WEIGHT = "self_attn.o_proj.weight"
+Q_NORM, K_NORM = "self_attn.q_norm.weight", "self_attn.k_norm.weight"
 GATE, UP, DOWN = "mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight"  # of a dense layer
 ROUTER = "mlp.gate.weight"
 
-# Qwen2-MoE, the MoE architecture with QKV bias that transformers and vLLM both open, always has a shared expert. Ours
-# is all zeros: it adds nothing to the output, gets no gradient, and is no part of our model. Size 0 does not do:
-# transformers then wants empty tensors in the file (and torch warns about them), for which vLLM has no place and stops.
-# Size 1 would do, but not for tensor-parallel serving; 8 is the smallest size that 2, 4 and 8 devices can share.
-SHARED_EXPERT_SIZE = 8
+# A shared expert and the row that scores it.
+SHARED_GATE, SHARED_UP = "mlp.shared_expert.gate_proj.weight", "mlp.shared_expert.up_proj.weight"
+SHARED_DOWN, SHARED_ROUTER = "mlp.shared_expert.down_proj.weight", "mlp.shared_expert_gate.weight"
 
 _MIXTRAL_PROJECTIONS = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 
@@ -31,7 +31,12 @@ _MIXTRAL_PROJECTIONS = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 def architecture(config: ModelConfig) -> str:
     """Name of the class in `transformers` that computes this model."""
     if config.is_moe:
-        return "Qwen2MoeForCausalLM" if config.qkv_bias else "MixtralForCausalLM"
+        if config.qk_norm != "none":
+            return "Qwen3MoeForCausalLM" if config.qk_norm == "head" else "OlmoeForCausalLM"
+        is_mixtral = not (config.qkv_bias or config.shared_expert_intermediate_size or config.mlp_only_layers)
+        return "MixtralForCausalLM" if is_mixtral and config.norm_topk_prob else "Qwen2MoeForCausalLM"
+    if config.qk_norm == "head":
+        return "Qwen3ForCausalLM"
     if config.qkv_bias:
         return "Qwen2ForCausalLM"
     # The same network as Llama, but Llama's config class refuses heads that do not divide the hidden size.
@@ -44,44 +49,52 @@ def expert_role(expert: int, role: str) -> str:
     return f"mlp.experts.{expert}.{role.removeprefix('mlp.')}"
 
 
-def role_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors of one layer by role, in file order; every layer has the same.
+def role_shapes(config: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of one layer by role, in file order.
 
-    A dense layer has `GATE`, `UP`, `DOWN`; an MoE layer has `ROUTER`, then the gate of every expert, then every up,
-    then every down, so that all copies of one dense tensor are neighbours. Fillers (see `filler_roles`) come last.
+    A dense layer has `GATE`, `UP`, `DOWN`; a sparse layer has `ROUTER`, then the gate of every expert, then every up,
+    then every down, so that all copies of one dense tensor are neighbours, then the shared expert, if there is one.
+    Fillers (see `filler_roles`) come last.
     """
-    hidden, ffn = config.hidden_size, config.intermediate_size
+    hidden = config.hidden_size
     q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     shapes: dict[str, tuple[int, ...]] = {INPUT_NORM: (hidden,)}
     for weight, bias, size in ((Q_WEIGHT, Q_BIAS, q), (K_WEIGHT, K_BIAS, kv), (V_WEIGHT, V_BIAS, kv)):
         shapes[weight] = (size, hidden)
         if config.qkv_bias:
             shapes[bias] = (size,)
+    if config.qk_norm != "none":
+        per_head = config.qk_norm == "head"
+        shapes |= {Q_NORM: (config.head_dim if per_head else q,), K_NORM: (config.head_dim if per_head else kv,)}
     shapes |= {O_WEIGHT: (hidden, q), POST_ATTENTION_NORM: (hidden,)}
-    feed_forward = {GATE: (ffn, hidden), UP: (ffn, hidden), DOWN: (hidden, ffn)}
-    if not config.is_moe:
-        return shapes | feed_forward
+    if not config.is_sparse(layer):
+        return shapes | _feed_forward(hidden, config.intermediate_size)
     shapes[ROUTER] = (config.num_experts, hidden)
-    for role, shape in feed_forward.items():
+    for role, shape in _feed_forward(hidden, config.moe_intermediate_size).items():
         shapes |= {expert_role(expert, role): shape for expert in range(config.num_experts)}
-    return shapes | _filler_shapes(config)
+    return shapes | _shared_expert(hidden, config.shared_expert_intermediate_size) | _filler_shapes(config)
+
+
+def _feed_forward(hidden: int, neurons: int) -> dict[str, tuple[int, ...]]:
+    return {GATE: (neurons, hidden), UP: (neurons, hidden), DOWN: (hidden, neurons)}
+
+
+def _shared_expert(hidden: int, neurons: int) -> dict[str, tuple[int, ...]]:
+    if not neurons:
+        return {}
+    projections = zip((SHARED_GATE, SHARED_UP, SHARED_DOWN), _feed_forward(hidden, neurons).values(), strict=True)
+    return {**dict(projections), SHARED_ROUTER: (1, hidden)}
 
 
 def filler_roles(config: ModelConfig) -> list[str]:
-    """Roles that the format demands and the model does not have: a writer fills them with zeros. Mostly none."""
+    """Roles of a sparse layer that the format demands and the model does not have: zeros in a file. Mostly none."""
     return list(_filler_shapes(config))
 
 
 def _filler_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    if architecture(config) != "Qwen2MoeForCausalLM":
+    if architecture(config) != "Qwen2MoeForCausalLM" or config.shared_expert_intermediate_size:
         return {}
-    hidden, size = config.hidden_size, SHARED_EXPERT_SIZE
-    return {
-        "mlp.shared_expert.gate_proj.weight": (size, hidden),
-        "mlp.shared_expert.up_proj.weight": (size, hidden),
-        "mlp.shared_expert.down_proj.weight": (hidden, size),
-        "mlp.shared_expert_gate.weight": (1, hidden),
-    }
+    return _shared_expert(config.hidden_size, ABSENT_SHARED_EXPERT_SIZE)
 
 
 def layer_name(config: ModelConfig, layer: int, role: str) -> str:
@@ -95,7 +108,7 @@ def layer_name(config: ModelConfig, layer: int, role: str) -> str:
 
 def layer_names(config: ModelConfig, layer: int) -> dict[str, str]:
     """On-disk names of one layer by role, in file order."""
-    return {role: layer_name(config, layer, role) for role in role_shapes(config)}
+    return {role: layer_name(config, layer, role) for role in role_shapes(config, layer)}
 
 
 def outer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -107,8 +120,8 @@ def outer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Shapes of all tensors of a checkpoint by on-disk name, in file order: embedding, layers, final norm, head."""
-    outer, roles = outer_shapes(config), role_shapes(config)
+    outer = outer_shapes(config)
     shapes = {EMBEDDING: outer.pop(EMBEDDING)}
     for layer in range(config.num_hidden_layers):
-        shapes |= {layer_name(config, layer, role): shape for role, shape in roles.items()}
+        shapes |= {layer_name(config, layer, role): shape for role, shape in role_shapes(config, layer).items()}
     return shapes | outer
