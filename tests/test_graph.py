@@ -188,6 +188,17 @@ def test_heads_that_a_growth_does_not_name_follow_the_hidden_size(build: Build) 
     assert (model.num_attention_heads, model.head_dim) == (6, 16)
 
 
+@pytest.mark.parametrize(("hidden_size", "heads"), [(80, 6), (96, 6), (112, 8)], ids=["80", "96", "112"])
+def test_heads_that_follow_the_hidden_size_fill_whole_groups(build: Build, hidden_size: int, heads: int) -> None:
+    words = (
+        *("model.head_dim=16", "model.num_attention_heads=4", "model.num_key_value_heads=2"),
+        *("stages.scale_up.model.num_attention_heads=null", f"stages.scale_up.model.hidden_size={hidden_size}"),
+    )
+    model = build(*words)["dense"].model
+    assert model is not None
+    assert (model.num_attention_heads, model.num_key_value_heads) == (heads, 2)
+
+
 def test_a_continued_stage_has_the_model_of_its_source(build: Build) -> None:
     nodes = build()
     assert nodes["dense"].model == nodes["scale_up"].model

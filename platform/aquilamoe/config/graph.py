@@ -212,15 +212,17 @@ def grown_model(
 ) -> ModelConfig:
     """Apply the sizes that a growth names (not None) to the source.
 
-    What is not named stays, but for what follows: the number of heads from hidden_size and head_dim, rms_norm_eps from
-    the growth's norm, and the size of the first experts from the feed-forward.
+    What is not named stays, but for what follows: the number of heads from hidden_size at constant head_dim (made up to
+    whole groups), rms_norm_eps from the growth's norm, and the size of the first experts from the feed-forward.
     """
     changes = {field: value for field, value in changes.items() if value is not None}
     values = {**source.model_dump(), **({} if source.is_moe else {"moe_intermediate_size": None}), **changes}
     hidden_size, head_dim = values["hidden_size"], values["head_dim"]
     if isinstance(hidden_size, int) and isinstance(head_dim, int) and hidden_size > 0 and head_dim > 0:
         if "hidden_size" in changes and "num_attention_heads" not in changes:
-            values["num_attention_heads"] = hidden_size // head_dim
+            channels = source.num_attention_heads * source.head_dim  # of all queries: Qwen3 has more than hidden_size
+            heads, groups = channels * hidden_size // source.hidden_size // head_dim, values["num_key_value_heads"]
+            values["num_attention_heads"] = heads + (-heads % groups if isinstance(groups, int) and groups > 0 else 0)
         if growth is not None and "rms_norm_eps" not in changes:
             values["rms_norm_eps"] = growth.grown_eps(source, hidden_size)
     try:
