@@ -229,5 +229,4 @@ def test_a_tensor_of_whole_numbers_is_refused_by_name(tmp_path: Path) -> None:
     write(tmp_path, {"a": (2,)}, torch.float32, [("a", torch.zeros(2))])
     path = tmp_path / SINGLE_FILE
     path.write_bytes(path.read_bytes().replace(b'"F32"', b'"I32"'))
-    with Reader(tmp_path) as reader, pytest.raises(UserError, match="tensor 'a' is stored as I32"):
-        reader.get("a")
+    assert refusal(tmp_path).startswith(f"{path}: tensor 'a' is stored as I32")
