@@ -49,6 +49,8 @@ _SAME_SPELLING = (
     "rms_norm_eps",
 )
 _WEIGHT_SUFFIXES = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".partial")
+_CODE_SUFFIXES = (".py", ".pyc", ".so", ".sh")
+_NOT_COPIED = (CONFIG_FILE, "README.md", "record.json", "run.json")  # each is about one checkpoint
 
 
 def config_to_dict(config: ModelConfig, *, dtype: str, eos_token_id: int | None = None) -> dict[str, Any]:
@@ -259,10 +261,23 @@ def write_config(directory: Path, config: ModelConfig, dtype: str, eos_token_id:
         (directory / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+def companions(source: Path) -> list[Path]:
+    """The files beside weights and config.json that a copy takes along: tokenizer, generation settings, licence.
+
+    Neither the README, which is about the source, nor code, which a checkpoint here never has.
+    """
+    return [
+        path
+        for path in sorted(source.iterdir())
+        if path.is_file()
+        and path.name not in _NOT_COPIED
+        and not path.name.startswith(".")
+        and not path.name.endswith((*_WEIGHT_SUFFIXES, *_CODE_SUFFIXES))
+    ]
+
+
 def copy_companions(source: Path, target: Path) -> None:
-    """Copy the files beside weights and config.json: tokenizer, generation settings, licence, but not README."""
+    """Copy the `companions` of a checkpoint to another directory."""
     target.mkdir(parents=True, exist_ok=True)
-    for path in sorted(source.iterdir()):
-        skipped = path.name in (CONFIG_FILE, "README.md") or path.name.startswith(".")
-        if path.is_file() and not skipped and not path.name.endswith(_WEIGHT_SUFFIXES):
-            shutil.copyfile(path, target / path.name)
+    for path in companions(source):
+        shutil.copyfile(path, target / path.name)
