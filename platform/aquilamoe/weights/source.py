@@ -13,6 +13,7 @@ from aquilamoe.weights import headers
 from aquilamoe.weights.headers import TensorInfo
 
 HASH_BYTES = 2**20
+AHEAD_BYTES = 32 * 2**20
 
 
 class Source:
@@ -60,18 +61,34 @@ class Source:
                 )
             offset += count
 
+    def will_need(self, name: str) -> None:
+        """Let the disk read a tensor ahead."""
+        info = self.info(name)
+        self._advise(info.file, info.start, info.num_bytes + AHEAD_BYTES)
+
     def digest(self, name: str) -> str:
-        """SHA-256 of the bytes of a tensor, in hexadecimal; computed once."""
+        """SHA-256 of the bytes of a tensor, in hexadecimal; computed once, from any thread."""
         if name not in self._digests:
             found, info = hashlib.sha256(), self.info(name)
             with mmap.mmap(-1, HASH_BYTES) as memory, memoryview(memory) as room:
                 for position in range(0, info.num_bytes, HASH_BYTES):
-                    piece = room[: min(HASH_BYTES, info.num_bytes - position)]
-                    self.read_into(name, position, piece)
-                    found.update(piece)
-                    piece.release()
+                    with room[: min(HASH_BYTES, info.num_bytes - position)] as piece:
+                        self.read_into(name, position, piece)
+                        found.update(piece)
             self._digests[name] = found.hexdigest()
         return self._digests[name]
+
+    def nonfinite(self, name: str, index: int) -> UserError:
+        """What a user reads when element `index` of a flattened tensor is infinite or no number."""
+        info = self.info(name)
+        return UserError(
+            f"{self.directory / info.file}: tensor '{name}' {info.shape} is infinite or not a number at element {index}; "
+            "choose a checkpoint from before its training diverged, or copy it again"
+        )
+
+    def _advise(self, file: str, start: int, size: int) -> None:
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._descriptor(file), start, size, os.POSIX_FADV_WILLNEED)
 
     def _descriptor(self, file: str) -> int:
         with self._lock:

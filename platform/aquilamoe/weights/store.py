@@ -2,17 +2,19 @@
 
 import mmap
 from collections.abc import Iterable, Mapping
+from math import prod
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from aquilamoe.weights.finite import first_nonfinite
 from aquilamoe.weights.headers import INDEX_FILE, SINGLE_FILE
 from aquilamoe.weights.layout import MAX_SHARD_BYTES, PAGE
 from aquilamoe.weights.source import Source
 from aquilamoe.weights.writer import Writer
 
-__all__ = ["DTYPES", "INDEX_FILE", "SINGLE_FILE", "Reader", "Writer", "write"]
+__all__ = ["DTYPES", "INDEX_FILE", "SINGLE_FILE", "Reader", "Writer", "first_nonfinite", "write"]
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -61,12 +63,20 @@ class Reader(Source):
             if start < end:
                 self._maps[info.file].madvise(mmap.MADV_DONTNEED, start, end - start)
 
+    def check(self, name: str, tensor: Tensor, first_row: int = 0) -> None:
+        """Refuse, by UserError, a value that is infinite or no number in rows of a tensor from `first_row` on."""
+        index = first_nonfinite(tensor)
+        if index is not None:
+            raise self.nonfinite(name, first_row * prod(self.shape(name)[1:]) + index)
+
     def _view(self, name: str, start: int, shape: tuple[int, ...]) -> Tensor:
         dtype = self.dtype(name)
-        size = torch.Size(shape).numel()
+        size = prod(shape)
         if size == 0:
             return torch.empty(shape, dtype=dtype)
-        data = memoryview(self._map(self.info(name).file))[start : start + size * dtype.itemsize]
+        file = self.info(name).file
+        self._advise(file, start, size * dtype.itemsize)
+        data = memoryview(self._map(file))[start : start + size * dtype.itemsize]
         if start % dtype.itemsize:  # a header of another writer may have any length
             data = memoryview(bytearray(data))
         return torch.frombuffer(data, dtype=dtype).view(shape)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Self
 
 from aquilamoe.weights import layout
 from aquilamoe.weights.disk import BUFFER_BYTES, Buffer, Lane, OutputFile, check_space, sync_directory
+from aquilamoe.weights.finite import first_nonfinite_bytes
 from aquilamoe.weights.headers import INDEX_FILE, ITEM_BYTES, SINGLE_FILE
 from aquilamoe.weights.layout import MAX_SHARD_BYTES, PAGE
 from aquilamoe.weights.source import Source
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PARTIAL = ".partial"
+FILES = ("model-*-of-*.safetensors", SINGLE_FILE, INDEX_FILE)  # what a checkpoint's weights can be called
 NUM_BUFFERS = 8
 NUM_HASHING = 2
 
@@ -109,7 +111,7 @@ class Writer:
             rows add up to those of the tensor. Each is converted once and released before the next is asked for.
         """
         names, shape = self._claim(names)
-        flow = _Flow(self, names)
+        flow = _Flow(self, names, self._next_hashing())
         stream = iter(blocks)
         rows, due = 0, shape[0] if shape else 1
         while (block := next(stream, None)) is not None:
@@ -126,7 +128,7 @@ class Writer:
     def copy(self, names: str | Sequence[str], reader: Source, source_name: str) -> None:
         """Write the bytes of a tensor of `reader`, which has the same shape and type, under one name or several.
 
-        They are read once. Raises UserError where the file holds less than its header says.
+        They are read once. Raises UserError where a value is infinite or no number.
         """
         names, shape = self._claim(names)
         info = reader.info(source_name)
@@ -134,14 +136,23 @@ class Writer:
             raise ValueError(
                 f"tensor '{names[0]}' is {self._dtype} {shape}, '{source_name}' of the source {info.dtype} {info.shape}"
             )
-        flow = _Flow(self, names)
+        reader.will_need(source_name)
+        # Not from the buffers, which would wait for it where a tensor has few copies.
+        self._next_hashing().put(partial(self._digest_copy, names, reader, source_name))
+        flow = _Flow(self, names, None)
         position = 0
         while position < info.num_bytes:
             room = flow.room()[: info.num_bytes - position]
             reader.read_into(source_name, position, room)
+            index = first_nonfinite_bytes(room, self._dtype)
+            if index is not None:
+                raise reader.nonfinite(source_name, position // ITEM_BYTES[self._dtype] + index)
             flow.advance(len(room))
             position += len(room)
         self._end(flow, names)
+
+    def _digest_copy(self, names: list[str], reader: Source, source_name: str) -> None:
+        self.digests |= dict.fromkeys(names, reader.digest(source_name))
 
     def _claim(self, names: str | Sequence[str]) -> tuple[list[str], tuple[int, ...]]:
         """Names that are written now, and the shape that they share."""
@@ -174,7 +185,7 @@ class Writer:
         self._raise_errors()
         return buffer
 
-    def next_hashing(self) -> Lane:
+    def _next_hashing(self) -> Lane:
         """The thread whose turn it is to hash a tensor."""
         self._turns += 1
         return self._hashing[self._turns % NUM_HASHING]
@@ -188,7 +199,7 @@ class Writer:
 
     def _remove_partials(self) -> None:
         """Those of this writer, and what one that was killed left behind."""
-        for pattern in ("model-*-of-*.safetensors", SINGLE_FILE, INDEX_FILE):
+        for pattern in FILES:
             for path in self.directory.glob(f"{pattern}{PARTIAL}"):
                 path.unlink(missing_ok=True)
 
@@ -203,27 +214,26 @@ class Writer:
         current = layout.file_names(self._shards)
         for file in current:
             self._partial(file).replace(self.directory / file)
-        for path in [
-            *self.directory.glob("model-*-of-*.safetensors"),
-            *map(self.directory.joinpath, (SINGLE_FILE, INDEX_FILE)),
-        ]:
-            if path.name not in current:
-                path.unlink(missing_ok=True)
+        for pattern in FILES:
+            for path in self.directory.glob(pattern):
+                if path.name not in current:
+                    path.unlink()
         sync_directory(self.directory)
+        if self._is_new:
+            sync_directory(self.directory.parent)
 
 
 class _Flow:
-    """The bytes of one tensor on their way into buffers, and from there to its places and through a hash."""
+    """The bytes of one tensor on their way into buffers, and from there to its places and, in a lane, through a hash."""
 
-    def __init__(self, writer: "Writer", names: list[str]) -> None:
-        self._writer, self._names = writer, names
+    def __init__(self, writer: "Writer", names: list[str], hashing: Lane | None) -> None:
+        self._writer, self._names, self._hashing = writer, names, hashing
         self._places = writer.places(names)
         # Memory and file have to agree on where pages begin; of several places the first decides.
         self._begin = self._end = self._places[0][1] % PAGE
         self._written = 0
         self._buffer: Buffer | None = None
         self._hash = hashlib.sha256()
-        self._lane = writer.next_hashing()
 
     def room(self) -> memoryview:
         """Memory for the next bytes, at least one."""
@@ -241,14 +251,16 @@ class _Flow:
         """Send what is left; the digest follows when all has been hashed."""
         if self._end > self._begin:
             self._send()
-        self._lane.put(self._digest)
+        if self._hashing:
+            self._hashing.put(self._digest)
 
     def _send(self) -> None:
         assert self._buffer is not None
         buffer, self._buffer = self._buffer, None
         data = memoryview(buffer.memory)[self._begin : self._end]
-        buffer.lend(2)
-        self._lane.put(partial(self._hash.update, data), buffer)
+        buffer.lend(2 if self._hashing else 1)
+        if self._hashing:
+            self._hashing.put(partial(self._hash.update, data), buffer)
         self._writer.writing.put(partial(self._write, data, self._begin, self._written), buffer)
         self._written += len(data)
         self._begin = self._end = 0
@@ -265,8 +277,8 @@ def _convert(block: "Tensor", flow: _Flow, dtype: str) -> None:
     """Put the elements of a block, cast, into the flow; what is not contiguous is gathered in small pieces."""
     import torch
 
-    item_bytes = ITEM_BYTES[dtype]
     kind = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[dtype]
+    item_bytes = kind.itemsize
     block = block.detach()
     rows = max(1, BUFFER_BYTES * len(block) // max(1, block.numel() * item_bytes)) if block.dim() else 1
     for piece in [block] if block.is_contiguous() or block.dim() == 0 else block.split(rows):
