@@ -4,6 +4,7 @@ import os
 import re
 import shlex
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +16,43 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from aquilamoe.commands import execute
 from aquilamoe.config.messages import UserError, nearest
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
 
-def run(config_name: str) -> None:
-    """Compose `conf/<config_name>.yaml` with the command line and execute it; exit with 1 and one line on a mistake."""
-    # Both `experiment=x` and Hydra's own spelling `+experiment=x` work.
-    sys.argv[1:] = ["+" + word if word.startswith("experiment=") else word for word in sys.argv[1:]]
+Execute = Callable[[dict[str, Any], str], None]
+
+
+def run(config_name: str, execute: Execute, optional_groups: Sequence[str] = (), paths: Sequence[str] = ()) -> None:
+    """Compose `conf/<config_name>.yaml` with the command line and execute it; exit with 1 and one line on a mistake.
+
+    execute: is given the composed values, and the command as it was typed.
+    optional_groups: groups that the defaults leave out: both `experiment=x` and Hydra's own `+experiment=x` work.
+    paths: keys whose values are taken as they are typed, whatever characters are in them.
+    """
     command = shlex.join(["python", os.path.relpath(sys.argv[0], CONF.parent), *sys.argv[1:]])
+    sys.argv[1:] = [_normalized(word, optional_groups, paths) for word in sys.argv[1:]]
     try:
         for values in _composed(config_name):
             execute(values, command)
     except UserError as error:
         raise SystemExit(f"error: {error}") from None
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command continues where this stopped", file=sys.stderr)
+    except KeyboardInterrupt as interruption:
+        remedy = str(interruption) or "the same command continues where this stopped"
+        print(f"\ninterrupted; {remedy}", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def _normalized(word: str, optional_groups: Sequence[str], paths: Sequence[str]) -> str:
+    """A word of the command line as Hydra's grammar wants it."""
+    key, equals, value = word.partition("=")
+    if key in optional_groups and equals:
+        return f"+{word}"
+    if key in paths and value != "null" and re.search(r"[^\w./+-]", value):
+        quoted = re.sub(r"(\\*)'", r"\1\1\\'", value).replace("${", "\\${")
+        return f"{key}='{quoted}'"
+    return word
 
 
 def _composed(config_name: str) -> list[dict[str, Any]]:
@@ -80,6 +99,9 @@ def _nearest_key(key: str, config_name: str) -> str:
     for part in key.split("."):
         inner = OmegaConf.select(known, part) if isinstance(known, DictConfig) else None
         if inner is None:
+            options = sorted(path.stem for path in (CONF / part).glob("*.yaml")) if part in known else []
+            if options:
+                return f"choose one of that group first, e.g. {part}={options[0]}"
             return nearest(part, map(str, known)) if isinstance(known, DictConfig) else "it has no keys inside"
         known = inner
     return "it is set twice"

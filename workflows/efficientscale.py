@@ -5,5 +5,7 @@ python workflows/efficientscale.py [experiment=NAME] [action=run|plan|status] [K
 
 from composition import run
 
+from aquilamoe.commands import execute
+
 if __name__ == "__main__":
-    run("config")
+    run("config", execute, optional_groups=("experiment",))

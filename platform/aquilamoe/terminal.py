@@ -98,7 +98,7 @@ def _headline(record: Record) -> str:
 
 def plan_table(plan: Sequence[Planned]) -> Table:
     """What would run and why, and what it takes: parameters, tokens, FLOPs, disk, time."""
-    table = _table("stage", "", "why", ">parameters", ">active", ">tokens", ">FLOPs", ">disk", ">time")
+    table = make_table("stage", "", "why", ">parameters", ">active", ">tokens", ">FLOPs", ">disk", ">time")
     for planned in plan:
         node = planned.node
         model = node.model
@@ -132,13 +132,14 @@ def plan_table(plan: Sequence[Planned]) -> Table:
 def final_table(records: Mapping[str, Record], status: Mapping[str, str]) -> Table:
     """One row a stage: sizes, tokens, FLOPs, losses, recovery, seconds, cached or run."""
     right = [f">{title}" if index and title != "status" else title for index, title in enumerate(rows.HEADER)]
-    table = _table(*right)
+    table = make_table(*right)
     for row in rows.stage_rows(records, status):
         table.add_row(*row.cells())
     return table
 
 
-def _table(*titles: str) -> Table:
+def make_table(*titles: str) -> Table:
+    """A table of the terminal's style; columns whose title begins with `>` are flush right."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for title in titles:
         table.add_column(title.removeprefix(">"), justify="right" if title.startswith(">") else "left")

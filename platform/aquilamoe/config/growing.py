@@ -1,0 +1,119 @@
+"""The configuration of the growth tool: any checkpoint in, a grown one out. As strict as an experiment's."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import Field, ValidationError, field_validator
+
+from aquilamoe.config.messages import UserError, first_problem, nearest
+from aquilamoe.config.network import Config, Int, NonNegativeInt, PositiveFloat, PositiveInt
+from aquilamoe.config.schema import GrowthConfig, UpcyclingConfig
+
+SparseLayers = Literal["all", "every_other"]
+
+
+class SparseUpcycling(UpcyclingConfig):
+    """An upcycling, and which layers get experts; null leaves that to `model.mlp_only_layers`."""
+
+    layers: SparseLayers | tuple[NonNegativeInt, ...] | None
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _check_layers(cls, layers: Any) -> Any:
+        """One line instead of a problem for each member of the union."""
+        if isinstance(layers, str) and layers not in get_args(SparseLayers):
+            choices = get_args(SparseLayers)
+            raise ValueError(f"'{layers}' is not a choice; {nearest(layers, choices)}, or a list of layers")
+        if layers is not None and not isinstance(layers, str) and not _is_layers(layers):
+            raise ValueError(f"{layers!r} is not a list of layers counted from 0; write e.g. [1, 3, 5]")
+        return layers
+
+    @property
+    def plain(self) -> UpcyclingConfig:
+        """The upcycling by itself: what the growth engine knows."""
+        return UpcyclingConfig.model_validate(self.model_dump(exclude={"layers"}))
+
+    def dense_layers(self, num_layers: int) -> list[int] | None:
+        """Layers without experts of a target with `num_layers` layers, None where `layers` says nothing."""
+        if self.layers is None:
+            return None
+        if self.layers == "all":
+            return []
+        # As in Qwen2-MoE's and others' sparse steps of 2, the first layer is a dense one.
+        sparse = range(1, num_layers, 2) if self.layers == "every_other" else self.layers
+        beyond = [layer for layer in sparse if layer >= num_layers]
+        if beyond:
+            raise UserError(
+                f"upcycling.layers: layer {beyond[0]} in the list, the source has {num_layers} layers; count them from "
+                f"0 to {num_layers - 1}"
+            )
+        return [layer for layer in range(num_layers) if layer not in sparse]
+
+
+def _is_layers(layers: Any) -> bool:
+    return isinstance(layers, (list, tuple)) and all(type(layer) is int and layer >= 0 for layer in layers)
+
+
+class CertificateConfig(Config):
+    """On how much of which text source and target are compared, and how far a preserving growth may be off.
+
+    text: a file of UTF-8 text; null is the embedded validation text.
+    tolerance: largest difference of a logit; null follows the dtype of the weights.
+    """
+
+    enabled: bool
+    text: str | None
+    tokens: PositiveInt
+    sequence_length: Annotated[Int, Field(ge=2)]
+    tolerance: PositiveFloat | None
+
+
+class GrowConfig(Config):
+    """One call of the growth tool. `model` has the sizes that change; exactly one of growth and upcycling is set."""
+
+    source: str
+    target: str
+    action: Literal["run", "plan", "certify"]
+    plan: Literal["grouped", "full"]
+    seed: NonNegativeInt
+    model: dict[str, Any]
+    growth: GrowthConfig | None
+    upcycling: SparseUpcycling | None
+    certificate: CertificateConfig
+    disk_bytes_per_s: PositiveFloat
+
+
+def parse(values: Mapping[str, Any]) -> GrowConfig:
+    """Validate a composed configuration; UserError with one line for the first problem."""
+    for key, what in (("source", "a directory with a Hugging Face checkpoint"), ("target", "the directory to make")):
+        if values.get(key) is None:
+            raise UserError(f"{key}: required but not set; name {what}, {key}=DIR")
+    values = {**values, "upcycling": _chosen(values.get("upcycling"))}
+    _check_one_growth(values)
+    try:
+        return GrowConfig.model_validate(values)
+    except ValidationError as error:
+        raise first_problem(error, GrowConfig, values) from None
+
+
+def _chosen(upcycling: Any) -> Any:
+    """`upcycling.layers` has a default, but without a method nothing was chosen."""
+    if isinstance(upcycling, Mapping) and set(upcycling) == {"layers"}:
+        if upcycling["layers"] is not None:
+            raise UserError(f"upcycling.layers: {upcycling['layers']} of no upcycling; name one, e.g. upcycling=copy")
+        return None
+    return upcycling
+
+
+def _check_one_growth(values: Mapping[str, Any]) -> None:
+    growth, upcycling = values.get("growth"), values["upcycling"]
+    if growth is not None and upcycling is not None:
+        raise UserError(
+            "growth, upcycling: both are named, a call does one of them; grow first, then upcycle the result in a "
+            "second call"
+        )
+    if growth is None and upcycling is None and values.get("action") != "certify":
+        raise UserError(
+            "growth: neither growth nor upcycling is named; name one, e.g. growth=aki_pro with larger sizes, or "
+            "upcycling=copy with model.num_experts=8 model.num_experts_per_tok=2"
+        )

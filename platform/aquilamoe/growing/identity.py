@@ -1,0 +1,69 @@
+"""What a target is: its recipe, with the source by the digests of its files; never where or when it was made."""
+
+import hashlib
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from aquilamoe.config.messages import UserError
+from aquilamoe.growing.request import Request
+from aquilamoe.pipeline.fingerprint import Recipe, differences, fingerprint
+from aquilamoe.weights import configuration
+
+# Raised by hand when the same recipe makes other weights.
+VERSION = 1
+SHOWN_DIFFERENCES = 3
+
+
+def source_files(request: Request) -> list[Path]:
+    """What the target is made of: weights, config.json, the files beside them that are copied, and the card."""
+    source = request.source
+    weights = sorted({info.file for info in source.tensors.values()})
+    card = [path for path in [source.directory / "README.md"] if path.is_file()]
+    named = [source.directory / configuration.CONFIG_FILE, *(source.directory / file for file in weights), *card]
+    return [*named, *configuration.companions(source.directory)]
+
+
+def digests(files: list[Path]) -> dict[str, str]:
+    """SHA-256 of every file by its name, as hubs of checkpoints list them; several are read at once."""
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        return dict(zip((path.name for path in files), pool.map(_digest, files), strict=True))
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def recipe(request: Request, source: Mapping[str, str]) -> Recipe:
+    """All that the bytes of the weights depend on; `source` are the digests of its files."""
+    name = "growth" if request.kind == "scale_up" else "upcycling"
+    model, growth = request.model.model_dump(mode="json"), request.growth.model_dump(mode="json")
+    return {
+        "kind": request.kind,
+        "version": VERSION,
+        "config": {name: growth, "model": model, "dtype": request.source.dtype_name, "seed": request.seed},
+        "inputs": {"source": dict(sorted(source.items()))},
+    }
+
+
+def identity(recipe: Recipe) -> str:
+    """A short name of the recipe."""
+    return fingerprint(recipe)
+
+
+def check_same(target: Path, request: Request, record: Mapping[str, Any]) -> None:
+    """UserError unless the target was made by this recipe; the source is read only where nothing else differs."""
+    old = record["recipe"]
+    known = old.get("inputs", {}).get("source", {})
+    changed = differences(old, recipe(request, known))
+    if not changed:
+        changed = differences(old, recipe(request, digests(source_files(request))))
+        changed = [f"{line.split(' ', 1)[0]} has other bytes" for line in changed]
+    if changed:
+        more = f" and {len(changed) - SHOWN_DIFFERENCES} more" if len(changed) > SHOWN_DIFFERENCES else ""
+        raise UserError(
+            f"target: {target} was made by another recipe ({'; '.join(changed[:SHOWN_DIFFERENCES])}{more}); nothing "
+            "was changed, name another target or remove this one"
+        )

@@ -1,0 +1,160 @@
+"""What a growth would do and take, from headers alone: rows for the plan's tables."""
+
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from aquilamoe.config.network import ModelConfig
+from aquilamoe.config.schema import GrowthConfig
+from aquilamoe.growing.origins import Origin, space_names, trace
+from aquilamoe.growing.request import Request
+from aquilamoe.growth.depth import map_layers
+from aquilamoe.growth.units import UnitMap, map_units
+from aquilamoe.weights import layout
+
+MAX_SHARD_BYTES = 5 * 10**9  # of the writer
+# What the growth engine keeps to: never the model, see the measured table in the documentation.
+FIXED_MEMORY_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of the plan's table of tensors: one tensor, or its equals in many layers and among many experts."""
+
+    tensor: str
+    layers: str
+    shape: tuple[int, ...]
+    source: str
+    how: str
+
+
+@dataclass(frozen=True)
+class Size:
+    """A field of the model, of source and target; `why` is empty where both are equal."""
+
+    field: str
+    source: str
+    target: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a growth takes: bytes of disk, bytes of memory at most, and seconds at `disk_bytes_per_s`."""
+
+    read_bytes: int
+    written_bytes: int
+    files: int
+    memory_bytes: int
+    free_bytes: int
+    seconds: float
+
+
+def lines(request: Request, full: bool) -> list[Line]:
+    """Where every tensor of the target comes from, in the order of its files; `full` has a line for each."""
+    origins = trace(request)
+    if full:
+        return [Line(o.name, "", o.shape, " + ".join(o.sources), o.how) for o in origins]
+    groups: dict[tuple[object, ...], list[Origin]] = {}
+    for origin in origins:
+        key = (origin.family, origin.shape, origin.pattern, origin.layer is None)
+        groups.setdefault(key, []).append(origin)
+    in_layers = {o.family: place for place, o in reversed(list(enumerate(origins)))}
+    rows = sorted(groups.values(), key=lambda group: in_layers[group[0].family])
+    return [_line(group, request.model.num_hidden_layers) for group in rows]
+
+
+def _line(group: Sequence[Origin], num_layers: int) -> Line:
+    first = group[0]
+    source, how = first.pattern
+    if first.layer is None:
+        return Line(first.name, "", first.shape, source, how)
+    layers = sorted({origin.layer for origin in group if origin.layer is not None})
+    tensor = first.family
+    if ".experts.*." in tensor:
+        experts = sorted({int(origin.name.partition(".experts.")[2].split(".")[0]) for origin in group})
+        tensor = tensor.replace("*", ranges(experts))
+    return Line(tensor, "all" if len(layers) == num_layers else ranges(layers), first.shape, source, how)
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Rising numbers as ranges: 0-3, 5, 7-9."""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)
+
+
+def sizes(request: Request) -> list[Size]:
+    """Every field of the model that differs, then those that stay, as one row each."""
+    source, model = request.source.model, request.model
+    different = [field for field in ModelConfig.model_fields if getattr(source, field) != getattr(model, field)]
+    return [
+        Size(field, _shown(getattr(source, field)), _shown(getattr(model, field)), request.derived.get(field, "named"))
+        for field in different
+    ]
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, tuple):
+        return ranges(value) or "none"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def copies(request: Request) -> list[str]:
+    """How often units are copied: `channels 1-2 times`; of an upcycling, how often a feed-forward is."""
+    source, model = request.source.model, request.model
+    if not isinstance(request.growth, GrowthConfig):
+        return []
+    units = map_units(source, model, request.growth, request.seed)
+    return [f"{name} {_times(space)}" for name, space in space_names(units).items() if not space.is_identity]
+
+
+def _times(space: UnitMap) -> str:
+    fewest, most = min(space.counts), max(space.counts)
+    padding = f" and {space.padding} zeros" if space.padding else ""
+    return (f"{fewest} times" if fewest == most else f"{fewest}-{most} times") + padding
+
+
+def layers(request: Request) -> list[str]:
+    """The source's layer of every target layer: `0-1 <- 0`, `2 <- 1`; new copies are marked. None when all stay."""
+    if not isinstance(request.growth, GrowthConfig):
+        return []
+    found = map_layers(request.source.model, request.model, request.growth)
+    if found.is_identity:
+        return []
+    return [
+        f"{layer}{'*' if is_new else ''} <- {source}"
+        for layer, (source, is_new) in enumerate(zip(found.sources, found.is_new, strict=True))
+    ]
+
+
+def target_bytes(request: Request) -> int:
+    """Bytes of the target's weight files."""
+    return sum(shard.size for shard in _shards(request))
+
+
+def _shards(request: Request) -> list[layout.Shard]:
+    return layout.plan_shards(request.shapes, request.source.dtype, MAX_SHARD_BYTES)
+
+
+def cost(request: Request, disk_bytes_per_s: float) -> Cost:
+    """What the growth reads, writes and keeps in memory; the certificate comes on top."""
+    largest = max(layout.num_bytes(shape, request.source.dtype) for shape in request.shapes.values())
+    read, written = request.source.weight_bytes, target_bytes(request)
+    return Cost(
+        read_bytes=read,
+        written_bytes=written,
+        files=len(_shards(request)),
+        memory_bytes=FIXED_MEMORY_BYTES + 2 * largest,
+        free_bytes=shutil.disk_usage(_existing(request.target)).free,
+        seconds=(read + written) / disk_bytes_per_s,
+    )
+
+
+def _existing(path: Path) -> Path:
+    return next(place for place in (path, *path.parents) if place.exists())

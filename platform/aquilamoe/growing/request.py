@@ -1,0 +1,161 @@
+"""What a call asks for: source and target with all sizes, which of them follow, and what the growth claims."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from aquilamoe.config.graph import grown_model
+from aquilamoe.config.growing import GrowConfig, SparseUpcycling
+from aquilamoe.config.messages import UserError
+from aquilamoe.config.network import ModelConfig
+from aquilamoe.config.schema import GrowthConfig, UpcyclingConfig
+from aquilamoe.growth import rules
+from aquilamoe.weights import configuration, headers, names
+
+DTYPE_NAMES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk, as its config.json and its headers tell."""
+
+    directory: Path
+    model: ModelConfig
+    tensors: Mapping[str, headers.TensorInfo]
+
+    @property
+    def dtype(self) -> str:
+        """Safetensors' name of the type of its embedding, e.g. BF16: also that of what is grown from it."""
+        return self.tensors[names.EMBEDDING].dtype
+
+    @property
+    def dtype_name(self) -> str:
+        return DTYPE_NAMES[self.dtype]
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(tensor.num_bytes for tensor in self.tensors.values())
+
+
+@dataclass(frozen=True)
+class Request:
+    """A growth of one checkpoint to another, checked: it can be done.
+
+    derived: sizes of the target that nobody named and that are not the source's, with what they follow.
+    preserving: whether the growth claims to keep the function.
+    """
+
+    source: Checkpoint
+    target: Path
+    model: ModelConfig
+    growth: GrowthConfig | UpcyclingConfig
+    seed: int
+    derived: Mapping[str, str]
+    preserving: bool
+
+    @property
+    def kind(self) -> str:
+        """The stage of the pipeline that does this."""
+        return "scale_up" if isinstance(self.growth, GrowthConfig) else "scale_out"
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of all tensors of the target, in the order of its files."""
+        return names.tensor_shapes(self.model)
+
+
+def directory(key: str, value: str) -> Path:
+    """A path as the user typed it, absolute and without links, so that renaming works on what it names."""
+    if not value.strip():
+        raise UserError(f"{key}: '{value}' is no directory; name one")
+    return Path(os.path.realpath(Path(value).expanduser()))
+
+
+def open_checkpoint(key: str, path: Path) -> Checkpoint:
+    """Read config.json and the headers; UserError unless they are of one model that can be computed."""
+    if not path.is_dir():
+        what = "is a file" if path.exists() else "no such directory"
+        raise UserError(f"{key}: {path}: {what}; name a directory with a Hugging Face checkpoint")
+    model = configuration.read_config(path)
+    tensors = headers.read(path)
+    for name, shape in names.tensor_shapes(model).items():
+        if name not in tensors:
+            raise UserError(
+                f"{path}: there is no tensor '{name}' among its {len(tensors)}, config.json asks for it; take "
+                "config.json and weights from the same checkpoint"
+            )
+        if tensors[name].shape != shape:
+            raise UserError(
+                f"{path}: tensor '{name}' has shape {tensors[name].shape}, config.json says {shape}; take config.json "
+                "and weights from the same checkpoint"
+            )
+    return Checkpoint(path, model, tensors)
+
+
+def resolve(config: GrowConfig) -> Request:
+    """Fill in all sizes and check the growth; UserError with one line for what cannot be done."""
+    source_path, target = directory("source", config.source), directory("target", config.target)
+    _check_apart(source_path, target)
+    source = open_checkpoint("source", source_path)
+    growth = config.upcycling.plain if config.upcycling else config.growth
+    assert growth is not None, "a configuration to run or plan names one"
+    changes = _changes(config, source.model)
+    model = grown_model(source.model, changes, "model", config.growth)
+    try:
+        rules.check(source.model, model, growth)
+    except UserError as error:
+        # A rule's message begins with the field: of the model, or of the growth itself.
+        inside = "" if str(error).startswith(("growth", "upcycling")) else "model."
+        raise UserError(f"{inside}{error}") from None
+    return Request(
+        source=source,
+        target=target,
+        model=model,
+        growth=growth,
+        seed=config.seed,
+        derived=_derived(source.model, model, config),
+        preserving=rules.preserves(growth, source.model, model),
+    )
+
+
+def _check_apart(source: Path, target: Path) -> None:
+    if source == target:
+        raise UserError(f"target: {target} is the source; a growth leaves its source as it is, name another directory")
+    partial = target.with_name(f"{target.name}.partial")
+    if source.is_relative_to(partial):
+        raise UserError(f"target: {partial} is where it grows, and the source is there; name another target")
+    if source.is_relative_to(target):
+        raise UserError(f"target: {target} contains the source; name a directory of its own")
+
+
+def _changes(config: GrowConfig, source: ModelConfig) -> dict[str, Any]:
+    """The sizes that were named, with those that `upcycling.layers` stands for."""
+    changes = {field: value for field, value in config.model.items() if value is not None}
+    if not isinstance(config.upcycling, SparseUpcycling):
+        return changes
+    dense = config.upcycling.dense_layers(source.num_hidden_layers)
+    if dense is None:
+        return changes
+    if "mlp_only_layers" in changes:
+        raise UserError(
+            f"upcycling.layers: {config.upcycling.layers}, and model.mlp_only_layers {changes['mlp_only_layers']} says "
+            "it too; name one of them"
+        )
+    return {**changes, "mlp_only_layers": dense}
+
+
+def _derived(source: ModelConfig, model: ModelConfig, config: GrowConfig) -> dict[str, str]:
+    """Why each size that was not named differs from the source's."""
+    reasons = {
+        "num_attention_heads": f"follows hidden_size at head_dim {model.head_dim}",
+        "head_dim": "follows hidden_size and num_attention_heads",
+        "rms_norm_eps": "follows hidden_size by growth.norm zero_pad",
+        "moe_intermediate_size": "follows the source's feed-forward",
+        "mlp_only_layers": "follows upcycling.layers",
+        "intermediate_size": "follows moe_intermediate_size, no layer is dense",
+    }
+    named = {field for field, value in config.model.items() if value is not None}
+    different = [field for field in ModelConfig.model_fields if getattr(source, field) != getattr(model, field)]
+    return {field: reasons.get(field, "follows the others") for field in different if field not in named}

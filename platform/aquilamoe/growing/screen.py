@@ -1,0 +1,180 @@
+"""What a user of the growth tool sees: the plan, a bar with rates, the certificate, the summary."""
+
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from aquilamoe.config.growing import GrowConfig
+from aquilamoe.config.network import ModelConfig
+from aquilamoe.growing import plan
+from aquilamoe.growing.card import certificate_rows
+from aquilamoe.growing.request import Checkpoint, Request
+from aquilamoe.reports import rows
+from aquilamoe.terminal import duration, make_table, size
+from aquilamoe.weights import names
+
+REFRESH_S = 0.1
+
+
+class Bar:
+    """One step of the work: a bar on a terminal, a line at its end elsewhere."""
+
+    def __init__(self, out: Console, step: str, unit: str) -> None:
+        self.out, self.step, self.unit = out, step, unit
+        self._started = time.monotonic()
+        self._drawn = 0.0
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[numbers]}"))
+        self._bars = Progress(*columns, TimeRemainingColumn(compact=True), console=out, transient=True)
+        self._task = self._bars.add_task(f"  {step:<11}", total=None, numbers="")
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._started
+
+    def update(self, done: int, total: int) -> None:
+        """Show how far the step is."""
+        now = time.monotonic()
+        if self.out.is_terminal and (now - self._drawn > REFRESH_S or done == total):
+            self._drawn = now
+            numbers = self._numbers(done, total)
+            self._bars.update(self._task, completed=done, total=total, numbers=numbers)
+
+    def _numbers(self, done: int, total: int) -> str:
+        if self.unit != "bytes":
+            return f"{done}/{total} {self.unit}"
+        return f"{size(done)} of {size(total)}  {size(int(done / max(self.seconds, 1e-3)))}/s"
+
+    def __enter__(self) -> "Bar":
+        if self.out.is_terminal:
+            self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.out.is_terminal:
+            self._bars.stop()
+
+    def say(self, text: str) -> None:
+        """The line that stays."""
+        self.out.print(f"  {self.step:<11}  {text}", soft_wrap=True)
+
+
+@contextmanager
+def bar(out: Console, step: str, unit: str) -> Iterator[Bar]:
+    """A step of the work; what it has to say stays when its bar is gone."""
+    with Bar(out, step, unit) as drawn:
+        yield drawn
+
+
+def show_plan(out: Console, request: Request, config: GrowConfig, state: str, tolerance: float) -> None:
+    """Where everything comes from and what it takes; nothing was started."""
+    _show_heads(out, request, state)
+    differences = make_table("size", ">source", ">target", "")
+    for row in plan.sizes(request):
+        differences.add_row(row.field, row.source, row.target, row.why)
+    out.print(differences)
+    if copies := plan.copies(request):
+        out.print(f"\ncopies  {', '.join(copies)}", soft_wrap=True)
+    if layers := plan.layers(request):
+        out.print(f"layers  {', '.join(layers)}   (target <- source; * is a further copy)", soft_wrap=True)
+    out.print()
+    out.print(_tensor_table(request, config.plan == "full"))
+    out.print()
+    _show_cost(out, request, config)
+    _show_claim(out, request, config, tolerance)
+    out.print("\nOnly headers and config.json were read; nothing was started.")
+
+
+def _show_heads(out: Console, request: Request, state: str) -> None:
+    heads = make_table("", "", "", ">parameters", ">active", ">bytes", "")
+    source, dtype = request.source, request.source.dtype_name
+    heads.add_row("source", relative(source.directory), *_summary(source.model), size(source.weight_bytes), dtype)
+    heads.add_row("target", relative(request.target), *_summary(request.model), size(plan.target_bytes(request)), dtype)
+    out.print(heads)
+    out.print(f"{request.kind} by {request.growth.method}; {state}\n")
+
+
+def _summary(model: ModelConfig) -> tuple[str, str, str]:
+    return names.architecture(model), rows.count(model.num_params), rows.count(model.num_active_params)
+
+
+def _tensor_table(request: Request, full: bool) -> Table:
+    titles = ("tensor", "shape", "from", "how") if full else ("tensor", "layers", "shape", "from", "how")
+    table = make_table(*titles)
+    for column in table.columns:
+        column.overflow = "fold"
+    for line in plan.lines(request, full):
+        shape = " x ".join(map(str, line.shape))
+        cells = (line.tensor, shape, line.source, line.how)
+        table.add_row(*(cells if full else (line.tensor, line.layers, *cells[1:])))
+    return table
+
+
+def _show_cost(out: Console, request: Request, config: GrowConfig) -> None:
+    cost = plan.cost(request, config.disk_bytes_per_s)
+    files = f"{cost.files} file{'s' * (cost.files > 1)}"
+    out.print(f"reads   {size(cost.read_bytes)}")
+    out.print(f"writes  {size(cost.written_bytes)} in {files}; {size(cost.free_bytes)} are free there")
+    out.print(f"memory  at most {size(cost.memory_bytes)} beside the libraries: 256 MiB and twice the largest tensor")
+    rate = f"{size(int(config.disk_bytes_per_s))}/s, as disk_bytes_per_s says (stated, not measured)"
+    out.print(f"time    about {duration(cost.seconds)} at {rate}; the certificate comes on top", soft_wrap=True)
+
+
+def _show_claim(out: Console, request: Request, config: GrowConfig, tolerance: float) -> None:
+    if not request.preserving:
+        out.print("claim   none: source and target differ, the certificate says by how much")
+    elif config.certificate.enabled:
+        tokens = f"{config.certificate.tokens:,} tokens"
+        out.print(
+            f"claim   the function is kept; refused if a logit differs by more than {tolerance:.3g} on {tokens}",
+            soft_wrap=True,
+        )
+    else:
+        out.print("claim   the function is kept; certificate.enabled is false, so nothing will be measured")
+
+
+def show_certificate(out: Console, certificate: Mapping[str, Any]) -> None:
+    """What was measured, one measure a line."""
+    table = make_table("certificate", "")
+    for measure, value in certificate_rows(certificate):
+        table.add_row(measure, value)
+    out.print(table)
+
+
+def show_result(out: Console, request: Request, record: Mapping[str, Any]) -> None:
+    """The last table: what there was and what there is."""
+    table = make_table("", "", ">layers", ">hidden", ">heads", ">experts", ">parameters", ">active", ">bytes")
+    for name, model, count in (
+        ("source", request.source.model, request.source.weight_bytes),
+        ("target", request.model, plan.target_bytes(request)),
+    ):
+        architecture, parameters, active = _summary(model)
+        experts = f"{model.num_experts}, top {model.num_experts_per_tok}" if model.is_moe else rows.ABSENT
+        heads = f"{model.num_attention_heads}/{model.num_key_value_heads}"
+        shape = (str(model.num_hidden_layers), str(model.hidden_size), heads, experts)
+        table.add_row(name, architecture, *shape, parameters, active, size(count))
+    out.print(table)
+    if record["certificate"] is not None:
+        out.print()
+        show_certificate(out, record["certificate"])
+
+
+def show_comparison(out: Console, source: Checkpoint, target: Checkpoint) -> None:
+    """Which two checkpoints are compared."""
+    table = make_table("", "", "", ">parameters", ">active", ">bytes", "")
+    for name, found in (("source", source), ("target", target)):
+        table.add_row(
+            name, relative(found.directory), *_summary(found.model), size(found.weight_bytes), found.dtype_name
+        )
+    out.print(table)
+
+
+def relative(path: Path) -> str:
+    """A path as short as it can be said from here."""
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
