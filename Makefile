@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: run smoke plan test check clean
+.PHONY: run smoke plan test check prove-smollm2 clean
 
 run: $(INSTALLED)
 	$(BIN)/python workflows/efficientscale.py
@@ -22,6 +22,11 @@ check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Grow a real pretrained checkpoint and let transformers judge; fetches 93 MB once, takes about 8 GB of disk.
+prove-smollm2: $(INSTALLED)
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[proof]'
+	$(BIN)/python tools/prove_smollm2.py
 
 # torch comes first and with its pinned version: other packages would pull a build with gigabytes of CUDA libraries.
 $(INSTALLED): pyproject.toml constraints.txt

@@ -19,8 +19,8 @@ STATE_STYLE = {"cached": "green", "resumes": "yellow", "runs": "cyan"}
 
 def console() -> Console:
     """Standard output; wide enough for the tables when it is a file or a pipe."""
-    found = Console(highlight=False)
-    return found if found.is_terminal else Console(highlight=False, width=160)
+    found = Console(highlight=False, markup=False)
+    return found if found.is_terminal else Console(highlight=False, markup=False, width=160)
 
 
 class StageProgress:

@@ -20,8 +20,10 @@ from aquilamoe.weights import names
 
 OWN, ABOVE = "own", "above"
 ABOVE_TEXT = "layer above"
+SILENT = "zeros: a new layer is silent"
+_LAST = (names.O_WEIGHT, names.DOWN)  # what a layer writes to the residual stream with
 _NORMS = (names.INPUT_NORM, names.POST_ATTENTION_NORM, names.FINAL_NORM)
-_SCALED = (names.EMBEDDING, names.O_WEIGHT, names.DOWN, *_NORMS)  # by norm exact: what writes channels, and the gains
+_SCALED = (names.EMBEDDING, *_LAST, *_NORMS)  # by norm exact: what writes channels, and the gains
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,11 @@ def _scale_up(request: Request, growth: GrowthConfig) -> Iterator[Origin]:
     for layer, below in enumerate(layers.sources):
         above = min(below + 1, source.num_hidden_layers - 1)
         for role, shape in roles.items():
-            notes = [*traced[role].notes, *_depth_notes(role, layer, layers, growth.new_layers)]
+            if growth.new_layers == "zero" and layers.is_new[layer] and role in _LAST:
+                yield _in_layer(request, layer, role, shape, (), SILENT, ("", SILENT))
+                continue
+            shared = growth.new_layers == "scaled" and layers.copies[layer] > 1 and role in _LAST
+            notes = [*traced[role].notes, *([f"divided by {layers.copies[layer]}"] if shared else [])]
             own_layer = {OWN: below, ABOVE: above}
             found = [names.layer_name(source, own_layer[where], part) for where, part in traced[role].parts]
             how = "; ".join(notes) or "copied"
@@ -196,17 +202,6 @@ def _vocabulary(role: str, source: ModelConfig, model: ModelConfig) -> list[str]
     if role == names.FINAL_NORM or source.vocab_size == model.vocab_size:
         return []
     return [f"tokens {source.vocab_size} -> {model.vocab_size}, new ones as the mean"]
-
-
-def _depth_notes(role: str, layer: int, layers: UnitMap, new_layers: str) -> list[str]:
-    """What a further copy of a layer writes to the residual stream."""
-    if role not in (names.O_WEIGHT, names.DOWN):
-        return []
-    if new_layers == "zero" and layers.is_new[layer]:
-        return ["zeros: a new layer is silent"]
-    if new_layers == "scaled" and layers.copies[layer] > 1:
-        return [f"divided by {layers.copies[layer]}"]
-    return []
 
 
 def _relative(role: str, parts: tuple[tuple[str, str], ...]) -> str:

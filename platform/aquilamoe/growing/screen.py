@@ -9,7 +9,6 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from aquilamoe.config.growing import GrowConfig
 from aquilamoe.config.network import ModelConfig
@@ -84,7 +83,7 @@ def show_plan(out: Console, request: Request, config: GrowConfig, state: str, to
     if layers := plan.layers(request):
         out.print(f"layers  {', '.join(layers)}   (target <- source; * is a further copy)", soft_wrap=True)
     out.print()
-    out.print(_tensor_table(request, config.plan == "full"))
+    _show_tensors(out, request, config.plan == "full")
     out.print()
     _show_cost(out, request, config)
     _show_claim(out, request, config, tolerance)
@@ -104,16 +103,25 @@ def _summary(model: ModelConfig) -> tuple[str, str, str]:
     return names.architecture(model), rows.count(model.num_params), rows.count(model.num_active_params)
 
 
-def _tensor_table(request: Request, full: bool) -> Table:
-    titles = ("tensor", "shape", "from", "how") if full else ("tensor", "layers", "shape", "from", "how")
-    table = make_table(*titles)
+def _show_tensors(out: Console, request: Request, full: bool) -> None:
+    lines = [(one.tensor, one.layers, _shape(one), one.source, one.how) for one in plan.lines(request, full)]
+    if full:  # text that tools can read: a tensor a line, however wide
+        cells = [(tensor, shape, source, how) for tensor, _, shape, source, how in lines]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        for row in cells:
+            text = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+            out.print(text.rstrip(), soft_wrap=True)
+        return
+    table = make_table("tensor", "layers", "shape", "from", "how")
     for column in table.columns:
         column.overflow = "fold"
-    for line in plan.lines(request, full):
-        shape = " x ".join(map(str, line.shape))
-        cells = (line.tensor, shape, line.source, line.how)
-        table.add_row(*(cells if full else (line.tensor, line.layers, *cells[1:])))
-    return table
+    for line in lines:
+        table.add_row(*line)
+    out.print(table)
+
+
+def _shape(line: plan.Line) -> str:
+    return " x ".join(map(str, line.shape))
 
 
 def _show_cost(out: Console, request: Request, config: GrowConfig) -> None:
