@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
 from aquilamoe import terminal
@@ -173,10 +174,15 @@ def _make(out: "Console", request: Request, config: GrowConfig, command: str, pl
 def _grow(out: "Console", request: Request, place: Output, spent: _Step) -> dict[str, Any]:
     """Write all tensors of the target; return what is known of them. The source's files are hashed meanwhile."""
     place.check_space(plan.target_bytes(request) + SLACK_BYTES)
+    stop = Event()
     with ThreadPoolExecutor(max_workers=1) as aside:
-        digests = aside.submit(identity.digests, identity.source_files(request))
-        tensors = _grow_tensors(out, request, place, spent)
-        note = {"recipe": identity.recipe(request, digests.result()), "tensors": tensors}
+        digests = aside.submit(identity.digests, identity.source_files(request), stop)
+        try:
+            tensors = _grow_tensors(out, request, place, spent)
+            note = {"recipe": identity.recipe(request, digests.result()), "tensors": tensors}
+        except BaseException:
+            stop.set()
+            raise
     place.note_grown(note)
     return note
 

@@ -2,8 +2,9 @@
 
 import hashlib
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from aquilamoe.config.messages import UserError
@@ -14,6 +15,7 @@ from aquilamoe.weights import configuration
 # Raised by hand when the same recipe makes other weights.
 VERSION = 1
 SHOWN_DIFFERENCES = 3
+BUFFER_BYTES = 8 * 2**20
 
 
 def source_files(request: Request) -> list[Path]:
@@ -25,15 +27,24 @@ def source_files(request: Request) -> list[Path]:
     return [*named, *configuration.companions(source.directory)]
 
 
-def digests(files: list[Path]) -> dict[str, str]:
-    """SHA-256 of every file by its name, as hubs of checkpoints list them; several are read at once."""
+def digests(files: list[Path], stop: Event | None = None) -> dict[str, str]:
+    """SHA-256 of every file by its name, as hubs of checkpoints list them; several are read at once.
+
+    stop: once it is set, reading ends with CancelledError.
+    """
     with ThreadPoolExecutor(max_workers=2) as pool:
-        return dict(zip((path.name for path in files), pool.map(_digest, files), strict=True))
+        found = pool.map(lambda path: _digest(path, stop or Event()), files)
+        return dict(zip((path.name for path in files), found, strict=True))
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _digest(path: Path, stop: Event) -> str:
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(BUFFER_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            if stop.is_set():
+                raise CancelledError
+            digest.update(buffer[:count])
+    return digest.hexdigest()
 
 
 def recipe(request: Request, source: Mapping[str, str]) -> Recipe:

@@ -160,6 +160,8 @@ def published(target: Path) -> dict[str, Any] | None:
     """The record of a complete target, None where there is none; UserError for what this tool did not make."""
     if not target.exists() and not target.is_symlink():
         return None
+    if os.path.ismount(target):
+        raise UserError(f"target: {target} is where a disk is mounted and cannot be renamed to; name a directory in it")
     if target.is_dir() and not any(target.iterdir()):
         return None
     record = _read_json(target / RECORD) if target.is_dir() else None

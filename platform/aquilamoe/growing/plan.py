@@ -1,7 +1,7 @@
 """What a growth would do and take, from headers alone: rows for the plan's tables."""
 
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,10 +62,22 @@ def lines(request: Request, full: bool) -> list[Line]:
         groups.setdefault(key, []).append(origin)
     in_layers = {o.family: place for place, o in reversed(list(enumerate(origins)))}
     rows = sorted(groups.values(), key=lambda group: in_layers[group[0].family])
-    return [_line(group, request.model.num_hidden_layers) for group in rows]
+    kinds = _layer_kinds(request)
+    return [_line(group, kinds) for group in rows]
 
 
-def _line(group: Sequence[Origin], num_layers: int) -> Line:
+def _layer_kinds(request: Request) -> dict[frozenset[int], str]:
+    """What sets of layers are called that need not be listed."""
+    everywhere = range(request.model.num_hidden_layers)
+    kinds = {frozenset(everywhere): "all"}
+    if isinstance(request.growth, GrowthConfig):
+        found = map_layers(request.source.model, request.model, request.growth)
+        further = {layer for layer in everywhere if found.is_new[layer]}
+        kinds |= {frozenset(further): "further *", frozenset(everywhere) - further: "all but *"} if further else {}
+    return kinds
+
+
+def _line(group: Sequence[Origin], kinds: Mapping[frozenset[int], str]) -> Line:
     first = group[0]
     source, how = first.pattern
     if first.layer is None:
@@ -75,7 +87,7 @@ def _line(group: Sequence[Origin], num_layers: int) -> Line:
     if ".experts.*." in tensor:
         experts = sorted({int(origin.name.partition(".experts.")[2].split(".")[0]) for origin in group})
         tensor = tensor.replace("*", ranges(experts))
-    return Line(tensor, "all" if len(layers) == num_layers else ranges(layers), first.shape, source, how)
+    return Line(tensor, kinds.get(frozenset(layers)) or ranges(layers), first.shape, source, how)
 
 
 def ranges(numbers: Iterable[int]) -> str:
