@@ -121,6 +121,10 @@ def config_from_dict(values: Mapping[str, Any], where: str = CONFIG_FILE) -> Mod
     Raises `UserError`, beginning with `where`, for a model that our network cannot compute exactly.
     """
     architecture = _architecture_of(values, where)
+    # Qwen3-MoE has the one spelling from transformers 4, the other from 5.
+    experts = values.get("num_experts", values.get("num_local_experts"))
+    if architecture in MOE and experts is not None:
+        values = {"num_experts": experts, "num_local_experts": experts, **values}
     keys = _required_keys(architecture)
     missing = [key for key in keys.values() if key not in values]
     if missing:
