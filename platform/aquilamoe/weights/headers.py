@@ -160,7 +160,7 @@ def _read_index(directory: Path) -> dict[str, str]:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: is not an index of safetensors shards ({error!r}); copy it again") from error
     for name, file in weight_map.items():
-        if Path(file).name != file or "\0" in file:
+        if Path(file).name != file or not file or file == ".." or "\0" in file:
             raise UserError(
                 f"{path}: puts tensor '{name}' into {file!r}, which is not the name of a file beside it; copy it again"
             )

@@ -82,7 +82,7 @@ class Source:
         """What a user reads when element `index` of a flattened tensor is infinite or no number."""
         info = self.info(name)
         return UserError(
-            f"{self.directory / info.file}: tensor '{name}' {info.shape} is infinite or not a number at element {index}; "
+            f"{self.directory / info.file}: tensor '{name}' {info.shape} is infinite or no number at element {index}; "
             "choose a checkpoint from before its training diverged, or copy it again"
         )
 

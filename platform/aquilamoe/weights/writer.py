@@ -224,7 +224,7 @@ class Writer:
 
 
 class _Flow:
-    """The bytes of one tensor on their way into buffers, and from there to its places and, in a lane, through a hash."""
+    """The bytes of one tensor on their way into buffers, from there to its places, and in a lane through a hash."""
 
     def __init__(self, writer: "Writer", names: list[str], hashing: Lane | None) -> None:
         self._writer, self._names, self._hashing = writer, names, hashing
