@@ -47,7 +47,7 @@ ONLY_IN = {
     "mlflow": ["aquilamoe/tracking"],
     "torch": [
         f"aquilamoe/{room}"
-        for room in ("model.py", "weights", "growth", "training", "stages", "data/loader.py", "growing/command.py")
+        for room in ("model.py", "weights", "growth", "training", "stages", "data/loader.py", "growing/comparison.py")
     ],
     "rich": ["aquilamoe/terminal.py", "aquilamoe/growing/screen.py"],
     "matplotlib": ["aquilamoe/reports"],

@@ -64,15 +64,19 @@ def identity(recipe: Recipe) -> str:
     return fingerprint(recipe)
 
 
-def check_same(target: Path, request: Request, record: Mapping[str, Any]) -> None:
-    """UserError unless the target was made by this recipe; the source is read only where nothing else differs."""
+def changes(request: Request, record: Mapping[str, Any]) -> list[str]:
+    """How the recipe of a record differs from the request's; the source is read only where nothing else differs."""
     old = record["recipe"]
     known = old.get("inputs", {}).get("source", {})
-    changed = differences(old, recipe(request, known))
-    if not changed:
-        changed = differences(old, recipe(request, digests(source_files(request))))
-        changed = [f"{line.split(' ', 1)[0]} has other bytes" for line in changed]
-    if changed:
+    if changed := differences(old, recipe(request, known)):
+        return changed
+    changed = differences(old, recipe(request, digests(source_files(request))))
+    return [f"{line.split(' ', 1)[0]} has other bytes" for line in changed]
+
+
+def check_same(target: Path, request: Request, record: Mapping[str, Any]) -> None:
+    """UserError unless the target was made by this recipe."""
+    if changed := changes(request, record):
         more = f" and {len(changed) - SHOWN_DIFFERENCES} more" if len(changed) > SHOWN_DIFFERENCES else ""
         raise UserError(
             f"target: {target} was made by another recipe ({'; '.join(changed[:SHOWN_DIFFERENCES])}{more}); nothing "

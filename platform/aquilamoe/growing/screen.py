@@ -2,8 +2,7 @@
 
 import os
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ class Bar:
         self.out, self.step, self.unit = out, step, unit
         self._started = time.monotonic()
         self._drawn = 0.0
+        self._last = ""
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[numbers]}"))
         self._bars = Progress(*columns, TimeRemainingColumn(compact=True), console=out, transient=True)
         self._task = self._bars.add_task(f"  {step:<11}", total=None, numbers="")
@@ -58,17 +58,17 @@ class Bar:
     def __exit__(self, *_: object) -> None:
         if self.out.is_terminal:
             self._bars.stop()
+        if self._last:
+            say(self.out, self.step, self._last)
 
-    def say(self, text: str) -> None:
-        """The line that stays."""
-        self.out.print(f"  {self.step:<11}  {text}", soft_wrap=True)
+    def end(self, text: str) -> None:
+        """What the line says that stays when the bar is gone."""
+        self._last = text
 
 
-@contextmanager
-def bar(out: Console, step: str, unit: str) -> Iterator[Bar]:
-    """A step of the work; what it has to say stays when its bar is gone."""
-    with Bar(out, step, unit) as drawn:
-        yield drawn
+def say(out: Console, step: str, text: str) -> None:
+    """A line about one step of the work."""
+    out.print(f"  {step:<11}  {text}", soft_wrap=True)
 
 
 def show_plan(out: Console, request: Request, config: GrowConfig, state: str, tolerance: float) -> None:
@@ -100,7 +100,8 @@ def _show_heads(out: Console, request: Request, state: str) -> None:
 
 
 def _summary(model: ModelConfig) -> tuple[str, str, str]:
-    return names.architecture(model), rows.count(model.num_params), rows.count(model.num_active_params)
+    architecture = names.architecture(model).removesuffix("ForCausalLM")
+    return architecture, rows.count(model.num_params), rows.count(model.num_active_params)
 
 
 def _show_tensors(out: Console, request: Request, full: bool) -> None:

@@ -1,0 +1,132 @@
+"""From a request to a published target: grow, certify, describe, rename."""
+
+import json
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from threading import Event
+from typing import TYPE_CHECKING, Any
+
+from aquilamoe import terminal
+from aquilamoe.config.growing import GrowConfig
+from aquilamoe.growing import card, comparison, held_out, identity, output, plan, screen
+from aquilamoe.growing.held_out import HeldOut
+from aquilamoe.growing.output import Output
+from aquilamoe.growing.request import Request, open_checkpoint
+from aquilamoe.pipeline.store import write_atomically
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+# Card, record, tokenizer and what file systems keep for themselves.
+SLACK_BYTES = 64 * 10**6
+STARTS_ANEW = "nothing is left behind; the same command starts anew"
+CONTINUES = "the weights are kept beside the target; the same command continues with the certificate"
+
+
+class Making:
+    """One target in the making. `seconds` are what its parts took so far, which is no part of what it is."""
+
+    def __init__(self, out: "Console", request: Request, config: GrowConfig, command: str, place: Output) -> None:
+        self.out, self.request, self.config, self.command, self.place = out, request, config, command, place
+        self.seconds: dict[str, float] = {}
+        self._is_grown = False
+
+    def run(self) -> dict[str, Any]:
+        """Publish the target and return its record. What fails leaves nothing; what is interrupted can continue."""
+        started = time.time()
+        try:
+            with output.full_disk(self.request.target):
+                record = self._make()
+                run = {"started": started, "seconds": time.time() - started, **self.seconds}
+                write_atomically(self.place.partial / output.RUN, json.dumps(run, indent=1) + "\n")
+                self.place.publish(record)
+        except KeyboardInterrupt:
+            if not self._is_grown:
+                self.place.discard()
+            raise KeyboardInterrupt(CONTINUES if self._is_grown else STARTS_ANEW) from None
+        except BaseException:
+            self.place.discard()
+            raise
+        return record
+
+    def _make(self) -> dict[str, Any]:
+        """Fill the directory; return the record."""
+        text = self._held_out()  # what is wrong with it is said before anything is written
+        note = self.place.grown()
+        if note is not None and not identity.changes(self.request, note):
+            screen.say(self.out, "grow", "done by an earlier run, which was cut off")
+        else:
+            self.place.discard()
+            note = self._grow()
+        self._is_grown = True
+        record = self._describe(note, self._certify(text))
+        page = card.render(self.request, self.config, self.command, record, record["recipe"]["inputs"]["source"])
+        (self.place.partial / card.CARD).write_text(page, encoding="utf-8")
+        return record
+
+    def _held_out(self) -> HeldOut | None:
+        if not self.config.certificate.enabled:
+            return None
+        source = self.request.source
+        return held_out.read(source.directory, source.model, self.config.certificate, self.config.seed)
+
+    def _grow(self) -> dict[str, Any]:
+        """Write all tensors of the target; return what is known of them. The source's files are hashed meanwhile."""
+        self.place.check_space(plan.target_bytes(self.request) + SLACK_BYTES)
+        stop = Event()
+        with ThreadPoolExecutor(max_workers=1) as aside:
+            digests = aside.submit(identity.digests, identity.source_files(self.request), stop)
+            try:
+                tensors = self._grow_tensors()
+                note = {"recipe": identity.recipe(self.request, digests.result()), "tensors": tensors}
+            except BaseException:
+                stop.set()
+                raise
+        self.place.note_grown(note)
+        return note
+
+    def _grow_tensors(self) -> dict[str, str]:
+        """SHA-256 of every tensor that the engine wrote."""
+        from aquilamoe.growth.scale_out import scale_out
+        from aquilamoe.growth.scale_up import scale_up
+
+        request = self.request
+        grow: Any = scale_up if request.kind == "scale_up" else scale_out
+        with screen.Bar(self.out, "grow", "bytes") as bar:
+            source, target = request.source.directory, self.place.partial
+            tensors = grow(source, target, request.model, request.growth, request.seed, bar.update)
+            self.seconds["grow_s"] = bar.seconds
+            written = plan.target_bytes(request)
+            rate = terminal.size(int(written / max(bar.seconds, 1e-3)))
+            bar.end(f"{terminal.size(written)} in {terminal.duration(bar.seconds)}, {rate}/s, on disk")
+        return dict(tensors or {})
+
+    def _certify(self, text: HeldOut | None) -> dict[str, Any] | None:
+        if text is None:
+            return None
+        began = time.monotonic()
+        target = open_checkpoint("target", self.place.partial)
+        request, settings = self.request, self.config.certificate
+        certificate = comparison.compare(self.out, request.source, target, text, settings, request.preserving)
+        self.seconds["certificate_s"] = time.monotonic() - began
+        return certificate
+
+    def _describe(self, note: Mapping[str, Any], certificate: Mapping[str, Any] | None) -> dict[str, Any]:
+        """All that is known of the target. No time is in it: made again, it is the same."""
+        request = self.request
+        return {
+            "fingerprint": identity.identity(note["recipe"]),
+            "recipe": note["recipe"],
+            "source": {
+                "name": card.checkpoint_name(request.source.directory),
+                "model": request.source.model.model_dump(mode="json"),
+            },
+            "params_total": request.model.num_params,
+            "params_active": request.model.num_active_params,
+            "preserving": request.preserving,
+            "certificate": certificate,
+            "tensors": note["tensors"],
+            "versions": {package: version(package) for package in ("aquilamoe", "torch")},
+        }
