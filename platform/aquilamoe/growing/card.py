@@ -15,6 +15,7 @@ from aquilamoe.reports import rows
 CARD = "README.md"
 # What a source's card says of rights and languages holds for what is grown from it.
 CARRIED = ("license", "license_name", "license_link", "language")
+PLAIN = r"([\w.+/-][\w .+/-]*|\"[\w .+/-]+\"|'[\w .+/-]+'|https?://[\w.+/#?=&%~-]+)"
 LICENCE_FILES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY", "COPYING")
 TOOL = "EfficientScale"
 
@@ -109,11 +110,18 @@ def _carried(source: Path) -> dict[str, list[str]]:
         if start := re.match(r"([A-Za-z_]+):", line):
             key = start[1]
             carried[key] = [line]
-        elif key and re.match(r"\s*- ", line):
+        elif key:
             carried[key].append(line)
-        else:
-            key = ""
-    return {key: lines for key, lines in carried.items() if key in CARRIED}
+    return {key: lines for key, lines in carried.items() if key in CARRIED and _is_plain(lines)}
+
+
+def _is_plain(lines: Sequence[str]) -> bool:
+    """Whether lines are a value that needs no parser to be copied: words, a list of words, or a list below the key."""
+    first, *rest = (line.rstrip() for line in lines)
+    _, value = first.split(":", 1)
+    if rest:
+        return not value and all(re.fullmatch(rf"\s*- {PLAIN}", line) for line in rest)
+    return bool(re.fullmatch(rf"\s*({PLAIN}|\[{PLAIN}(, *{PLAIN})*\])", value))
 
 
 def _summary(request: Request, source: str) -> str:
