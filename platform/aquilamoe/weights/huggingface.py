@@ -53,19 +53,14 @@ def load_state(model: Decoder, directory: Path) -> None:
     """
     views = _views(model)
     with store.Reader(directory) as reader:
-        _check_names(model.config, reader)
+        check(model.config, reader)
         for name, view in views.items():
-            if reader.shape(name) != tuple(view.shape):
-                raise UserError(
-                    f"{directory}: tensor '{name}' has shape {reader.shape(name)}, the model {tuple(view.shape)}; "
-                    f"take {CONFIG_FILE} and weights from the same checkpoint"
-                )
             view.copy_(reader.get(name))
 
 
-def _check_names(config: ModelConfig, reader: store.Reader) -> None:
-    """Refuse tensors that the model would silently leave out; what is missing is refused when it is read."""
-    expected = set(names.tensor_shapes(config))
+def check(config: ModelConfig, reader: store.Reader) -> None:
+    """Refuse tensors that are missing or of another shape, and those that the model would silently leave out."""
+    expected = names.tensor_shapes(config)
     fillers = {
         names.layer_name(config, layer, role)
         for layer in range(config.num_hidden_layers)
@@ -82,6 +77,12 @@ def _check_names(config: ModelConfig, reader: store.Reader) -> None:
         if name not in expected and not redundant:
             raise UserError(
                 f"{reader.directory}: tensor '{name}' has no place in {names.architecture(config)} as configured; "
+                f"take {CONFIG_FILE} and weights from the same checkpoint"
+            )
+    for name, shape in expected.items():
+        if reader.shape(name) != shape:
+            raise UserError(
+                f"{reader.directory}: tensor '{name}' has shape {reader.shape(name)}, the model {shape}; "
                 f"take {CONFIG_FILE} and weights from the same checkpoint"
             )
 
