@@ -235,8 +235,23 @@ def test_a_language_that_the_corpus_does_not_have_is_refused(refusal: Callable[.
     )
 
 
-def test_moments_can_only_be_kept_of_a_stage_that_trained(refusal: Callable[..., str]) -> None:
-    assert refusal("stages.dense.optimizer_state=keep") == (
+def test_moments_are_kept_of_a_growth_only_if_it_grows_them(build: Build, refusal: Callable[..., str]) -> None:
+    assert refusal("stages.dense.optimizer_state=keep", "stages.scale_up.optimizer_state=reset") == (
         "stages.dense.optimizer_state: 'scale_up' is a scale_up stage and has no moments to keep; use reset, or "
+        "set stages.scale_up.optimizer_state to grow"
+    )
+    build("stages.dense.optimizer_state=keep", "stages.scale_up.optimizer_state=grow")
+
+
+def test_moments_can_only_be_kept_or_grown_of_a_stage_that_has_them(build: Build, refusal: Callable[..., str]) -> None:
+    of_export = "stages.scale_up.inputs.source=export", "stages.export.inputs.source=prepare"
+    assert refusal(*of_export, "stages.scale_up.optimizer_state=grow") == (
+        "stages.scale_up.optimizer_state: 'export' is a export stage and has no moments to grow; use reset, or "
         "continue a pretrain stage"
     )
+    twice = "stages.scale_out.inputs.source=scale_up", "stages.scale_out.optimizer_state=grow"
+    assert refusal(*twice, "stages.scale_up.optimizer_state=reset") == (
+        "stages.scale_out.optimizer_state: 'scale_up' is a scale_up stage and has no moments to grow; use reset, or "
+        "set stages.scale_up.optimizer_state to grow"
+    )
+    build(*twice, "stages.scale_up.optimizer_state=grow")

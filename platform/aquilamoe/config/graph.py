@@ -132,6 +132,8 @@ class _Builder:
         model = source.model
         assert model is not None, "an input `source` makes a checkpoint"
         if isinstance(stage, GrowthStage):
+            if stage.optimizer_state == "grow":
+                _check_moments(f"stages.{name}.optimizer_state", source, "grow")
             growth = stage.growth if isinstance(stage, ScaleUpStage) else None
             model = grown_model(model, stage.model, f"stages.{name}.model", growth)
             stage = stage.model_copy(update={"model": model.model_dump()})
@@ -142,11 +144,8 @@ class _Builder:
         assert model is not None, "the schema asks for a model or a source"
         _check_length(f"stages.{name}.sequence_length", stage.sequence_length, model)
         self._check_corpus(name, stage, model)
-        if stage.optimizer_state == "keep" and source and not isinstance(source.stage, PretrainStage):
-            raise UserError(
-                f"stages.{name}.optimizer_state: '{source.name}' is a {source.stage.kind} stage and has no moments to "
-                "keep; use reset, or continue a pretrain stage"
-            )
+        if stage.optimizer_state == "keep" and source:
+            _check_moments(f"stages.{name}.optimizer_state", source, "keep")
         tokens_before, flops_before = (source.lineage_tokens, source.lineage_flops) if source else (0, 0)
         per_token = model.flops_per_token(stage.sequence_length)
         if stage.equal_flops is not None:
@@ -197,6 +196,20 @@ class _Builder:
         yield self.stages[name]
         for source in self.stages[name].inputs.values():
             yield from self._upstream(source)
+
+
+def _check_moments(where: str, source: Node, purpose: str) -> None:
+    """Refuse to go on with the optimizer's moments after a stage that has none."""
+    if isinstance(source.stage, PretrainStage):
+        return
+    remedy = "use reset, or continue a pretrain stage"
+    if isinstance(source.stage, GrowthStage):
+        if source.stage.optimizer_state == "grow":
+            return
+        remedy = f"use reset, or set stages.{source.name}.optimizer_state to grow"
+    raise UserError(
+        f"{where}: '{source.name}' is a {source.stage.kind} stage and has no moments to {purpose}; {remedy}"
+    )
 
 
 def _check_length(where: str, sequence_length: int, model: ModelConfig) -> None:

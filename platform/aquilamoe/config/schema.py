@@ -240,6 +240,7 @@ class GrowthStage(StageConfig):
     """What both growths share: a source, and the sizes that change (all others stay the source's)."""
 
     model: dict[str, Any]
+    optimizer_state: Literal["reset", "grow"]
     seed: NonNegativeInt
     tolerance: PositiveFloat
     certificate_tokens: PositiveInt

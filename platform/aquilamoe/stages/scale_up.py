@@ -5,17 +5,20 @@ from typing import cast
 from aquilamoe.config.graph import Node
 from aquilamoe.config.schema import ScaleUpStage
 from aquilamoe.pipeline.stage import Context, Estimate, Metrics
-from aquilamoe.stages import _growth
+from aquilamoe.stages import _growth, _moments
 
 VERSION = 1
 RESUMES = False
 
 
 def estimate(node: Node) -> Estimate:
-    return _growth.estimate(node, cast(ScaleUpStage, node.stage).growth)
+    return _moments.estimate(node, _growth.estimate(node, cast(ScaleUpStage, node.stage).growth))
 
 
 def run(context: Context) -> Metrics:
     from aquilamoe.growth.scale_up import scale_up
 
-    return _growth.run(context, cast(ScaleUpStage, context.node.stage).growth, scale_up)
+    growth = cast(ScaleUpStage, context.node.stage).growth
+    metrics = _growth.run(context, growth, scale_up)
+    _moments.run(context, growth)
+    return metrics

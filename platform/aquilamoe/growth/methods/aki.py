@@ -39,3 +39,10 @@ def keeps_function(units: Units, num_layers: int, growth: GrowthConfig) -> bool:
     if growth.scope == "all":
         spaces.append(units.residual)
     return num_layers == 1 or not any(space.has_new for space in spaces)
+
+
+def from_above(role: str, growth: GrowthConfig) -> tuple[bool, bool]:
+    """Whether the new rows and the new columns of a tensor are the layer above's: they bring no optimizer state."""
+    if role not in WRITERS or growth.scope == "all":
+        return True, False
+    return False, growth.scope == "transplant"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from aquilamoe.config.schema import GrowthConfig
+from aquilamoe.growth.methods import aki
 from aquilamoe.growth.methods.aki import advance
 from aquilamoe.growth.units import Units
 from aquilamoe.weights import names
@@ -32,3 +33,8 @@ def keeps_function(units: Units, num_layers: int, growth: GrowthConfig) -> bool:
     if growth.scope == "transplant":
         spaces.append(units.mixed_channels)
     return num_layers == 1 or not any(space.has_new for space in spaces)
+
+
+def from_above(role: str, growth: GrowthConfig) -> tuple[bool, bool]:
+    """Whether the new rows and the new columns of a tensor are the layer above's: as in `aki`, but for `OWN`."""
+    return (False, False) if role in OWN else aki.from_above(role, growth)
