@@ -14,6 +14,8 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
+from aquilamoe.config.schema import ModelConfig
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 SYLLABLES = {
     "en": ["the ", "mo", "ther ", "of ", "ri", "ver", "s ", "and ", "gar", "den", "s, ", "walk", "ed ", "home. "],
@@ -29,7 +31,61 @@ TRAINING = {
     "schedule.decay_tokens": 512,
 }
 
+# Small networks of every architecture, each with what only it has; every size differs from every other.
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
+NETWORKS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"num_attention_heads": 10},
+    "qwen2": {"qkv_bias": True},
+    "qwen3": {"qk_norm": "head"},
+    "mixtral": EXPERTS,
+    "qwen2_moe": {**EXPERTS, "qkv_bias": True},
+    "qwen2_moe shared": {
+        **EXPERTS,
+        "qkv_bias": True,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 28,
+        "norm_topk_prob": False,
+        "mlp_only_layers": (1,),
+    },
+    "qwen3_moe": {**EXPERTS, "qk_norm": "head", "moe_intermediate_size": 16, "mlp_only_layers": (0,)},
+    "olmoe": {**EXPERTS, "qk_norm": "projection", "head_dim": 6, "norm_topk_prob": False},
+}
+
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(scope="session", params=NETWORKS)
+def kind(request: pytest.FixtureRequest) -> str:
+    """Every kind of network that `network` makes, one after the other."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def network() -> Callable[..., ModelConfig]:
+    """A small network: `network("qwen3", hidden_size=64)`; its heads together are wider than the hidden size."""
+
+    def build(kind: str, **changes: Any) -> ModelConfig:
+        values = {
+            "vocab_size": 50,
+            "hidden_size": 24,
+            "intermediate_size": 40,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "max_position_embeddings": 64,
+            "rope_theta": 5e3,
+            "rms_norm_eps": 1e-3,
+            "initializer_range": 0.2,
+            "qkv_bias": False,
+            "tie_word_embeddings": False,
+            "num_experts": 0,
+            "num_experts_per_tok": 0,
+        }
+        return ModelConfig.model_validate(values | NETWORKS[kind] | changes)
+
+    return build
 
 
 @pytest.fixture(scope="session")

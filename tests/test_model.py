@@ -1,7 +1,7 @@
 """The network: parity with transformers through files, the mixture of experts against a plain loop, arithmetic."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -10,13 +10,14 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
-from aquilamoe.config.schema import ModelConfig
+from aquilamoe.config.network import ABSENT_SHARED_EXPERT_SIZE, ModelConfig
 from aquilamoe.model import EXPERT_ROW_MULTIPLE, Decoder, MixtureOfExperts
+from aquilamoe.weights import names
 from aquilamoe.weights.huggingface import load_model, save_model
 
 transformers.utils.logging.disable_progress_bar()
 
-KINDS = {"llama": (False, 0), "qwen2": (True, 0), "mixtral": (False, 4), "qwen2_moe": (True, 4)}
+Network = Callable[..., ModelConfig]
 
 
 @pytest.fixture(autouse=True)
@@ -27,29 +28,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def tiny(kind: str, **changes: object) -> ModelConfig:
-    """A small model with grouped-query attention whose heads together are wider than the hidden size."""
-    qkv_bias, num_experts = KINDS[kind]
-    values: dict[str, object] = {
-        "vocab_size": 50,
-        "hidden_size": 24,
-        "intermediate_size": 40,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "max_position_embeddings": 64,
-        "rope_theta": 5e3,
-        "rms_norm_eps": 1e-3,
-        "initializer_range": 0.2,
-        "qkv_bias": qkv_bias,
-        "tie_word_embeddings": False,
-        "num_experts": num_experts,
-        "num_experts_per_tok": 2 if num_experts else 0,
-    }
-    return ModelConfig.model_validate(values | changes)
-
-
 @torch.no_grad()
 def randomize(model: torch.nn.Module, seed: int = 0) -> None:
     """Random matrices, and gains and biases that are far from one and zero, where errors would hide."""
@@ -58,7 +36,7 @@ def randomize(model: torch.nn.Module, seed: int = 0) -> None:
         noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
         if name.endswith("norm.weight"):
             noise = 1 + 0.3 * noise
-        elif ".shared_expert" in name:
+        elif ".shared_expert" in name and parameter.shape[0 if "down" not in name else 1] == ABSENT_SHARED_EXPERT_SIZE:
             noise = 0 * noise
         elif not name.endswith(".bias"):
             noise = 0.25 * noise
@@ -91,31 +69,21 @@ def open_with_transformers(directory: Path, **options: object) -> transformers.P
     return model
 
 
-def transformers_model(config: ModelConfig, kind: str) -> transformers.PreTrainedModel:
+def transformers_model(config: ModelConfig) -> transformers.PreTrainedModel:
     """The same model made by transformers alone, from its own config classes."""
-    sizes = config.model_dump(exclude={"qkv_bias", "num_experts", "num_experts_per_tok", "rope_theta"})
-    sizes["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_theta}
-    experts = {"num_experts_per_tok": config.num_experts_per_tok}
-    match kind:
-        case "llama":
-            model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
-        case "qwen2":
-            model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**sizes))
-        case "mixtral":
-            model = transformers.MixtralForCausalLM(
-                transformers.MixtralConfig(**sizes, **experts, num_local_experts=config.num_experts)
-            )
-        case _:
-            model = transformers.Qwen2MoeForCausalLM(
-                transformers.Qwen2MoeConfig(
-                    **sizes | {"intermediate_size": 7},  # of dense layers, which there are none of
-                    **experts,
-                    num_experts=config.num_experts,
-                    moe_intermediate_size=config.intermediate_size,
-                    shared_expert_intermediate_size=8,
-                    norm_topk_prob=True,
-                )
-            )
+    renamed = {"rope_theta", "num_experts", "qk_norm", "shared_expert_intermediate_size", "moe_intermediate_size"}
+    values = config.model_dump(exclude=renamed)
+    values["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_theta}
+    name = names.architecture(config)
+    if name == "MixtralForCausalLM":
+        values["num_local_experts"] = config.num_experts
+    elif config.is_moe:
+        values |= {"num_experts": config.num_experts, "moe_intermediate_size": config.moe_intermediate_size}
+        values["shared_expert_intermediate_size"] = config.shared_expert_intermediate_size or ABSENT_SHARED_EXPERT_SIZE
+        values["mlp_only_layers"] = list(config.mlp_only_layers)
+    model_class = getattr(transformers, name)
+    known = model_class.config_class().to_dict().keys() | {"head_dim", "num_experts"}
+    model = model_class(model_class.config_class(**{key: value for key, value in values.items() if key in known}))
     randomize(model)
     return model
 
@@ -129,31 +97,31 @@ def worst(found: Tensor, expected: Tensor) -> float:
 SHAPES = [
     {},
     {"tie_word_embeddings": True},
-    {"num_key_value_heads": 4, "head_dim": 6},
-    {"num_key_value_heads": 1, "head_dim": 16},
+    {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 6},
+    {"num_attention_heads": 4, "num_key_value_heads": 1, "hidden_size": 32, "head_dim": 8},
 ]
 
 
 @pytest.mark.parametrize("changes", SHAPES, ids=str)
-@pytest.mark.parametrize("kind", KINDS)
 def test_transformers_computes_our_logits_from_the_files_we_write(
-    kind: str, changes: dict[str, object], tmp_path: Path
+    kind: str, changes: dict[str, object], network: Network, tmp_path: Path
 ) -> None:
-    config = tiny(kind, **changes)
+    config = network(kind, **changes)
     model = random_decoder(config)
     save_model(model, tmp_path)
     theirs = open_with_transformers(tmp_path)
-    assert type(theirs).__name__.lower() == f"{kind.replace('_', '')}forcausallm"
+    assert type(theirs).__name__ == names.architecture(config)
     tokens = random_tokens(config)
     with torch.no_grad():
         assert worst(model(tokens)[0], theirs(tokens).logits) < 1e-5
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
-def test_we_compute_the_logits_of_transformers_from_the_files_it_writes(kind: str, tied: bool, tmp_path: Path) -> None:
-    config = tiny(kind, tie_word_embeddings=tied)
-    theirs = transformers_model(config, kind)
+def test_we_compute_the_logits_of_transformers_from_the_files_it_writes(
+    kind: str, tied: bool, tmp_path: Path, network: Network
+) -> None:
+    config = network(kind, tie_word_embeddings=tied)
+    theirs = transformers_model(config)
     theirs.save_pretrained(tmp_path)
     model = load_model(tmp_path)
     assert model.config == config
@@ -165,9 +133,9 @@ def test_we_compute_the_logits_of_transformers_from_the_files_it_writes(kind: st
 @pytest.mark.filterwarnings(
     "ignore:Initializing zero-element tensors"
 )  # torch, about transformers' empty shared expert
-def test_a_qwen2_moe_with_an_empty_shared_expert_is_read_as_it_is(tmp_path: Path) -> None:
-    config = tiny("qwen2_moe")
-    theirs_config = transformers_model(config, "qwen2_moe").config
+def test_a_qwen2_moe_with_an_empty_shared_expert_is_read_as_it_is(tmp_path: Path, network: Network) -> None:
+    config = network("qwen2_moe")
+    theirs_config = transformers_model(config).config
     theirs_config.shared_expert_intermediate_size = 0
     theirs = transformers.Qwen2MoeForCausalLM(theirs_config)
     theirs.save_pretrained(tmp_path)
@@ -176,8 +144,8 @@ def test_a_qwen2_moe_with_an_empty_shared_expert_is_read_as_it_is(tmp_path: Path
         assert worst(load_model(tmp_path)(tokens)[0], theirs(tokens).logits) < 1e-5
 
 
-def test_heads_that_do_not_divide_the_hidden_size_open_in_transformers(tmp_path: Path) -> None:
-    config = tiny("llama", num_attention_heads=10)
+def test_heads_that_do_not_divide_the_hidden_size_open_in_transformers(tmp_path: Path, network: Network) -> None:
+    config = network("llama", num_attention_heads=10)
     model = random_decoder(config)
     save_model(model, tmp_path)
     tokens = random_tokens(config)
@@ -189,9 +157,8 @@ def next_token_loss(logits_btv: Tensor, tokens_bt: Tensor) -> Tensor:
     return F.cross_entropy(logits_btv[:, :-1].flatten(0, 1), tokens_bt[:, 1:].flatten())
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_gradients_of_the_loss_equal_those_of_transformers(kind: str, tmp_path: Path) -> None:
-    config = tiny(kind)
+def test_gradients_of_the_loss_equal_those_of_transformers(kind: str, tmp_path: Path, network: Network) -> None:
+    config = network(kind)
     model = random_decoder(config)
     save_model(model, tmp_path)
     theirs = open_with_transformers(tmp_path, experts_implementation="eager" if config.is_moe else None)
@@ -199,9 +166,11 @@ def test_gradients_of_the_loss_equal_those_of_transformers(kind: str, tmp_path: 
     next_token_loss(model(tokens)[0], tokens).backward()
     next_token_loss(theirs(tokens).logits, tokens).backward()
     mine = {name: parameter.grad for name, parameter in model.named_parameters()}
-    other = {name: parameter.grad for name, parameter in theirs.named_parameters() if ".shared_expert" not in name}
+    other = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    if not config.shared_expert_intermediate_size:
+        other = {name: gradient for name, gradient in other.items() if ".shared_expert" not in name}
     if config.is_moe:
-        for layer in range(config.num_hidden_layers):
+        for layer in filter(config.is_sparse, range(config.num_hidden_layers)):
             prefix = f"model.layers.{layer}.mlp.experts"
             gate, up = mine.pop(f"{prefix}.gate_proj"), mine.pop(f"{prefix}.up_proj")
             mine[f"{prefix}.gate_up_proj"] = torch.cat([gate, up], dim=1)
@@ -230,8 +199,10 @@ def naive_mixture(moe: MixtureOfExperts, x_nd: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("num_experts", "top_k", "tokens"), [(4, 2, 150), (2, 1, 20), (8, 3, 31), (4, 4, 10), (4, 2, 1)]
 )
-def test_experts_equal_a_loop_over_tokens_forward_and_backward(num_experts: int, top_k: int, tokens: int) -> None:
-    config = tiny("mixtral", num_experts=num_experts, num_experts_per_tok=top_k)
+def test_experts_equal_a_loop_over_tokens_forward_and_backward(
+    num_experts: int, top_k: int, tokens: int, network: Network
+) -> None:
+    config = network("mixtral", num_experts=num_experts, num_experts_per_tok=top_k)
     moe = MixtureOfExperts(config).double()
     randomize(moe)
     x_nd = torch.randn(tokens, config.hidden_size, dtype=torch.float64)
@@ -248,8 +219,8 @@ def test_experts_equal_a_loop_over_tokens_forward_and_backward(num_experts: int,
         assert (mine - expected).abs().max() < 1e-10
 
 
-def test_an_expert_without_tokens_gets_a_zero_gradient_and_disturbs_nobody() -> None:
-    config = tiny("mixtral")
+def test_an_expert_without_tokens_gets_a_zero_gradient_and_disturbs_nobody(network: Network) -> None:
+    config = network("mixtral")
     moe = MixtureOfExperts(config).double()
     randomize(moe)
     x_nd = torch.randn(40, config.hidden_size, dtype=torch.float64)
@@ -267,8 +238,8 @@ def test_an_expert_without_tokens_gets_a_zero_gradient_and_disturbs_nobody() -> 
         assert all(parameter.grad[other].any() for other in (0, 1, 3))
 
 
-def test_no_token_is_dropped_when_all_choose_the_same_experts() -> None:
-    config = tiny("mixtral")
+def test_no_token_is_dropped_when_all_choose_the_same_experts(network: Network) -> None:
+    config = network("mixtral")
     moe = MixtureOfExperts(config).double()
     randomize(moe)
     x_nd = torch.randn(EXPERT_ROW_MULTIPLE + 3, config.hidden_size, dtype=torch.float64)
@@ -281,8 +252,8 @@ def test_no_token_is_dropped_when_all_choose_the_same_experts() -> None:
     assert worst(mixed[0], naive_mixture(moe, x_nd)) < 1e-10
 
 
-def test_the_router_decides_in_float32_under_bfloat16_autocast() -> None:
-    config = tiny("mixtral")
+def test_the_router_decides_in_float32_under_bfloat16_autocast(network: Network) -> None:
+    config = network("mixtral")
     moe = MixtureOfExperts(config)
     randomize(moe)
     x_nd = torch.randn(20, config.hidden_size)
@@ -293,9 +264,8 @@ def test_the_router_decides_in_float32_under_bfloat16_autocast() -> None:
     assert torch.equal(routing.experts_nk, routing.logits_ne.topk(2).indices)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_token_does_not_change_the_logits_before_it(kind: str) -> None:
-    config = tiny(kind)
+def test_a_token_does_not_change_the_logits_before_it(kind: str, network: Network) -> None:
+    config = network(kind)
     model = random_decoder(config, torch.float64)
     tokens = random_tokens(config)
     changed = tokens.clone()
@@ -306,18 +276,17 @@ def test_a_token_does_not_change_the_logits_before_it(kind: str) -> None:
     assert (before[:, 15:] - after[:, 15:]).abs().amax(dim=(0, 2)).min() > 1e-6
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_moe_layer_reports_its_routing_and_no_dense_one_does(kind: str) -> None:
-    config = tiny(kind)
+def test_every_moe_layer_reports_its_routing_and_no_dense_one_does(kind: str, network: Network) -> None:
+    config = network(kind)
     _, routings = random_decoder(config)(random_tokens(config))
-    assert len(routings) == (config.num_hidden_layers if config.is_moe else 0)
+    assert len(routings) == config.num_sparse_layers
     for routing in routings:
         assert routing.logits_ne.shape == (2 * 24, 4)
         assert routing.experts_nk.shape == (2 * 24, 2)
 
 
-def test_initial_values_follow_the_seed_alone() -> None:
-    config = tiny("qwen2_moe", hidden_size=64)
+def test_initial_values_follow_the_seed_alone(network: Network) -> None:
+    config = network("qwen2_moe", hidden_size=64)
     models = [Decoder(config) for _ in range(3)]
     for model, seed in zip(models, (1, 1, 2), strict=True):
         model.initialize(seed)
@@ -363,33 +332,33 @@ def test_parameters_of_the_paper_s_models_to_the_printed_digits() -> None:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
-def test_num_params_counts_the_parameters_of_the_network(kind: str, tied: bool) -> None:
-    config = tiny(kind, tie_word_embeddings=tied)
+def test_num_params_counts_the_parameters_of_the_network(kind: str, tied: bool, network: Network) -> None:
+    config = network(kind, tie_word_embeddings=tied)
     model = Decoder(config)
     assert config.num_params == sum(parameter.numel() for parameter in model.parameters())
     if config.is_moe:
-        idle = sum(expert.numel() for layer in model.model.layers for expert in layer.mlp.experts.parameters()) // 2
+        experts = [layer.mlp.experts for layer in model.model.layers if isinstance(layer.mlp, MixtureOfExperts)]
+        idle = sum(tensor.numel() for stack in experts for tensor in stack.parameters()) // 2
         assert config.num_active_params == config.num_params - idle
     else:
         assert config.num_active_params == config.num_params
 
 
-def test_flops_per_token_equal_a_hand_calculation() -> None:
+def test_flops_per_token_equal_a_hand_calculation(network: Network) -> None:
     sizes = {"vocab_size": 10, "hidden_size": 4, "intermediate_size": 6, "num_hidden_layers": 3, "head_dim": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 1}
-    dense = tiny("llama", **sizes, **heads)
+    dense = network("llama", **sizes, **heads)
     # q and o 4x8, k and v 4x2, gate, up and down 4x6, in three layers; the head 10x4; 4 heads of 2 over 16 positions.
     assert dense.flops_per_token(16) == 6 * (3 * (2 * 32 + 2 * 8 + 3 * 24) + 40 + 3 * 4 * 2 * 16)
-    assert tiny("llama", **sizes, **heads, tie_word_embeddings=True).flops_per_token(16) == dense.flops_per_token(16)
+    assert network("llama", **sizes, **heads, tie_word_embeddings=True).flops_per_token(16) == dense.flops_per_token(16)
     # Two of the four experts, and the router's 4x4.
-    mixture = tiny("mixtral", **sizes, **heads)
+    mixture = network("mixtral", **sizes, **heads)
     assert mixture.flops_per_token(16) == dense.flops_per_token(16) + 6 * 3 * (3 * 24 + 16)
 
 
-def test_gradients_below_the_experts_are_the_same_bits_every_time_on_two_threads() -> None:
+def test_gradients_below_the_experts_are_the_same_bits_every_time_on_two_threads(network: Network) -> None:
     """A token whose row goes to three experts gets three gradients: their sum must not depend on who is first."""
-    config = tiny("mixtral", num_experts=8, num_experts_per_tok=3, hidden_size=128)
+    config = network("mixtral", num_experts=8, num_experts_per_tok=3, hidden_size=128)
     model = random_decoder(config)
     tokens_bt = random_tokens(config, 1024).view(32, 64)
     torch.set_num_threads(2)

@@ -138,10 +138,61 @@ def test_amounts_belong_to_their_methods(changes: dict[str, Any], message: str) 
         (experts(6), "num_experts: target 6, source 4; .* use a multiple of 4, e.g. 8"),
         (experts(2), "num_experts: target 2, source 4; .* use a multiple of 4, e.g. 4"),
         (experts(8, 1), "num_experts_per_tok: target 1 is smaller than the source's 2; "),
-        (experts(8, 4, intermediate_size=6), "intermediate_size: target 6, source 12; experts of experts are whole"),
+        (
+            experts(8, 4, intermediate_size=6),
+            "intermediate_size: target 6, source 12; a scale-out of experts copies whole ones",
+        ),
+        (experts(8, mlp_only_layers=(1,)), "mlp_only_layers: target .1,., source ..; "),
+        (experts(8, shared_expert_intermediate_size=12), "shared_expert_intermediate_size: target 12, source 0; "),
         (model(), "num_experts: target 0; "),
     ],
 )
 def test_experts_of_experts_that_cannot_be_made_are_refused(target: ModelConfig, message: str) -> None:
     with pytest.raises(UserError, match=message):
         rules.check(experts(), target, upcycling())
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (experts(shared_expert_intermediate_size=10), "shared_expert_intermediate_size: target 10, .* use 12 or 0"),
+        (
+            experts(mlp_only_layers=(0,), intermediate_size=6, moe_intermediate_size=6),
+            "intermediate_size: target 6, source 12; dense layers are copied, set moe_intermediate_size instead",
+        ),
+        (experts(moe_intermediate_size=5), "moe_intermediate_size: target 5, source 12; .* use 12 or a divisor"),
+        (
+            experts(6, 2, moe_intermediate_size=4),
+            "num_experts_per_tok: 2 experts, .* 12 into 3 parts, .* multiple of 3",
+        ),
+    ],
+)
+def test_experts_of_a_dense_model_that_cannot_be_made_are_refused(target: ModelConfig, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        rules.check(model(), target, upcycling())
+
+
+def test_a_norm_over_heads_forbids_longer_heads() -> None:
+    source = model(qkv_bias=False, qk_norm="head")
+    rules.check(source, model(qkv_bias=False, qk_norm="head", hidden_size=16), growth())
+    with pytest.raises(UserError, match=r"head_dim: target 8, source 4; a norm over each head .* keep 4"):
+        rules.check(source, model(qkv_bias=False, qk_norm="head", head_dim=8), growth())
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "preserves"),
+    [
+        (model(), experts(), True),
+        (model(), experts(norm_topk_prob=False), False),
+        (model(), experts(shared_expert_intermediate_size=12, mlp_only_layers=(0,)), True),
+        (experts(norm_topk_prob=False), experts(8, 4, norm_topk_prob=False), True),
+        (experts(norm_topk_prob=False), experts(8, 2, norm_topk_prob=False), False),
+        (experts(4, 1, norm_topk_prob=False), experts(8, 1, norm_topk_prob=False), False),
+        (experts(4, 1), experts(8, 1), True),
+    ],
+)
+def test_an_upcycling_claims_the_function_by_how_shares_are_counted(
+    source: ModelConfig, target: ModelConfig, preserves: bool
+) -> None:
+    rules.check(source, target, upcycling())
+    assert rules.preserves(upcycling(), source, target) == preserves

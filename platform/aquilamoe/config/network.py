@@ -85,7 +85,7 @@ class ModelConfig(Config):
         return {
             **values,
             "moe_intermediate_size": experts,
-            "intermediate_size": dense if values.get("mlp_only_layers") else experts,
+            "intermediate_size": dense if values.get("mlp_only_layers") else experts or dense,
         }
 
     @model_validator(mode="before")
