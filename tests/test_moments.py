@@ -1,5 +1,7 @@
 """The optimizer's state through a growth: against gradients of grown models, and through files."""
 
+import json
+import subprocess
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator
@@ -27,9 +29,11 @@ from aquilamoe.training import optimizer as optimizers
 from aquilamoe.training import state as training_state
 from aquilamoe.training.objective import cross_entropy
 from aquilamoe.weights import names
+from aquilamoe.weights.configuration import read_config
 from aquilamoe.weights.huggingface import load_model, save_model
 
 Gradients = dict[str, Tensor]
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
 How = GrowthConfig | UpcyclingConfig
 EXACT = 1e-12  # relative to the largest entry of a tensor
 
@@ -546,3 +550,32 @@ def test_a_state_that_cannot_be_grown_is_one_line_that_says_what_to_do(
         grow_moments(path, tmp_path / "grown", (source, resized(source, how, hidden_size=9)), how, 0, silent)
     assert said in str(raised.value) and str(path) in str(raised.value) and "\n" not in str(raised.value)
     assert not (tmp_path / "grown").exists()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, command: Command, tiny: list[str]) -> dict[str, Path]:
+    """Directories of the stages that train or grow, after a run in which the state goes through both growths."""
+    folder = tmp_path_factory.mktemp("runs")
+    grow = [f"stages.{stage}.optimizer_state=grow" for stage in ("scale_up", "scale_out")]
+    keep = [f"stages.{stage}.optimizer_state=keep" for stage in ("dense", "moe")]
+    answer = command(*tiny, "growth=fpi", "growth.new_layers=zero", *grow, *keep, "tracking.enabled=false", cwd=folder)
+    assert answer.returncode == 0, answer.stderr
+    stages = ("prepare", "scale_up", "dense", "scale_out", "moe")
+    found = {stage: list((folder / "runs" / "stages").glob(f"{stage}-*")) for stage in stages}
+    assert all(len(directories) == 1 for directories in found.values())
+    return {stage: directories[0] for stage, directories in found.items()}
+
+
+def test_the_command_trains_on_with_a_state_that_went_through_both_growths(runs: dict[str, Path]) -> None:
+    states = {stage: load_file(runs[stage] / training_state.TRAINING / training_state.MOMENTS) for stage in runs}
+    embedding, router = f"{names.EMBEDDING}/{STEP}", f"{of_layer(0, names.ROUTER)}/{STEP}"
+    steps = {stage: int(state[embedding]) for stage, state in states.items()}
+    assert steps == {"prepare": 16, "scale_up": 16, "dense": 24, "scale_out": 24, "moe": 32}
+    assert int(states["scale_out"][router]) == 0 and int(states["moe"][router]) == 8
+    for stage in ("scale_up", "scale_out"):
+        record = json.loads((runs[stage] / "record.json").read_text())
+        assert f"{training_state.TRAINING}/{training_state.MOMENTS}" in record["files"]
+        config = read_config(runs[stage] / "model")
+        shapes = gradients.parameter_shapes(config)
+        assert {name.rpartition("/")[0] for name in states[stage]} == set(shapes)
+        assert all(states[stage][f"{name}/{FIRST}"].shape == shape for name, shape in shapes.items())
