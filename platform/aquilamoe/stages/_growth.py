@@ -43,8 +43,18 @@ def run(context: Context, growth: GrowthConfig | UpcyclingConfig, grow: Callable
     grow(before, after, node.model, growth, stage.seed, lambda done, total: context.progress(done, total, "tensors"))
     preserving = rules.preserves(growth, node.source_model, node.model)
     tokens_bt = torch.from_numpy(_held_out(context, stage.certificate_tokens))
-    certificate: dict[str, Any] = certify(before, after, tokens_bt, preserving, stage.tolerance)
+    certificate: dict[str, Any] = certify(
+        before,
+        after,
+        tokens_bt,
+        preserving,
+        stage.tolerance,
+        growth,
+        stage.seed,
+        lambda done, total: context.progress(done, total, "layers"),
+    )
     write_atomically(context.out / CERTIFICATE, json.dumps(certificate, indent=1))
+    del certificate["layers"]  # metrics are single values
     return {
         "params_total": node.model.num_params,
         "params_active": node.model.num_active_params,

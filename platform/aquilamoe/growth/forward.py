@@ -1,0 +1,150 @@
+"""A checkpoint that computes without being loaded: every tensor is read when it is needed, and released after.
+
+The modules are those of `aquilamoe.model`, on the meta device; only where their weights come from is different. In
+memory are the hidden states of all tokens, and of the weights an attention, a feed-forward, an expert, or a slice of
+the head.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from aquilamoe.config.schema import ModelConfig
+from aquilamoe.growth.bounds import TOKENS_AT_ONCE
+from aquilamoe.model import Block, FeedForward, RMSNorm, Routing, rotary_table
+from aquilamoe.weights import names
+from aquilamoe.weights.configuration import read_config
+from aquilamoe.weights.huggingface import check
+from aquilamoe.weights.store import Reader
+
+Tensors = dict[str, Tensor]
+
+
+class StreamedDecoder:
+    """The network of a checkpoint, a step at a time: `embed`, `run_layer` for each layer, `normalize`, `head_rows`.
+
+    reader: the open checkpoint; its tensors are those of `config`.
+    dtype: of the computation.
+    """
+
+    def __init__(self, reader: Reader, config: ModelConfig, dtype: torch.dtype) -> None:
+        self.config, self.dtype, self._reader = config, dtype, reader
+
+    def embed(self, tokens_bt: Tensor) -> Tensor:
+        """The residual stream that enters the first layer (b, t, d); only the rows of these tokens are read."""
+        embedding_vd = self._reader.get(names.EMBEDDING)
+        out_btd = torch.empty(*tokens_bt.shape, self.config.hidden_size, dtype=self.dtype)
+        for tokens_n, out_nd in _together(TOKENS_AT_ONCE, tokens_bt.flatten(), out_btd.flatten(0, 1)):
+            out_nd.copy_(embedding_vd[tokens_n])
+            self._reader.release(names.EMBEDDING)  # each row brings its neighbours into memory
+        return out_btd
+
+    def run_layer(self, layer: int, x_btd: Tensor) -> tuple[Tensor, Routing | None]:
+        """The residual stream behind a layer, of the stream before it; and what its router decided."""
+        roles = names.role_shapes(self.config, layer)
+        with torch.device("meta"):
+            block = Block(self.config, layer)
+        read = partial(self._read, layer)
+        block.set_submodule("self_attn", _Streamed(block.self_attn, partial(read, "self_attn."), flat=False))
+        resident = [role for role in roles if not role.startswith(("self_attn.", "mlp."))]
+        if self.config.is_sparse(layer):
+            block.mlp.set_submodule("experts", _StreamedExperts(self.config, read))
+            resident.append(names.ROUTER)
+            if self.config.shared_expert_intermediate_size:
+                shared = block.get_submodule("mlp.shared_expert")
+                block.mlp.set_submodule(
+                    "shared_expert", _Streamed(shared, partial(read, "mlp.shared_expert."), flat=True)
+                )
+                resident.append(names.SHARED_ROUTER)
+        else:
+            block.set_submodule("mlp", _Streamed(block.mlp, partial(read, "mlp."), flat=True))
+        table = rotary_table(self.config, x_btd.shape[1], x_btd.device, x_btd.dtype)
+        weights = {role: self._get(names.layer_name(self.config, layer, role)) for role in resident}
+        return functional_call(block, weights, (x_btd, *table))
+
+    def normalize(self, x_btd: Tensor) -> Tensor:
+        """What the head reads (n, d), of the stream behind the last layer."""
+        with torch.device("meta"):
+            norm = RMSNorm(self.config.hidden_size, self.config.rms_norm_eps)
+        return functional_call(norm, {"weight": self._get(names.FINAL_NORM)}, (x_btd.flatten(0, 1),))
+
+    def head_rows(self, start: int, stop: int) -> Tensor:
+        """Rows of the head (stop - start, d): what makes the logits of these tokens of the vocabulary."""
+        head = names.EMBEDDING if self.config.tie_word_embeddings else names.HEAD
+        rows_vd = self._reader.rows(head, start, stop).to(self.dtype, copy=True)
+        self._reader.release(head)
+        return rows_vd
+
+    def _get(self, name: str) -> Tensor:
+        tensor = self._reader.get(name).to(self.dtype, copy=True)
+        self._reader.release(name)
+        return tensor
+
+    def _read(self, layer: int, prefix: str) -> Tensors:
+        """The tensors of a part of a layer, by their names inside it."""
+        on_disk = names.layer_names(self.config, layer)
+        return {role.removeprefix(prefix): self._get(on_disk[role]) for role in on_disk if role.startswith(prefix)}
+
+
+class _Streamed(nn.Module):
+    """A part of a block that has weights only while it runs, on some rows of its input at a time.
+
+    flat: whether the rows of the input (b, t, d) are tokens; otherwise they are whole sequences.
+    """
+
+    def __init__(self, part: nn.Module, read: Callable[[], Tensors], *, flat: bool) -> None:
+        super().__init__()
+        self.part, self._read, self._flat = part, read, flat
+
+    def forward(self, x: Tensor, *arguments: Tensor) -> Tensor:
+        weights = self._read()
+        rows = x.flatten(0, -2) if self._flat else x
+        out = torch.empty_like(rows)
+        for rows_in, rows_out in _together(TOKENS_AT_ONCE // rows[0, ..., 0].numel(), rows, out):
+            rows_out.copy_(functional_call(self.part, weights, (rows_in, *arguments), strict=True))
+        return out.view_as(x)
+
+
+class _StreamedExperts(nn.Module):
+    """In the place of `model.Experts`: each expert is read for its rows, and not read when it has none."""
+
+    def __init__(self, config: ModelConfig, read: Callable[[str], Tensors]) -> None:
+        super().__init__()
+        self._num_experts, self._read = config.num_experts, read
+        with torch.device("meta"):
+            self._expert = FeedForward(config.hidden_size, config.moe_intermediate_size)
+
+    def forward(self, x_nd: Tensor, experts_nk: Tensor, gates_nk: Tensor) -> Tensor:
+        out_nd = torch.zeros_like(x_nd)
+        for expert in range(self._num_experts):
+            tokens_s, slots_s = (experts_nk == expert).nonzero(as_tuple=True)
+            if len(tokens_s) == 0:
+                continue
+            weights = self._read(f"mlp.experts.{expert}.")
+            for rows, slots in _together(TOKENS_AT_ONCE, tokens_s, slots_s):
+                outputs = functional_call(self._expert, weights, (x_nd[rows],), strict=True)
+                out_nd.index_add_(0, rows, outputs * gates_nk[rows, slots, None].to(x_nd.dtype))
+        return out_nd
+
+
+def _together(count: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Views of `count` rows of each tensor at a time."""
+    return zip(*(tensor.split(max(1, count)) for tensor in tensors), strict=True)
+
+
+@contextmanager
+def opened(*directories: Path) -> Iterator[tuple[StreamedDecoder, ...]]:
+    """Checkpoints, ready to compute in float32, or in float64 if one of them has it. UserError for damaged ones."""
+    with ExitStack() as files:
+        readers = [files.enter_context(Reader(directory)) for directory in directories]
+        configs = [read_config(directory) for directory in directories]
+        dtype = torch.float32
+        for reader, config in zip(readers, configs, strict=True):
+            check(config, reader)
+            dtype = torch.promote_types(dtype, reader.dtype(names.EMBEDDING))
+        yield tuple(StreamedDecoder(reader, config, dtype) for reader, config in zip(readers, configs, strict=True))
