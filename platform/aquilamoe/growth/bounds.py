@@ -11,8 +11,8 @@ LOGIT_ROWS, LOGIT_COLUMNS = 256, 2048
 # Every layer is compared on so many tokens, if there are as many.
 COMPARED_TOKENS = 2048
 
-# By safetensors' name of a dtype. A trained model of 30 layers was grown by 1.25 and 1.75 in width, with exact norms and
-# with padding, by 4/3 in depth, with noise and without: logits differed by up to 3.3e-5 of their spread in F32, 0.022 in
+# By safetensors' name of a dtype. A trained model of 30 layers was grown by 1.25 and 1.75 in width, with exact norms
+# or padding, by 4/3 in depth, with noise and without: logits differed by up to 3.3e-5 of their spread in F32, 0.022 in
 # F16 and 0.11 in BF16, whose weights have 23, 10 and 7 bits; and layers by up to 2.7e-6, 0.0037 and 0.012.
 _TOLERANCES = {"F64": 1e-6, "F32": 1e-3, "F16": 0.1, "BF16": 0.5}
 
