@@ -8,6 +8,8 @@ TOKENS_AT_ONCE = 1024
 # Logits are made for so many tokens, and so many of the vocabulary, at once: they are read many times, and fit into a
 # processor's cache.
 LOGIT_ROWS, LOGIT_COLUMNS = 256, 2048
+# Rows of an embedding that are looked up at once: each brings its neighbours in the file into memory.
+LOOKUPS = 128
 # Every layer is compared on so many tokens, if there are as many.
 COMPARED_TOKENS = 2048
 
@@ -16,7 +18,7 @@ COMPARED_TOKENS = 2048
 # F16 and 0.11 in BF16, whose weights have 23, 10 and 7 bits; and layers by up to 2.7e-6, 0.0037 and 0.012.
 _TOLERANCES = {"F64": 1e-6, "F32": 1e-3, "F16": 0.1, "BF16": 0.5}
 
-# Of the file system's cache, a page that is looked at brings its neighbours into memory: so many bytes.
+# Bytes of a file that come into memory with a page that is looked at.
 _AROUND = 2**16
 # Copies of a stream that a block holds at once: before and behind each half, normalised, and its experts' share.
 _STREAMS = 8
@@ -63,5 +65,5 @@ def _part(model: ModelConfig, sequence_length: int, item_bytes: int) -> int:
     feed_forward = 4 * hidden * neurons + _ACTIVATIONS * TOKENS_AT_ONCE * neurons
     scored = 4 * TOKENS_AT_ONCE * model.num_experts
     logits = 2 * (LOGIT_ROWS + hidden) * LOGIT_COLUMNS + 6 * LOGIT_ROWS * LOGIT_COLUMNS
-    looked_up = TOKENS_AT_ONCE * (2 * hidden + _AROUND // item_bytes)
+    looked_up = LOOKUPS * (2 * hidden + _AROUND // item_bytes)
     return item_bytes * max(attention, feed_forward + scored, logits, looked_up)

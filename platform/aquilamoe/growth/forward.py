@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from aquilamoe.config.schema import ModelConfig
-from aquilamoe.growth.bounds import TOKENS_AT_ONCE
+from aquilamoe.growth.bounds import LOOKUPS, TOKENS_AT_ONCE
 from aquilamoe.model import Block, FeedForward, RMSNorm, Routing, rotary_table
 from aquilamoe.weights import names
 from aquilamoe.weights.configuration import read_config
@@ -39,9 +39,9 @@ class StreamedDecoder:
         """The residual stream that enters the first layer (b, t, d); only the rows of these tokens are read."""
         embedding_vd = self._reader.get(names.EMBEDDING)
         out_btd = torch.empty(*tokens_bt.shape, self.config.hidden_size, dtype=self.dtype)
-        for tokens_n, out_nd in _together(TOKENS_AT_ONCE, tokens_bt.flatten(), out_btd.flatten(0, 1)):
+        for tokens_n, out_nd in _together(LOOKUPS, tokens_bt.flatten(), out_btd.flatten(0, 1)):
             out_nd.copy_(embedding_vd[tokens_n])
-            self._reader.release(names.EMBEDDING)  # each row brings its neighbours into memory
+            self._reader.release(names.EMBEDDING)
         return out_btd
 
     def run_layer(self, layer: int, x_btd: Tensor) -> tuple[Tensor, Routing | None]:
