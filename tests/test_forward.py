@@ -114,16 +114,16 @@ DENSE = ModelConfig(
 SPARSE = DENSE.model_copy(update={"num_experts": 24, "num_experts_per_tok": 2, "moe_intermediate_size": 512})
 UPCYCLING = UpcyclingConfig(method="copy", noise=0.0, drop_ratio=0.0, router_init="normal", router_std=0.02)
 SEQUENCES, LENGTH = 4, 64
-# The peak of a process is that of its life: what it was before the certificate is taken off.
+# VmHWM is the peak of a process since it began; the peak that getrusage tells may be that of the process that forked it.
 MEASURE = """
-import json, resource, sys, torch
+import json, re, sys, torch
 from pathlib import Path
 from aquilamoe.config.schema import UpcyclingConfig
 from aquilamoe.growth.certificate import certify
 torch.set_num_threads(1)
 source, target = map(Path, sys.argv[1:3])
 tokens_bt = torch.arange(int(sys.argv[3]) * int(sys.argv[4])).view(int(sys.argv[3]), -1) * 7919 % 40_000
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 before = peak()
 found = certify(source, target, tokens_bt, True, 0.5, UpcyclingConfig(**json.loads(sys.argv[5])))
 print(json.dumps({"bytes": peak() - before, "found": found}))
@@ -153,7 +153,7 @@ def test_the_memory_of_a_certificate_is_bounded_whatever_the_size_of_the_models(
     measured = json.loads(output)
     bound = certificate_bytes(DENSE, SPARSE, SEQUENCES, LENGTH)
     assert measured["found"]["passed"] is True
-    assert measured["bytes"] <= bound < size / 3
+    assert 0 < measured["bytes"] <= bound < size / 3
 
 
 def test_a_certificate_of_16_billion_parameters_fits_a_machine_of_24_gigabytes() -> None:

@@ -24,8 +24,8 @@ _AROUND = 2**16
 _STREAMS = 8
 # Of the activations inside a feed-forward or an attention, likewise.
 _ACTIVATIONS = 5
-# Allocators keep some of what was given back, and libraries for products have rooms of their own.
-_ALLOCATOR, _LIBRARIES = 1.5, 2**25
+# Allocators keep some of what was given back; libraries for products bring their code and rooms of their own.
+_ALLOCATOR, _LIBRARIES = 1.5, 2**26
 
 
 def default_tolerance(dtype: str) -> float:
