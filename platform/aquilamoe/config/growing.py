@@ -58,7 +58,7 @@ class CertificateConfig(Config):
     """On how much of which text source and target are compared, and how far a preserving growth may be off.
 
     text: a file of UTF-8 text; null is the embedded validation text.
-    tolerance: largest difference of a logit; null follows the dtype of the weights.
+    tolerance: largest difference of a logit, as a fraction of the logits' spread; null follows the weights' dtype.
     """
 
     enabled: bool

@@ -154,9 +154,18 @@ def _certificate(certificate: Mapping[str, Any] | None, preserving: bool) -> lis
 
 def certificate_rows(certificate: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The measures of a certificate, in words."""
+    difference, spread = certificate["max_abs_dlogit"], certificate["logit_spread"]
+    found = [("largest difference of a logit", f"{difference:.3g}, {difference / spread:.3g} of the logits' spread")]
+    if certificate["preserving"]:
+        found.append(("allowed", f"{certificate['tolerance']:.3g} of the spread"))
+    if layers := certificate["layers"]:
+        worst = max(range(len(layers)), key=layers.__getitem__)
+        place = f"layer {worst - 1}" if worst else "the embedding"
+        found.append(("largest difference of a layer", f"{layers[worst]:.3g} of what it adds, in {place}"))
+    if certificate["ties"]:
+        found.append(("ties", "logits differ by more where experts of equal score changed places"))
     return [
-        ("largest difference of a logit", f"{certificate['max_abs_dlogit']:.3g}"),
-        ("tolerance", f"{certificate['tolerance']:.3g}" if certificate["preserving"] else "none, nothing is claimed"),
+        *found,
         ("KL(source, target), nats/token", f"{certificate['kl']:.3g}"),
         ("loss of the source, nats/token", f"{certificate['source_loss']:.5f}"),
         ("loss of the target, nats/token", f"{certificate['target_loss']:.5f}"),

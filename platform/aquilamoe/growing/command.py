@@ -8,6 +8,7 @@ from aquilamoe import terminal
 from aquilamoe.config import growing
 from aquilamoe.config.growing import GrowConfig
 from aquilamoe.growing import comparison, held_out, identity, output, screen
+from aquilamoe.growing.comparison import Claim
 from aquilamoe.growing.making import Making
 from aquilamoe.growing.output import Output
 from aquilamoe.growing.request import Request, directory, open_checkpoint, resolve
@@ -45,8 +46,8 @@ def _certify(config: GrowConfig) -> None:
     out = terminal.console()
     screen.show_comparison(out, source, target)
     record = output.record(target.directory)
-    claims = config.certificate.tolerance is not None or bool(record and record.get("preserving"))
-    certificate = comparison.compare(out, source, target, text, config.certificate, claims)
+    claim = Claim.of_record(record) if record else Claim(config.certificate.tolerance is not None)
+    certificate = comparison.compare(out, source, target, text, config.certificate, claim)
     out.print()
     screen.show_certificate(out, certificate)
 

@@ -1,23 +1,49 @@
 """Source and target compared on held-out tokens: the certificate, with the text that it was made on."""
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self
+
+from pydantic import ValidationError
 
 from aquilamoe import terminal
 from aquilamoe.config.growing import CertificateConfig
-from aquilamoe.config.messages import UserError
+from aquilamoe.config.schema import GrowthConfig, UpcyclingConfig
 from aquilamoe.growing import screen
 from aquilamoe.growing.held_out import HeldOut
 from aquilamoe.growing.request import Checkpoint
+from aquilamoe.growth.bounds import default_tolerance
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-TOLERANCES = {"F64": 1e-6, "F32": 1e-3, "F16": 0.05, "BF16": 0.5}
+
+@dataclass(frozen=True)
+class Claim:
+    """What a target is held to: whether it keeps the function, and by which growth, where that is known."""
+
+    preserving: bool
+    growth: GrowthConfig | UpcyclingConfig | None = None
+    seed: int = 0
+
+    @classmethod
+    def of_record(cls, record: Mapping[str, Any]) -> Self:
+        """The claim of a target by this tool; of one whose recipe nobody knows any more, that of its logits alone."""
+        settings = record["recipe"]["config"]
+        try:
+            growth: GrowthConfig | UpcyclingConfig = (
+                GrowthConfig.model_validate(settings["growth"])
+                if "growth" in settings
+                else UpcyclingConfig.model_validate(settings["upcycling"])
+            )
+            return cls(record["preserving"], growth, settings["seed"])
+        except (KeyError, ValidationError):
+            return cls(bool(record.get("preserving")))
 
 
 def tolerance(source: Checkpoint, certificate: CertificateConfig) -> float:
-    """Largest difference of a logit that a growth may show that claims to keep the function."""
-    return certificate.tolerance or TOLERANCES[source.dtype]
+    """How far a growth may be off that claims to keep the function, as a fraction of the logits' spread."""
+    return certificate.tolerance or default_tolerance(source.dtype)
 
 
 def compare(
@@ -25,23 +51,24 @@ def compare(
     source: Checkpoint,
     target: Checkpoint,
     text: HeldOut,
-    certificate: CertificateConfig,
-    claims: bool,
+    settings: CertificateConfig,
+    claim: Claim,
 ) -> dict[str, Any]:
-    """Measure how far apart two checkpoints are; UserError when they `claim` to be equal and are not."""
-    if target.model.vocab_size < source.model.vocab_size:
-        raise UserError(
-            f"{target.directory}: vocab_size {target.model.vocab_size} is smaller than the source's "
-            f"{source.model.vocab_size}; compare checkpoints of one tokenizer"
-        )
+    """Measure how far apart two checkpoints are; UserError when they claim to be equal and are not."""
     import torch
 
     from aquilamoe.growth.certificate import certify
 
-    tokens_bt = torch.from_numpy(text.tokens_bt)
     with screen.Bar(out, "certificate", "layers") as bar:
         found: dict[str, Any] = certify(
-            source.directory, target.directory, tokens_bt, claims, tolerance(source, certificate)
+            source.directory,
+            target.directory,
+            torch.from_numpy(text.tokens_bt),
+            claim.preserving,
+            tolerance(source, settings),
+            growth=claim.growth,
+            seed=claim.seed,
+            progress=bar.update,
         )
         bar.end(f"{found['tokens']:,} tokens in {terminal.duration(bar.seconds)}")
     return {**found, "text": text.text}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from aquilamoe import terminal
 from aquilamoe.config.growing import GrowConfig
 from aquilamoe.growing import card, comparison, held_out, identity, output, plan, screen
+from aquilamoe.growing.comparison import Claim
 from aquilamoe.growing.held_out import HeldOut
 from aquilamoe.growing.output import Output
 from aquilamoe.growing.request import Request, open_checkpoint
@@ -94,7 +95,7 @@ class Making:
 
         request = self.request
         grow: Any = scale_up if request.kind == "scale_up" else scale_out
-        with screen.Bar(self.out, "grow", "bytes") as bar:
+        with screen.Bar(self.out, "grow", "tensors", plan.target_bytes(request)) as bar:
             source, target = request.source.directory, self.place.partial
             tensors = grow(source, target, request.model, request.growth, request.seed, bar.update)
             self.seconds["grow_s"] = bar.seconds
@@ -109,7 +110,8 @@ class Making:
         began = time.monotonic()
         target = open_checkpoint("target", self.place.partial)
         request, settings = self.request, self.config.certificate
-        certificate = comparison.compare(self.out, request.source, target, text, settings, request.preserving)
+        claim = Claim(request.preserving, request.growth, request.seed)
+        certificate = comparison.compare(self.out, request.source, target, text, settings, claim)
         self.seconds["certificate_s"] = time.monotonic() - began
         return certificate
 

@@ -22,10 +22,10 @@ REFRESH_S = 0.1
 
 
 class Bar:
-    """One step of the work: a bar on a terminal, a line at its end elsewhere."""
+    """One step of the work: a bar on a terminal, and a line at its end. With `total_bytes` it also tells the rate."""
 
-    def __init__(self, out: Console, step: str, unit: str) -> None:
-        self.out, self.step, self.unit = out, step, unit
+    def __init__(self, out: Console, step: str, unit: str, total_bytes: int = 0) -> None:
+        self.out, self.step, self.unit, self.total_bytes = out, step, unit, total_bytes
         self._started = time.monotonic()
         self._drawn = 0.0
         self._last = ""
@@ -46,9 +46,8 @@ class Bar:
             self._bars.update(self._task, completed=done, total=total, numbers=numbers)
 
     def _numbers(self, done: int, total: int) -> str:
-        if self.unit != "bytes":
-            return f"{done}/{total} {self.unit}"
-        return f"{size(done)} of {size(total)}  {size(int(done / max(self.seconds, 1e-3)))}/s"
+        rate = size(int(self.total_bytes * done / total / max(self.seconds, 1e-3)))
+        return f"{done}/{total} {self.unit}" + (f"  {rate}/s" if self.total_bytes else "")
 
     def __enter__(self) -> "Bar":
         if self.out.is_terminal:
@@ -140,9 +139,9 @@ def _show_claim(out: Console, request: Request, config: GrowConfig, tolerance: f
         out.print("claim   none: source and target differ, the certificate says by how much")
     elif config.certificate.enabled:
         tokens = f"{config.certificate.tokens:,} tokens"
+        limit = f"{tolerance:.3g} of the logits' spread"
         out.print(
-            f"claim   the function is kept; refused if a logit differs by more than {tolerance:.3g} on {tokens}",
-            soft_wrap=True,
+            f"claim   the function is kept; refused if a logit is off by more than {limit} on {tokens}", soft_wrap=True
         )
     else:
         out.print("claim   the function is kept; certificate.enabled is false, so nothing will be measured")
