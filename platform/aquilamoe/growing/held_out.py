@@ -39,8 +39,7 @@ def read(source: Path, model: ModelConfig, certificate: CertificateConfig, seed:
     """
     import numpy as np
 
-    length = min(certificate.sequence_length, model.max_position_embeddings)
-    rows = math.ceil(certificate.tokens / length)
+    rows, length = shape(model, certificate)
     if not (source / TOKENIZER_FILE).is_file():
         draw = random.Random(seed)
         ids = [[draw.randrange(model.vocab_size) for _ in range(length + 1)] for _ in range(rows)]
@@ -60,6 +59,12 @@ def read(source: Path, model: ModelConfig, certificate: CertificateConfig, seed:
     digest = hashlib.sha256(tokens_bt.astype("<i8").tobytes()).hexdigest()
     name = "embedded validation text" if path is None else path.name
     return HeldOut(tokens_bt, f"{name} (SHA-256 of the ids {digest[:12]})")
+
+
+def shape(model: ModelConfig, certificate: CertificateConfig) -> tuple[int, int]:
+    """How many sequences, and how many tokens of each are predicted."""
+    length = min(certificate.sequence_length, model.max_position_embeddings)
+    return math.ceil(certificate.tokens / length), length
 
 
 def _check_vocabulary(source: Path, largest: int, model: ModelConfig) -> None:

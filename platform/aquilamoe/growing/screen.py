@@ -11,12 +11,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from aquilamoe.config.growing import GrowConfig
 from aquilamoe.config.network import ModelConfig
-from aquilamoe.growing import plan
+from aquilamoe.growing import held_out, plan
 from aquilamoe.growing.card import certificate_rows
 from aquilamoe.growing.request import Checkpoint, Request
+from aquilamoe.growth.bounds import certificate_bytes
 from aquilamoe.reports import rows
 from aquilamoe.terminal import duration, make_table, size
 from aquilamoe.weights import names
+from aquilamoe.weights.headers import ITEM_BYTES
 
 REFRESH_S = 0.1
 
@@ -129,7 +131,13 @@ def _show_cost(out: Console, request: Request, config: GrowConfig) -> None:
     files = f"{cost.files} file{'s' * (cost.files > 1)}"
     out.print(f"reads   {size(cost.read_bytes)}")
     out.print(f"writes  {size(cost.written_bytes)} in {files}; {size(cost.free_bytes)} are free there")
-    out.print(f"memory  at most {size(cost.memory_bytes)} beside the libraries: 256 MiB and twice the largest tensor")
+    certifying = ""
+    if config.certificate.enabled:
+        shape = held_out.shape(request.source.model, config.certificate)
+        item_bytes = max(4, ITEM_BYTES[request.source.dtype])
+        needed = certificate_bytes(request.source.model, request.model, *shape, item_bytes)
+        certifying = f", the certificate at most {size(needed)}"
+    out.print(f"memory  the growth at most {size(cost.memory_bytes)}{certifying}, beside the libraries", soft_wrap=True)
     rate = f"{size(int(config.disk_bytes_per_s))}/s, as disk_bytes_per_s says (stated, not measured)"
     out.print(f"time    about {duration(cost.seconds)} at {rate}; the certificate comes on top", soft_wrap=True)
 
