@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from aquilamoe.config import graph
 from aquilamoe.config.messages import UserError
 from aquilamoe.config.schema import GrowthConfig, ModelConfig, OptimizerConfig, UpcyclingConfig
 from aquilamoe.growth import gradients, moments, rules
@@ -22,9 +23,9 @@ from aquilamoe.growth.gradients import Past
 from aquilamoe.growth.moments import FIRST, SECOND, STEP, grow_moments
 from aquilamoe.growth.scale_out import scale_out
 from aquilamoe.growth.scale_up import scale_up
-from aquilamoe.growth.stream import silent
 from aquilamoe.growth.units import map_units
 from aquilamoe.model import Decoder
+from aquilamoe.pipeline.stage import module
 from aquilamoe.training import optimizer as optimizers
 from aquilamoe.training import state as training_state
 from aquilamoe.training.objective import cross_entropy
@@ -36,6 +37,10 @@ Gradients = dict[str, Tensor]
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 How = GrowthConfig | UpcyclingConfig
 EXACT = 1e-12  # relative to the largest entry of a tensor
+
+
+def silent(done: int, total: int) -> None:
+    """Progress that nobody watches."""
 
 
 @pytest.fixture(autouse=True)
@@ -620,3 +625,14 @@ def test_a_shared_expert_takes_half_of_the_gradient_and_dense_layers_all_of_thei
             assert relative(mapped.sum(dim=0) - found.sum(dim=0), found.sum(dim=0)) < EXACT, name
         else:
             assert relative(mapped - found, found) < EXACT, name
+
+
+def test_a_plan_counts_the_state_that_a_growth_writes(compose: Callable[..., dict[str, Any]]) -> None:
+    for stage in ("scale_up", "scale_out"):
+        bytes_of = {}
+        for how in ("reset", "grow"):
+            words = [f"stages.{name}.optimizer_state={how}" for name in ("scale_up", "scale_out")]
+            node = graph.build(graph.parse(compose(*words)))[stage]
+            bytes_of[how] = module(stage).estimate(node).disk_bytes
+        assert node.model is not None
+        assert bytes_of["grow"] - bytes_of["reset"] == 8 * node.model.num_params
