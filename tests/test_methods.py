@@ -180,7 +180,7 @@ def test_new_rows_come_from_the_layer_above_and_old_rows_from_the_layer(method: 
     q_channels = torch.tensor([2.0] * 4 + [1.0] * 12 + [2.0] * 4, dtype=torch.float64).repeat(2)
     ffn = torch.tensor([2.0] * 4 + [1.0] * 8 + [2.0] * 4, dtype=torch.float64)
     readers = {names.O_WEIGHT: q_channels, names.DOWN: ffn}
-    assert set(new_rows) == set(names.role_shapes(target))
+    assert set(new_rows) == set(names.role_shapes(target, 0))
     for layer, (own, above) in enumerate([(1.0, 2.0), (2.0, 3.0), (3.0, 3.0)]):
         for role, is_new in new_rows.items():
             grown = tensor(tmp_path / "target", names.layer_name(target, layer, role))

@@ -153,14 +153,18 @@ def test_an_upcycling_keeps_the_function_exactly_when_it_claims_to(
 @pytest.mark.parametrize("qkv_bias", [False, True], ids=["Mixtral", "Qwen2-MoE"])
 @pytest.mark.parametrize(
     ("method", "sizes"),
-    [("copy", {}), ("permute", {}), ("permute", {"intermediate_size": 4, "num_experts": 12, "num_experts_per_tok": 6})],
+    [
+        ("copy", {}),
+        ("permute", {}),
+        ("permute", {"number": 12, "chosen": 6, "moe_intermediate_size": 4}),
+    ],
     ids=["copy", "permute", "fine-grained"],
 )
 def test_transformers_agrees_that_dense_and_upcycled_checkpoint_are_one_function(
     method: str, sizes: dict[str, int], qkv_bias: bool, tmp_path: Path
 ) -> None:
     write_source(tmp_path / "source", model(qkv_bias=qkv_bias), torch.float32)
-    target = experts(qkv_bias=qkv_bias).model_copy(update=sizes)
+    target = experts(qkv_bias=qkv_bias, **sizes)
     assert rules.preserves(upcycling(method=method), model(), target)
     upcycle(tmp_path, target, upcycling(method=method))
     before, after = (transformers_logits(tmp_path / name) for name in ("source", "target"))

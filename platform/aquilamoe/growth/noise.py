@@ -1,15 +1,22 @@
-"""The random numbers of growth: a stream for every tensor, and noise that cancels over the copies of a unit."""
+"""The random numbers of growth: streams for every tensor and its blocks, and noise that cancels over copies of a unit.
+
+torch draws normal numbers in float32 with vector instructions: 2.7 times as fast as numpy's quickest generator.
+"""
 
 import hashlib
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from aquilamoe.growth.rows import Index, Rows, rows_of_block
 from aquilamoe.growth.units import UnitMap
+
+MEAN_RUN = 16  # a map with shorter runs is followed entry by entry
 
 
 def generator(seed: int, name: str) -> torch.Generator:
-    """Random numbers of one tensor: the same for a seed in whatever order tensors are streamed."""
+    """Random numbers of one name: the same for a seed in whatever order tensors are streamed."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
@@ -19,17 +26,79 @@ def normal(shape: tuple[int, ...], std: float, dtype: torch.dtype, random: torch
     return torch.empty(shape, dtype=dtype).normal_(0.0, std, generator=random)
 
 
-def antisymmetric(rows: int, columns: UnitMap, dtype: torch.dtype, random: torch.Generator) -> Tensor:
-    """Noise of shape (rows, target columns) that sums to zero over the copies of every unit, in each row.
+def drawn(shape: tuple[int, ...], std: float, dtype: torch.dtype, seed: int, name: str) -> Rows:
+    """Normal numbers with mean 0, of which every block of rows has a stream: any thread can make any of them."""
+    step = rows_of_block(shape)
 
-    Where a unit has copies, the noise has variance 1; where it has none, nothing can cancel and the noise is 0.
+    def draw(number: int) -> Tensor:
+        rows = min(step, shape[0] - number * step)
+        return normal((rows, *shape[1:]), std, dtype, generator(seed, f"{name}/{number}"))
+
+    def read(index: Index) -> Tensor:
+        if isinstance(index, Tensor):
+            first = int(index.min())
+            return read(slice(first, int(index.max()) + 1))[index - first]
+        numbers = range(index.start // step, -(-index.stop // step))
+        blocks = torch.cat([draw(number) for number in numbers]) if len(numbers) > 1 else draw(numbers[0])
+        start = numbers[0] * step
+        return blocks[index.start - start : index.stop - start]
+
+    return Rows(shape, read, is_random=True)
+
+
+class Columns:
+    """Some columns of a tensor, in an order; taken and added to run by run where they are neighbours."""
+
+    def __init__(self, columns: list[int]) -> None:
+        self.index = torch.tensor(columns, dtype=torch.int64)
+        ends = (self.index.diff() != 1).nonzero().flatten() + 1
+        edges = [0, *ends.tolist(), len(columns)]
+        runs = [(a, b) for a, b in pairwise(edges) if a < b]
+        self.runs = [(columns[a], a, b) for a, b in runs] if len(runs) * MEAN_RUN <= len(columns) else None
+
+    def take(self, block: Tensor) -> Tensor:
+        """These columns, as a tensor of their own."""
+        if self.runs is None:
+            return block.index_select(1, self.index)
+        return torch.cat([block[:, first : first + stop - start] for first, start, stop in self.runs], dim=1)
+
+    def add(self, block: Tensor, values: Tensor) -> None:
+        """Add to these columns of a block, in place; several times where a column comes several times."""
+        if self.runs is None:
+            block.index_add_(1, self.index, values)
+            return
+        for first, start, stop in self.runs:
+            block[:, first : first + stop - start] += values[:, start:stop]
+
+
+class Cancelling:
+    """Noise that sums to zero over the copies of every unit, in each row.
+
+    Where a unit has copies, the noise has variance 1; where it has none, nothing can cancel and there is no noise.
     Inputs that are equal over the copies of a unit therefore do not see it, and the copies are no longer symmetric
-    (METHODS section 2, symmetry).
+    (METHODS section 2, symmetry). One number is drawn for every further copy: of c copies, c - 1 are free. With S the
+    sum of a unit's numbers z, its further copies get z - b S and the first one -S / sqrt(c), which has the covariance
+    of c numbers minus their mean for b = (1 - 1 / sqrt(c)) / (c - 1).
     """
-    noise = normal((rows, len(columns.sources)), 1.0, dtype, random)
-    sources = torch.tensor(columns.sources)
-    counts = torch.tensor(columns.counts, dtype=dtype)
-    means = torch.zeros(rows, columns.num_sources, dtype=dtype).index_add_(1, sources, noise) / counts
-    # Subtracting the mean of c numbers leaves the fraction 1 - 1/c of their variance.
-    scale = torch.where(counts > 1, (1 - 1 / counts).clamp(min=0.5).rsqrt(), 0.0)
-    return noise.sub_(means[:, sources]).mul_(scale[sources])
+
+    def __init__(self, columns: UnitMap, dtype: torch.dtype) -> None:
+        copied = [unit for unit, count in enumerate(columns.counts) if count > 1]
+        place = {unit: number for number, unit in enumerate(copied)}
+        new = [column for column, is_new in enumerate(columns.is_new) if is_new]
+        firsts = {columns.sources[column]: column for column, is_new in enumerate(columns.is_new) if not is_new}
+        self.size, self.num_units = len(new), len(copied)
+        self._new, self._firsts = Columns(new), Columns([firsts[unit] for unit in copied])
+        self._units = Columns([place[columns.sources[column]] for column in new])
+        counts = torch.tensor([columns.counts[unit] for unit in copied], dtype=torch.float64)
+        scale = (1 - 1 / counts).rsqrt()
+        self._of_first = (-scale * counts.rsqrt()).to(dtype)
+        self._of_sum = ((1 - counts.rsqrt()) / (counts - 1)).to(dtype)
+        self._of_new = scale[self._units.index].to(dtype)
+
+    def add(self, block: Tensor, drawn: Tensor, size: float) -> None:
+        """Add noise of a size to a block, in place. drawn: (rows, `size` of this) normal numbers; used up."""
+        sums = torch.zeros(len(block), self.num_units, dtype=block.dtype)
+        self._units.add(sums, drawn)
+        drawn.sub_(self._units.take(sums * self._of_sum)).mul_(self._of_new * size)
+        self._new.add(block, drawn)
+        self._firsts.add(block, sums.mul_(self._of_first * size))

@@ -1,16 +1,15 @@
-"""Scale-Up: a dense checkpoint becomes a wider (first) and deeper (then) one, a layer at a time (METHODS 2, 3)."""
+"""Scale-Up: a dense checkpoint becomes a wider (first) and deeper (then) one, block by block (METHODS 2, 3)."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-
-import torch
-from torch import Tensor
 
 from aquilamoe.config import plugins
 from aquilamoe.config.schema import GrowthConfig, ModelConfig
 from aquilamoe.growth import depth, rules
-from aquilamoe.growth.stream import Progress, Stream, compute_dtype, rewrite, silent
+from aquilamoe.growth.rows import Rows, as_rows, filled, scaled, stored
+from aquilamoe.growth.stream import Progress, Recipe, compute_dtype, rewrite, silent
 from aquilamoe.growth.units import UnitMap, map_units
 from aquilamoe.growth.width import Width
 from aquilamoe.weights import configuration, names
@@ -24,81 +23,80 @@ def scale_up(
     growth: GrowthConfig,
     seed: int,
     progress: Progress = silent,
-) -> None:
+) -> dict[str, str]:
     """Grow the dense checkpoint in `source` to `target_config` and write it to `target`, with its tokenizer files.
 
-    The result depends on the arguments alone and keeps the source's dtype. In memory there is one grown layer, or the
-    embedding. Raises UserError for a growth that cannot be done (see `rules.check`) and for a damaged source.
+    The result depends on the arguments alone and keeps the source's dtype. In memory there are some blocks of rows.
+    Returns the SHA-256 of every tensor. Raises UserError for a growth that cannot be done (see `rules.check`) and for a
+    damaged source.
     """
     source_config = configuration.read_config(source)
     rules.check(source_config, target_config, growth)
-
-    def grow(reader: Reader) -> Stream:
-        return _grow(reader, source_config, target_config, growth, seed)
-
-    rewrite(source, target, (source_config, target_config), grow, progress)
+    grow = partial(_grow, source=source_config, target=target_config, growth=growth, seed=seed)
+    return rewrite(source, target, (source_config, target_config), grow, progress)
 
 
-class _Source(Mapping[str, Tensor]):
-    """Tensors of one source layer (or outside the layers) by role; each is read when it is asked for, and not kept."""
-
-    def __init__(self, reader: Reader, names_by_role: Mapping[str, str], dtype: torch.dtype) -> None:
-        self._reader, self._names, self._dtype = reader, names_by_role, dtype
-
-    def __getitem__(self, role: str) -> Tensor:
-        return self._reader.get(self._names[role]).to(self._dtype)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-
-def _grow(reader: Reader, source: ModelConfig, target: ModelConfig, growth: GrowthConfig, seed: int) -> Stream:
-    """Yield every tensor of the target in file order."""
+def _grow(
+    reader: Reader, source: ModelConfig, target: ModelConfig, growth: GrowthConfig, seed: int
+) -> Iterator[Recipe]:
+    """Yield what every tensor of the target is made of: what is outside the layers, then a source layer at a time."""
     method = plugins.load("growth/methods", growth.method)
-    dtype = compute_dtype(reader.dtype(names.EMBEDDING))
     layers = depth.map_layers(source, target, growth)
-    roles, outer = names.role_shapes(target, 0), names.outer_shapes(target)
+    outer = names.outer_shapes(target)
     width = Width(
         units=map_units(source, target, growth, seed),
         growth=growth,
-        shapes=roles | outer,
+        shapes=names.role_shapes(target, 0) | outer,
         tied=target.tie_word_embeddings,
         initializer_range=target.initializer_range,
         seed=seed,
         place="",
-        dtype=dtype,
+        dtype=compute_dtype(reader.dtype(names.EMBEDDING)),
     )
-
-    def outside(name: str) -> tuple[str, Tensor]:
-        alone = _Source(reader, {name: name}, dtype)
-        return name, method.grow(alone, alone, width)[name]
-
-    yield outside(names.EMBEDDING)
-    for index, origin in enumerate(layers.sources):
-        upper = min(origin + 1, source.num_hidden_layers - 1)
-        layer, upper_layer = (_Source(reader, names.layer_names(source, i), dtype) for i in (origin, upper))
-        grown = dict(method.grow(layer, upper_layer, replace(width, place=f"model.layers.{index}.")))
-        _soften_copy(grown, index, layers, growth.new_layers)
-        for role in roles:
-            yield names.layer_name(target, index, role), grown.pop(role)
     for name in outer:
-        if name != names.EMBEDDING:
-            yield outside(name)
+        alone = {name: stored(reader, name)}
+        yield Recipe([name], as_rows(method.grow(alone, alone, width)[name]))
+    for origin in range(source.num_hidden_layers):
+        copies = [index for index, layer in enumerate(layers.sources) if layer == origin]
+        upper = min(origin + 1, source.num_hidden_layers - 1)
+        layer, upper_layer = (_layer(reader, source, index) for index in (origin, upper))
+        grown = {
+            index: method.grow(layer, upper_layer, replace(width, place=f"model.layers.{index}.")) for index in copies
+        }
+        for role in layer:
+            yield from _share(
+                (names.layer_name(target, index, role), as_rows(tensors[role]), _softening(role, index, layers, growth))
+                for index, tensors in grown.items()
+            )
 
 
-def _soften_copy(grown: dict[str, Tensor], index: int, layers: UnitMap, new_layers: str) -> None:
-    """Scale what a layer writes to the residual stream, in place, as `new_layers` says.
+def _layer(reader: Reader, config: ModelConfig, index: int) -> dict[str, Rows]:
+    """Tensors of one source layer by role."""
+    return {role: stored(reader, name) for role, name in names.layer_names(config, index).items()}
+
+
+def _softening(role: str, index: int, layers: UnitMap, growth: GrowthConfig) -> float:
+    """What is written to the residual stream is multiplied by, as `new_layers` says.
 
     `zero` silences all but the first copy of a layer (LLaMA-Pro: the function is kept); `scaled` lets the copies share.
     """
-    if new_layers == "zero" and layers.is_new[index]:
-        factor = 0.0
-    elif new_layers == "scaled":
-        factor = 1 / layers.copies[index]
-    else:
-        return
-    for role in (names.O_WEIGHT, names.DOWN):
-        grown[role] = grown[role] * factor
+    if role not in (names.O_WEIGHT, names.DOWN) or growth.new_layers == "copy":
+        return 1.0
+    if growth.new_layers == "scaled":
+        return 1 / layers.copies[index]
+    return 0.0 if layers.is_new[index] else 1.0
+
+
+def _share(copies: Iterable[tuple[str, Rows, float]]) -> Iterator[Recipe]:
+    """Make one tensor of those copies of a layer that nothing random tells apart. Of each: name, tensor, factor."""
+    equal: dict[float, list[str]] = {}
+    tensors: dict[float, Rows] = {}
+    for name, tensor, factor in copies:
+        soft = scaled(tensor, factor) if factor else filled(tensor.shape, 0.0)
+        if soft.is_random:
+            yield Recipe([name], soft)
+        else:
+            equal.setdefault(factor, []).append(name)
+            tensors.setdefault(factor, soft)
+    for factor, sharers in equal.items():
+        yield Recipe(sharers, tensors[factor])

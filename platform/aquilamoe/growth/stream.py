@@ -1,6 +1,11 @@
 """A checkpoint in, a grown checkpoint out, without either ever being in memory as a whole."""
 
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -8,10 +13,18 @@ from torch import Tensor
 
 from aquilamoe.config.messages import UserError
 from aquilamoe.config.schema import ModelConfig
+from aquilamoe.growth.rows import Rows, block_slices
 from aquilamoe.weights import configuration, names, store
 
 Progress = Callable[[int, int], None]  # (tensors written, tensors of the target)
-Stream = Iterator[tuple[str, Tensor]]  # on-disk names with tensors, in the order of the target's files
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What becomes of `rows`: the tensors of the target that they are, by on-disk names."""
+
+    names: Sequence[str]
+    rows: Rows
 
 
 def silent(done: int, total: int) -> None:
@@ -22,13 +35,16 @@ def rewrite(
     source: Path,
     target: Path,
     configs: tuple[ModelConfig, ModelConfig],
-    grow: Callable[[store.Reader], Stream],
+    grow: Callable[[store.Reader], Iterable[Recipe]],
     progress: Progress,
-) -> None:
-    """Write to `target` what `grow` yields while reading `source`, in the source's dtype; then config and tokenizer.
+) -> dict[str, str]:
+    """Write to `target` what `grow` makes of the weights of `source`, in their dtype; then config and tokenizer.
 
     configs: of the source and of the target.
-    Raises UserError when the source's weights are not what its config.json says, or source and target are the same.
+    Returns the SHA-256 of every tensor. Bytes that stay what they are go from file to file; everything else is
+    computed on as many threads as torch has, a block of rows at a time, and does not depend on their number.
+    Raises UserError when the source's weights are not what its config.json says or not finite, when the disk is too
+    small, or source and target are the same.
     """
     source_config, target_config = configs
     if source.resolve() == target.resolve():
@@ -37,11 +53,14 @@ def rewrite(
     with store.Reader(source) as reader:
         _check_weights(source, reader, source_config)
         dtype = reader.dtype(names.EMBEDDING)
-        store.write(target, shapes, dtype, _watch(grow(reader), len(shapes), progress))
+        recipes = list(grow(reader))
+        with store.Writer(target, shapes, dtype) as writer:
+            _write(recipes, reader, writer, dtype, lambda done: progress(done, len(shapes)))
     # The source's own generation settings, if it has any, take the place of the plain ones.
     eos_token_id = configuration.read_eos_token_id(source)
     configuration.write_config(target, target_config, str(dtype).removeprefix("torch."), eos_token_id)
     configuration.copy_companions(source, target)
+    return {name: writer.digests[name] for name in shapes}
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -49,11 +68,53 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _watch(tensors: Stream, total: int, progress: Progress) -> Stream:
-    for done, item in enumerate(tensors):
-        progress(done, total)
-        yield item
-    progress(total, total)
+def _write(
+    recipes: Sequence[Recipe],
+    reader: store.Reader,
+    writer: store.Writer,
+    dtype: torch.dtype,
+    tell: Callable[[int], None],
+) -> None:
+    done = 0
+    tell(done)
+    with _computed([recipe.rows for recipe in recipes], dtype) as blocks:
+        for recipe, following in zip(recipes, [*recipes[1:], None], strict=True):
+            if recipe.rows.copies is not None:
+                writer.copy(recipe.names, reader, recipe.rows.copies)
+            else:
+                writer.write(recipe.names, islice(blocks, len(list(block_slices(recipe.rows.shape)))))
+            # What was read stays in memory until it is given back; the next tensor often is of the same source.
+            for name in recipe.rows.sources - (following.rows.sources if following else frozenset()):
+                reader.release(name)
+            for _ in recipe.names:
+                done += 1
+                tell(done)
+
+
+@contextmanager
+def _computed(tensors: Sequence[Rows], dtype: torch.dtype) -> Iterator[Iterator[Tensor]]:
+    """The blocks of those tensors that have to be computed, in order; a few are in the making before they are due."""
+    threads = torch.get_num_threads()
+    tasks = ((rows, index) for rows in tensors if rows.copies is None for index in block_slices(rows.shape))
+    # Blocks are computed side by side: a thread more for each operation would be in the way.
+    with ThreadPoolExecutor(threads, "growing", torch.set_num_threads, (1,)) as pool:
+
+        def compute(rows: Rows, index: slice) -> Tensor:
+            with torch.inference_mode():
+                return rows[index].to(dtype)
+
+        def take() -> Iterator[Tensor]:
+            due: deque[Future[Tensor]] = deque(pool.submit(compute, *task) for task in islice(tasks, 2 * threads))
+            while due:
+                block = due.popleft().result()
+                due.extend(pool.submit(compute, *task) for task in islice(tasks, 1))
+                yield block
+                del block
+
+        try:
+            yield take()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _check_weights(source: Path, reader: store.Reader, config: ModelConfig) -> None:

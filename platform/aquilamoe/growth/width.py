@@ -9,10 +9,22 @@ from torch import Tensor
 
 from aquilamoe.config.schema import GrowthConfig
 from aquilamoe.growth import noise
+from aquilamoe.growth.rows import (
+    Index,
+    Rows,
+    as_rows,
+    extended,
+    filled,
+    gathered,
+    is_exact,
+    multiply,
+    narrow,
+    wide,
+)
 from aquilamoe.growth.units import UnitMap, Units
 from aquilamoe.weights import names
 
-Tensors = Mapping[str, Tensor]  # by role
+Tensors = Mapping[str, Rows]  # by role
 _NORMS = (names.INPUT_NORM, names.POST_ATTENTION_NORM, names.FINAL_NORM)
 
 
@@ -40,48 +52,90 @@ class Width:
     dtype: torch.dtype
 
     def copy(
-        self, role: str, tensor: Tensor, new_rows: Tensor | None = None, new_columns: Tensor | None = None
-    ) -> Tensor:
+        self,
+        role: str,
+        tensor: Rows | Tensor,
+        new_rows: Rows | Tensor | None = None,
+        new_columns: Rows | Tensor | None = None,
+    ) -> Rows:
         """Grow one tensor so that the network keeps its function, as long as nothing *new* is given.
 
-        tensor: the source's tensor of this role.
+        tensor: the source's tensor of this role, or what was made of it.
         new_rows, new_columns: tensors of the same shape that the rows and the columns of new units (further copies) are
             taken from instead. Ignored where they are no units: in embedding, head and norms.
         """
+        tensor = as_rows(tensor)
         if role in _NORMS:
             return self._copy_gain(role, tensor)
+        if role in (names.Q_NORM, names.K_NORM):
+            return tensor  # of one head, whose size stays; all heads share it
         if role in (names.EMBEDDING, names.HEAD):
-            tensor = _pad_vocabulary(tensor, self.shapes[role][0])
+            # Logits of the old tokens stay, and by Jensen's inequality a new token takes no more probability than the
+            # mean old one: the KL divergence of the predictions is at most log(1 + new / old) nats.
+            known = tensor
+            tensor = extended(known, self.shapes[role][0], lambda: known.mean_row)
         if role == names.EMBEDDING:
-            return _pad_with_zeros(_take(tensor, 1, self.units.residual) * self._residual_factor, self.shapes[role])
+            return self._pad(role, _copy_columns(tensor, self.units.residual, self._residual_factor))
         rows, columns = self.units.rows(role), self.units.columns(role)
-        grown = _take(_read(tensor, columns, new_columns), 0, rows)
+        grown = _read_copies(tensor, columns, None if new_columns is None else as_rows(new_columns))
         if new_rows is not None and rows is not None and rows.has_new:
-            new = torch.tensor(rows.is_new)
-            grown[new] = _read(new_rows[torch.tensor(rows.sources)[new]], columns)
-        if self.growth.noise > 0 and columns is not None and columns.has_new:
-            noisy = noise.antisymmetric(grown.shape[0], columns, self.dtype, self._random(role))
-            grown = grown + self.growth.noise * _rms(tensor) * noisy
-        if columns is not None and columns.padding:
-            grown = torch.cat([grown, self._read_padding(role, grown.shape[0], _rms(tensor), columns)], dim=1)
-        if role in (names.Q_WEIGHT, names.Q_BIAS) and not self.units.rotary.is_identity:
-            grown = (grown.movedim(0, -1) * self._query_factor).movedim(-1, 0)
-        if role in (names.O_WEIGHT, names.DOWN):
-            grown = grown * self._residual_factor[:, None]
-        return _pad_with_zeros(grown, self.shapes[role])
+            grown = _mix_rows(grown, _read_copies(as_rows(new_rows), columns), rows)
+        else:
+            grown = _copy_rows(grown, rows)
+        if columns is not None:
+            grown = self._tell_apart(role, grown, tensor, columns)
+        return self._pad(role, self._scale_rows(role, grown))
 
-    def draw(self, role: str) -> Tensor:
+    def draw(self, role: str) -> Rows:
         """A fresh tensor as a model starts with: matrices normal with `initializer_range`, biases zero, gains one."""
-        if role in _NORMS:
-            return torch.ones(self.shapes[role], dtype=self.dtype)
+        if role.endswith("norm.weight"):
+            return filled(self.shapes[role], 1.0)
         if role.endswith(".bias"):
-            return torch.zeros(self.shapes[role], dtype=self.dtype)
-        return noise.normal(self.shapes[role], self.initializer_range, self.dtype, self._random(role))
+            return filled(self.shapes[role], 0.0)
+        return self._drawn(role, self.shapes[role], self.initializer_range)
 
-    def _random(self, role: str) -> torch.Generator:
-        return noise.generator(self.seed, self.place + role)
+    def _drawn(self, name: str, shape: tuple[int, ...], std: float) -> Rows:
+        return noise.drawn(shape, std, self.dtype, self.seed, self.place + name)
 
-    def _copy_gain(self, role: str, gain: Tensor) -> Tensor:
+    def _tell_apart(self, role: str, grown: Rows, tensor: Rows, columns: UnitMap) -> Rows:
+        """Add noise that cancels over the copies of an input, and what is read of the padding.
+
+        The latter are weights on inputs that are zero: free, so random, and as large as those on copies.
+        """
+        if self.growth.noise > 0 and columns.has_new:
+            cancelling = noise.Cancelling(columns, self.dtype)
+            drawn, copies = self._drawn(role, (grown.shape[0], cancelling.size), 1.0), grown
+
+            def read(index: Index) -> Tensor:
+                block = wide(copies[index])
+                cancelling.add(block, drawn[index], self.growth.noise * tensor.rms)
+                return block
+
+            grown = copies.derive(read, None, drawn)
+        if not columns.padding:
+            return grown
+        free = self._drawn(f"{role}/padding", (grown.shape[0], columns.padding), 1.0)
+        share, known = columns.num_sources / len(columns.sources), grown
+        return known.derive(
+            lambda index: torch.cat([wide(known[index]), free[index] * (tensor.rms * share)], dim=1),
+            (known.shape[0], columns.size),
+            free,
+        )
+
+    def _scale_rows(self, role: str, grown: Rows) -> Rows:
+        """What is written to the residual stream carries alpha; queries make good for the root of a wider head_dim."""
+        if role in (names.O_WEIGHT, names.DOWN):
+            factor = self._residual_factor
+        elif role in (names.Q_WEIGHT, names.Q_BIAS):
+            factor = self._query_factor
+        else:
+            return grown
+        if (factor == 1).all():
+            return grown
+        shape = (-1, *(1 for _ in grown.shape[1:]))
+        return grown.derive(lambda index: multiply(grown[index], factor[index].view(shape)))
+
+    def _copy_gain(self, role: str, gain: Rows) -> Rows:
         """Gains of a norm, changed so that readers see equal copies; the gain of padding multiplies zeros.
 
         A tied head cannot divide its columns by the number of copies, for they are the embedding's: the final norm
@@ -92,19 +146,26 @@ class Width:
         share = (len(residual.sources) / residual.size) ** 0.5
         factor = share / self._residual_factor
         if role == names.FINAL_NORM and self.tied:
-            factor = share / (self._residual_factor.square() * torch.tensor(residual.copies, dtype=self.dtype))
-        return torch.cat([_take(gain, 0, residual) * factor, torch.ones(residual.padding, dtype=self.dtype)])
+            factor = share / (self._residual_factor.square() * torch.tensor(residual.copies, dtype=torch.float64))
+        grown = _copy_rows(gain, residual)
+        if not (factor == 1).all():
+            copied = grown
+            grown = copied.derive(lambda index: multiply(copied[index], factor[index]))
+        return extended(grown, residual.size, lambda: torch.ones(()))
 
-    def _read_padding(self, role: str, rows: int, rms: float, columns: UnitMap) -> Tensor:
-        """Weights on inputs that are zero: free, so random, and as large as those on copies."""
-        size = rms * columns.num_sources / len(columns.sources)
-        return noise.normal((rows, columns.padding), size, self.dtype, self._random(f"{role}/padding"))
+    def _pad(self, role: str, grown: Rows) -> Rows:
+        """Zeros where padding is written: behind the rows, or behind the columns of the embedding."""
+        rows, *columns = self.shapes[role]
+        if columns and columns[0] != grown.shape[1]:
+            narrower, more = grown, columns[0] - grown.shape[1]
+            grown = narrower.derive(lambda index: torch.nn.functional.pad(narrower[index], (0, more)), (rows, *columns))
+        return extended(grown, rows, lambda: torch.zeros(()))
 
     @cached_property
     def _residual_factor(self) -> Tensor:
         """alpha of every copied channel: copy i of channel j carries alpha_i * x_j, for the sake of the mean square."""
         residual = self.units.residual
-        copies = torch.tensor(residual.copies, dtype=self.dtype)
+        copies = torch.tensor(residual.copies, dtype=torch.float64)
         if self.growth.norm != "exact":
             return torch.ones_like(copies)
         return (len(residual.sources) / residual.num_sources / copies).sqrt()
@@ -114,45 +175,56 @@ class Width:
         """Of every query channel: attention divides by the root of head_dim, and pairs between the old are silent."""
         inside = self.units.rotary
         factor = (len(inside.sources) / inside.num_sources) ** 0.5
-        of_head = torch.tensor([0.0 if new else factor for new in inside.is_new], dtype=self.dtype)
+        of_head = torch.tensor([0.0 if new else factor for new in inside.is_new], dtype=torch.float64)
         return of_head.repeat(len(self.units.q_heads.sources))
 
 
-def _rms(tensor: Tensor) -> float:
-    return tensor.square().mean().sqrt().item()
-
-
-def _read(tensor: Tensor, columns: UnitMap | None, new_columns: Tensor | None = None) -> Tensor:
+def _read_copies(tensor: Rows, columns: UnitMap | None, new_columns: Rows | None = None) -> Rows:
     """Grow the input side: every copy of a unit reads its share, so that their sum is what the unit was read with."""
-    if columns is None or columns.is_identity:
+    if columns is None:
         return tensor
-    read = _take(tensor / torch.tensor(columns.counts, dtype=tensor.dtype), 1, columns)
-    if new_columns is not None and columns.has_new:
-        new = torch.tensor(columns.is_new)
-        read[:, new] = _read(new_columns, columns)[:, new]
-    return read
+    share = 1 / torch.tensor(columns.copies, dtype=torch.float64)
+    own = _copy_columns(tensor, columns, share)
+    if new_columns is None or not columns.has_new:
+        return own
+    other, is_new = _copy_columns(new_columns, columns, share), torch.tensor(columns.is_new)
+    return own.derive(lambda index: torch.where(is_new, other[index], own[index]), None, other)
 
 
-def _take(tensor: Tensor, dim: int, units: UnitMap | None) -> Tensor:
-    """Copies of the units of one dimension, without padding."""
-    if units is None or units.is_identity:
+def _copy_columns(tensor: Rows, columns: UnitMap, factor: Tensor) -> Rows:
+    """Copies of columns, without padding, each times its factor."""
+    if columns.sources == tuple(range(columns.num_sources)):
+        if (factor == 1).all():
+            return tensor
+        return tensor.derive(lambda index: multiply(tensor[index], factor))
+    places, exact = noise.Columns(list(columns.sources)), is_exact(factor)
+
+    def read(index: Index) -> Tensor:
+        block = places.take(tensor[index])
+        block = block if exact else wide(block)
+        return block.mul_(factor.to(block.dtype))
+
+    return tensor.derive(read, (tensor.shape[0], len(columns.sources)))
+
+
+def _copy_rows(tensor: Rows, units: UnitMap | None) -> Rows:
+    """Copies of rows, without padding."""
+    if units is None or units.sources == tuple(range(units.num_sources)):
         return tensor
-    return tensor.index_select(dim, torch.tensor(units.sources))
+    return gathered(tensor, torch.tensor(units.sources))
 
 
-def _pad_vocabulary(tensor: Tensor, size: int) -> Tensor:
-    """New tokens get the mean of the old rows.
+def _mix_rows(old: Rows, new: Rows, units: UnitMap) -> Rows:
+    """Copies of rows, the first of each unit from `old` and further ones from `new`."""
+    sources, is_new = torch.tensor(units.sources), torch.tensor(units.is_new)
 
-    Logits of the old tokens stay, and by Jensen's inequality a new token takes no more probability than the mean old
-    one: the KL divergence of the predictions is at most log(1 + new / old) nats.
-    """
-    old = tensor.shape[0]
-    return tensor if size == old else torch.cat([tensor, tensor.mean(dim=0, keepdim=True).expand(size - old, -1)])
+    def read(index: Index) -> Tensor:
+        at, further = sources[index], is_new[index]
+        if further.all() or not further.any():
+            return (new if further.all() else old)[narrow(at)]
+        parts = wide(old[narrow(at[~further])]), wide(new[narrow(at[further])])
+        block = torch.empty(len(at), *old.shape[1:], dtype=parts[0].dtype)
+        block[~further], block[further] = parts
+        return block
 
-
-def _pad_with_zeros(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    if tuple(tensor.shape) == shape:
-        return tensor
-    padded = torch.zeros(shape, dtype=tensor.dtype)
-    padded[tuple(slice(size) for size in tensor.shape)] = tensor
-    return padded
+    return old.derive(read, (len(sources), *old.shape[1:]), new)

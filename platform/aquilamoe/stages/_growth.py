@@ -31,7 +31,7 @@ def estimate(node: Node, growth: GrowthConfig | UpcyclingConfig) -> Estimate:
     return Estimate(disk_bytes=BYTES_PER_PARAMETER * node.model.num_params, seconds=4.0)
 
 
-def run(context: Context, growth: GrowthConfig | UpcyclingConfig, grow: Callable[..., None]) -> Metrics:
+def run(context: Context, growth: GrowthConfig | UpcyclingConfig, grow: Callable[..., dict[str, str]]) -> Metrics:
     """Grow the source's checkpoint; return its certificate and sizes. UserError if a preserving growth is off."""
     import torch
 

@@ -7,7 +7,7 @@ from aquilamoe.config.schema import ScaleUpStage
 from aquilamoe.pipeline.stage import Context, Estimate, Metrics
 from aquilamoe.stages import _growth, _moments
 
-VERSION = 1
+VERSION = 2
 RESUMES = False
 
 

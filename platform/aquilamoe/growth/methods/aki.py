@@ -14,7 +14,8 @@ from aquilamoe.growth.units import Units
 from aquilamoe.weights import names
 
 if TYPE_CHECKING:  # plans ask `keeps_function`, and they do not wait for torch
-    from aquilamoe.growth.width import Tensor, Tensors, Width
+    from aquilamoe.growth.rows import Rows
+    from aquilamoe.growth.width import Tensors, Width
 
 WRITERS = (names.O_WEIGHT, names.DOWN)
 
@@ -24,7 +25,7 @@ def grow(layer: Tensors, upper_layer: Tensors, width: Width) -> Tensors:
     return {role: advance(role, tensor, upper_layer, width) for role, tensor in layer.items()}
 
 
-def advance(role: str, tensor: Tensor, upper_layer: Tensors, width: Width) -> Tensor:
+def advance(role: str, tensor: Rows, upper_layer: Tensors, width: Width) -> Rows:
     """Grow one tensor with its namesake in the layer above, by `scope`."""
     if width.units.rows(role) is None:
         return width.copy(role, tensor)
