@@ -12,6 +12,8 @@ from queue import SimpleQueue
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+import numpy as np
+
 from aquilamoe.weights import layout
 from aquilamoe.weights.disk import BUFFER_BYTES, Buffer, Lane, OutputFile, check_space, sync_directory
 from aquilamoe.weights.finite import first_nonfinite_bytes
@@ -287,6 +289,11 @@ def _convert(block: "Tensor", flow: _Flow, dtype: str) -> None:
         while position < size:
             room = flow.room()
             count = min(size - position, len(room) // item_bytes)
-            torch.frombuffer(room, dtype=kind, count=count).copy_(flat[position : position + count])
+            part = flat[position : position + count]
+            if part.dtype == kind and part.device.type == "cpu" and part.is_contiguous():
+                # Without torch's threads, which would wait for each other while others compute.
+                np.copyto(np.frombuffer(room, np.uint8, part.nbytes), part.view(torch.uint8).numpy())
+            else:
+                torch.frombuffer(room, dtype=kind, count=count).copy_(part)
             flow.advance(count * item_bytes)
             position += count
