@@ -102,7 +102,7 @@ class Making:
             written = plan.target_bytes(request)
             rate = terminal.size(int(written / max(bar.seconds, 1e-3)))
             bar.end(f"{terminal.size(written)} in {terminal.duration(bar.seconds)}, {rate}/s, on disk")
-        return dict(tensors or {})
+        return dict(tensors)
 
     def _certify(self, text: HeldOut | None) -> dict[str, Any] | None:
         if text is None:

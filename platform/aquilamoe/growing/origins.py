@@ -238,7 +238,7 @@ def _scale_out(request: Request, upcycling: UpcyclingConfig) -> Iterator[Origin]
     for role, shape in names.outer_shapes(model).items():
         yield Origin(role, shape, None, (role,), "copied", role, ("same", "copied"))
     for layer in range(model.num_hidden_layers):
-        kept = names.role_shapes(source, layer)
+        kept = names.role_shapes(source, layer).keys() - set(names.filler_roles(source))
         for role, shape in names.role_shapes(model, layer).items():
             if role in kept and not (source.is_moe and role.startswith(("mlp.experts", names.ROUTER))):
                 own = (names.layer_name(source, layer, role),)
