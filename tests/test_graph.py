@@ -255,3 +255,15 @@ def test_moments_can_only_be_kept_or_grown_of_a_stage_that_has_them(build: Build
         "set stages.scale_up.optimizer_state to grow"
     )
     build(*twice, "stages.scale_up.optimizer_state=grow")
+
+
+def test_moments_of_another_optimizer_are_neither_kept_nor_grown(refusal: Callable[..., str]) -> None:
+    assert refusal("stages.prepare.optimizer.name=muon", "stages.scale_up.optimizer_state=grow") == (
+        "stages.scale_up.optimizer_state: 'prepare' has the moments of muon, not of adamw to grow; use reset, "
+        "or one optimizer for both"
+    )
+    of_prepare = "stages.moe.inputs.source=prepare", "stages.moe.optimizer_state=keep"
+    assert refusal(*of_prepare, "stages.moe.optimizer.name=muon") == (
+        "stages.moe.optimizer_state: 'prepare' has the moments of adamw, not of muon to keep; use reset, or "
+        "one optimizer for both"
+    )

@@ -57,6 +57,14 @@ DENSE = {
 MOE = {**DENSE, "num_experts": 4, "num_experts_per_tok": 2}
 CONSTANT = {"name": "constant", "warmup_tokens": 0, "decay_tokens": 0, "min_lr_ratio": 1.0}
 # What a repeated run measures anew.
+ADAMW = {
+    "name": "adamw",
+    "betas": (0.9, 0.95),
+    "momentum": 0.95,
+    "eps": 1e-8,
+    "weight_decay": 0.1,
+    "max_grad_norm": 1.0,
+}
 TIMES = ("time", "train/tokens_per_s")
 
 
@@ -106,7 +114,7 @@ def make_job(tokens: Path, out: Path, model: dict[str, Any] = DENSE, **changes: 
         "precision": "fp32",
         "optimizer_state": "reset",
         "seed": 1,
-        "optimizer": {"name": "adamw", "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "max_grad_norm": 1.0},
+        "optimizer": ADAMW,
         "schedule": {"name": "wsd", "warmup_tokens": 2 * BATCH, "decay_tokens": 3 * BATCH, "min_lr_ratio": 0.1},
         "router": {"balance_loss_coeff": 0.01, "balance_scope": "global_batch", "z_loss_coeff": 0.001},
         "validate_every_tokens": 3 * BATCH,
@@ -198,7 +206,7 @@ def test_micro_batches_change_the_losses_by_rounding_alone(tokens: Path, tmp_pat
 
 def test_gradients_are_clipped_to_max_grad_norm_and_reported_unclipped(tokens: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    optimizer = {"name": "adamw", "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "max_grad_norm": 0.01}
+    optimizer = ADAMW | {"max_grad_norm": 0.01}
     job = make_job(tokens, out, optimizer=optimizer, total_tokens=BATCH, schedule=CONSTANT)
     train(job)
     assert points(out)[-1]["train/grad_norm"] > 0.1
@@ -355,10 +363,12 @@ def test_a_run_that_is_killed_at_every_place_in_turn_ends_with_the_same_bytes(
     assert_same_result(tmp_path / "whole", tmp_path / "broken")
 
 
-def test_a_run_that_is_killed_once_anywhere_ends_with_the_same_bytes(tokens: Path, tmp_path: Path) -> None:
-    train(make_job(tokens, tmp_path / "whole", MOE, precision="bf16"))
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_run_that_is_killed_once_anywhere_ends_with_the_same_bytes(name: str, tokens: Path, tmp_path: Path) -> None:
+    changes = {"precision": "bf16", "optimizer": ADAMW | {"name": name}}
+    train(make_job(tokens, tmp_path / "whole", MOE, **changes))
     event = 1
-    while not run_until(broken := make_job(tokens, tmp_path / f"broken-{event}", MOE, precision="bf16"), event):
+    while not run_until(broken := make_job(tokens, tmp_path / f"broken-{event}", MOE, **changes), event):
         train(broken)
         assert_same_result(tmp_path / "whole", broken.out)
         event += 1

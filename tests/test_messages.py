@@ -145,7 +145,14 @@ def test_of_several_problems_the_first_is_shown_and_the_others_are_counted(refus
 
 
 def test_a_mistake_in_a_shared_group_counts_once_however_many_stages_refer_to_it(refusal: Callable[..., str]) -> None:
-    optimizer = {"name": "adamw", "betas": [0.9, 0.95], "eps": -1, "weight_decay": 0, "max_grad_norm": 1}
+    optimizer = {
+        "name": "adamw",
+        "betas": [0.9, 0.95],
+        "momentum": 0.95,
+        "eps": -1,
+        "weight_decay": 0,
+        "max_grad_norm": 1,
+    }
     stages = [(f"stages.{name}.optimizer", optimizer) for name in ("prepare", "dense", "moe", "control")]
     assert refusal(("optimizer", optimizer), *stages) == "optimizer.eps: -1 is refused: input should be greater than 0"
 

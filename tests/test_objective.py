@@ -77,6 +77,7 @@ def stepper(
             "optimizer": {
                 "name": "adamw",
                 "betas": (0.9, 0.95),
+                "momentum": 0.95,
                 "eps": 1e-8,
                 "weight_decay": 0.1,
                 "max_grad_norm": 1.0,

@@ -11,7 +11,7 @@ from aquilamoe.config.schema import ModelConfig, OptimizerConfig
 from aquilamoe.model import Decoder
 from aquilamoe.training import optimizer as optimizers
 
-ADAMW = OptimizerConfig(name="adamw", betas=(0.8, 0.9), eps=1e-7, weight_decay=0.1, max_grad_norm=1.0)
+ADAMW = OptimizerConfig(name="adamw", momentum=0.95, betas=(0.8, 0.9), eps=1e-7, weight_decay=0.1, max_grad_norm=1.0)
 LEARNING_RATE = 0.01
 
 
@@ -100,6 +100,69 @@ def test_a_step_is_adamw_written_out() -> None:
         rate = LEARNING_RATE / step
         expected = expected * (1 - rate * 0.1) - rate * (m / (1 - 0.8**step)) / corrected
     torch.testing.assert_close(parameter.detach(), expected, rtol=1e-10, atol=1e-12)
+
+
+MUON = ADAMW.model_copy(update={"name": "muon", "momentum": 0.9})
+
+
+def give_gradients(model: Decoder, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+
+
+@pytest.mark.parametrize("experts", [0, 4])
+def test_muon_moves_hidden_matrices_and_experts_one_by_one_and_adamw_the_rest(experts: int) -> None:
+    model, twin = decoder(experts), decoder(experts)
+    optimizer, adamw = optimizers.build(model, MUON, LEARNING_RATE), optimizers.build(twin, ADAMW, LEARNING_RATE)
+    alone = {
+        (name, index): torch.nn.Parameter(matrix.clone())
+        for name, parameter in model.named_parameters()
+        if name.startswith("model.layers.") and "norm" not in name and "mlp.gate.weight" not in name
+        for index, matrix in enumerate(parameter.detach()[None] if parameter.ndim == 2 else parameter.detach())
+        if parameter.ndim > 1
+    }
+    muon = torch.optim.Muon(
+        alone.values(), lr=LEARNING_RATE, weight_decay=0.1, momentum=0.9, adjust_lr_fn="match_rms_adamw"
+    )
+    for seed in range(3):
+        give_gradients(model, seed)
+        give_gradients(twin, seed)
+        gradients = {name: parameter.grad for name, parameter in twin.named_parameters()}
+        for (name, index), matrix in alone.items():
+            gradient = gradients[name]
+            matrix.grad = gradient.clone() if gradient.ndim == 2 else gradient[index].clone()
+        for each in (optimizer, adamw, muon):
+            each.step()
+            each.zero_grad(set_to_none=True)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    others = dict(twin.named_parameters())
+    for name, parameter in model.named_parameters():
+        found = parameter.detach()
+        if (name, 0) in alone:
+            matrices = [matrix.detach() for (other, _), matrix in alone.items() if other == name]
+            assert torch.equal(found, matrices[0] if found.ndim == 2 else torch.stack(matrices)), name
+        else:
+            assert torch.equal(found, others[name].detach()), name
+    assert len(alone) == 2 * (4 + 3 * max(1, experts))
+
+
+def test_the_scores_of_experts_and_of_tokens_are_not_orthogonalised() -> None:
+    model = decoder(experts=4)
+    optimizer = optimizers.build(model, MUON, LEARNING_RATE)
+    by_muon = {name for name, parameter in model.named_parameters() if parameter in optimizer.matrices}
+    assert not any("mlp.gate." in name or "embed" in name or "lm_head" in name for name in by_muon)
+    assert "model.layers.0.mlp.experts.up_proj" in by_muon
+
+
+def test_muon_is_given_the_learning_rate_and_its_groups_are_decayed_as_adamws() -> None:
+    model = decoder(experts=4)
+    optimizer = optimizers.build(model, MUON, LEARNING_RATE)
+    optimizers.set_learning_rate(optimizer, 0.125)
+    assert {group["lr"] for group in optimizer.param_groups} == {0.125}
+    vectors = {id(parameter) for parameter in model.parameters() if parameter.ndim < 2}
+    for group in optimizer.param_groups:
+        assert all((id(parameter) in vectors) == (group["weight_decay"] == 0) for parameter in group["params"])
 
 
 def test_the_learning_rate_is_set_for_both_groups() -> None:

@@ -44,7 +44,9 @@ def untrained(experts: int = 0, seed: int = 1, tied: bool = False) -> tuple[Deco
         )
     )
     model.initialize(seed)
-    adamw = OptimizerConfig(name="adamw", betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, max_grad_norm=1.0)
+    adamw = OptimizerConfig(
+        name="adamw", momentum=0.95, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, max_grad_norm=1.0
+    )
     return model, optimizers.build(model, adamw, 0.01)
 
 
@@ -88,6 +90,32 @@ def test_the_same_state_is_always_the_same_bytes(tmp_path: Path) -> None:
     files = [path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*") if path.is_file()]
     assert len(files) >= 4
     assert all((tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes() for file in files)
+
+
+MUON = OptimizerConfig(name="muon", momentum=0.9, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, max_grad_norm=1.0)
+
+
+@pytest.mark.parametrize("experts", [0, 4])
+def test_the_state_of_muon_comes_back_bit_for_bit(experts: int, tmp_path: Path) -> None:
+    model, other = (untrained(experts, seed=seed)[0] for seed in (0, 2))
+    optimizer, its_optimizer = (optimizers.build(each, MUON, 0.01) for each in (model, other))
+    step(model, optimizer)
+    state.save(tmp_path, model, optimizer, 17)
+    assert state.load(tmp_path, other, its_optimizer) == 17
+    for seed in (1, 2):
+        step(model, optimizer, seed=seed)
+        step(other, its_optimizer, seed=seed)
+    assert all(torch.equal(one, two) for one, two in zip(model.parameters(), other.parameters(), strict=True))
+    found = load_file(tmp_path / "training" / "optimizer.safetensors")
+    if experts:
+        assert found["model.layers.0.mlp.experts.up_proj/momentum_buffer"].shape[0] == experts
+
+
+def test_the_state_of_another_optimizer_is_refused_by_what_it_lacks(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    state.save(tmp_path, model, optimizer, 3)
+    with pytest.raises(UserError, match=r"optimizer.safetensors: there is no '.*/momentum_buffer', .*=reset"):
+        state.load_moments(tmp_path, model, optimizers.build(model, MUON, 0.01))
 
 
 def test_nothing_in_a_checkpoint_is_pickled(tmp_path: Path) -> None:

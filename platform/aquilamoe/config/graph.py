@@ -133,7 +133,7 @@ class _Builder:
         assert model is not None, "an input `source` makes a checkpoint"
         if isinstance(stage, GrowthStage):
             if stage.optimizer_state == "grow":
-                _check_moments(f"stages.{name}.optimizer_state", source, "grow")
+                _check_moments(f"stages.{name}.optimizer_state", source, "grow", "adamw")
             growth = stage.growth if isinstance(stage, ScaleUpStage) else None
             model = grown_model(model, stage.model, f"stages.{name}.model", growth)
             stage = stage.model_copy(update={"model": model.model_dump()})
@@ -145,7 +145,7 @@ class _Builder:
         _check_length(f"stages.{name}.sequence_length", stage.sequence_length, model)
         self._check_corpus(name, stage, model)
         if stage.optimizer_state == "keep" and source:
-            _check_moments(f"stages.{name}.optimizer_state", source, "keep")
+            _check_moments(f"stages.{name}.optimizer_state", source, "keep", stage.optimizer.name)
         tokens_before, flops_before = (source.lineage_tokens, source.lineage_flops) if source else (0, 0)
         per_token = model.flops_per_token(stage.sequence_length)
         if stage.equal_flops is not None:
@@ -198,14 +198,19 @@ class _Builder:
             yield from self._upstream(source)
 
 
-def _check_moments(where: str, source: Node, purpose: str) -> None:
-    """Refuse to go on with the optimizer's moments after a stage that has none."""
-    if isinstance(source.stage, PretrainStage):
+def _check_moments(where: str, source: Node, purpose: str, optimizer: str) -> None:
+    """Refuse to go on with the optimizer's moments after a stage that has none, or those of another optimizer."""
+    grown = isinstance(source.stage, GrowthStage) and source.stage.optimizer_state == "grow"
+    if grown or isinstance(source.stage, PretrainStage):
+        found = source.stage.optimizer.name if isinstance(source.stage, PretrainStage) else "adamw"
+        if found != optimizer:
+            raise UserError(
+                f"{where}: '{source.name}' has the moments of {found}, not of {optimizer} to {purpose}; "
+                "use reset, or one optimizer for both"
+            )
         return
     remedy = "use reset, or continue a pretrain stage"
     if isinstance(source.stage, GrowthStage):
-        if source.stage.optimizer_state == "grow":
-            return
         remedy = f"use reset, or set stages.{source.name}.optimizer_state to grow"
     raise UserError(
         f"{where}: '{source.name}' is a {source.stage.kind} stage and has no moments to {purpose}; {remedy}"

@@ -111,8 +111,11 @@ class UpcyclingConfig(Config):
 
 
 class OptimizerConfig(Config):
-    name: Literal["adamw"]
+    """`betas` and `eps` are AdamW's; `momentum` is that of `muon`, which leaves what is no hidden matrix to AdamW."""
+
+    name: Literal["adamw", "muon"]
     betas: tuple[Fraction, Fraction]
+    momentum: Annotated[Float, Field(ge=0.0, lt=1.0)]
     eps: PositiveFloat
     weight_decay: NonNegativeFloat
     max_grad_norm: PositiveFloat

@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
 
 from aquilamoe.config.messages import UserError
 from aquilamoe.config.schema import ClusterConfig, ModelConfig, PretrainStage
@@ -135,7 +134,7 @@ def _metrics_file(job: Job, resume_step: int, rank: Rank) -> MetricsFile:
     )
 
 
-def _restore(job: Job, device: torch.device) -> tuple[Decoder, Optimizer, int]:
+def _restore(job: Job, device: torch.device) -> tuple[Decoder, optimizers.AnyOptimizer, int]:
     """Model, optimizer and step as the newest checkpoint of this stage holds them, or else as the stage begins."""
     model = Decoder(job.model)
     saved = state.checkpoints(job.out)
@@ -183,7 +182,7 @@ def validation_rows(cluster: ClusterConfig, sequence_length: int) -> int:
 class Stepper:
     """One optimizer step: micro-batches forward and backward, clip, update."""
 
-    def __init__(self, job: Job, model: Decoder, optimizer: Optimizer, rank: Rank = FIRST) -> None:
+    def __init__(self, job: Job, model: Decoder, optimizer: optimizers.AnyOptimizer, rank: Rank = FIRST) -> None:
         self.job, self.model, self.optimizer = job, model, optimizer
         self.device = next(model.parameters()).device
         self.rows = _micro_batch_rows(job.cluster, job.stage.sequence_length)

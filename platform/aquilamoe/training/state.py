@@ -13,10 +13,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from aquilamoe.config.messages import UserError
 from aquilamoe.model import Decoder
+from aquilamoe.training.optimizer import AnyOptimizer, read_state, write_state
 from aquilamoe.weights.huggingface import load_state, save_model
 
 KEEP = 2  # should the newest turn out bad, there is one before it
@@ -25,7 +25,7 @@ HIDDEN = "."  # begins the name of a checkpoint that is being written or removed
 MOMENTS, PROGRESS = "optimizer.safetensors", "progress.json"
 
 
-def save(directory: Path, model: Decoder, optimizer: Optimizer, step: int) -> None:
+def save(directory: Path, model: Decoder, optimizer: AnyOptimizer, step: int) -> None:
     """Write `model/` (a Hugging Face directory, float32) and `training/` (optimizer moments) into `directory`.
 
     Nothing else is state: the position in the data and the learning rate are functions of `step`.
@@ -37,7 +37,7 @@ def save(directory: Path, model: Decoder, optimizer: Optimizer, step: int) -> No
     (training / PROGRESS).write_text(json.dumps({"step": step}))
 
 
-def load(checkpoint: Path, model: Decoder, optimizer: Optimizer) -> int:
+def load(checkpoint: Path, model: Decoder, optimizer: AnyOptimizer) -> int:
     """Restore what `save` wrote, bit for bit, and return its step. UserError if a file is damaged."""
     try:
         load_weights(checkpoint, model)
@@ -56,7 +56,7 @@ def load_weights(directory: Path, model: Decoder) -> None:
     load_state(model, directory / WEIGHTS)
 
 
-def load_moments(directory: Path, model: nn.Module, optimizer: Optimizer) -> None:
+def load_moments(directory: Path, model: nn.Module, optimizer: AnyOptimizer) -> None:
     """Give the optimizer the moments of a checkpoint whose tensors have the model's shapes."""
     path = directory / TRAINING / MOMENTS
     if not path.exists():
@@ -65,20 +65,20 @@ def load_moments(directory: Path, model: nn.Module, optimizer: Optimizer) -> Non
         moments = load_file(path)
     except SafetensorError as error:
         raise UserError(f"{path}: is damaged ({error}); make it again, or set optimizer_state=reset") from error
-    for name, parameter in model.named_parameters():
-        state = {key: moments[f"{name}/{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-        optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in state.items()}
+    try:
+        write_state(model, optimizer, moments)
+    except KeyError as error:
+        raise UserError(
+            f"{path}: there is no {error}, it is the state of another optimizer; use that one, or set "
+            "optimizer_state=reset"
+        ) from error
 
 
-def _moments(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    return {
-        f"{name}/{key}": value.detach().cpu().contiguous()
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state[parameter].items()
-    }
+def _moments(model: nn.Module, optimizer: AnyOptimizer) -> dict[str, Tensor]:
+    return {key: value.detach().cpu().contiguous() for key, value in read_state(model, optimizer).items()}
 
 
-def save_checkpoint(out: Path, model: Decoder, optimizer: Optimizer, step: int) -> Path:
+def save_checkpoint(out: Path, model: Decoder, optimizer: AnyOptimizer, step: int) -> Path:
     """Add `checkpoints/step-N` beside what is there: built under another name, made durable, renamed."""
     folder = out / "checkpoints"
     for leftover in folder.glob(f"{HIDDEN}step-*"):
