@@ -15,6 +15,7 @@ from aquilamoe.config.messages import UserError
 from aquilamoe.config.schema import ModelConfig
 from aquilamoe.growth.rows import Rows, block_slices
 from aquilamoe.weights import configuration, names, store
+from aquilamoe.weights.allocator import keep_large_buffers
 
 Progress = Callable[[int, int], None]  # (tensors written, tensors of the target)
 
@@ -95,6 +96,7 @@ def _write(
 def _computed(tensors: Sequence[Rows], dtype: torch.dtype) -> Iterator[Iterator[Tensor]]:
     """The blocks of those tensors that have to be computed, in order; a few are in the making before they are due."""
     threads = torch.get_num_threads()
+    keep_large_buffers()
     tasks = ((rows, index) for rows in tensors if rows.copies is None for index in block_slices(rows.shape))
     # Blocks are computed side by side: a thread more for each operation would be in the way.
     with ThreadPoolExecutor(threads, "growing", torch.set_num_threads, (1,)) as pool:
