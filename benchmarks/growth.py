@@ -18,7 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -254,7 +254,7 @@ def goals(found: Mapping[str, Row]) -> list[str]:
 
 PAGE = """# Growing checkpoints: against the disk, and against other tools
 
-`{command}` wrote this page: {rounds} rounds, medians, {machine}.
+`{command}` wrote this page: {rounds}, medians, {machine}.
 
 A Llama of {source:.2f} GB (bfloat16, random weights) is grown. Everybody runs in a process of its own, in turn. The
 clock starts after the imports, with the source in the page cache, and stops when all bytes are on the disk (fsync).
@@ -295,8 +295,8 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def compete(arguments: argparse.Namespace, folder: Path) -> dict[str, list[Row]]:
-    """All rounds; contestants take turns, so that a disk that changes its mind does so to all of them."""
+def compete(arguments: argparse.Namespace, folder: Path) -> Iterator[dict[str, list[Row]]]:
+    """All measurements so far, after each round; contestants take turns, so that a moody disk is so to all of them."""
     names = [*LIMITS, *OURS, COLD, *(PEERS if arguments.peers else ())]
     names = [name for name in names if not arguments.only or name in arguments.only]
     rows: dict[str, list[Row]] = {name: [] for name in names}
@@ -305,7 +305,27 @@ def compete(arguments: argparse.Namespace, folder: Path) -> dict[str, list[Row]]
             python = str(arguments.peers.absolute() / "bin/python") if name in PEERS else sys.executable
             rows[name].append(measure(name, python, folder))
             print(f"round {number + 1}: {name}: {rows[name][-1]['seconds']:.2f} s", file=sys.stderr, flush=True)
-    return rows
+        yield rows
+
+
+def tell(arguments: argparse.Namespace, rows: Mapping[str, list[Row]], folder: Path) -> list[str]:
+    """Write what was asked for; return the tables."""
+    found = {name: median(of_name) for name, of_name in rows.items()}
+    rounds = len(next(iter(rows.values())))
+    page = PAGE.format(
+        command=" ".join(["python benchmarks/growth.py", *_words(arguments)]),
+        rounds=f"{rounds} round{'s' if rounds > 1 else ''}",
+        machine=describe_machine(folder),
+        source=bytes_of(folder / "source") / 1e9,
+        table="\n".join(table(found)),
+        goals="\n".join(goals(found)),
+    )
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(page, encoding="utf-8")
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"rows": rows, "goals": list(map(asdict, GOALS))}, indent=2) + "\n")
+    return ["", *table(found), "", *goals(found)]
 
 
 def main() -> None:
@@ -320,26 +340,10 @@ def main() -> None:
     try:
         make_source(folder / "source", arguments.gigabytes * 1e9)
         prepare("replicate", folder / "source")(folder / "source", folder / "grown")
-        rows = compete(arguments, folder)
-        source_bytes = bytes_of(folder / "source")
+        for rows in compete(arguments, folder):
+            print("\n".join(tell(arguments, rows, folder)), flush=True)
     finally:
-        machine = describe_machine(folder)
         shutil.rmtree(folder, ignore_errors=True)
-    found = {name: median(of_name) for name, of_name in rows.items()}
-    page = PAGE.format(
-        command=" ".join(["python benchmarks/growth.py", *_words(arguments)]),
-        rounds=arguments.rounds,
-        machine=machine,
-        source=source_bytes / 1e9,
-        table="\n".join(table(found)),
-        goals="\n".join(goals(found)),
-    )
-    print("\n".join(["", *table(found), "", *goals(found)]))
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(page, encoding="utf-8")
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"rows": rows, "goals": list(map(asdict, GOALS))}, indent=2) + "\n")
 
 
 def _words(arguments: argparse.Namespace) -> list[str]:
