@@ -477,7 +477,7 @@ def test_the_first_update_of_what_was_forgotten_is_no_larger_than_a_learning_rat
     training = tmp_path / "stage" / training_state.TRAINING
     training.mkdir(parents=True)
     late = {name: torch.full_like(value, 1e4) if name.endswith(STEP) else value for name, value in grown.state.items()}
-    adamw = OptimizerConfig(name="adamw", betas=betas, eps=1e-8, weight_decay=0.0, max_grad_norm=1.0)
+    adamw = OptimizerConfig(name="adamw", momentum=0.95, betas=betas, eps=1e-8, weight_decay=0.0, max_grad_norm=1.0)
 
     def largest_update(state: dict[str, Tensor]) -> float:
         save_file({name: value.float() for name, value in state.items()}, training / training_state.MOMENTS)
@@ -586,41 +586,14 @@ def test_the_command_trains_on_with_a_state_that_went_through_both_growths(runs:
         assert all(states[stage][f"{name}/{FIRST}"].shape == shape for name, shape in shapes.items())
 
 
-@torch.no_grad()
-def upcycled_by_hand(source: Decoder, config: ModelConfig) -> Decoder:
-    """Copies of the feed-forward as experts; beside a shared one, which begins with a share of 1/2, they are halved."""
-    decoder, old = Decoder(config).double(), dict(source.named_parameters())
-    for name, parameter in decoder.named_parameters():
-        if name in old:
-            parameter.copy_(old[name])
-        elif name.endswith("shared_expert_gate.weight"):
-            parameter.zero_()
-        elif name.endswith("mlp.gate.weight"):
-            parameter.normal_(generator=torch.Generator().manual_seed(0))
-        elif "shared_expert" in name:
-            parameter.copy_(old[name.replace("shared_expert.", "")])
-        else:
-            parameter.copy_(old[f"{name.replace('experts.', '')}.weight"])
-            if "down" in name and config.shared_expert_intermediate_size:
-                parameter.div_(2)
-    return decoder
-
-
 def test_a_shared_expert_takes_half_of_the_gradient_and_dense_layers_all_of_theirs(tmp_path: Path) -> None:
-    source = model(intermediate_size=12)  # 8 marks the absence of a shared expert
-    sizes = {"shared_expert_intermediate_size": source.intermediate_size, "mlp_only_layers": (1,)}
-    target = resized(source, upcycling(), **EXPERTS, **sizes)
-    write_source(tmp_path / "source", source)
-    by_hand = upcycled_by_hand(load_model(tmp_path / "source", torch.float64), target)
-    save_model(by_hand, tmp_path / "target", torch.float64)
-    before, after = gradient(tmp_path / "source"), gradient(tmp_path / "target")
-    write_state(tmp_path / "before", before)
-    grow_moments(tmp_path / "before", tmp_path / "after", (source, target), upcycling(), 0, silent)
-    state = load_file(tmp_path / "after")
-    for name, found in after.items():
-        mapped = state[f"{name}/{FIRST}"]
+    source, how = model(intermediate_size=12), upcycling()  # 8 would mark the absence of a shared expert
+    sizes = {"shared_expert_intermediate_size": 12, "mlp_only_layers": (1,)}
+    grown = Grown(source, resized(source, how, **EXPERTS, **sizes), how, tmp_path)
+    for name, found in grown.after.items():
+        mapped = grown.first(name)
         if name in (of_layer(0, names.SHARED_ROUTER), of_layer(0, names.ROUTER)):
-            assert not mapped.any() and state[f"{name}/{STEP}"] == 0
+            assert not mapped.any() and grown.state[f"{name}/{STEP}"] == 0
         elif "mlp.experts." in name:
             assert relative(mapped.sum(dim=0) - found.sum(dim=0), found.sum(dim=0)) < EXACT, name
         else:
