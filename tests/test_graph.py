@@ -257,13 +257,17 @@ def test_moments_can_only_be_kept_or_grown_of_a_stage_that_has_them(build: Build
     build(*twice, "stages.scale_up.optimizer_state=grow")
 
 
-def test_moments_of_another_optimizer_are_neither_kept_nor_grown(refusal: Callable[..., str]) -> None:
-    assert refusal("stages.prepare.optimizer.name=muon", "stages.scale_up.optimizer_state=grow") == (
-        "stages.scale_up.optimizer_state: 'prepare' has the moments of muon, not of adamw to grow; use reset, "
-        "or one optimizer for both"
-    )
+def test_moments_of_another_optimizer_are_not_kept_whether_they_were_grown_or_not(
+    build: Build, refusal: Callable[..., str]
+) -> None:
     of_prepare = "stages.moe.inputs.source=prepare", "stages.moe.optimizer_state=keep"
     assert refusal(*of_prepare, "stages.moe.optimizer.name=muon") == (
-        "stages.moe.optimizer_state: 'prepare' has the moments of adamw, not of muon to keep; use reset, or "
-        "one optimizer for both"
+        "stages.moe.optimizer_state: 'prepare' has the moments of adamw, not of muon to keep; use reset, or one "
+        "optimizer for both"
     )
+    through_growth = "stages.scale_up.optimizer_state=grow", "stages.dense.optimizer_state=keep"
+    assert refusal(*through_growth, "stages.prepare.optimizer.name=muon") == (
+        "stages.dense.optimizer_state: 'scale_up' has the moments of muon, not of adamw to keep; use reset, or one "
+        "optimizer for both"
+    )
+    build(*through_growth, *(f"stages.{stage}.optimizer.name=muon" for stage in ("prepare", "dense", "control")))

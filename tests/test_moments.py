@@ -20,7 +20,7 @@ from aquilamoe.config.messages import UserError
 from aquilamoe.config.schema import GrowthConfig, ModelConfig, OptimizerConfig, UpcyclingConfig
 from aquilamoe.growth import gradients, moments, rules
 from aquilamoe.growth.gradients import Past
-from aquilamoe.growth.moments import FIRST, SECOND, STEP, grow_moments
+from aquilamoe.growth.moments import FIRST, MOMENTUM, SECOND, STEP, grow_moments
 from aquilamoe.growth.scale_out import scale_out
 from aquilamoe.growth.scale_up import scale_up
 from aquilamoe.growth.units import map_units
@@ -495,6 +495,32 @@ def test_the_first_update_of_what_was_forgotten_is_no_larger_than_a_learning_rat
     assert largest_update(late) < 0.2
     forgetful = late | {f"{UP}/{SECOND}": grown.second(UP).masked_fill(grown.first(UP) == 0, 0)}
     assert largest_update(forgetful) == pytest.approx((1 - betas[0]) / (1 - betas[1]) ** 0.5, rel=1e-2)
+
+
+@pytest.mark.parametrize("how", [growth(noise=0.5), growth(method="random"), upcycling()])
+def test_muons_momentum_is_mapped_as_a_first_moment(how: How, tmp_path: Path) -> None:
+    source = model()
+    target = resized(source, how, **(WIDER if isinstance(how, GrowthConfig) else EXPERTS))
+    muon = OptimizerConfig(name="muon", momentum=0.95, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, max_grad_norm=1.0)
+    old, new = Decoder(source), Decoder(target)
+    for parameter in old.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+    optimizer = optimizers.build(old, muon, 0.1)
+    optimizer.step()
+    training_state.save(tmp_path / "old", old, optimizer, 1)
+    (tmp_path / "new" / training_state.TRAINING).mkdir(parents=True)
+    before, after = (tmp_path / folder / training_state.TRAINING / training_state.MOMENTS for folder in ("old", "new"))
+    grow_moments(before, after, (source, target), how, 0, silent)
+    optimizer = optimizers.build(new, muon, 0.1)
+    training_state.load_moments(tmp_path / "new", new, optimizer)
+    found, state = load_file(after), load_file(before)
+    assert set(optimizers.read_state(new, optimizer)) == set(found)
+    for name, pasts in gradients.pasts(source, target, how, 0):
+        momentum = found.get(f"{name}/{MOMENTUM}")
+        if momentum is not None:
+            mapped = [moments.first(state[f"{past.name}/{MOMENTUM}"], past) for past in pasts]
+            expected = torch.stack(mapped) if len(mapped) > 1 else mapped[0] if mapped else torch.zeros_like(momentum)
+            assert torch.equal(momentum, expected)
 
 
 def state_of(folder: Path, config: ModelConfig) -> Path:

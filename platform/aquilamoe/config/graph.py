@@ -133,7 +133,7 @@ class _Builder:
         assert model is not None, "an input `source` makes a checkpoint"
         if isinstance(stage, GrowthStage):
             if stage.optimizer_state == "grow":
-                _check_moments(f"stages.{name}.optimizer_state", source, "grow", "adamw")
+                self._moments_of(source, f"stages.{name}.optimizer_state", "grow")
             growth = stage.growth if isinstance(stage, ScaleUpStage) else None
             model = grown_model(model, stage.model, f"stages.{name}.model", growth)
             stage = stage.model_copy(update={"model": model.model_dump()})
@@ -145,7 +145,7 @@ class _Builder:
         _check_length(f"stages.{name}.sequence_length", stage.sequence_length, model)
         self._check_corpus(name, stage, model)
         if stage.optimizer_state == "keep" and source:
-            _check_moments(f"stages.{name}.optimizer_state", source, "keep", stage.optimizer.name)
+            self._check_moments(f"stages.{name}.optimizer_state", source, stage.optimizer.name)
         tokens_before, flops_before = (source.lineage_tokens, source.lineage_flops) if source else (0, 0)
         per_token = model.flops_per_token(stage.sequence_length)
         if stage.equal_flops is not None:
@@ -153,6 +153,25 @@ class _Builder:
         tokens = stage.num_steps * stage.batch_tokens
         source_model = source.model if source else None
         return Node(name, stage, model, source_model, tokens, tokens * per_token, tokens_before, flops_before)
+
+    def _check_moments(self, where: str, source: Node, optimizer: str) -> None:
+        found = self._moments_of(source, where, "keep")
+        if found != optimizer:
+            raise UserError(
+                f"{where}: '{source.name}' has the moments of {found}, not of {optimizer} to keep; use reset, or one "
+                "optimizer for both"
+            )
+
+    def _moments_of(self, source: Node, where: str, purpose: str) -> str:
+        """Name of the optimizer whose moments a stage leaves; refuse to go on with those of one that leaves none."""
+        stage, remedy = source.stage, "use reset, or continue a pretrain stage"
+        if isinstance(stage, PretrainStage):
+            return stage.optimizer.name
+        if isinstance(stage, GrowthStage):
+            if stage.optimizer_state == "grow":
+                return self._moments_of(self.nodes[stage.inputs["source"]], where, purpose)
+            remedy = f"use reset, or set stages.{source.name}.optimizer_state to grow"
+        raise UserError(f"{where}: '{source.name}' is a {stage.kind} stage and has no moments to {purpose}; {remedy}")
 
     def _equalized(self, name: str, stage: PretrainStage, flops_before: int, per_token: int) -> PretrainStage:
         """Give the stage the tokens that bring its line of checkpoints to the FLOPs of the other, less a batch."""
@@ -196,25 +215,6 @@ class _Builder:
         yield self.stages[name]
         for source in self.stages[name].inputs.values():
             yield from self._upstream(source)
-
-
-def _check_moments(where: str, source: Node, purpose: str, optimizer: str) -> None:
-    """Refuse to go on with the optimizer's moments after a stage that has none, or those of another optimizer."""
-    grown = isinstance(source.stage, GrowthStage) and source.stage.optimizer_state == "grow"
-    if grown or isinstance(source.stage, PretrainStage):
-        found = source.stage.optimizer.name if isinstance(source.stage, PretrainStage) else "adamw"
-        if found != optimizer:
-            raise UserError(
-                f"{where}: '{source.name}' has the moments of {found}, not of {optimizer} to {purpose}; "
-                "use reset, or one optimizer for both"
-            )
-        return
-    remedy = "use reset, or continue a pretrain stage"
-    if isinstance(source.stage, GrowthStage):
-        remedy = f"use reset, or set stages.{source.name}.optimizer_state to grow"
-    raise UserError(
-        f"{where}: '{source.name}' is a {source.stage.kind} stage and has no moments to {purpose}; {remedy}"
-    )
 
 
 def _check_length(where: str, sequence_length: int, model: ModelConfig) -> None:

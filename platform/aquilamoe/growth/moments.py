@@ -6,6 +6,8 @@ The second one is only a scale, and stays: it is that of the weight whose place 
 its tensor. Zero would not do. Adam corrects its moments for a step that all of a tensor shares; at a late one a first
 gradient would pass (1 - beta1) / sqrt(1 - beta2) times the learning rate, 3.2 with the usual betas of 0.9 and 0.999.
 Only a tensor that is new as a whole (a router) begins at step 0 with nothing, as at any start.
+
+Muon's momentum is a first moment, and all that it has.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,10 +23,12 @@ from aquilamoe.config.messages import UserError
 from aquilamoe.config.schema import GrowthConfig, ModelConfig, UpcyclingConfig
 from aquilamoe.growth import gradients
 from aquilamoe.growth.gradients import Axis, Past
+from aquilamoe.weights import names
 from aquilamoe.weights.headers import SINGLE_FILE
 from aquilamoe.weights.writer import Writer
 
 STEP, FIRST, SECOND = "step", "exp_avg", "exp_avg_sq"
+MOMENTUM = "momentum_buffer"  # of a hidden matrix, if the model was trained by Muon
 ONE_FILE = 1 << 62  # bytes
 
 
@@ -38,7 +42,8 @@ def grow_moments(
 ) -> None:
     """Write the state of the optimizer of a grown model to the file `target`, out of that of its source.
 
-    source: a safetensors file of `step`, `exp_avg` and `exp_avg_sq` of every parameter, as training leaves it.
+    source: a safetensors file of `step`, `exp_avg` and `exp_avg_sq` of every parameter (of hidden matrices perhaps
+        `momentum_buffer` instead), as training leaves it.
     configs: of the source and of the target. growth, seed: what the weights were grown by.
     progress: told of tensors written, and of how many there are.
     In memory there is one tensor (of experts: one expert) of the source and its copy. UserError where the file is
@@ -47,18 +52,20 @@ def grow_moments(
     shapes = gradients.parameter_shapes(configs[1])
     workplace = target.parent / f".{target.name}"
     with _open(source) as file:
-        _check(source, file, configs[0])
+        muon = any(key.endswith(f"/{MOMENTUM}") for key in file.keys())  # noqa: SIM118 - it is no mapping
+        _check(source, file, configs[0], muon)
         dtype = file.get_tensor(f"{next(iter(shapes))}/{FIRST}").dtype
-        keys = {STEP: False, FIRST: True, SECOND: True}
-        spread = {
-            f"{name}/{key}": shape if whole else () for name, shape in shapes.items() for key, whole in keys.items()
+        contents = {
+            f"{name}/{key}": () if key == STEP else shape
+            for name, shape in shapes.items()
+            for key in _keys(name, shape, muon)
         }
-        with Writer(workplace, spread, dtype, max_shard_bytes=ONE_FILE) as writer:
+        with Writer(workplace, contents, dtype, max_shard_bytes=ONE_FILE) as writer:
             for done, (name, pasts) in enumerate(gradients.pasts(*configs, growth, seed)):
                 progress(done, len(shapes))
-                writer.write(f"{name}/{STEP}", [_step(file, pasts)])
-                for key in (FIRST, SECOND):
-                    writer.write(f"{name}/{key}", _blocks(file, pasts, key, shapes[name], dtype))
+                for key in _keys(name, shapes[name], muon):
+                    blocks = [_step(file, pasts)] if key == STEP else _blocks(file, pasts, key, shapes[name], dtype)
+                    writer.write(f"{name}/{key}", blocks)
     (workplace / SINGLE_FILE).replace(target)
     workplace.rmdir()
     progress(len(shapes), len(shapes))
@@ -76,11 +83,18 @@ def _open(path: Path) -> Iterator[Any]:
         raise UserError(f"{path}: is damaged ({reason}); make it again, or set optimizer_state=reset") from error
 
 
-def _check(path: Path, file: Any, config: ModelConfig) -> None:
+def _keys(name: str, shape: tuple[int, ...], muon: bool) -> tuple[str, ...]:
+    """What there is of a parameter: Muon is for matrices from hidden units to hidden units."""
+    layer, role = gradients.split(name)
+    is_hidden = layer is not None and len(shape) > 1 and role not in (names.ROUTER, names.SHARED_ROUTER)
+    return (MOMENTUM,) if muon and is_hidden else (STEP, FIRST, SECOND)
+
+
+def _check(path: Path, file: Any, config: ModelConfig, muon: bool) -> None:
     """Refuse the state of another model."""
     found = set(file.keys())
     for name, shape in gradients.parameter_shapes(config).items():
-        for key in (STEP, FIRST, SECOND):
+        for key in _keys(name, shape, muon):
             full = f"{name}/{key}"
             expected = () if key == STEP else shape
             shown = tuple(file.get_slice(full).get_shape()) if full in found else "missing"
@@ -100,7 +114,7 @@ def _blocks(file: Any, pasts: list[Past], key: str, shape: tuple[int, ...], dtyp
     if not pasts:
         yield from (torch.zeros(1, *shape[1:], dtype=dtype).expand(shape),)
     for past in pasts:
-        grown = first(_read(file, past, FIRST), past) if key == FIRST else _second(file, past)
+        grown = _second(file, past) if key == SECOND else first(_read(file, past, key), past)
         yield grown[None] if len(shape) > grown.dim() else grown
 
 
