@@ -19,9 +19,9 @@ from aquilamoe.config.messages import UserError
 from aquilamoe.config.schema import ClusterConfig, ModelConfig, PretrainStage
 from aquilamoe.data.tokens import TokenCounts, TokensRecord, write_record, write_token_file
 from aquilamoe.training import state
+from aquilamoe.training.environment import WORKER_ENVIRONMENT
 from aquilamoe.training.launch import _cause, _connect, _worker, launch, start_session
 from aquilamoe.training.loop import Job
-from aquilamoe.training.openmp import OPENMP_ENVIRONMENT
 
 # Ray Data, which Ray Train imports, warns of options of its own that nobody sets.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")
@@ -249,11 +249,11 @@ def test_a_mistake_that_a_worker_finds_is_one_line_and_is_not_tried_again(
     assert len(workers_started(session)) == before + 2
 
 
-def test_workers_have_the_setting_of_openmp_that_precedes_torch(session: str) -> None:
+def test_workers_have_the_settings_that_precede_torch(session: str) -> None:
     import ray
 
-    found = ray.get(ray.remote(lambda: {name: os.environ.get(name) for name in OPENMP_ENVIRONMENT}).remote())
-    assert found == OPENMP_ENVIRONMENT
+    found = ray.get(ray.remote(lambda: {name: os.environ.get(name) for name in WORKER_ENVIRONMENT}).remote())
+    assert found == WORKER_ENVIRONMENT
 
 
 # Without workers

@@ -16,7 +16,7 @@ from aquilamoe.pipeline.stage import Input
 from aquilamoe.pipeline.store import METRICS, Store, read_points
 from aquilamoe.tracking.lineage import comparison_url, ui_command
 from aquilamoe.tracking.observer import Tracker
-from aquilamoe.training.openmp import OPENMP_ENVIRONMENT
+from aquilamoe.training.environment import WORKER_ENVIRONMENT
 
 LOCAL_MLFLOW = "http://127.0.0.1:5000"
 
@@ -65,7 +65,7 @@ def _show_status(experiment: ExperimentConfig, plan: Sequence[Planned], store: S
 
 
 def _run(experiment: ExperimentConfig, plan: Sequence[Planned], store: Store, command: str) -> None:
-    for key, value in OPENMP_ENVIRONMENT.items():  # before a stage of this process imports torch
+    for key, value in WORKER_ENVIRONMENT.items():  # before a stage of this process imports torch
         os.environ.setdefault(key, value)
     out = terminal.console()
     out.print(f"{experiment.name}: {experiment.description}")

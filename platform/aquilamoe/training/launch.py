@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from aquilamoe.config.messages import UserError
 from aquilamoe.config.schema import ClusterConfig
+from aquilamoe.training.environment import WORKER_ENVIRONMENT
 from aquilamoe.training.loop import Job, Rank, train
-from aquilamoe.training.openmp import OPENMP_ENVIRONMENT
 
 if TYPE_CHECKING:
     from ray.train.torch import TorchTrainer
@@ -45,7 +45,7 @@ def launch(job: Job, root: Path) -> dict[str, Any]:
 
 def start_session(cluster: ClusterConfig) -> None:
     """Connect this driver to Ray once: to `cluster.address`, or to a session of its own on this machine."""
-    for key, value in {**RAY_ENVIRONMENT, **OPENMP_ENVIRONMENT}.items():  # a session of our own inherits them
+    for key, value in {**RAY_ENVIRONMENT, **WORKER_ENVIRONMENT}.items():  # a session of our own inherits them
         os.environ.setdefault(key, value)
     import ray
 
@@ -70,7 +70,7 @@ def _connect(address: str) -> None:
 
     try:
         _knock(address)
-        environment = {"env_vars": OPENMP_ENVIRONMENT}
+        environment = {"env_vars": WORKER_ENVIRONMENT}
         ray.init(address=address, runtime_env=environment, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
