@@ -4,6 +4,7 @@ torch draws normal numbers in float32 with vector instructions: 2.7 times as fas
 """
 
 import hashlib
+from functools import lru_cache
 from itertools import pairwise
 
 import torch
@@ -26,9 +27,12 @@ def normal(shape: tuple[int, ...], std: float, dtype: torch.dtype, random: torch
     return torch.empty(shape, dtype=dtype).normal_(0.0, std, generator=random)
 
 
-def drawn(shape: tuple[int, ...], std: float, dtype: torch.dtype, seed: int, name: str) -> Rows:
-    """Normal numbers with mean 0, of which every block of rows has a stream: any thread can make any of them."""
-    step = rows_of_block(shape)
+def drawn(shape: tuple[int, ...], std: float, dtype: torch.dtype, seed: int, name: str, step: int = 0) -> Rows:
+    """Normal numbers with mean 0, of which every `step` rows have a stream: any thread can make any of them.
+
+    step: rows of a block of what they become a part of; left out, of their own.
+    """
+    step = step or rows_of_block(shape)
 
     def draw(number: int) -> Tensor:
         rows = min(step, shape[0] - number * step)
@@ -71,6 +75,12 @@ class Columns:
             block[:, first : first + stop - start] += values[:, start:stop]
 
 
+@lru_cache(maxsize=16)
+def cancelling(columns: UnitMap, dtype: torch.dtype) -> "Cancelling":
+    """The noise over a map, which many tensors share."""
+    return Cancelling(columns, dtype)
+
+
 class Cancelling:
     """Noise that sums to zero over the copies of every unit, in each row.
 
@@ -78,7 +88,7 @@ class Cancelling:
     Inputs that are equal over the copies of a unit therefore do not see it, and the copies are no longer symmetric
     (METHODS section 2, symmetry). One number is drawn for every further copy: of c copies, c - 1 are free. With S the
     sum of a unit's numbers z, its further copies get z - b S and the first one -S / sqrt(c), which has the covariance
-    of c numbers minus their mean for b = (1 - 1 / sqrt(c)) / (c - 1).
+    of c numbers minus their mean for b = (1 - 1 / sqrt(c)) / (c - 1). Of two copies, one gets z and the other -z.
     """
 
     def __init__(self, columns: UnitMap, dtype: torch.dtype) -> None:
@@ -88,6 +98,8 @@ class Cancelling:
         firsts = {columns.sources[column]: column for column, is_new in enumerate(columns.is_new) if not is_new}
         self.size, self.num_units = len(new), len(copied)
         self._new, self._firsts = Columns(new), Columns([firsts[unit] for unit in copied])
+        self._partners = Columns([firsts[columns.sources[column]] for column in new])
+        self._is_paired = max(columns.counts) == 2
         self._units = Columns([place[columns.sources[column]] for column in new])
         counts = torch.tensor([columns.counts[unit] for unit in copied], dtype=torch.float64)
         scale = (1 - 1 / counts).rsqrt()
@@ -97,6 +109,10 @@ class Cancelling:
 
     def add(self, block: Tensor, drawn: Tensor, size: float) -> None:
         """Add noise of a size to a block, in place. drawn: (rows, `size` of this) normal numbers; used up."""
+        if self._is_paired:
+            self._new.add(block, drawn.mul_(size))
+            self._partners.add(block, drawn.neg_())
+            return
         sums = torch.zeros(len(block), self.num_units, dtype=block.dtype)
         self._units.add(sums, drawn)
         drawn.sub_(self._units.take(sums * self._of_sum)).mul_(self._of_new * size)

@@ -19,9 +19,10 @@ from aquilamoe.weights.store import Reader
 
 Index = slice | Tensor  # of rows: a slice without a step, or their numbers (int64)
 Number = int | float
-# Elements that are computed at once: few enough to stay in a processor's cache through several operations. Random
-# numbers are drawn for so many at once, so that it is part of what they are.
-BLOCK = 2**20
+# Elements computed at once: few enough to stay in a processor's cache through several operations, and in memory
+# that was used before (with four times as many, making pages takes half of the time). Random numbers are drawn for so
+# many at once, so that it is part of what they are.
+BLOCK = 2**18
 
 
 @dataclass(frozen=True, eq=False)

@@ -143,7 +143,7 @@ class _Layer:
             return part
         size = self.upcycling.noise * self._factor(role, rules.num_shards(self.source, self.target))
         drawn = self._drawn(part.shape, expert)
-        return part.derive(lambda index: wide(part[index]) + drawn[index] * (size * tensor.std), None, drawn)
+        return part.derive(lambda index: drawn[index].mul_(size * tensor.std).add_(part[index]), None, drawn)
 
     def _drawn(self, shape: tuple[int, ...], name: str) -> Rows:
         dtype = compute_dtype(self.reader.dtype(names.EMBEDDING))

@@ -19,6 +19,7 @@ from aquilamoe.growth.rows import (
     is_exact,
     multiply,
     narrow,
+    rows_of_block,
     wide,
 )
 from aquilamoe.growth.units import UnitMap, Units
@@ -92,10 +93,12 @@ class Width:
             return filled(self.shapes[role], 1.0)
         if role.endswith(".bias"):
             return filled(self.shapes[role], 0.0)
-        return self._drawn(role, self.shapes[role], self.initializer_range)
+        return noise.drawn(self.shapes[role], self.initializer_range, self.dtype, self.seed, self.place + role)
 
-    def _drawn(self, name: str, shape: tuple[int, ...], std: float) -> Rows:
-        return noise.drawn(shape, std, self.dtype, self.seed, self.place + name)
+    def _drawn(self, role: str, name: str, shape: tuple[int, ...]) -> Rows:
+        """Normal numbers for some columns of a tensor."""
+        step = rows_of_block(self.shapes[role])
+        return noise.drawn(shape, 1.0, self.dtype, self.seed, self.place + name, step)
 
     def _tell_apart(self, role: str, grown: Rows, tensor: Rows, columns: UnitMap) -> Rows:
         """Add noise that cancels over the copies of an input, and what is read of the padding.
@@ -103,8 +106,8 @@ class Width:
         The latter are weights on inputs that are zero: free, so random, and as large as those on copies.
         """
         if self.growth.noise > 0 and columns.has_new:
-            cancelling = noise.Cancelling(columns, self.dtype)
-            drawn, copies = self._drawn(role, (grown.shape[0], cancelling.size), 1.0), grown
+            cancelling = noise.cancelling(columns, self.dtype)
+            drawn, copies = self._drawn(role, role, (grown.shape[0], cancelling.size)), grown
 
             def read(index: Index) -> Tensor:
                 block = wide(copies[index])
@@ -114,7 +117,7 @@ class Width:
             grown = copies.derive(read, None, drawn)
         if not columns.padding:
             return grown
-        free = self._drawn(f"{role}/padding", (grown.shape[0], columns.padding), 1.0)
+        free = self._drawn(role, f"{role}/padding", (grown.shape[0], columns.padding))
         share, known = columns.num_sources / len(columns.sources), grown
         return known.derive(
             lambda index: torch.cat([wide(known[index]), free[index] * (tensor.rms * share)], dim=1),
