@@ -148,7 +148,7 @@ class _Walk:
         """What breaks the claim, if anything; and whether logits are as far off as they are because of ties."""
         for place, difference in enumerate(self.differences):
             if not difference <= LAYER_SHARE * tolerance:
-                return f"{self._describe(place - 1, difference)} (tolerance {LAYER_SHARE * tolerance:.3g})", False
+                return self._describe(place - 1, difference, LAYER_SHARE * tolerance), False
         if found.relative <= tolerance:
             return None, False
         if self.alignment is None:
@@ -162,11 +162,11 @@ class _Walk:
             return None, True
         return "small differences of all layers add up", False
 
-    def _describe(self, layer: int, difference: float) -> str:
+    def _describe(self, layer: int, difference: float, tolerance: float) -> str:
         """Where the two part: in a layer of the target, or before the first (-1)."""
         assert self.alignment is not None
         if layer < 0:
-            return f"the two part in the embedding, by {difference:.3g} of its size"
+            return f"the two part in the embedding, by {difference:.3g} of its size (tolerance {tolerance:.3g})"
         origin = self.alignment.layers[layer]
         if origin is None:
             return (
@@ -175,7 +175,7 @@ class _Walk:
             )
         return (
             f"the two part in layer {layer} of the target, which differs from layer {origin} of the source by "
-            f"{difference:.3g} of what that adds"
+            f"{difference:.3g} of what that adds (tolerance {tolerance:.3g})"
         )
 
 
