@@ -121,6 +121,7 @@ def growths(draw: st.DrawFn) -> tuple[ModelConfig, ModelConfig, GrowthConfig]:
     fewest = -(-slots // (new_groups // groups))
     new_slots = draw(number(fewest, fewest + 3))
     hidden, ffn, layers = draw(number(2, 7)), draw(number(2, 7)), draw(number(1, 3))
+    qk_norm = draw(one_of(["none", "none", "head"]))
     source = model(
         hidden_size=hidden,
         intermediate_size=ffn,
@@ -129,7 +130,8 @@ def growths(draw: st.DrawFn) -> tuple[ModelConfig, ModelConfig, GrowthConfig]:
         num_key_value_heads=groups,
         head_dim=draw(one_of([2, 4])),
         rms_norm_eps=draw(one_of([1e-5, 0.1])),  # the larger one is missed when it is wrong
-        qkv_bias=draw(st.booleans()),
+        qk_norm=qk_norm,
+        qkv_bias=qk_norm == "none" and draw(st.booleans()),
         tie_word_embeddings=draw(st.booleans()),
     )
     sizes = {
@@ -139,7 +141,7 @@ def growths(draw: st.DrawFn) -> tuple[ModelConfig, ModelConfig, GrowthConfig]:
         "num_hidden_layers": layers + draw(number(0, 4)),
         "num_attention_heads": new_groups * new_slots,
         "num_key_value_heads": new_groups,
-        "head_dim": source.head_dim * draw(one_of([1, 1, 2, 3])),
+        "head_dim": source.head_dim * (draw(one_of([1, 1, 2, 3])) if qk_norm == "none" else 1),
     }
     # Some keep their width or their depth, and some grow one size only: the claims differ there.
     kept = draw(one_of(["width", "depth", "nothing", "all but one"]))
@@ -166,6 +168,7 @@ def growths(draw: st.DrawFn) -> tuple[ModelConfig, ModelConfig, GrowthConfig]:
         how = how.model_copy(update={"norm": "zero_pad", "new_layers": "zero"})
     if how.method == "hypercloning":
         sizes |= {field: draw(number(1, 3)) * getattr(source, field) for field in hypercloning.SIZES}
+        sizes["head_dim"] = sizes["head_dim"] if qk_norm == "none" else source.head_dim
         sizes["num_attention_heads"] *= sizes["num_key_value_heads"] // groups
     return source, padded(source, how, **sizes), how
 

@@ -126,9 +126,15 @@ class Width:
         )
 
     def _scale_rows(self, role: str, grown: Rows) -> Rows:
-        """What is written to the residual stream carries alpha; queries make good for the root of a wider head_dim."""
+        """What is written to the residual stream carries alpha; queries make good for the root of a wider head_dim.
+
+        Norms on queries and keys have the epsilon of all norms. Where padding changes it, what they divide changes too.
+        """
         if role in (names.O_WEIGHT, names.DOWN):
             factor = self._residual_factor
+        elif role in (names.Q_WEIGHT, names.K_WEIGHT) and names.Q_NORM in self.shapes:
+            residual = self.units.residual
+            factor = torch.full(grown.shape[:1], (len(residual.sources) / residual.size) ** 0.5, dtype=torch.float64)
         elif role in (names.Q_WEIGHT, names.Q_BIAS):
             factor = self._query_factor
         else:
