@@ -279,7 +279,8 @@ Ratios of seconds are per byte of the result. What misses its goal is said.
 def describe_machine(folder: Path) -> str:
     words = ["findmnt", "--noheadings", "--output", "FSTYPE", "--target", str(folder)]
     file_system = subprocess.run(words, capture_output=True, text=True).stdout.strip()
-    return f"{os.cpu_count()} cores ({platform.machine()}), {file_system or 'unknown file system'}"
+    where = f"{os.cpu_count()} cores ({platform.machine()}), {file_system or 'unknown file system'}"
+    return f"{where}, load average {os.getloadavg()[0]:.1f} (others were at work, too, as far as it exceeds 2)"
 
 
 def parse_arguments() -> argparse.Namespace:
