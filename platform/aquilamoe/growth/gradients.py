@@ -147,15 +147,20 @@ class _Width:
             # Attention divides by the root of head_dim, which queries make good for. Their further channels are silent,
             # but what they would be multiplied with is not.
             ratio = len(units.rotary.sources) / units.rotary.num_sources
-            share = _each(1 / _copies(units.q_heads) / ratio**0.5, self.target.head_dim)
+            share = _each(1 / _copies(units.q_heads) / ratio**0.5 / self._normed(), self.target.head_dim)
             return _forget_inside(Axis(_index(units.q_channels), share), units.rotary, units.q_heads)
         heads = self._key_value_share()
         if role in (names.K_WEIGHT, names.K_BIAS):
-            share = _each(heads, self.target.head_dim)
+            share = _each(heads / self._normed(), self.target.head_dim)
             return _forget_inside(Axis(_index(units.k_channels), share), units.rotary, units.kv_heads)
         return Axis(
             _index(units.v_channels), _each(heads, self.target.head_dim) / _copies(units.plain).repeat(len(heads))
         )
+
+    def _normed(self) -> float:
+        """What queries and keys with norms of their own are multiplied by, for an epsilon that padding changes."""
+        residual = self.units.residual
+        return 1.0 if self.source.qk_norm == "none" else (len(residual.sources) / residual.size) ** 0.5
 
     def _key_value_share(self) -> Tensor:
         """Of each key-value head: its part of the queries that read the copies of one.
