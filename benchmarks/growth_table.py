@@ -8,7 +8,7 @@ Nothing in the table is typed: a small random checkpoint is grown by every case 
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from aquilamoe.growth.scale_up import scale_up
 from aquilamoe.model import Decoder
 from aquilamoe.weights import names
 from aquilamoe.weights.huggingface import load_model, save_model
-from aquilamoe.weights.store import Reader
+from aquilamoe.weights.store import Reader, Writer
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs/growth-exactness.md"
@@ -52,7 +52,11 @@ WIDER = {"hidden_size": 80, "intermediate_size": 200, "num_attention_heads": 12}
 TWICE = {"hidden_size": 128, "intermediate_size": 320, "num_attention_heads": 16}
 DEEPER = {"num_hidden_layers": 6}
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2}
-PARTS = {"num_experts": 16, "num_experts_per_tok": 4, "intermediate_size": 80}
+PARTS = {"num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 80}
+SHARED = {**EXPERTS, "shared_expert_intermediate_size": 160}
+ALTERNATING = {**EXPERTS, "mlp_only_layers": (0, 2)}
+# Of Qwen3: norms on queries and keys, and no bias.
+NORMED = {"qkv_bias": False, "qk_norm": "head"}
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,12 @@ class Case:
 
     yaml: str
     options: dict[str, Any]
-    sizes: dict[str, int]
+    sizes: dict[str, Any]
+    changes: dict[str, Any] = field(default_factory=dict)  # of the source
+
+    @property
+    def source(self) -> ModelConfig:
+        return ModelConfig.model_validate(SOURCE.model_dump() | {"moe_intermediate_size": None} | self.changes)
 
     @property
     def how(self) -> GrowthConfig | UpcyclingConfig:
@@ -72,9 +81,10 @@ class Case:
 
     @property
     def target(self) -> ModelConfig:
-        target, how = SOURCE.model_copy(update=self.sizes), self.how
+        experts = {"moe_intermediate_size": None} if "num_experts" in self.sizes else {}
+        target, how = ModelConfig.model_validate(self.source.model_dump() | experts | self.sizes), self.how
         if isinstance(how, GrowthConfig):
-            target = target.model_copy(update={"rms_norm_eps": how.grown_eps(SOURCE, target.hidden_size)})
+            target = target.model_copy(update={"rms_norm_eps": how.grown_eps(self.source, target.hidden_size)})
         return target
 
     @property
@@ -121,34 +131,52 @@ def cases() -> list[Case]:
         found += [Case(f"upcycling/{method}", {}, sizes) for sizes in (EXPERTS, PARTS)]
     for init in ("variance", "orthogonal", "zero"):
         found.append(Case("upcycling/copy", {"router_init": init}, EXPERTS))
-    return found
+    for sizes in (SHARED, ALTERNATING, SHARED | ALTERNATING | PARTS, {**EXPERTS, "norm_topk_prob": False}):
+        found.append(Case("upcycling/copy", {}, sizes))
+    found += [Case("growth/fpi", {"norm": norm}, WIDER, NORMED) for norm in ("exact", "zero_pad")]
+    found += [Case("growth/aki_pro", {}, WIDER, NORMED), Case("upcycling/copy", {}, ALTERNATING, NORMED)]
+    for family in (EXPERTS, SHARED, ALTERNATING, EXPERTS | NORMED):
+        found += [Case("upcycling/copy", {}, {"num_experts": 16, "num_experts_per_tok": k}, family) for k in (4, 2)]
+    return sorted(found, key=lambda case: case.yaml.startswith("upcycling/"))
 
 
 @torch.no_grad()
-def write_source(directory: Path, dtype: torch.dtype = torch.float64) -> None:
+def write_source(directory: Path, config: ModelConfig = SOURCE, dtype: torch.dtype = torch.float64) -> None:
     """A checkpoint as training leaves it: no gain is one, no bias zero, and every part of the network matters."""
-    decoder = Decoder(SOURCE).double()
+    decoder = Decoder(config).double()
     random = torch.Generator().manual_seed(0)
     for name, parameter in decoder.named_parameters():
         values = torch.randn(parameter.shape, generator=random, dtype=torch.float64)
-        is_matrix = parameter.dim() == 2 and "embed" not in name
-        scale, mean = (parameter.shape[1] ** -0.5, 0.0) if is_matrix else (0.5, float("norm" in name))
+        is_matrix = parameter.dim() >= 2 and "embed" not in name
+        scale, mean = (parameter.shape[-1] ** -0.5, 0.0) if is_matrix else (0.5, float("norm" in name))
         parameter.copy_(values * scale + mean)
     save_model(decoder, directory, dtype)
 
 
 @contextmanager
 def counted_reads() -> Iterator[list[int]]:
-    """Collect the bytes of every tensor that is read."""
-    get = Reader.get
+    """Collect the bytes of all rows that are read."""
+    get, rows, copy = Reader.get, Reader.rows, Writer.copy
     sizes: list[int] = []
 
-    def counting(reader: Reader, name: str) -> Tensor:
-        tensor = get(reader, name)
+    def counting_get(reader: Reader, name: str) -> Tensor:
+        sizes.append(reader.info(name).num_bytes)
+        return get(reader, name)
+
+    def counting_rows(reader: Reader, name: str, start: int, stop: int) -> Tensor:
+        tensor = rows(reader, name, start, stop)
         sizes.append(tensor.nbytes)
         return tensor
 
-    with patch.object(Reader, "get", counting):
+    def counting_copy(writer: Writer, names: Any, reader: Reader, source_name: str) -> None:
+        sizes.append(reader.info(source_name).num_bytes)
+        copy(writer, names, reader, source_name)
+
+    with (
+        patch.object(Reader, "get", counting_get),
+        patch.object(Reader, "rows", counting_rows),
+        patch.object(Writer, "copy", counting_copy),
+    ):
         yield sizes
 
 
@@ -174,24 +202,34 @@ def measure(case: Case, source: Path) -> Measured:
         with counted_reads() as sizes:
             grow(case, source, grown)
         before, after = logits(source), logits(grown)
-        roles = [role for role in names.role_shapes(target, 0) if role.endswith("up_proj.weight") and "shared" not in role]
+        config = case.source
+        roles = [
+            role for role in names.role_shapes(target, 1) if role.endswith("up_proj.weight") and "shared" not in role
+        ]
         with Reader(grown) as reader:
             ups = [reader.get(names.layer_name(target, 1, role)).clone() for role in roles]
     length = SOURCE.max_position_embeddings
     return Measured(
         difference=(before - after[..., : SOURCE.vocab_size]).abs().max().item(),
         ups=ups,
-        parameters=target.num_params / SOURCE.num_params,
-        flops=target.flops_per_token(length) / SOURCE.flops_per_token(length),
-        reads=sum(sizes) / (before.element_size() * SOURCE.num_params),
+        parameters=target.num_params / config.num_params,
+        flops=target.flops_per_token(length) / config.flops_per_token(length),
+        reads=sum(sizes) / (before.element_size() * config.num_params),
     )
 
 
 def table() -> list[tuple[Case, Measured]]:
     """Measure every case."""
     with tempfile.TemporaryDirectory() as name:
-        write_source(Path(name))
-        return [(case, measure(case, Path(name))) for case in cases()]
+        return [(case, measure(case, source_of(case, Path(name)))) for case in cases()]
+
+
+def source_of(case: Case, folder: Path, dtype: torch.dtype = torch.float64) -> Path:
+    """The checkpoint in `folder` that a case grows, written when it is asked for first."""
+    directory = folder / ("-".join(f"{key}={_cell(value)}" for key, value in case.changes.items()) or "plain")
+    if not directory.exists():
+        write_source(directory, case.source, dtype)
+    return directory
 
 
 def effective_rank(matrix: Tensor) -> float:
@@ -207,9 +245,15 @@ def similarity(matrices: list[Tensor]) -> float:
     return sum(cosines) / len(cosines)
 
 
+def _cell(value: Any) -> str:
+    return str(list(value) if isinstance(value, tuple) else value).replace(" ", "").lower()
+
+
 def line(case: Case, measured: Measured) -> str:
     """A row of the table."""
-    sizes = ", ".join(f"{field} {getattr(SOURCE, field)} → {size}" for field, size in case.sizes.items())
+    sizes = ", ".join(f"{key} {_cell(getattr(case.source, key))} → {_cell(size)}" for key, size in case.sizes.items())
+    if case.changes:
+        sizes += f" (source: {', '.join(f'{key} {_cell(value)}' for key, value in case.changes.items())})"
     exact = measured.difference <= EXACT
     up = measured.ups[0]
     if len(measured.ups) > 1:
@@ -233,7 +277,8 @@ every option.
 - **rank** Of the second layer's up_proj, out of the largest possible, and its effective rank (the exponential of the
   entropy of the singular values). Copies that nothing tells apart have the rank of the source, and AdamW keeps it so.
 - **similarity** Mean cosine between the up_proj of neighbouring experts. Parts of a feed-forward are not alike.
-- **parameters**, **FLOPs** of a training token, and bytes of the tensors **read** while growing: times the source's.
+- **parameters**, **FLOPs** of a training token, and bytes of the rows **read** while growing: times the source's. Rows
+  that get noise are read once more, for their size.
 """
 
 
@@ -259,7 +304,7 @@ def main() -> None:
     torch.set_num_threads(1)
     measured = table()
     for case, result in measured:
-        assert (result.difference <= EXACT) == rules.preserves(case.how, SOURCE, case.target), case
+        assert (result.difference <= EXACT) == rules.preserves(case.how, case.source, case.target), case
     PAGE.write_text(page([(case, line(case, result)) for case, result in measured]), encoding="utf-8")
     print(f"{PAGE.relative_to(ROOT)}: {len(measured)} ways of growing")
 
