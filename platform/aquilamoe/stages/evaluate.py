@@ -19,7 +19,7 @@ def estimate(_: Node) -> Estimate:
 def run(context: Context) -> Metrics:
     import torch
 
-    from aquilamoe.training.allocator import keep_large_buffers
+    from aquilamoe.weights.allocator import keep_large_buffers
 
     keep_large_buffers()
     torch.set_num_threads(context.cluster.cpus_per_worker)

@@ -20,10 +20,10 @@ from aquilamoe.data.loader import Batches, validation_batches
 from aquilamoe.model import Decoder
 from aquilamoe.training import optimizer as optimizers
 from aquilamoe.training import state
-from aquilamoe.training.allocator import keep_large_buffers
 from aquilamoe.training.metrics import MetricsFile
 from aquilamoe.training.objective import RouterObjective, cross_entropy
 from aquilamoe.training.schedules import learning_rate_factor
+from aquilamoe.weights.allocator import keep_large_buffers
 
 LOG_POINTS = 200  # training points logged over a stage
 VALIDATION_ROWS = 32
