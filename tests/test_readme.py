@@ -19,7 +19,7 @@ def code_blocks(language: str = "") -> list[str]:
 
 def workflow_commands() -> list[str]:
     lines = [line.split("#")[0].strip() for block in code_blocks() for line in block.splitlines()]
-    return [line for line in lines if line.startswith("python workflows/")]
+    return [line for line in lines if line.startswith("python workflows/efficientscale.py")]
 
 
 def plan(command: str, root: Path, where: Path = ROOT) -> subprocess.CompletedProcess[str]:

@@ -25,7 +25,7 @@ import smollm2
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = ROOT / "platform" / "aquilamoe" / "data" / "embedded" / "en_austen.parquet"
-TOKENS, WINDOW = 8_192, 512
+TOKENS, WINDOW = 4_096, 512
 DIGITS = 4
 GROW = (
     "growth=fpi growth.norm=exact growth.noise=0.5 growth.depth=interpolate growth.new_layers=zero "
