@@ -184,6 +184,7 @@ def test_a_norm_over_heads_forbids_longer_heads() -> None:
     [
         (model(), experts(), True),
         (model(), experts(norm_topk_prob=False), False),
+        (model(), experts(4, 4, norm_topk_prob=False), True),
         (model(), experts(shared_expert_intermediate_size=12, mlp_only_layers=(0,)), True),
         (experts(norm_topk_prob=False), experts(8, 4, norm_topk_prob=False), True),
         (experts(norm_topk_prob=False), experts(8, 2, norm_topk_prob=False), False),

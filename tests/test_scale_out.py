@@ -146,7 +146,7 @@ def upcyclings(draw: st.DrawFn) -> tuple[ModelConfig, ModelConfig, UpcyclingConf
         "mlp_only_layers": tuple(sorted(draw(st.sets(number(0, layers - 1), max_size=layers - 1)))),
         "shared_expert_intermediate_size": shards * neurons if has_shared else 0,
         # Probabilities of all experts sum to 1, whoever makes them.
-        "norm_topk_prob": chosen == copies or draw(one_of([True, True, False])),
+        "norm_topk_prob": draw(one_of([True, True, False])),
     }
     target = experts(shards * copies, shards * chosen, intermediate_size=shards * neurons, **sizes, **options)
     method, init = draw(one_of(METHODS)), draw(one_of(["normal", "variance", "orthogonal", "zero"]))

@@ -53,7 +53,7 @@ def _keeps_shares(source: ModelConfig, target: ModelConfig) -> bool:
     probabilities among all experts, each copy has its part of the original's, and all of them must be chosen.
     """
     if not source.is_moe:
-        return target.norm_topk_prob
+        return target.norm_topk_prob or target.num_experts_per_tok == target.num_experts
     copies = target.num_experts // source.num_experts
     old, new = source.num_experts_per_tok, target.num_experts_per_tok
     return new == copies * old or (target.norm_topk_prob and old == 1 and new <= copies)
