@@ -152,13 +152,13 @@ def test_the_maps_of_every_tensor_have_the_shapes_of_source_and_target(norm: str
     sizes = {"hidden_size": 11, "intermediate_size": 17, "num_attention_heads": 9, "num_key_value_heads": 3}
     target = model(head_dim=6, **sizes)
     units = map_units(source, target, growth(norm=norm))
-    source_shapes = names.role_shapes(source) | names.outer_shapes(source)
-    target_shapes = names.role_shapes(target) | names.outer_shapes(target)
+    source_shapes = names.role_shapes(source, 0) | names.outer_shapes(source)
+    target_shapes = names.role_shapes(target, 0) | names.outer_shapes(target)
     for role in target_shapes:
         for axis, space in enumerate((units.rows(role), units.columns(role))):
             if space is not None:
                 assert (space.num_sources, space.size) == (source_shapes[role][axis], target_shapes[role][axis])
-    matrices = {role for role, shape in names.role_shapes(target).items() if len(shape) == 2}
+    matrices = {role for role, shape in names.role_shapes(target, 0).items() if len(shape) == 2}
     assert {role for role in matrices if units.rows(role) and units.columns(role)} == matrices
 
 
