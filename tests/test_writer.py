@@ -455,6 +455,7 @@ with Source(Path("source")) as source, Writer(Path("target"), shapes, "BF16") as
     for name in source.names:
         out.copy(name, source, name)
 print(peak())
+del source, out  # or its buffers would count twice
 from aquilamoe.weights.store import Reader
 with Reader(Path("source")) as source, Writer(Path("target"), shapes, "BF16") as out:
     for name in source.names:
