@@ -51,13 +51,13 @@ class Tracker:
         self._stages, self._current, self._pipelines, self._closing = {}, {}, {}, False
         self._thread = Thread(target=self._work, name="tracking", daemon=True)
         self._thread.start()
-        now_ms = round(time.time() * 1000)
+        now_ms = time.time_ns() // 1_000_000
         self._events.put(partial(self._on_pipeline_started, now_ms, experiment, description, config, root))
 
     def stage_started(
         self, stage: str, fingerprint: str, directory: Path, recipe: dict[str, Any], inputs: dict[str, dict[str, Any]]
     ) -> None:
-        now_ms = round(time.time() * 1000)
+        now_ms = time.time_ns() // 1_000_000
         self._events.put(partial(self._on_stage_started, now_ms, stage, fingerprint, directory, recipe, inputs))
 
     def stage_progress(self, stage: str, points: list[Point]) -> None:
