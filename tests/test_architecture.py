@@ -22,11 +22,12 @@ SOURCES = sorted([*PACKAGE.rglob("*.py"), *(REPOSITORY / "workflows").glob("*.py
 # A room, and the rooms that it may import besides itself. Stages are loaded by their names: nobody imports them.
 MAY_IMPORT = {
     "config": set(),
-    "model": {"config"},
+    "kernels": {"config"},
+    "model": {"config", "kernels"},
     "weights": {"config", "model"},
     "growth": {"config", "model", "weights"},
     "data": {"config"},
-    "training": {"config", "model", "weights", "data"},
+    "training": {"config", "kernels", "model", "weights", "data"},
     "pipeline": {"config"},
     "stages": {"config", "model", "weights", "growth", "data", "training", "pipeline"},
     "tracking": {"config", "pipeline"},
@@ -47,7 +48,10 @@ ONLY_IN = {
     "mlflow": ["aquilamoe/tracking"],
     "torch": [
         f"aquilamoe/{room}"
-        for room in ("model.py", "weights", "growth", "training", "stages", "data/loader.py", "growing/comparison.py")
+        for room in (
+            *("kernels", "model.py", "weights", "growth", "training", "stages"),
+            *("data/loader.py", "growing/comparison.py"),
+        )
     ],
     "rich": ["aquilamoe/terminal.py", "aquilamoe/growing/screen.py"],
     "matplotlib": ["aquilamoe/reports"],

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aquilamoe.config.schema import ModelConfig
+from aquilamoe.kernels.attention import causal_attention
+from aquilamoe.kernels.choice import Kernels
 
 # Rows are padded to this multiple per expert, so that the shapes of expert products repeat: a CPU compiles each new
 # bf16 shape once, and token counts change at every step.
@@ -60,7 +62,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.head_dim = config.head_dim
-        self.grouped = config.num_key_value_heads != config.num_attention_heads
+        self.kernels = Kernels()
         q_size = config.num_attention_heads * config.head_dim
         kv_size = config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, q_size, bias=config.qkv_bias)
@@ -79,7 +81,7 @@ class Attention(nn.Module):
         q, k = self._heads(self.q_proj(x_btd), self.q_norm), self._heads(self.k_proj(x_btd), self.k_norm)
         v = self._heads(self.v_proj(x_btd), None)
         q, k = rotate(q, cos_tc, sin_tc), rotate(k, cos_tc, sin_tc)
-        mixed_bhtc = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)
+        mixed_bhtc = causal_attention(q, k, v, self.kernels.attention_on(x_btd.device.type, length))
         return self.o_proj(mixed_bhtc.transpose(1, 2).reshape(batch, length, -1))
 
     def _heads(self, projected_btq: Tensor, norm: nn.Module | None) -> Tensor:
@@ -226,6 +228,12 @@ class Decoder(nn.Module):
     def forward(self, tokens_bt: Tensor) -> tuple[Tensor, list[Routing]]:
         hidden_btd, routings = self.model(tokens_bt)
         return self.lm_head(hidden_btd), routings
+
+    def use(self, kernels: Kernels) -> None:
+        """Compute with these kernels from now on. None changes the function, but for rounding."""
+        for module in self.modules():
+            if hasattr(module, "kernels"):
+                module.kernels = kernels
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:

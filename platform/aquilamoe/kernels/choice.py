@@ -1,0 +1,26 @@
+"""Which implementation computes attention and experts: named by the configuration, or the measured default."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+AttentionKernel = Literal["sdpa", "explicit"]
+ExpertsKernel = Literal["grouped", "loop"]
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """What the configuration asks for; `auto` is what was measured to be the fastest. All compute the same function."""
+
+    attention: Literal["auto"] | AttentionKernel = "auto"
+    experts: Literal["auto"] | ExpertsKernel = "auto"
+
+    def attention_on(self, device_type: str, length: int) -> AttentionKernel:
+        """The attention for sequences of `length` tokens on a device ("cpu", "cuda")."""
+        if self.attention != "auto":
+            return self.attention
+        return "sdpa"
+
+    def describe(self, device_type: str, length: int) -> str:
+        """What is used, and whether it was asked for; for the log."""
+        source = "measured default" if self.attention == "auto" else "configured"
+        return f"attention {self.attention_on(device_type, length)} ({source} for {device_type}, {length} tokens)"
