@@ -42,7 +42,8 @@ from aquilamoe.growth.scale_out import scale_out
 from aquilamoe.growth.scale_up import scale_up
 from aquilamoe.growth.stream import silent
 from aquilamoe.reports import canvas
-from aquilamoe.training.loop import Job, train
+from aquilamoe.training.job import Job
+from aquilamoe.training.loop import train
 from aquilamoe.training.objective import cross_entropy
 from aquilamoe.training.state import MOMENTS, TRAINING
 from aquilamoe.weights.huggingface import load_model

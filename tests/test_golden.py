@@ -16,7 +16,8 @@ import torch
 
 from aquilamoe.config.schema import ClusterConfig, ModelConfig, PretrainStage
 from aquilamoe.data.tokens import TokenCounts, TokensRecord, write_record, write_token_file
-from aquilamoe.training.loop import Job, train
+from aquilamoe.training.job import Job
+from aquilamoe.training.loop import train
 
 TOLERANCE = 2e-3
 VOCABULARY, LENGTH, ROWS, STEPS = 96, 16, 8, 20

@@ -20,8 +20,8 @@ from aquilamoe.config.schema import ClusterConfig, ModelConfig, PretrainStage
 from aquilamoe.data.tokens import TokenCounts, TokensRecord, write_record, write_token_file
 from aquilamoe.training import state
 from aquilamoe.training.environment import WORKER_ENVIRONMENT
+from aquilamoe.training.job import Job
 from aquilamoe.training.launch import _cause, _connect, _worker, launch, start_session
-from aquilamoe.training.loop import Job
 
 # Ray Data, which Ray Train imports, warns of options of its own that nobody sets.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")

@@ -27,9 +27,13 @@ from aquilamoe.model import Decoder
 from aquilamoe.pipeline.stage import Context, Input
 from aquilamoe.stages import evaluate as evaluate_stage
 from aquilamoe.stages import pretrain as pretrain_stage
-from aquilamoe.training import loop, state
-from aquilamoe.training.loop import Job, evaluate, train
+from aquilamoe.training import loop, state, validation
+from aquilamoe.training import optimizer as optimizers
+from aquilamoe.training.job import Job
+from aquilamoe.training.loop import train
 from aquilamoe.training.metrics import MetricsFile
+from aquilamoe.training.step import Stepper
+from aquilamoe.training.validation import evaluate
 from aquilamoe.weights.configuration import read_config
 from aquilamoe.weights.huggingface import load_model, save_model
 
@@ -211,7 +215,7 @@ def test_gradients_are_clipped_to_max_grad_norm_and_reported_unclipped(tokens: P
     train(job)
     assert points(out)[-1]["train/grad_norm"] > 0.1
     model = load_model(out / "model")
-    adam = loop.optimizers.build(model, job.stage.optimizer, 0.01)
+    adam = optimizers.build(model, job.stage.optimizer, 0.01)
     state.load_moments(out, model, adam)
     first_moments = [adam.state[parameter]["exp_avg"] for parameter in model.parameters()]
     assert math.isclose(torch.nn.utils.get_total_norm(first_moments).item(), 0.1 * 0.01, rel_tol=1e-4)
@@ -276,8 +280,8 @@ def test_validation_reads_the_same_held_out_tokens_in_passes_of_a_micro_batch(
         seen.extend(batches)
         return 1.0
 
-    monkeypatch.setattr(loop, "evaluate", spy)
-    loop.validate(
+    monkeypatch.setattr(validation, "evaluate", spy)
+    validation.validate(
         make_job(tokens, tmp_path, micro_batch_tokens=2 * LENGTH, validation_tokens=5 * LENGTH),
         Decoder(ModelConfig.model_validate(DENSE)),
         0,
@@ -295,7 +299,7 @@ def test_evaluation_is_the_mean_over_tokens_and_leaves_no_gradients() -> None:
     assert math.isclose(whole, parts, rel_tol=1e-6)
     with torch.no_grad():
         logits_btv, _ = model(torch.from_numpy(rows[:, :-1]))
-    expected = loop.cross_entropy(logits_btv, torch.from_numpy(rows[:, 1:])).item()
+    expected = validation.cross_entropy(logits_btv, torch.from_numpy(rows[:, 1:])).item()
     assert math.isclose(whole, expected, rel_tol=1e-6)
     assert all(parameter.grad is None for parameter in model.parameters())
 
@@ -335,7 +339,7 @@ def run_until(job: Job, event: int) -> bool:
         return call
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.Stepper, "step", watched(loop.Stepper.step))
+        patch.setattr(Stepper, "step", watched(Stepper.step))
         patch.setattr(MetricsFile, "write", watched(MetricsFile.write))
         patch.setattr(state, "save_model", watched(state.save_model))
         patch.setattr(state, "save_file", watched(state.save_file))
@@ -382,13 +386,13 @@ def test_a_resumed_run_computes_no_step_before_its_checkpoint_again(
     assert not run_until(job, 12)  # a validation, 5 steps with a point each, and the files of a checkpoint
     resumed_from = state.step_of(state.checkpoints(tmp_path)[0])
     steps: list[int] = []
-    original = loop.Stepper.step
+    original = Stepper.step
 
-    def spy(self: loop.Stepper, step: int, rows: np.ndarray) -> dict[str, float]:
+    def spy(self: Stepper, step: int, rows: np.ndarray) -> dict[str, float]:
         steps.append(step)
         return original(self, step, rows)
 
-    monkeypatch.setattr(loop.Stepper, "step", spy)
+    monkeypatch.setattr(Stepper, "step", spy)
     train(job)
     assert resumed_from == 3 and steps == list(range(4, STEPS + 1))
 
@@ -496,11 +500,11 @@ def test_the_data_go_on_after_the_tokens_of_all_ancestors(
 ) -> None:
     seen: list[np.ndarray] = []
 
-    def spy(self: loop.Stepper, step: int, rows: np.ndarray) -> dict[str, float]:
+    def spy(self: Stepper, step: int, rows: np.ndarray) -> dict[str, float]:
         seen.append(rows)
         return {"train/loss": 1.0}
 
-    monkeypatch.setattr(loop.Stepper, "step", spy)
+    monkeypatch.setattr(Stepper, "step", spy)
     monkeypatch.setattr(state, "save_checkpoint", lambda *_: None)
     monkeypatch.setattr(state, "save", lambda *_: None)
     train(make_job(tokens, tmp_path, ancestor_tokens=ancestors, sequence_length=length))
@@ -521,16 +525,16 @@ def test_a_source_without_optimizer_state_is_refused_with_the_setting_to_change(
 
 def poison_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the weights be spoiled by the update of one step."""
-    original = loop.Stepper.step
+    original = Stepper.step
 
-    def spoil(self: loop.Stepper, at: int, rows: np.ndarray) -> dict[str, float]:
+    def spoil(self: Stepper, at: int, rows: np.ndarray) -> dict[str, float]:
         values = original(self, at, rows)
         if at == step:
             with torch.no_grad():
                 self.model.lm_head.weight.fill_(math.inf)
         return values
 
-    monkeypatch.setattr(loop.Stepper, "step", spoil)
+    monkeypatch.setattr(Stepper, "step", spoil)
 
 
 def assert_nothing_half_written(out: Path, last_point: int) -> None:
@@ -575,15 +579,15 @@ def test_a_loss_that_is_not_finite_stops_the_stage_and_names_step_and_last_good_
 def fresh() -> tuple[Decoder, torch.optim.Optimizer]:
     model = Decoder(ModelConfig.model_validate(DENSE))
     optimizer = make_job(Path(), Path()).stage.optimizer
-    return model, loop.optimizers.build(model, optimizer, 0.01)
+    return model, optimizers.build(model, optimizer, 0.01)
 
 
 def test_a_gradient_that_is_not_finite_stops_the_stage_before_it_spoils_the_weights(
     tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, seen = loop.Stepper.accumulate, 0
+    original, seen = Stepper.accumulate, 0
 
-    def overflow(self: loop.Stepper, rows: np.ndarray) -> dict[str, float]:
+    def overflow(self: Stepper, rows: np.ndarray) -> dict[str, float]:
         nonlocal seen
         values, seen = original(self, rows), seen + 1
         if seen == 4:
@@ -592,7 +596,7 @@ def test_a_gradient_that_is_not_finite_stops_the_stage_before_it_spoils_the_weig
             gradient[0, 0] = math.inf
         return values
 
-    monkeypatch.setattr(loop.Stepper, "accumulate", overflow)
+    monkeypatch.setattr(Stepper, "accumulate", overflow)
     with pytest.raises(UserError, match=r"train/grad_norm is inf at step 4 of 8 .*step-000000002;"):
         train(make_job(tokens, tmp_path))
     assert_nothing_half_written(tmp_path, 3)

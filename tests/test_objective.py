@@ -18,13 +18,29 @@ from torch import Tensor
 from aquilamoe.config.schema import ClusterConfig, ModelConfig, PretrainStage, RouterConfig
 from aquilamoe.model import Decoder, Routing
 from aquilamoe.training import optimizer as optimizers
-from aquilamoe.training.loop import Job, Rank, Stepper
+from aquilamoe.training.job import Job, Rank
 from aquilamoe.training.objective import RouterObjective, balance_loss, cross_entropy, expert_counts, z_loss
+from aquilamoe.training.parallel import Group
+from aquilamoe.training.step import Stepper
 
 LENGTH, ROWS = 12, 8
 ROUTER = RouterConfig(balance_loss_coeff=0.5, balance_scope="global_batch", z_loss_coeff=0.1)
 PER_MICRO_BATCH = ROUTER.model_copy(update={"balance_scope": "micro_batch"})
 MODELS = {"dense": 0, "moe": 4}
+CLUSTER = ClusterConfig(
+    executor="process",
+    address=None,
+    workers=1,
+    cpus_per_worker=1,
+    gpus_per_worker=0,
+    gpu_memory_bytes=0,
+    max_failures=0,
+    micro_batch_tokens=ROWS * LENGTH,
+    checkpoint_every_tokens=10_000,
+    compile=False,
+    flops_per_s=1e9,
+)
+ALONE = Group(CLUSTER)
 
 
 @pytest.fixture(autouse=True)
@@ -88,25 +104,13 @@ def stepper(
             "validation_tokens": LENGTH,
         }
     )
-    cluster = ClusterConfig(
-        executor="process",
-        address=None,
-        workers=1,
-        cpus_per_worker=1,
-        gpus_per_worker=0,
-        gpu_memory_bytes=0,
-        max_failures=0,
-        micro_batch_tokens=micro_batch_rows * LENGTH,
-        checkpoint_every_tokens=10_000,
-        compile=False,
-        flops_per_s=1e9,
-    )
+    cluster = CLUSTER.model_copy(update={"micro_batch_tokens": micro_batch_rows * LENGTH})
     model = Decoder(config)
     model.initialize(7)
     model.double()
     here = Path()
     job = Job("test", stage, config, here, None, here, 0, 0, cluster)
-    return Stepper(job, model, optimizers.build(model, stage.optimizer, 1e-2), rank or Rank())
+    return Stepper(job, model, optimizers.build(model, stage.optimizer, 1e-2), Group(cluster, rank or Rank()))
 
 
 def batch(seed: int = 3, rows: int = ROWS) -> np.ndarray:
@@ -216,7 +220,7 @@ def test_the_gradient_of_the_balance_loss_takes_probability_from_the_crowded_exp
 def test_layers_are_balanced_one_by_one_and_averaged() -> None:
     """Two collapsed layers that together look balanced are not balanced."""
     to_first, to_second = torch.tensor([[50.0, -50.0]]).repeat(6, 1), torch.tensor([[-50.0, 50.0]]).repeat(6, 1)
-    objective = RouterObjective(ROUTER)
+    objective = RouterObjective(ROUTER, ALONE)
     balance, _ = objective([routing(to_first, 1), routing(to_second, 1)])
     assert abs(balance.item() - 2) < 1e-6
     assert objective.load_max_over_mean() == 2.0
@@ -225,7 +229,7 @@ def test_layers_are_balanced_one_by_one_and_averaged() -> None:
 def test_the_load_counts_all_micro_batches_of_a_step() -> None:
     to_first, to_second = torch.tensor([[50.0, -50.0]]).repeat(6, 1), torch.tensor([[-50.0, 50.0]]).repeat(6, 1)
     for config in (ROUTER, PER_MICRO_BATCH):
-        objective = RouterObjective(config)
+        objective = RouterObjective(config, ALONE)
         objective([routing(to_first, 1)])
         assert objective.load_max_over_mean() == 2.0
         objective([routing(to_second, 1)])
@@ -234,7 +238,7 @@ def test_the_load_counts_all_micro_batches_of_a_step() -> None:
 
 def test_with_global_scope_a_micro_batch_is_weighed_by_the_shares_of_the_step_so_far() -> None:
     first, second = (routing(torch.randn(9, 4, dtype=torch.float64), 2) for _ in range(2))
-    so_far, alone = RouterObjective(ROUTER), RouterObjective(PER_MICRO_BATCH)
+    so_far, alone = RouterObjective(ROUTER, ALONE), RouterObjective(PER_MICRO_BATCH, ALONE)
     for objective in (so_far, alone):
         assert torch.equal(objective([first])[0], balance_loss(first, expert_counts(first)))
     both = expert_counts(first) + expert_counts(second)

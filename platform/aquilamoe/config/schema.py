@@ -1,4 +1,8 @@
-"""Every configuration model. They are frozen, refuse unknown keys, and have no defaults: YAML has them."""
+"""Every configuration model. They are frozen and refuse unknown keys.
+
+Defaults are in YAML, which lists every key; what few experiments need has the same default here, for who composes
+configurations in Python.
+"""
 
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
@@ -131,9 +135,20 @@ class ScheduleConfig(Config):
 
 
 class RouterConfig(Config):
+    """Losses of the router, and the bias that balances its choice without a loss (METHODS: Scale-Out)."""
+
     balance_loss_coeff: NonNegativeFloat
-    balance_scope: Literal["global_batch", "micro_batch"]
+    balance_scope: Literal["global_batch", "running", "micro_batch"]
     z_loss_coeff: NonNegativeFloat
+    bias_update_rate: NonNegativeFloat = 0.0
+
+
+class SpikesConfig(Config):
+    """What happens at a step whose loss is not finite, or whose gradient norm exceeds a limit."""
+
+    policy: Literal["stop", "skip", "roll_back"] = "stop"
+    max_grad_norm: PositiveFloat | None = None
+    max_events: PositiveInt = 10
 
 
 class StageConfig(Config):
@@ -194,12 +209,13 @@ class PretrainStage(StageConfig):
     sequence_length: Annotated[Int, Field(ge=2)]
     mixture: dict[str, PositiveFloat]
     learning_rate: PositiveFloat
-    precision: Literal["bf16", "fp32"]
+    precision: Literal["bf16", "bf16_master", "fp32"]
     optimizer_state: Literal["reset", "keep"]
     seed: NonNegativeInt
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
     router: RouterConfig
+    spikes: SpikesConfig = SpikesConfig()
     validate_every_tokens: PositiveInt
     validation_tokens: PositiveInt
 
@@ -303,6 +319,14 @@ class ClusterConfig(Config):
     checkpoint_every_tokens: PositiveInt
     compile: bool
     flops_per_s: PositiveFloat
+    parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"
+    shard_size: PositiveInt | None = None
+    expert_parallel: PositiveInt = 1
+    activation_checkpointing: bool = False
+    attention: Literal["auto", "sdpa", "explicit"] = "auto"
+    experts: Literal["auto", "grouped", "loop"] = "auto"
+    min_workers: PositiveInt | None = None
+    start_timeout_s: PositiveFloat = 300.0
 
 
 class PathsConfig(Config):

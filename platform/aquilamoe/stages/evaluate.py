@@ -38,7 +38,7 @@ def _losses(stage: EvaluateStage, cluster: ClusterConfig, checkpoint: Path, toke
     """Nats per token and bits per UTF-8 byte for each language, and their mean over the languages."""
     from aquilamoe.data.loader import validation_batches
     from aquilamoe.data.tokens import read_record
-    from aquilamoe.training.loop import evaluate, validation_rows
+    from aquilamoe.training.validation import evaluate, validation_rows
     from aquilamoe.weights.huggingface import load_model
 
     model = load_model(checkpoint / "model")

@@ -21,8 +21,8 @@ def estimate(node: Node) -> Estimate:
 
 def run(context: Context) -> Metrics:
     from aquilamoe.data.tokens import read_record
+    from aquilamoe.training.job import Job
     from aquilamoe.training.launch import launch
-    from aquilamoe.training.loop import Job
     from aquilamoe.training.metrics import recovery_tokens
     from aquilamoe.weights.configuration import copy_companions, write_config
 

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from aquilamoe.config.messages import UserError
 from aquilamoe.config.schema import ClusterConfig
 from aquilamoe.training.environment import WORKER_ENVIRONMENT
-from aquilamoe.training.loop import Job, Rank, train
+from aquilamoe.training.job import Job, Rank
+from aquilamoe.training.loop import train
 
 if TYPE_CHECKING:
     from ray.train.torch import TorchTrainer

@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from aquilamoe.config.schema import RouterConfig
 from aquilamoe.model import Routing
+from aquilamoe.training.parallel import Group
 
 
 def cross_entropy(logits_btv: Tensor, targets_bt: Tensor) -> Tensor:
@@ -47,16 +47,16 @@ class RouterObjective:
     tokens, and the same for every division of the batch.
     """
 
-    def __init__(self, config: RouterConfig) -> None:
-        self.config = config
+    def __init__(self, config: RouterConfig, group: Group) -> None:
+        self.config, self.group = config, group
         self.counts_le: Tensor | None = None  # of the step so far, by layer
 
     def __call__(self, routings: Sequence[Routing]) -> tuple[Tensor, Tensor]:
         """Return (balance loss, z-loss), each the unweighted mean over layers."""
         counts_le = torch.stack([expert_counts(routing) for routing in routings])
         is_global = self.config.balance_scope == "global_batch"
-        if is_global and dist.is_initialized():
-            dist.all_reduce(counts_le)
+        if is_global:
+            self.group.sum_(counts_le)
         self.counts_le = counts_le if self.counts_le is None else self.counts_le + counts_le
         shares_of = self.counts_le if is_global else counts_le
         balance = [balance_loss(routing, counts_e) for routing, counts_e in zip(routings, shares_of, strict=True)]

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -134,8 +133,3 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def device_of(gpus_per_worker: int, local_rank: int) -> torch.device:
-    """The accelerator of a rank, or the CPU."""
-    return torch.device("cuda", local_rank) if gpus_per_worker else torch.device("cpu")
