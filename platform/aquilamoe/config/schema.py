@@ -319,6 +319,8 @@ class ClusterConfig(Config):
     checkpoint_every_tokens: PositiveInt
     compile: bool
     flops_per_s: PositiveFloat
+    price_per_device_hour: NonNegativeFloat = 0.0
+    device_watts: NonNegativeFloat = 0.0
     parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"
     shard_size: PositiveInt | None = None
     expert_parallel: PositiveInt = 1
