@@ -149,6 +149,7 @@ class MixtureOfExperts(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.num_experts_per_tok, self.norm_topk_prob = config.num_experts_per_tok, config.norm_topk_prob
+        self.selection_bias_e: Tensor | None = None  # of the training in progress, see training.router_bias
         self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
         self.experts = Experts(config)
         self.shared_expert: FeedForward | None = None
@@ -161,7 +162,7 @@ class MixtureOfExperts(nn.Module):
         wide = torch.promote_types(x_nd.dtype, torch.float32)
         with torch.autocast(x_nd.device.type, enabled=False):
             logits_ne = F.linear(x_nd.to(wide), self.gate.weight.to(wide))
-        top_nk, experts_nk = logits_ne.topk(self.num_experts_per_tok, dim=-1)
+        top_nk, experts_nk = self._choose(logits_ne)
         if self.norm_topk_prob:
             gates_nk = top_nk.softmax(dim=-1)
         else:
@@ -170,6 +171,14 @@ class MixtureOfExperts(nn.Module):
         if self.shared_expert is not None:
             out_nd = out_nd + self.shared_expert_gate(x_nd).sigmoid() * self.shared_expert(x_nd)
         return out_nd.view_as(x_btd), Routing(logits_ne, experts_nk)
+
+    def _choose(self, logits_ne: Tensor) -> tuple[Tensor, Tensor]:
+        """The chosen experts' logits and the experts; a selection bias changes which are chosen and nothing else."""
+        if self.selection_bias_e is None:
+            return logits_ne.topk(self.num_experts_per_tok, dim=-1)
+        scores_ne = logits_ne.detach().softmax(dim=-1) + self.selection_bias_e
+        experts_nk = scores_ne.topk(self.num_experts_per_tok, dim=-1).indices
+        return logits_ne.gather(1, experts_nk), experts_nk
 
 
 class Block(nn.Module):
@@ -229,10 +238,14 @@ class Decoder(nn.Module):
         hidden_btd, routings = self.model(tokens_bt)
         return self.lm_head(hidden_btd), routings
 
+    def route(self, tokens_bt: Tensor) -> list[Routing]:
+        """The routing of every MoE layer alone."""
+        return self.model(tokens_bt)[1]
+
     def use(self, kernels: Kernels) -> None:
         """Compute with these kernels from now on. None changes the function, but for rounding."""
         for module in self.modules():
-            if hasattr(module, "kernels"):
+            if isinstance(module, Attention):
                 module.kernels = kernels
 
     @torch.no_grad()
