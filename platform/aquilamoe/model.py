@@ -7,6 +7,7 @@ Shape legend, written at the end of tensor names: b batch, t positions, n = b*t 
 h query heads, g key-value heads, c head_dim, e experts, k experts per token, v vocabulary, s = n*k routed rows.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -251,11 +252,17 @@ class Decoder(nn.Module):
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
         """Matrices normal with `initializer_range`, biases zero, gains one; the same for a seed on every machine."""
+        for name, values in self.initial_values(seed):
+            self.get_parameter(name).copy_(values)
+
+    def initial_values(self, seed: int) -> Iterator[tuple[str, Tensor]]:
+        """The values of `initialize` by name, a whole tensor at a time, on the CPU."""
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
+            values = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
             if name.endswith("norm.weight"):
-                parameter.fill_(1.0)
+                yield name, values.fill_(1.0)
             elif name.endswith(".bias"):
-                parameter.zero_()
+                yield name, values.zero_()
             else:
-                parameter.normal_(0.0, self.config.initializer_range, generator=generator)
+                yield name, values.normal_(0.0, self.config.initializer_range, generator=generator)

@@ -12,7 +12,7 @@ from aquilamoe.training import optimizer as optimizers
 from aquilamoe.training import state
 from aquilamoe.training.job import FIRST, Job, Rank
 from aquilamoe.training.metrics import MetricsFile
-from aquilamoe.training.parallel import Group
+from aquilamoe.training.parallel import Group, initialize
 from aquilamoe.training.step import Stepper
 from aquilamoe.training.validation import validate
 from aquilamoe.weights.allocator import keep_large_buffers
@@ -94,13 +94,12 @@ def _metrics_file(job: Job, resume_step: int, group: Group) -> MetricsFile:
 
 def _restore(job: Job, group: Group) -> tuple[Decoder, optimizers.AnyOptimizer, int]:
     """Model, optimizer and step as the newest checkpoint of this stage holds them, or else as the stage begins."""
-    model = Decoder(job.model)
+    model = group.build(job.model, job.stage.precision)
     saved = state.checkpoints(job.out)
     if not saved and job.source is not None:
         state.load_weights(job.source, model)
     elif not saved:
-        model.initialize(job.stage.seed)
-    model.to(group.device)
+        initialize(model, job.stage.seed)
     optimizer = optimizers.build(model, job.stage.optimizer, job.stage.learning_rate)
     if saved:
         return model, optimizer, state.load(saved[0], model, optimizer)

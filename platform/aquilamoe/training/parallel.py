@@ -1,41 +1,100 @@
-"""This process among those that train one model: its device, and all that they do together."""
+"""This process among those that train one model: its device, its part of the model, and all that they do together.
+
+Three layouts of `n` processes (PyTorch FSDP, arXiv 2304.11277), which give the same gradient, that of the mean over the
+global batch: `ddp`, a copy of the model in each; `fsdp`, every tensor cut into n parts, gathered a block at a time;
+`hsdp`, cut within groups of `shard_size` and copied among the groups. With experts spread over `expert_parallel`
+processes, which are neighbours in a shard group, an expert is cut among the processes of the group that have it.
+"""
+
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
-from aquilamoe.config.schema import ClusterConfig
+from aquilamoe.config.messages import UserError
+from aquilamoe.config.schema import ClusterConfig, ModelConfig
 from aquilamoe.model import Decoder
 from aquilamoe.training.job import FIRST, Rank
+from aquilamoe.weights.parts import own_part
+
+MASTER_IN_FLOAT32 = "bf16_master"  # the precision that computes with rounded copies of the parameters
 
 
 class Group:
     """The processes of a stage, seen from one of them. Alone, every operation is what its name says of one process.
 
-    cluster: how the model is laid out over them. rank: which of them this is.
+    cluster: how the model is laid out over them. rank: which of them this is. UserError if they do not divide so.
     """
 
     def __init__(self, cluster: ClusterConfig, rank: Rank = FIRST) -> None:
         self.cluster, self.rank, self.world_size = cluster, rank.rank, rank.world_size
         self.device = torch.device("cuda", rank.local_rank) if cluster.gpus_per_worker else torch.device("cpu")
+        self.is_sharded = self.world_size > 1 and cluster.parallel != "ddp"
+        self.shard_size = self.world_size if cluster.shard_size is None else cluster.shard_size
+        if self.is_sharded:
+            _check_division(self.world_size, self.shard_size, cluster.expert_parallel)
 
     @property
     def is_first(self) -> bool:
         """Whether this process writes what all have in common."""
         return self.rank == 0
 
+    def build(self, config: ModelConfig, precision: str) -> Decoder:
+        """The model, or this process's part of it, without values (see `initialize`, `load_state`)."""
+        with torch.device("meta"):
+            model = Decoder(config)
+        for layer in model.model.layers:
+            if self.cluster.activation_checkpointing:
+                layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+            if self.cluster.compile:
+                layer.forward = torch.compile(layer.forward)
+        if self.is_sharded:
+            self._shard(model, precision)
+        model.to_empty(device=self.device)
+        if config.tie_word_embeddings:  # `to_empty` gives the two names a tensor each
+            model.lm_head.weight = model.model.embed_tokens.weight
+        return model
+
+    def _shard(self, model: Decoder, precision: str) -> None:
+        policy = MixedPrecisionPolicy()
+        if precision == MASTER_IN_FLOAT32:
+            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        shard = partial(fully_shard, mesh=self._mesh(), shard_placement_fn=self._placement, mp_policy=policy)
+        for layer in model.model.layers:
+            shard(layer)
+        shard(model)
+        register_fsdp_forward_method(model, "route")
+
+    def _mesh(self) -> DeviceMesh:
+        """The processes over which a tensor is cut; before them, if there are several, the groups that have copies."""
+        replicas = self.world_size // self.shard_size
+        shape = (replicas, self.shard_size) if self.cluster.parallel == "hsdp" else (self.shard_size,)
+        return init_device_mesh(self.device.type, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
+
+    def _placement(self, parameter: nn.Parameter) -> Shard | None:
+        """Cut stacked experts between experts where these divide, else through each of them."""
+        experts_divide = parameter.ndim < 3 or parameter.shape[0] % self.shard_size == 0
+        return None if experts_divide or parameter.shape[1] % self.shard_size else Shard(1)
+
     def distribute(self, model: Decoder) -> nn.Module:
         """The network to call in training; its parameters are the model's."""
-        if self.cluster.compile:
-            for layer in model.model.layers:
-                layer.compile()
-        return DistributedDataParallel(model) if self.world_size > 1 else model
+        return DistributedDataParallel(model) if self.world_size > 1 and not self.is_sharded else model
 
     def exchange_gradients(self, network: nn.Module, now: bool) -> None:
-        """Whether the next backward pass ends with gradients that are the mean over all processes."""
+        """Whether the next backward pass ends with gradients that are the mean over all processes.
+
+        Parts are summed within a shard group after every pass, because whole gradients are what nobody has room for.
+        """
         if isinstance(network, DistributedDataParallel):
             network.require_backward_grad_sync = now
+        elif isinstance(network, FSDPModule):
+            network.set_requires_all_reduce(now)
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """The sum over all processes, in place."""
@@ -45,9 +104,37 @@ class Group:
 
     def clip(self, model: nn.Module, max_norm: float) -> Tensor:
         """Scale the gradients of all parameters to an L2 norm of at most `max_norm`; return the norm before, 0-dim."""
-        return torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        if not self.is_sharded:
+            return torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        parts = [own_part(parameter.grad)[0] for parameter in model.parameters() if parameter.grad is not None]
+        squares = torch.nn.utils.get_total_norm(parts).double().square()
+        # Every tensor is cut once among the processes of a shard group, and each group has the same.
+        norm = (self.sum_(squares) * self.shard_size / self.world_size).sqrt().float()
+        torch._foreach_mul_(parts, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+        return norm
 
     def wait(self) -> None:
         """Until all processes are here."""
         if self.world_size > 1:
             dist.barrier()
+
+
+def _check_division(world_size: int, shard_size: int, expert_parallel: int) -> None:
+    if world_size % shard_size:
+        raise UserError(
+            f"cluster.shard_size: {world_size} workers are no multiple of a shard group of {shard_size}; choose a "
+            f"divisor of {world_size}, or other workers"
+        )
+    if shard_size % expert_parallel:
+        raise UserError(
+            f"cluster.expert_parallel: {shard_size} workers of a shard group are no multiple of {expert_parallel}; "
+            f"choose a divisor of {shard_size}"
+        )
+
+
+@torch.no_grad()
+def initialize(model: Decoder, seed: int) -> None:
+    """Give a model, or this process's part of it, the values of `Decoder.initialize`, a tensor at a time."""
+    for name, values in model.initial_values(seed):
+        part, place = own_part(model.get_parameter(name))
+        part.copy_(values[place])

@@ -11,26 +11,35 @@ from aquilamoe.config.schema import ModelConfig
 from aquilamoe.model import Decoder
 from aquilamoe.weights import names, store
 from aquilamoe.weights.configuration import CONFIG_FILE, read_config, write_config
+from aquilamoe.weights.parts import own_part
 
 
-@torch.no_grad()
+def on_disk(config: ModelConfig) -> dict[str, tuple[str, ...]]:
+    """Names in files of every parameter of a `Decoder`: one, or of stacked experts one for each."""
+    found = {name: (name,) for name in names.outer_shapes(config)}
+    for layer in range(config.num_hidden_layers):
+        of_role = names.layer_names(config, layer)
+        for filler in names.filler_roles(config):
+            of_role.pop(filler, None)
+        prefix = f"model.layers.{layer}."
+        for role in (names.GATE, names.UP, names.DOWN) if config.is_sparse(layer) else ():
+            projection = role.removeprefix("mlp.").removesuffix(".weight")
+            experts = [of_role.pop(names.expert_role(expert, role)) for expert in range(config.num_experts)]
+            found[f"{prefix}mlp.experts.{projection}"] = tuple(experts)
+        found |= {prefix + role: (name,) for role, name in of_role.items()}
+    return found
+
+
 def _views(model: Decoder) -> dict[str, Tensor]:
     """Every parameter of the model by on-disk name: of stacked experts, the slice of each."""
-    config, parameters = model.config, dict(model.named_parameters())
-    views: dict[str, Tensor] = {name: parameters[name] for name in names.outer_shapes(config)}
-    fillers = set(names.filler_roles(config))
-    for layer in range(config.num_hidden_layers):
-        prefix = f"model.layers.{layer}."
-        stacked: dict[str, Tensor] = {}
-        if config.is_sparse(layer):
-            for role in (names.GATE, names.UP, names.DOWN):
-                projection = role.removeprefix("mlp.").removesuffix(".weight")
-                experts = parameters[f"{prefix}mlp.experts.{projection}"].unbind()
-                stacked |= {names.expert_role(index, role): expert for index, expert in enumerate(experts)}
-        for role, name in names.layer_names(config, layer).items():
-            if role not in fillers:
-                views[name] = stacked[role] if role in stacked else parameters[prefix + role]
-    return views
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    return {
+        file_name: view
+        for name, file_names in on_disk(model.config).items()
+        for file_name, view in zip(
+            file_names, parameters[name].unbind() if parameters[name].ndim == 3 else (parameters[name],), strict=True
+        )
+    }
 
 
 def save_model(
@@ -47,15 +56,20 @@ def save_model(
 
 @torch.no_grad()
 def load_state(model: Decoder, directory: Path) -> None:
-    """Copy the weights of a checkpoint directory into the model, cast to the model's dtype.
+    """Copy the weights of a checkpoint directory into the model, or this process's part of it, cast to its dtype.
 
-    Raises `UserError` when the files lack a tensor, have one that the model does not have, or of another shape.
+    Only what the process holds is read. Raises `UserError` when the files lack a tensor, have one that the model does
+    not have, or of another shape.
     """
-    views = _views(model)
     with store.Reader(directory) as reader:
         check(model.config, reader)
-        for name, view in views.items():
-            view.copy_(reader.get(name))
+        for name, file_names in on_disk(model.config).items():
+            part, place = own_part(model.get_parameter(name))
+            if part.ndim < 3:
+                part.copy_(reader.get(file_names[0])[place])
+            else:
+                for expert, file_name in zip(part, file_names[place[0]], strict=True):
+                    expert.copy_(reader.get(file_name)[place[1:]])
 
 
 def check(config: ModelConfig, reader: store.Reader) -> None:
