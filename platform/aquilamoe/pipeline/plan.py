@@ -39,10 +39,9 @@ def make(nodes: Mapping[str, Node], store: Store, flops_per_s: float) -> list[Pl
     """Fingerprint every stage in order and compare with what the store holds."""
     plan: dict[str, Planned] = {}
     made_by: dict[str, str] = {}
-    for node in nodes.values():
+    for name, recipe in recipes(nodes).items():
+        node = nodes[name]
         stage = module(node.stage.kind)
-        inputs = {role: plan[name].fingerprint for role, name in node.stage.inputs.items()}
-        recipe = identity.recipe(node.stage.kind, stage.VERSION, node.stage.model_dump(mode="json"), inputs)
         planned = _planned(node, recipe, stage.estimate(node), stage.RESUMES, store, plan, flops_per_s)
         first = made_by.setdefault(planned.fingerprint, node.name)
         if first != node.name and planned.state != "cached":
@@ -50,6 +49,16 @@ def make(nodes: Mapping[str, Node], store: Store, flops_per_s: float) -> list[Pl
             planned = replace(planned, state="runs", reason=f"as {first}", estimate=Estimate(), seconds=0.0)
         plan[node.name] = planned
     return list(plan.values())
+
+
+def recipes(nodes: Mapping[str, Node]) -> dict[str, Recipe]:
+    """The recipe of every stage; nothing is looked up. `nodes` are in an order in which inputs come first."""
+    found: dict[str, Recipe] = {}
+    for node in nodes.values():
+        inputs = {role: identity.fingerprint(found[name]) for role, name in node.stage.inputs.items()}
+        config = node.stage.model_dump(mode="json")
+        found[node.name] = identity.recipe(node.stage.kind, module(node.stage.kind).VERSION, config, inputs)
+    return found
 
 
 def _planned(
