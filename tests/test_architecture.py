@@ -53,7 +53,7 @@ ONLY_IN = {
             *("data/loader.py", "growing/comparison.py"),
         )
     ],
-    "rich": ["aquilamoe/terminal.py", "aquilamoe/growing/screen.py"],
+    "rich": ["aquilamoe/terminal", "aquilamoe/growing/screen.py"],
     "matplotlib": ["aquilamoe/reports"],
     "jinja2": ["aquilamoe/reports"],
     "transformers": [],

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from aquilamoe import preflight, terminal
+from aquilamoe import preflight
 from aquilamoe.config import graph
 from aquilamoe.config.schema import ExperimentConfig
 from aquilamoe.pipeline import plan as planning
@@ -14,6 +14,7 @@ from aquilamoe.pipeline import runner
 from aquilamoe.pipeline.plan import Planned
 from aquilamoe.pipeline.stage import Input
 from aquilamoe.pipeline.store import METRICS, Store, read_points
+from aquilamoe.terminal import live, tables, words
 from aquilamoe.tracking.lineage import comparison_url, ui_command
 from aquilamoe.tracking.observer import Tracker
 from aquilamoe.training.environment import WORKER_ENVIRONMENT
@@ -43,20 +44,20 @@ def execute(values: Mapping[str, Any], command: str) -> None:
 
 
 def _show_plan(experiment: ExperimentConfig, plan: Sequence[Planned], store: Store) -> None:
-    out = terminal.console()
+    out = words.console()
     out.print(f"{experiment.name}: {experiment.description}\n")
-    out.print(terminal.plan_table(plan))
+    out.print(tables.plan_table(plan))
     out.print(f"\nOutputs go to {_relative(store.root)}; nothing was started.")
 
 
 def _show_status(experiment: ExperimentConfig, plan: Sequence[Planned], store: Store) -> None:
-    out = terminal.console()
+    out = words.console()
     holder = store.holder()
     out.print(f"{experiment.name}: {'running, ' + holder if holder else 'not running'}\n")
     records = {planned.name: planned.record for planned in plan if planned.record is not None}
     waiting = [planned for planned in plan if planned.record is None]
     if records:
-        out.print(terminal.final_table(records, dict.fromkeys(records, "complete")))
+        out.print(tables.final_table(records, dict.fromkeys(records, "complete")))
     for planned in waiting:
         out.print(f"  {planned.name}: {planned.state}, {planned.reason}")
     report = _report_path(experiment, store)
@@ -67,10 +68,10 @@ def _show_status(experiment: ExperimentConfig, plan: Sequence[Planned], store: S
 def _run(experiment: ExperimentConfig, plan: Sequence[Planned], store: Store, command: str) -> None:
     for key, value in WORKER_ENVIRONMENT.items():  # before a stage of this process imports torch
         os.environ.setdefault(key, value)
-    out = terminal.console()
+    out = words.console()
     out.print(f"{experiment.name}: {experiment.description}")
     started = time.monotonic()
-    progress = terminal.StageProgress(out, plan)
+    progress = live.StageProgress(out, plan)
     tracker = Tracker(experiment.tracking.uri, store.root) if experiment.tracking.enabled else None
     resolved = experiment.model_dump(mode="json")  # stages as they are, what they inherit from groups included
     if tracker:
@@ -85,8 +86,8 @@ def _run(experiment: ExperimentConfig, plan: Sequence[Planned], store: Store, co
             warning = tracker.pipeline_finished(succeeded, report)
     status = {planned.name: "cached" if planned.record is not None else "run" for planned in plan}
     out.print()
-    out.print(terminal.final_table({name: output.record for name, output in done.items()}, status))
-    out.print(f"\nDone in {terminal.duration(time.monotonic() - started)}.")
+    out.print(tables.final_table({name: output.record for name, output in done.items()}, status))
+    out.print(f"\nDone in {words.duration(time.monotonic() - started)}.")
     if warning:
         out.print(warning, style="yellow")
     _where_to_look(out, experiment, report, store, tracker.experiment_id if tracker else None)

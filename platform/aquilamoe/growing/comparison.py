@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import ValidationError
 
-from aquilamoe import terminal
 from aquilamoe.config.growing import CertificateConfig
 from aquilamoe.config.schema import GrowthConfig, UpcyclingConfig
 from aquilamoe.growing import screen
 from aquilamoe.growing.held_out import HeldOut
 from aquilamoe.growing.request import Checkpoint
 from aquilamoe.growth.bounds import default_tolerance
+from aquilamoe.terminal import words
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -70,5 +70,5 @@ def compare(
             seed=claim.seed,
             progress=bar.update,
         )
-        bar.end(f"{found['tokens']:,} tokens in {terminal.duration(bar.seconds)}")
+        bar.end(f"{found['tokens']:,} tokens in {words.duration(bar.seconds)}")
     return {**found, "text": text.text}

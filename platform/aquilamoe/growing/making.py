@@ -8,7 +8,6 @@ from importlib.metadata import version
 from threading import Event
 from typing import TYPE_CHECKING, Any
 
-from aquilamoe import terminal
 from aquilamoe.config.growing import GrowConfig
 from aquilamoe.growing import card, comparison, held_out, identity, output, plan, screen
 from aquilamoe.growing.comparison import Claim
@@ -16,6 +15,7 @@ from aquilamoe.growing.held_out import HeldOut
 from aquilamoe.growing.output import Output
 from aquilamoe.growing.request import Request, open_checkpoint
 from aquilamoe.pipeline.store import write_atomically
+from aquilamoe.terminal import words
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -100,8 +100,8 @@ class Making:
             tensors = grow(source, target, request.model, request.growth, request.seed, bar.update)
             self.seconds["grow_s"] = bar.seconds
             written = plan.target_bytes(request)
-            rate = terminal.size(int(written / max(bar.seconds, 1e-3)))
-            bar.end(f"{terminal.size(written)} in {terminal.duration(bar.seconds)}, {rate}/s, on disk")
+            rate = words.size(int(written / max(bar.seconds, 1e-3)))
+            bar.end(f"{words.size(written)} in {words.duration(bar.seconds)}, {rate}/s, on disk")
         return dict(tensors)
 
     def _certify(self, text: HeldOut | None) -> dict[str, Any] | None:

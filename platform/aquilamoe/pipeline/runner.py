@@ -14,6 +14,8 @@ from threading import Event, Thread
 from typing import Any, Protocol
 
 from aquilamoe.config.schema import ClusterConfig
+from aquilamoe.pipeline import ledger
+from aquilamoe.pipeline.attempts import Attempts
 from aquilamoe.pipeline.plan import Planned
 from aquilamoe.pipeline.stage import Context, Input, module
 from aquilamoe.pipeline.store import METRICS, Record, Store
@@ -63,9 +65,11 @@ def _run_stage(
     planned: Planned, store: Store, cluster: ClusterConfig, done: Mapping[str, Input], observers: Sequence[Observer]
 ) -> Input:
     partial = store.partial(planned.name, planned.fingerprint)
+    attempts = Attempts(store.root, planned.directory.name)
     record = store.finish_publishing(partial)
     if record is None:
-        record = store.publish(partial, _execute(planned, partial, store, cluster, done, observers))
+        record = store.publish(partial, _execute(planned, partial, store, cluster, done, observers, attempts))
+    attempts.forget()
     for observer in observers:
         observer.stage_finished(planned.name, planned.directory, record, cached=False)
     return Input(planned.name, planned.directory, record)
@@ -78,6 +82,7 @@ def _execute(
     cluster: ClusterConfig,
     done: Mapping[str, Input],
     observers: Sequence[Observer],
+    attempts: Attempts,
 ) -> Record:
     """Run the stage in its partial directory; return its record, without the files."""
     stage = module(planned.node.stage.kind)
@@ -90,10 +95,12 @@ def _execute(
     for observer in observers:
         observer.stage_started(planned.name, planned.fingerprint, partial, planned.recipe, references)
     started = datetime.now(UTC)
-    with _following(partial / METRICS, planned.name, observers):
+    attempts.begin(ledger.rates(planned.node, cluster))
+    with _following(partial / METRICS, planned.name, observers, attempts):
         metrics = stage.run(Context(planned.node, inputs, partial, cluster, store.root))
     finished = datetime.now(UTC)
-    return {
+    seconds = (finished - started).total_seconds()
+    record = {
         "stage": planned.name,
         "kind": planned.node.stage.kind,
         "fingerprint": planned.fingerprint,
@@ -104,9 +111,12 @@ def _execute(
         "git_commit": _git_commit(),
         "started": started.isoformat(timespec="milliseconds"),
         "finished": finished.isoformat(timespec="milliseconds"),
-        "seconds": (finished - started).total_seconds(),
+        "seconds": seconds,
         "resumed": resumed,
     }
+    spent = attempts.cost(seconds) + ledger.Cost(flops=planned.node.flops)
+    known = [output.record for output in done.values()]
+    return {**record, "cost": ledger.entry(spent, record, known, len(attempts.read()))}
 
 
 def _reference(source: Input) -> dict[str, str]:
@@ -115,7 +125,7 @@ def _reference(source: Input) -> dict[str, str]:
 
 
 @contextmanager
-def _following(path: Path, stage: str, observers: Sequence[Observer]) -> Iterator[None]:
+def _following(path: Path, stage: str, observers: Sequence[Observer], attempts: Attempts) -> Iterator[None]:
     """Hand new lines of a metrics file to the observers while a stage - here or in another process - writes them."""
     follower = _Follower(path)
     finished = Event()
@@ -128,6 +138,7 @@ def _following(path: Path, stage: str, observers: Sequence[Observer]) -> Iterato
 
     def poll() -> None:
         while not finished.wait(POLL_S):
+            attempts.touch()
             tell()
 
     thread = Thread(target=poll, daemon=True)

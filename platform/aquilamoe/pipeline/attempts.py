@@ -1,0 +1,77 @@
+"""How often a stage was started, and for how long it ran each time - also when it was killed.
+
+`<root>/attempts/<stage>-<fingerprint>.json` lists the attempts. While one runs, its driver touches the file: the time
+of the last touch is when it was last alive. The record takes the sum over, and the file goes.
+"""
+
+import json
+import os
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from aquilamoe.pipeline.ledger import Cost, Rates
+
+FOLDER = "attempts"
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """started: seconds since 1970. seconds: how long it ran, None for the last one, which may run still."""
+
+    started: float
+    seconds: float | None
+    rates: Rates
+
+    def cost(self, seconds: float) -> Cost:
+        return self.rates.cost(seconds if self.seconds is None else self.seconds)
+
+
+class Attempts:
+    """The attempts at one recipe, in a file."""
+
+    def __init__(self, root: Path, output: str) -> None:
+        self.path = root / FOLDER / f"{output}.json"
+
+    def read(self) -> list[Attempt]:
+        """All attempts since the stage was last complete, the last as it was begun."""
+        try:
+            entries = json.loads(self.path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # none, or one whose machine went down as it was written
+            return []
+        return [Attempt(each["started"], each["seconds"], Rates(**each["rates"])) for each in entries]
+
+    def last_alive(self) -> float | None:
+        """When the driver of the last attempt last said that it is alive (seconds since 1970)."""
+        with suppress(FileNotFoundError):
+            return self.path.stat().st_mtime
+        return None
+
+    def begin(self, rates: Rates) -> None:
+        """Note that an attempt starts now; the one before ended when it was last alive."""
+        ended = [
+            Attempt(each.started, max(0.0, (self.last_alive() or each.started) - each.started), each.rates)
+            if each.seconds is None
+            else each
+            for each in self.read()
+        ]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_name(f".{self.path.name}.tmp")
+        temporary.write_text(json.dumps([asdict(each) for each in [*ended, Attempt(time.time(), None, rates)]]))
+        temporary.replace(self.path)
+
+    def touch(self) -> None:
+        """Say that the attempt is alive."""
+        with suppress(OSError):
+            os.utime(self.path)
+
+    def cost(self, seconds: float) -> Cost:
+        """Of all attempts, the last of which took `seconds`."""
+        return sum((each.cost(seconds) for each in self.read()), Cost())
+
+    def forget(self) -> None:
+        """The record has them."""
+        self.path.unlink(missing_ok=True)
+        with suppress(OSError):
+            self.path.parent.rmdir()
