@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from aquilamoe.config.schema import ModelConfig
 from aquilamoe.kernels.attention import causal_attention
 from aquilamoe.kernels.choice import Kernels
+from aquilamoe.kernels.cross_entropy import head_cross_entropy
 
 # Rows are padded to this multiple per expert, so that the shapes of expert products repeat: a CPU compiles each new
 # bf16 shape once, and token counts change at every step.
@@ -225,7 +226,7 @@ class Backbone(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The language model: tokens (b, t) to logits (b, t, v), and the routing of every MoE layer."""
+    """The language model: tokens to logits, or to their loss, and the routing of every MoE layer."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -235,9 +236,12 @@ class Decoder(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(self, tokens_bt: Tensor) -> tuple[Tensor, list[Routing]]:
+    def forward(self, tokens_bt: Tensor, targets_bt: Tensor | None = None) -> tuple[Tensor, list[Routing]]:
+        """Logits (b, t, v); with targets, instead, their mean loss in nats per token, computed without whole logits."""
         hidden_btd, routings = self.model(tokens_bt)
-        return self.lm_head(hidden_btd), routings
+        if targets_bt is None:
+            return self.lm_head(hidden_btd), routings
+        return head_cross_entropy(hidden_btd.flatten(0, 1), self.lm_head.weight, targets_bt.flatten()), routings
 
     def route(self, tokens_bt: Tensor) -> list[Routing]:
         """The routing of every MoE layer alone."""

@@ -6,6 +6,8 @@ from typing import Literal
 AttentionKernel = Literal["sdpa", "explicit"]
 ExpertsKernel = Literal["grouped", "loop"]
 
+EXPLICIT_UP_TO = 256  # tokens, on a CPU
+
 
 @dataclass(frozen=True)
 class Kernels:
@@ -18,7 +20,7 @@ class Kernels:
         """The attention for sequences of `length` tokens on a device ("cpu", "cuda")."""
         if self.attention != "auto":
             return self.attention
-        return "sdpa"
+        return "explicit" if device_type == "cpu" and length <= EXPLICIT_UP_TO else "sdpa"
 
     def describe(self, device_type: str, length: int) -> str:
         """What is used, and whether it was asked for; for the log."""
