@@ -14,7 +14,8 @@ from aquilamoe.pipeline import runner
 from aquilamoe.pipeline.plan import Planned
 from aquilamoe.pipeline.stage import Input
 from aquilamoe.pipeline.store import METRICS, Store, read_points
-from aquilamoe.terminal import live, tables, words
+from aquilamoe.reports import costs, rows
+from aquilamoe.terminal import live, screen, tables
 from aquilamoe.tracking.lineage import comparison_url, ui_command
 from aquilamoe.tracking.observer import Tracker
 from aquilamoe.training.environment import WORKER_ENVIRONMENT
@@ -44,20 +45,24 @@ def execute(values: Mapping[str, Any], command: str) -> None:
 
 
 def _show_plan(experiment: ExperimentConfig, plan: Sequence[Planned], store: Store) -> None:
-    out = words.console()
+    out = screen.console()
     out.print(f"{experiment.name}: {experiment.description}\n")
     out.print(tables.plan_table(plan))
+    out.print()
+    out.print(tables.cost_table(costs.foreseen(plan, experiment.cluster)))
     out.print(f"\nOutputs go to {_relative(store.root)}; nothing was started.")
 
 
 def _show_status(experiment: ExperimentConfig, plan: Sequence[Planned], store: Store) -> None:
-    out = words.console()
+    out = screen.console()
     holder = store.holder()
     out.print(f"{experiment.name}: {'running, ' + holder if holder else 'not running'}\n")
     records = {planned.name: planned.record for planned in plan if planned.record is not None}
     waiting = [planned for planned in plan if planned.record is None]
     if records:
         out.print(tables.final_table(records, dict.fromkeys(records, "complete")))
+        out.print()
+        out.print(tables.cost_table(costs.spent(records)))
     for planned in waiting:
         out.print(f"  {planned.name}: {planned.state}, {planned.reason}")
     report = _report_path(experiment, store)
@@ -68,7 +73,7 @@ def _show_status(experiment: ExperimentConfig, plan: Sequence[Planned], store: S
 def _run(experiment: ExperimentConfig, plan: Sequence[Planned], store: Store, command: str) -> None:
     for key, value in WORKER_ENVIRONMENT.items():  # before a stage of this process imports torch
         os.environ.setdefault(key, value)
-    out = words.console()
+    out = screen.console()
     out.print(f"{experiment.name}: {experiment.description}")
     started = time.monotonic()
     progress = live.StageProgress(out, plan)
@@ -86,8 +91,11 @@ def _run(experiment: ExperimentConfig, plan: Sequence[Planned], store: Store, co
             warning = tracker.pipeline_finished(succeeded, report)
     status = {planned.name: "cached" if planned.record is not None else "run" for planned in plan}
     out.print()
-    out.print(tables.final_table({name: output.record for name, output in done.items()}, status))
-    out.print(f"\nDone in {words.duration(time.monotonic() - started)}.")
+    records = {name: output.record for name, output in done.items()}
+    out.print(tables.final_table(records, status))
+    out.print()
+    out.print(tables.cost_table(costs.spent(records)))
+    out.print(f"\nDone in {rows.duration(time.monotonic() - started)}.")
     if warning:
         out.print(warning, style="yellow")
     _where_to_look(out, experiment, report, store, tracker.experiment_id if tracker else None)

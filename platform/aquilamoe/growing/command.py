@@ -11,7 +11,8 @@ from aquilamoe.growing.comparison import Claim
 from aquilamoe.growing.making import Making
 from aquilamoe.growing.output import Output
 from aquilamoe.growing.request import Request, directory, open_checkpoint, resolve
-from aquilamoe.terminal import words
+from aquilamoe.reports import rows
+from aquilamoe.terminal.screen import console
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,7 +36,7 @@ def _plan(request: Request, config: GrowConfig) -> None:
     record = output.published(request.target)
     state = "the target exists, made by this tool: a run compares the recipes" if record else "the target is new"
     tolerance = comparison.tolerance(request.source, config.certificate)
-    screen.show_plan(words.console(), request, config, state, tolerance)
+    screen.show_plan(console(), request, config, state, tolerance)
 
 
 def _certify(config: GrowConfig) -> None:
@@ -43,7 +44,7 @@ def _certify(config: GrowConfig) -> None:
     source = open_checkpoint("source", directory("source", config.source))
     target = open_checkpoint("target", directory("target", config.target))
     text = held_out.read(source.directory, source.model, config.certificate, config.seed)
-    out = words.console()
+    out = console()
     screen.show_comparison(out, source, target)
     record = output.record(target.directory)
     claim = Claim.of_record(record) if record else Claim(config.certificate.tolerance is not None)
@@ -53,7 +54,7 @@ def _certify(config: GrowConfig) -> None:
 
 
 def _run(request: Request, config: GrowConfig, command: str) -> None:
-    out, began = words.console(), time.monotonic()
+    out, began = console(), time.monotonic()
     if _is_cached(out, request):
         return
     with output.locked(request.target) as place:
@@ -63,7 +64,7 @@ def _run(request: Request, config: GrowConfig, command: str) -> None:
         record = Making(out, request, config, command, place).run()
     out.print()
     screen.show_result(out, request, record)
-    seconds = words.duration(time.monotonic() - began)
+    seconds = rows.duration(time.monotonic() - began)
     out.print(f"\nDone in {seconds}: {screen.relative(request.target)}", soft_wrap=True)
 
 

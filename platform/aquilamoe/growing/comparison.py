@@ -12,7 +12,7 @@ from aquilamoe.growing import screen
 from aquilamoe.growing.held_out import HeldOut
 from aquilamoe.growing.request import Checkpoint
 from aquilamoe.growth.bounds import default_tolerance
-from aquilamoe.terminal import words
+from aquilamoe.reports import rows
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -70,5 +70,5 @@ def compare(
             seed=claim.seed,
             progress=bar.update,
         )
-        bar.end(f"{found['tokens']:,} tokens in {words.duration(bar.seconds)}")
+        bar.end(f"{found['tokens']:,} tokens in {rows.duration(bar.seconds)}")
     return {**found, "text": text.text}

@@ -15,7 +15,7 @@ from aquilamoe.growing.held_out import HeldOut
 from aquilamoe.growing.output import Output
 from aquilamoe.growing.request import Request, open_checkpoint
 from aquilamoe.pipeline.store import write_atomically
-from aquilamoe.terminal import words
+from aquilamoe.reports import rows
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -100,8 +100,8 @@ class Making:
             tensors = grow(source, target, request.model, request.growth, request.seed, bar.update)
             self.seconds["grow_s"] = bar.seconds
             written = plan.target_bytes(request)
-            rate = words.size(int(written / max(bar.seconds, 1e-3)))
-            bar.end(f"{words.size(written)} in {words.duration(bar.seconds)}, {rate}/s, on disk")
+            rate = rows.size(int(written / max(bar.seconds, 1e-3)))
+            bar.end(f"{rows.size(written)} in {rows.duration(bar.seconds)}, {rate}/s, on disk")
         return dict(tensors)
 
     def _certify(self, text: HeldOut | None) -> dict[str, Any] | None:

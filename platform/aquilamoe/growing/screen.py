@@ -16,8 +16,8 @@ from aquilamoe.growing.card import certificate_rows
 from aquilamoe.growing.request import Checkpoint, Request
 from aquilamoe.growth.bounds import certificate_bytes
 from aquilamoe.reports import rows
+from aquilamoe.reports.rows import duration, size
 from aquilamoe.terminal.tables import make_table
-from aquilamoe.terminal.words import duration, size
 from aquilamoe.weights import names
 from aquilamoe.weights.headers import ITEM_BYTES
 

@@ -59,11 +59,11 @@ def rates(node: Node, cluster: ClusterConfig) -> Rates:
 
 def own(record: Record) -> Cost:
     """What a finished stage itself cost. A record without a ledger says how long it took: one device is assumed."""
-    entry = record.get("cost")
-    if entry:
-        return Cost(**entry["own"])
-    flops = record["metrics"].get("flops") if record.get("kind") == "pretrain" else None
-    return Cost(float(flops or 0.0), float(record.get("seconds") or 0.0))
+    noted = record.get("cost")
+    if noted:
+        return Cost(**noted["own"])
+    flops = (record.get("metrics") or {}).get("flops") if record.get("kind") == "pretrain" else None
+    return Cost(*(float(value) if isinstance(value, int | float) else 0.0 for value in (flops, record.get("seconds"))))
 
 
 def lineage(record: Record, known: Iterable[Record]) -> Cost:
@@ -75,7 +75,7 @@ def lineage(record: Record, known: Iterable[Record]) -> Cost:
         current = todo.pop()
         if str(current["fingerprint"]) not in found:
             found[str(current["fingerprint"])] = current
-            prints = [str(entry["fingerprint"]) for entry in (current.get("inputs") or {}).values()]
+            prints = [str(source.get("fingerprint")) for source in (current.get("inputs") or {}).values()]
             todo += [by_print[each] for each in prints if each in by_print]
     return total(found.values())
 

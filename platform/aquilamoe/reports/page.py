@@ -6,7 +6,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from aquilamoe.reports import canvas, figure, finding, lineage
+from aquilamoe.reports import canvas, costs, figure, finding, lineage
 from aquilamoe.reports.curves import Points, Trained, chain_of, trained
 from aquilamoe.reports.rows import (
     ABSENT,
@@ -89,6 +89,7 @@ def render(
         "compared": compared,
         "control_source": input_stages(control_record).get("source") if control_record else None,
         "rows": stage_rows(records),
+        "costs": costs.spent(records),
         "points": points,
         "languages": sorted({lang for point in points for lang in {**point.lang_nats, **point.lang_bits}}),
         "best": _best(points),

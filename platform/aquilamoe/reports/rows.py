@@ -150,3 +150,44 @@ def seconds(value: float | None) -> str:
     if value is None:
         return ABSENT
     return f"{value:.1f}" if value < 9.95 else f"{value:,.0f}"
+
+
+def size(count: int) -> str:
+    """Bytes with a unit: 8.5 MB."""
+    if not count:
+        return ABSENT
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:,.3g} TB"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as a reader says them: 4 s, 3 min, 5.2 h, 12 days."""
+    if seconds is None:
+        return ABSENT
+    for limit, unit, name in ((100, 1, "s"), (6000, 60, "min"), (172_800, 3600, "h")):
+        if seconds < limit:
+            return f"{seconds / unit:.3g} {name}" if seconds >= 1 or not seconds else "1 s"
+    return f"{seconds / 86_400:,.0f} days"
+
+
+def energy(kwh: float | None) -> str:
+    """Energy with a unit: 1.9 Wh, 12 kWh, 3.4 GWh."""
+    if not kwh:
+        return ABSENT
+    value = kwh * 1000
+    for unit in ("Wh", "kWh", "MWh", "GWh"):
+        if value < 1000 or unit == "GWh":
+            return f"{value:.3g} {unit}" if value < 1000 else f"{value:,.0f} {unit}"
+        value /= 1000
+    raise AssertionError
+
+
+def money(value: float | None) -> str:
+    """An amount in whatever currency the price is in: 0.012, 3.40, 1,250."""
+    if not value:
+        return ABSENT
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.2f}" if value >= 1 else f"{value:.2g}"

@@ -8,7 +8,8 @@ from rich.text import Text
 from aquilamoe.pipeline.plan import Planned
 from aquilamoe.pipeline.store import Record
 from aquilamoe.reports import rows
-from aquilamoe.terminal.words import duration, size
+from aquilamoe.reports.costs import CostTable
+from aquilamoe.reports.rows import duration, size
 
 STATE_STYLE = {"cached": "green", "resumes": "yellow", "runs": "cyan"}
 
@@ -52,6 +53,21 @@ def final_table(records: Mapping[str, Record], status: Mapping[str, str]) -> Tab
     table = make_table(*right)
     for row in rows.stage_rows(records, status):
         table.add_row(*row.cells())
+    return table
+
+
+def cost_table(costs: CostTable) -> Table:
+    """What every stage costs: its own part, then with everything that it was made from; and all together."""
+    halves = [
+        f">{title if first == 0 else ''}\n{figure}"
+        for title in ("its own", "with ancestors")
+        for first, figure in enumerate(costs.figures)
+    ]
+    table = make_table("\ncost", *halves)
+    for row in costs.rows:
+        table.add_row(*costs.cells(row))
+    table.add_section()
+    table.add_row(*costs.cells(costs.total))
     return table
 
 

@@ -1,0 +1,82 @@
+"""What stages cost, as rows of a table: their own part, and with everything that they were made from."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from aquilamoe.config.schema import ClusterConfig
+from aquilamoe.pipeline import ledger
+from aquilamoe.pipeline.ledger import Cost
+from aquilamoe.pipeline.plan import Planned
+from aquilamoe.reports.rows import ABSENT, Record, duration, energy, money, power
+
+FIGURES = ("FLOPs", "device time", "energy", "money")
+
+
+@dataclass(frozen=True)
+class CostRow:
+    """Of one stage; `lineage` is None where stages are added up."""
+
+    name: str
+    own: Cost
+    lineage: Cost | None
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """A row a stage, and what they cost together. Columns that nobody gave a price or a power for are left out."""
+
+    rows: Sequence[CostRow]
+    total: CostRow
+
+    @property
+    def figures(self) -> tuple[str, ...]:
+        """The columns of each half."""
+        kept = (True, True, self.total.own.energy_kwh > 0, self.total.own.money > 0)
+        return tuple(figure for figure, keep in zip(FIGURES, kept, strict=True) if keep)
+
+    def cells(self, row: CostRow) -> list[str]:
+        """The row as text: its name, its own figures, those of its lineage."""
+        return [row.name, *self._half(row.own), *self._half(row.lineage)]
+
+    def _half(self, cost: Cost | None) -> list[str]:
+        if cost is None:
+            return [ABSENT for _ in self.figures]
+        texts = {
+            "FLOPs": power(cost.flops or None),
+            "device time": duration(round(cost.device_seconds, 1) or None),
+            "energy": energy(cost.energy_kwh),
+            "money": money(cost.money),
+        }
+        return [texts[figure] for figure in self.figures]
+
+
+def spent(records: Mapping[str, Record]) -> CostTable:
+    """What finished stages cost; an output with two names was paid once."""
+    known = {name: {"fingerprint": name, **record} for name, record in records.items()}
+    rows = [CostRow(name, ledger.own(each), ledger.lineage(each, known.values())) for name, each in known.items()]
+    return CostTable(rows, CostRow("pipeline", ledger.total(known.values()), None))
+
+
+def foreseen(plan: Sequence[Planned], cluster: ClusterConfig) -> CostTable:
+    """What a plan will have cost: cached stages what they did cost, the others what is expected of them."""
+    by_name = {planned.name: planned for planned in plan}
+    rows = [
+        CostRow(
+            planned.name,
+            ledger.foreseen(planned, cluster),
+            ledger.foreseen_total(_with_ancestors(planned, by_name), cluster),
+        )
+        for planned in plan
+    ]
+    return CostTable(rows, CostRow("pipeline", ledger.foreseen_total(plan, cluster), None))
+
+
+def _with_ancestors(planned: Planned, by_name: Mapping[str, Planned]) -> list[Planned]:
+    found: dict[str, Planned] = {}
+    todo = [planned.name]
+    while todo:
+        name = todo.pop()
+        if name not in found:
+            found[name] = by_name[name]
+            todo += by_name[name].node.stage.inputs.values()
+    return list(found.values())
