@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,19 +21,30 @@ from aquilamoe.weights.huggingface import load_state, save_model
 KEEP = 2  # should the newest turn out bad, there is one before it
 WEIGHTS, TRAINING = "model", "training"
 HIDDEN = "."  # begins the name of a checkpoint that is being written or removed
-MOMENTS, PROGRESS = "optimizer.safetensors", "progress.json"
+MOMENTS, PROGRESS, EXTRA = "optimizer.safetensors", "progress.json", "extra.safetensors"
+NOTHING: Mapping[str, Tensor] = {}
 
 
-def save(directory: Path, model: Decoder, optimizer: AnyOptimizer, step: int) -> None:
+def save(
+    directory: Path, model: Decoder, optimizer: AnyOptimizer, step: int, extra: Mapping[str, Tensor] = NOTHING
+) -> None:
     """Write `model/` (a Hugging Face directory, float32) and `training/` (optimizer moments) into `directory`.
 
-    Nothing else is state: the position in the data and the learning rate are functions of `step`.
+    extra: the little that is state besides; the position in the data and the learning rate are functions of `step`.
     """
     save_model(model, directory / WEIGHTS)
     training = directory / TRAINING
     training.mkdir(parents=True, exist_ok=True)
     save_file(_moments(model, optimizer), training / MOMENTS)
+    if extra:
+        save_file({name: tensor.cpu().contiguous() for name, tensor in extra.items()}, training / EXTRA)
     (training / PROGRESS).write_text(json.dumps({"step": step}))
+
+
+def load_extra(directory: Path) -> dict[str, Tensor]:
+    """What was `extra` when a checkpoint or a finished stage was saved."""
+    path = directory / TRAINING / EXTRA
+    return load_file(path) if path.exists() else {}
 
 
 def load(checkpoint: Path, model: Decoder, optimizer: AnyOptimizer) -> int:
@@ -77,21 +88,28 @@ def _moments(model: nn.Module, optimizer: AnyOptimizer) -> dict[str, Tensor]:
     return {key: value.detach().cpu().contiguous() for key, value in read_state(model, optimizer).items()}
 
 
-def save_checkpoint(out: Path, model: Decoder, optimizer: AnyOptimizer, step: int) -> Path:
+def save_checkpoint(
+    out: Path, model: Decoder, optimizer: AnyOptimizer, step: int, extra: Mapping[str, Tensor] = NOTHING
+) -> Path:
     """Add `checkpoints/step-N` beside what is there: built under another name, made durable, renamed."""
     folder = out / "checkpoints"
     for leftover in folder.glob(f"{HIDDEN}step-*"):
         shutil.rmtree(leftover)
     target = folder / f"step-{step:09d}"
     temporary = folder / f"{HIDDEN}{target.name}"
-    save(temporary, model, optimizer, step)
+    save(temporary, model, optimizer, step, extra)
     for path in [*temporary.rglob("*"), temporary]:
         _sync(path)
     temporary.rename(target)
     _sync(folder)
     for old in checkpoints(out)[KEEP:]:
-        shutil.rmtree(old.rename(folder / f"{HIDDEN}{old.name}"))
+        discard(old)
     return target
+
+
+def discard(checkpoint: Path) -> None:
+    """Take a checkpoint away: never half of it."""
+    shutil.rmtree(checkpoint.rename(checkpoint.with_name(f"{HIDDEN}{checkpoint.name}")))
 
 
 def checkpoints(out: Path) -> list[Path]:
