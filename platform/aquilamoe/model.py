@@ -18,10 +18,7 @@ from aquilamoe.config.schema import ModelConfig
 from aquilamoe.kernels.attention import causal_attention
 from aquilamoe.kernels.choice import Kernels
 from aquilamoe.kernels.cross_entropy import head_cross_entropy
-
-# Rows are padded to this multiple per expert, so that the shapes of expert products repeat: a CPU compiles each new
-# bf16 shape once, and token counts change at every step.
-EXPERT_ROW_MULTIPLE = 64
+from aquilamoe.kernels.experts import count_rows, expert_feed_forwards, gather_rows, sort_rows, weigh_rows
 
 
 @dataclass(frozen=True)
@@ -110,35 +107,20 @@ class FeedForward(nn.Module):
 
 
 class Experts(nn.Module):
-    """All experts of a layer, stacked; every token goes through its top-k, none is dropped."""
+    """All experts of a layer, stacked; each gets the rows of the tokens that chose it, and none is dropped."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.kernels = Kernels()
         shape = (config.num_experts, config.moe_intermediate_size, config.hidden_size)
         self.gate_proj = nn.Parameter(torch.empty(shape))
         self.up_proj = nn.Parameter(torch.empty(shape))
         self.down_proj = nn.Parameter(torch.empty(shape[0], shape[2], shape[1]))
 
-    def forward(self, x_nd: Tensor, experts_nk: Tensor, gates_nk: Tensor) -> Tensor:
-        """Sort rows by expert, run each expert on its rows, add the weighted results at their tokens."""
-        order_s = experts_nk.flatten().argsort(stable=True)
-        token_s = order_s // experts_nk.shape[1]
-        counts = torch.bincount(experts_nk.flatten(), minlength=self.gate_proj.shape[0]).tolist()
-        rows_sd = x_nd.index_select(0, token_s)  # its backward adds in one order, that of x_nd[token_s] may not
-        outputs = [
-            _swiglu(rows, self.gate_proj[expert], self.up_proj[expert], self.down_proj[expert])
-            for expert, rows in enumerate(rows_sd.split(counts))
-            if rows.shape[0]
-        ]
-        gates_s1 = gates_nk.flatten()[order_s, None]
-        weighted_sd = torch.cat(outputs).to(x_nd.dtype) * gates_s1.to(x_nd.dtype)
-        return torch.zeros_like(x_nd).index_add(0, token_s, weighted_sd)
-
-
-def _swiglu(rows: Tensor, gate_fd: Tensor, up_fd: Tensor, down_df: Tensor) -> Tensor:
-    count = rows.shape[0]
-    padded = F.pad(rows, (0, 0, 0, -count % EXPERT_ROW_MULTIPLE))
-    return F.linear(F.silu(F.linear(padded, gate_fd)) * F.linear(padded, up_fd), down_df)[:count]
+    def forward(self, rows_sd: Tensor, counts_e: Tensor) -> Tensor:
+        """Rows sorted by expert, and how many each has, to the experts' outputs in the same order."""
+        kernel = self.kernels.experts_on(rows_sd.device.type)
+        return expert_feed_forwards(rows_sd, counts_e, self.gate_proj, self.up_proj, self.down_proj, kernel)
 
 
 class MixtureOfExperts(nn.Module):
@@ -165,14 +147,21 @@ class MixtureOfExperts(nn.Module):
         with torch.autocast(x_nd.device.type, enabled=False):
             logits_ne = F.linear(x_nd.to(wide), self.gate.weight.to(wide))
         top_nk, experts_nk = self._choose(logits_ne)
-        if self.norm_topk_prob:
-            gates_nk = top_nk.softmax(dim=-1)
-        else:
-            gates_nk = (top_nk - logits_ne.logsumexp(dim=-1, keepdim=True)).exp()
-        out_nd = self.experts(x_nd, experts_nk, gates_nk)
+        among = top_nk if self.norm_topk_prob else logits_ne
+        gates_nk = (top_nk - among.logsumexp(dim=-1, keepdim=True)).exp()
+        out_nd = self._mix(x_nd, experts_nk, gates_nk)
         if self.shared_expert is not None:
             out_nd = out_nd + self.shared_expert_gate(x_nd).sigmoid() * self.shared_expert(x_nd)
         return out_nd.view_as(x_btd), Routing(logits_ne, experts_nk)
+
+    def _mix(self, x_nd: Tensor, experts_nk: Tensor, gates_nk: Tensor) -> Tensor:
+        """The outputs of each token's experts, weighed by its gates: one sort, one gather in, one weighted sum out."""
+        device = x_nd.device.type
+        precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_nd.dtype
+        token_s, slots_nk = sort_rows(experts_nk)
+        rows_sd = gather_rows(x_nd.to(precision), token_s, slots_nk)
+        rows_sd = self.experts(rows_sd, count_rows(experts_nk, self.gate.out_features))
+        return weigh_rows(rows_sd, gates_nk, token_s, slots_nk).to(x_nd.dtype)
 
     def _choose(self, logits_ne: Tensor) -> tuple[Tensor, Tensor]:
         """The chosen experts' logits and the experts; a selection bias changes which are chosen and nothing else."""
@@ -250,7 +239,7 @@ class Decoder(nn.Module):
     def use(self, kernels: Kernels) -> None:
         """Compute with these kernels from now on. None changes the function, but for rounding."""
         for module in self.modules():
-            if isinstance(module, Attention):
+            if isinstance(module, Attention | Experts):
                 module.kernels = kernels
 
     @torch.no_grad()

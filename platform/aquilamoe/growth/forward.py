@@ -115,21 +115,20 @@ class _StreamedExperts(nn.Module):
 
     def __init__(self, config: ModelConfig, read: Callable[[str], Tensors]) -> None:
         super().__init__()
-        self._num_experts, self._read = config.num_experts, read
+        self._read = read
         with torch.device("meta"):
             self._expert = FeedForward(config.hidden_size, config.moe_intermediate_size)
 
-    def forward(self, x_nd: Tensor, experts_nk: Tensor, gates_nk: Tensor) -> Tensor:
-        out_nd = torch.zeros_like(x_nd)
-        for expert in range(self._num_experts):
-            tokens_s, slots_s = (experts_nk == expert).nonzero(as_tuple=True)
-            if len(tokens_s) == 0:
+    def forward(self, rows_sd: Tensor, counts_e: Tensor) -> Tensor:
+        outputs_sd = torch.empty_like(rows_sd)
+        parts = zip(rows_sd.split(counts_e.tolist()), outputs_sd.split(counts_e.tolist()), strict=True)
+        for expert, (inputs, outputs) in enumerate(parts):
+            if len(inputs) == 0:
                 continue
             weights = self._read(f"mlp.experts.{expert}.")
-            for rows, slots in _together(TOKENS_AT_ONCE, tokens_s, slots_s):
-                outputs = functional_call(self._expert, weights, (x_nd[rows],), strict=True)
-                out_nd.index_add_(0, rows, outputs * gates_nk[rows, slots, None].to(x_nd.dtype))
-        return out_nd
+            for rows_in, rows_out in _together(TOKENS_AT_ONCE, inputs, outputs):
+                rows_out.copy_(functional_call(self._expert, weights, (rows_in,), strict=True))
+        return outputs_sd
 
 
 def _together(count: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

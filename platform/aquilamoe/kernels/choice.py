@@ -22,6 +22,12 @@ class Kernels:
             return self.attention
         return "explicit" if device_type == "cpu" and length <= EXPLICIT_UP_TO else "sdpa"
 
+    def experts_on(self, device_type: str) -> ExpertsKernel:
+        """How experts are computed on a device ("cpu", "cuda"): see benchmarks/experts.py."""
+        if self.experts != "auto":
+            return self.experts
+        return "loop" if device_type == "cpu" else "grouped"
+
     def describe(self, device_type: str, length: int) -> str:
         """What is used, and whether it was asked for; for the log."""
         source = "measured default" if self.attention == "auto" else "configured"

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from aquilamoe.kernels.choice import ExpertsKernel
 
-# The loop multiplies so many rows at a time, or a multiple: a CPU compiles a bfloat16 product for each new shape, in
-# the time of several products, and the rows of an expert change at every step.
+# The loop multiplies so many bfloat16 rows at a time, or a multiple: a CPU compiles a product for each new shape, in
+# the time of several products, and the rows of an expert change at every step. In float32 any number is as good.
 ROW_MULTIPLE = 64
 
 
@@ -68,11 +68,11 @@ class _Contiguous(torch.autograd.Function):
     """Nothing, but for gradients with strides that `grouped_mm` refuses, such as those of a sum."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(_ctx: Any, x: Tensor) -> Tensor:
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+    def backward(_ctx: Any, gradient: Tensor) -> Tensor:
         return gradient.contiguous()
 
 
@@ -118,7 +118,7 @@ def _loop_product(rows_si: Tensor, counts_e: Tensor, weight_eoi: Tensor) -> Tens
     An expert's product runs on into the rows of the next, up to a multiple of rows, and is overwritten by it.
     """
     out_so = rows_si.new_empty(rows_si.shape[0] + ROW_MULTIPLE, weight_eoi.shape[1])
-    for expert, start, _, padded in _parts(counts_e):
+    for expert, start, _, padded in _parts(counts_e, rows_si.dtype):
         weight_oi = weight_eoi[expert].to(rows_si.dtype)
         torch.mm(_window(rows_si, start, padded), weight_oi.t(), out=out_so[start : start + padded])
     return out_so[: rows_si.shape[0]]
@@ -133,7 +133,7 @@ def _loop_product_gradients(
     s, size_i = rows_si.shape
     by_rows_si = rows_si.new_empty(s + ROW_MULTIPLE, size_i)
     by_weight_eoi = torch.zeros_like(weight_eoi)
-    for expert, start, count, padded in _parts(counts_e):
+    for expert, start, count, padded in _parts(counts_e, rows_si.dtype):
         window_ro = _window(gradient_so, start, padded)
         weight_oi = weight_eoi[expert].to(rows_si.dtype)
         torch.mm(window_ro, weight_oi, out=by_rows_si[start : start + padded])
@@ -150,12 +150,12 @@ def _sum_of_products(left_so: Tensor, right_si: Tensor, start: int, count: int, 
     return left_ro.t() @ right_ri
 
 
-def _parts(counts_e: Tensor) -> Iterator[tuple[int, int, int, int]]:
+def _parts(counts_e: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, int, int, int]]:
     """Of each expert that has rows: its index, where they start, how many they are, and how many with padding."""
-    start = 0
+    start, multiple = 0, ROW_MULTIPLE if dtype == torch.bfloat16 else 1
     for expert, count in enumerate(counts_e.tolist()):
         if count:
-            yield expert, start, count, count + -count % ROW_MULTIPLE
+            yield expert, start, count, count + -count % multiple
         start += count
 
 
@@ -175,16 +175,16 @@ def _only(rows_si: Tensor, start: int, count: int, padded: int) -> Tensor:
 
 
 @_loop_product.register_fake
-def _(rows_si: Tensor, counts_e: Tensor, weight_eoi: Tensor) -> Tensor:
+def _(rows_si: Tensor, _counts_e: Tensor, weight_eoi: Tensor) -> Tensor:
     return rows_si.new_empty(rows_si.shape[0], weight_eoi.shape[1])
 
 
 @_loop_product_gradients.register_fake
-def _(gradient_so: Tensor, rows_si: Tensor, counts_e: Tensor, weight_eoi: Tensor) -> tuple[Tensor, Tensor]:
+def _(_gradient_so: Tensor, rows_si: Tensor, _counts_e: Tensor, weight_eoi: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(rows_si), torch.empty_like(weight_eoi)
 
 
-def _save_for_gradients(ctx: Any, inputs: Sequence[Tensor], output: Tensor) -> None:
+def _save_for_gradients(ctx: Any, inputs: Sequence[Tensor], output: Tensor) -> None:  # noqa: ARG001
     ctx.save_for_backward(*inputs)
 
 
