@@ -29,13 +29,15 @@ MAY_IMPORT = {
     "data": {"config"},
     "training": {"config", "kernels", "model", "weights", "data"},
     "pipeline": {"config"},
+    "ablation": {"config", "pipeline"},
     "stages": {"config", "model", "weights", "growth", "data", "training", "pipeline"},
-    "tracking": {"config", "pipeline"},
+    "lineage": {"config", "weights", "pipeline"},
+    "tracking": {"config", "pipeline", "lineage"},
     "reports": {"config", "pipeline"},
     "preflight": {"config", "pipeline"},
     "terminal": {"config", "pipeline", "reports"},
     # Of training only what must be in the environment before torch is imported.
-    "commands": {"config", "pipeline", "tracking", "reports", "preflight", "terminal", "training"},
+    "commands": {"config", "pipeline", "lineage", "tracking", "reports", "preflight", "terminal", "training"},
     # The growth tool: from headers to a published directory, of the pipeline only recipes and how files become durable.
     "growing": {"config", "weights", "growth", "pipeline", "reports", "terminal"},
     "workflows": {"config", "commands", "growing"},

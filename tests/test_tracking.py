@@ -24,7 +24,6 @@ from aquilamoe.config.messages import UserError
 from aquilamoe.pipeline import fingerprint as identity
 from aquilamoe.pipeline.store import Store
 from aquilamoe.tracking import connection, observer, view
-from aquilamoe.tracking.delivery import weights_sha256
 from aquilamoe.tracking.lineage import comparison_url, lineage, ui_command
 from aquilamoe.tracking.observer import Tracker
 
@@ -281,13 +280,6 @@ def test_checkpoints_are_models_that_point_to_directories_and_nothing_is_copied(
     assert (dataset.dataset.name, dataset.dataset.digest) == ("tokens", driver.inputs["tokens"]["fingerprint"])
     assert sum(path.stat().st_size for path in (root / "mlartifacts").rglob("*")) < weights.stat().st_size * 10
     assert not list((root / "mlartifacts").rglob("*.safetensors"))
-
-
-def test_the_sha256_of_shards_is_that_of_what_sha256sum_prints(tmp_path: Path) -> None:
-    shards = {f"model/model-0000{n}-of-00002.safetensors": {"sha256": str(n) * 64} for n in (2, 1)}
-    (tmp_path / "sums").write_text("".join(f"{str(n) * 64}  model-0000{n}-of-00002.safetensors\n" for n in (1, 2)))
-    expected = hashlib.sha256((tmp_path / "sums").read_bytes()).hexdigest()
-    assert weights_sha256({**shards, "model/config.json": {"sha256": "3" * 64}}) == expected
 
 
 def test_lineage_is_a_query(root: Path) -> None:

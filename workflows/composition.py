@@ -49,7 +49,7 @@ def _normalized(word: str, optional_groups: Sequence[str], paths: Sequence[str])
     key, equals, value = word.partition("=")
     if key in optional_groups and equals:
         return f"+{word}"
-    if key in paths and value != "null" and re.search(r"[^\w./+-]", value):
+    if key in paths and value != "null":  # 012345678901 and 1e10 are fingerprints, not numbers
         quoted = re.sub(r"(\\*)'", r"\1\1\\'", value).replace("${", "\\${")
         return f"{key}='{quoted}'"
     return word

@@ -1,4 +1,4 @@
-"""What `action=run`, `plan` and `status` do with a validated experiment."""
+"""What `action=run`, `plan`, `status` and the questions about lineage do with a validated experiment."""
 
 import os
 import time
@@ -8,7 +8,9 @@ from typing import Any
 
 from aquilamoe import preflight
 from aquilamoe.config import graph
+from aquilamoe.config.graph import Node
 from aquilamoe.config.schema import ExperimentConfig
+from aquilamoe.lineage import actions as lineage
 from aquilamoe.pipeline import plan as planning
 from aquilamoe.pipeline import runner
 from aquilamoe.pipeline.plan import Planned
@@ -31,6 +33,9 @@ def execute(values: Mapping[str, Any], command: str) -> None:
     experiment = graph.parse(values)
     nodes = graph.build(experiment)
     store = Store(Path(experiment.paths.root).absolute())
+    if experiment.action in lineage.ACTIONS:
+        _answer(experiment, nodes, store)
+        return
     plan = planning.make(nodes, store, experiment.cluster.flops_per_s)
     if experiment.action == "plan":
         _show_plan(experiment, plan, store)
@@ -42,6 +47,18 @@ def execute(values: Mapping[str, Any], command: str) -> None:
             # Planned again under the lock: what another run has finished meanwhile is cached now.
             plan = planning.make(nodes, store, experiment.cluster.flops_per_s)
             _run(experiment, plan, store, command)
+
+
+def _answer(experiment: ExperimentConfig, nodes: Mapping[str, Node], store: Store) -> None:
+    """Answer a question about outputs; a rebuild runs stages as any run does, in a store of its own, untracked."""
+    out = screen.console()
+
+    def run(plan: Sequence[Planned], scratch: Store) -> dict[str, Input]:
+        preflight.check(experiment, plan, scratch.root)
+        _set_environment()
+        return runner.run(plan, scratch, experiment.cluster, [live.StageProgress(out, plan)])
+
+    lineage.answer(experiment, nodes, store, lambda line: out.print(line, soft_wrap=True), run)
 
 
 def _show_plan(experiment: ExperimentConfig, plan: Sequence[Planned], store: Store) -> None:
@@ -71,8 +88,7 @@ def _show_status(experiment: ExperimentConfig, plan: Sequence[Planned], store: S
 
 
 def _run(experiment: ExperimentConfig, plan: Sequence[Planned], store: Store, command: str) -> None:
-    for key, value in WORKER_ENVIRONMENT.items():  # before a stage of this process imports torch
-        os.environ.setdefault(key, value)
+    _set_environment()
     out = screen.console()
     out.print(f"{experiment.name}: {experiment.description}")
     started = time.monotonic()
@@ -99,6 +115,12 @@ def _run(experiment: ExperimentConfig, plan: Sequence[Planned], store: Store, co
     if warning:
         out.print(warning, style="yellow")
     _where_to_look(out, experiment, report, store, tracker.experiment_id if tracker else None)
+
+
+def _set_environment() -> None:
+    """Before a stage of this process imports torch."""
+    for key, value in WORKER_ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
 
 
 def _report(experiment: ExperimentConfig, done: Mapping[str, Input], store: Store, command: str) -> Path:

@@ -352,7 +352,9 @@ class ExperimentConfig(Config):
 
     name: Name
     description: str
-    action: Literal["run", "plan", "status"]
+    action: Literal["run", "plan", "status", "lineage", "why", "verify", "rebuild"]
+    checkpoint: str | None = None
+    other: str | None = None
     seed: NonNegativeInt
     model: ModelConfig
     data: DataConfig

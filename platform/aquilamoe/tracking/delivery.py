@@ -4,13 +4,15 @@ One MLflow experiment per experiment; a parent run per pipeline; a child run per
 checkpoint an external LoggedModel that points to its directory, output of its stage and input of those that read it.
 """
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from aquilamoe.lineage.entries import Entry
+from aquilamoe.pipeline import ledger
 from aquilamoe.pipeline.fingerprint import flatten
 from aquilamoe.pipeline.store import RECORD
 from aquilamoe.tracking import notes
@@ -32,7 +34,7 @@ from aquilamoe.tracking.view import VIEW_TAG, run_color, saved_view
 # MLflow's limits: entities per call, characters.
 BATCH_METRICS, BATCH_PARAMS, MAX_KEY, MAX_PARAM, MAX_TAG = 1000, 100, 250, 6000, 5000
 NOT_METRICS = frozenset({"step", "time", "done", "total", "unit"})
-NOT_RECIPE = frozenset({"action", "cluster", "description", "name", "paths", "tracking"})
+NOT_RECIPE = frozenset({"action", "checkpoint", "cluster", "description", "name", "other", "paths", "tracking"})
 MODEL_FIGURES = ("params_total", "params_active", "tokens", "flops", "lineage_tokens", "lineage_flops", "loss_end")
 MAX_REPORT_BYTES = 20_000_000
 
@@ -74,6 +76,10 @@ class Delivery:
             for name, record in records.items()
             if (value := _number(record["metrics"].get("loss_end"))) is not None
         ]
+        if pipeline.status == "FINISHED":
+            end_ms = max((milliseconds(record["finished"]) for record in records.values()), default=0)
+            spent = asdict(ledger.total(records.values()))
+            metrics += [Metric(f"final.cost.{name}", value, end_ms, 0) for name, value in spent.items()]
         self.client.log_batch(run.info.run_id, metrics=metrics, tags=[RunTag(*_cut(*tag)) for tag in tags.items()])
         if pipeline.report and pipeline.report.stat().st_size < MAX_REPORT_BYTES:
             self.client.log_artifact(run.info.run_id, str(pipeline.report))
@@ -269,7 +275,7 @@ class Delivery:
             "fingerprint": stage.fingerprint,
             "stage": stage.name,
             "directory": str(directory.absolute()),
-            "sha256": weights_sha256(record["files"]),
+            "sha256": Entry(stage.directory, record).weights_sha256 or "",
         }
         run = self.client.get_run(run_id)
         model = self._find_model(stage.fingerprint)
@@ -309,7 +315,7 @@ class Delivery:
         roles = [role for role in stage.inputs if (stage.input_directory(role) / "model" / "config.json").is_file()]
         models = {role: self._input_model(stage, role) for role in roles}
         found = []
-        for key, raw in record["metrics"].items():
+        for key, raw in {**record["metrics"], **ledger.figures(record)}.items():
             value = _number(raw)
             if value is None:
                 continue
@@ -322,14 +328,6 @@ class Delivery:
                 found.append(Metric(name, value, time_ms, step, model_id=models[role], run_id=run_id))
         seconds = Metric("final.seconds", float(record["seconds"]), time_ms, 0, run_id=run_id)
         return [metric for metric in [*found, seconds] if metric.key not in self.sent[stage.key]]
-
-
-def weights_sha256(files: Mapping[str, Mapping[str, Any]]) -> str:
-    """Of one weight file its SHA-256; of shards that of what `sha256sum *.safetensors` prints in their directory."""
-    shards = sorted((Path(name).name, file["sha256"]) for name, file in files.items() if name.endswith(".safetensors"))
-    if len(shards) == 1:
-        return str(shards[0][1])
-    return hashlib.sha256("".join(f"{digest}  {name}\n" for name, digest in shards).encode()).hexdigest()
 
 
 def _metrics_of(point: Point, sent: Mapping[str, int]) -> list[Any]:

@@ -1,0 +1,202 @@
+"""What `action=lineage`, `why`, `verify` and `rebuild` do, and what they say."""
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from aquilamoe.config.graph import Node
+from aquilamoe.config.messages import UserError
+from aquilamoe.config.schema import ExperimentConfig
+from aquilamoe.lineage import reasons, rebuilding
+from aquilamoe.lineage.entries import Entry
+from aquilamoe.lineage.finding import WAYS, find
+from aquilamoe.lineage.library import Library, read_library
+from aquilamoe.lineage.tree import tree
+from aquilamoe.lineage.verification import Verified, verify
+from aquilamoe.lineage.wanted import Wanted, wanted_of
+from aquilamoe.pipeline.plan import Planned
+from aquilamoe.pipeline.stage import Input
+from aquilamoe.pipeline.store import METRICS, Store
+
+ACTIONS = ("lineage", "why", "verify", "rebuild")
+MEGABYTE = 1e6
+Say = Callable[[str], None]
+Run = Callable[[Sequence[Planned], Store], Mapping[str, Input]]
+
+
+@dataclass(frozen=True)
+class Question:
+    """An experiment and the outputs that are there.
+
+    say: takes a line for the user. run: runs a plan in a store and returns every stage's output.
+    """
+
+    experiment: ExperimentConfig
+    wanted: Mapping[str, Wanted]
+    store: Store
+    library: Library
+    say: Say
+    run: Run
+
+    def find(self, key: str, text: str | None, latest: bool = False) -> tuple["Question", Entry]:
+        """An output by what a key of the configuration says, and the question with what lies beside that output."""
+        if text is None:
+            raise UserError(f"{key}: action={self.experiment.action} needs one; {WAYS}")
+        try:
+            fingerprints = {name: stage.fingerprint for name, stage in self.wanted.items()}
+            entry = find(self.library, fingerprints, text, latest)
+        except UserError as error:
+            raise UserError(f"{key}: {error}") from None
+        return replace(self, library=self.library.with_neighbours(entry)), entry
+
+
+def answer(experiment: ExperimentConfig, nodes: Mapping[str, Node], store: Store, say: Say, run: Run) -> None:
+    """Do one of `ACTIONS`; UserError for what cannot be answered, and for what is not as it should be."""
+    question = Question(experiment, wanted_of(nodes), store, read_library(store.stages), say, run)
+    actions: dict[str, Callable[[Question], None]] = {
+        "lineage": _lineage,
+        "why": _why,
+        "verify": _verify,
+        "rebuild": _rebuild,
+    }
+    actions[experiment.action](question)
+
+
+def _lineage(question: Question) -> None:
+    question, entry = question.find("checkpoint", question.experiment.checkpoint)
+    for line in tree(question.library, entry):
+        question.say(line)
+
+
+def _why(question: Question) -> None:
+    question, entry = question.find("checkpoint", question.experiment.checkpoint, latest=True)
+    if question.experiment.other is not None:
+        question, other = question.find("other", question.experiment.other, latest=True)
+        _say_differences(question, entry, other)
+    else:
+        _why_not_as_configured(question, entry)
+
+
+def _why_not_as_configured(question: Question, entry: Entry) -> None:
+    """An output against its stage as it is configured now; if they are the same, against the output before it."""
+    name = question.experiment.name
+    same = [stage for stage, wanted in question.wanted.items() if wanted.fingerprint == entry.fingerprint]
+    if same:
+        question.say(f"{_label(entry)} is {same[0]} of experiment {name}, as it is configured now.")
+        before = [other for other in question.library.of_stage(entry.stage) if _finished(other) < _finished(entry)]
+        if not before:
+            question.say(f"It is the first output of {entry.stage} in this store.")
+            return
+        question.say(f"It was made after {_label(before[0])}, because of:")
+        _say_reasons(question, reasons.made(question.library, before[0]), reasons.made(question.library, entry))
+        return
+    if entry.stage not in question.wanted:
+        raise UserError(
+            f"checkpoint: {_label(entry)} is of stage {entry.stage}, which experiment {name} does not have; "
+            "choose its experiment, or compare it with other=..."
+        )
+    now = reasons.configured(entry.stage, question.wanted)
+    question.say(
+        f"{_label(entry)} is not {entry.stage} of experiment {name} as it is configured now, {now.fingerprint}:"
+    )
+    _say_reasons(question, reasons.made(question.library, entry), now)
+
+
+def _say_differences(question: Question, old: Entry, new: Entry) -> None:
+    """Two outputs: their recipes with all that they read, and what is no part of a recipe."""
+    if old.directory == new.directory:
+        question.say(f"checkpoint and other are the same output, {_label(old)}.")
+        return
+    if old.recipe == new.recipe:
+        question.say(f"{old.directory} and {new.directory} have the same recipe, {old.fingerprint}.")
+        files = reasons.differing_files(old, new)
+        shared = len({*old.files, *new.files} - {METRICS}) - len(files)
+        question.say(
+            f"{shared} files are the same; " + (f"other bytes: {', '.join(files)}" if files else "none differs.")
+        )
+    else:
+        question.say(f"{_label(old)} -> {_label(new)}:")
+        _say_reasons(question, reasons.made(question.library, old), reasons.made(question.library, new))
+    for line in reasons.circumstances(old, new):
+        question.say(f"  {line}")
+
+
+def _say_reasons(question: Question, old: reasons.Side, new: reasons.Side) -> None:
+    for line in reasons.differ(old, new):
+        question.say(f"  {line}")
+
+
+def _verify(question: Question) -> None:
+    """Read all bytes again, of one output with its ancestors or of the whole store; UserError if anything differs."""
+    if question.experiment.checkpoint is None:
+        entries, damaged = list(question.library.entries.values()), dict(question.library.damaged)
+    else:
+        question, entry = question.find("checkpoint", question.experiment.checkpoint)
+        entries, damaged = [entry, *question.library.ancestors(entry)], {}
+    if not entries and not damaged:
+        raise UserError(f"{question.store.stages}: there is no output to verify; run the experiment first")
+    width = max((len(_label(entry)) for entry in entries), default=0)
+    bad = list(damaged.values())
+    for reason in damaged.values():
+        question.say(f"damaged  {reason}")
+    for entry in entries:
+        verified = verify(entry, question.library)
+        question.say(_verdict(verified, width))
+        for problem in verified.problems:
+            question.say(f"  {entry.directory / problem}")
+        bad += [str(entry.directory)] if verified.problems else []
+    if bad:
+        raise UserError(
+            f"{len(bad)} of {len(entries) + len(damaged)} outputs are not what their records say; remove their "
+            "directories and run again to rebuild them"
+        )
+
+
+def _verdict(verified: Verified, width: int) -> str:
+    state = "DIFFERS" if verified.problems else "ok"
+    size = f"{verified.files:>4} files {verified.num_bytes / MEGABYTE:>12,.1f} MB"
+    return f"{_label(verified.entry):<{width}}  {size}  {state}"
+
+
+def _rebuild(question: Question) -> None:
+    """Make an output anew beside the store and compare it with its record; UserError if other bytes come out."""
+    question, entry = question.find("checkpoint", question.experiment.checkpoint)
+    rebuild = rebuilding.prepare(question.experiment, entry, question.library, question.wanted, question.store.root)
+    taken = ", ".join(each.stage for each in rebuild.taken) or "nothing"
+    question.say(f"{_label(entry)} is made anew in {rebuild.store.root}; taken from the store: {taken}.")
+    with rebuild.store.lock():
+        rebuild.forget()
+        made = question.run(rebuild.plan, rebuild.store)
+    again = next(
+        Entry(done.directory, done.record) for done in made.values() if _fingerprint(done) == entry.fingerprint
+    )
+    files = reasons.differing_files(entry, again)
+    if files:
+        for name in files:
+            question.say(f"  {name}: {_digest(entry, name)} -> {_digest(again, name)}")
+        for line in reasons.circumstances(entry, again):
+            question.say(f"  {line}")
+        raise UserError(
+            f"{_label(entry)}: {len(files)} of {len(entry.files)} files have other bytes when they are made anew; "
+            f"what was made is kept in {again.directory}"
+        )
+    shutil.rmtree(rebuild.store.root)
+    compared = [name for name in entry.files if name != METRICS]
+    size = sum(entry.files[name][0] for name in compared) / MEGABYTE
+    question.say(f"identical: {len(compared)} files, {size:,.1f} MB; {METRICS} has times in it and is not compared.")
+
+
+def _fingerprint(done: Input) -> str:
+    return str(done.record["fingerprint"])
+
+
+def _digest(entry: Entry, name: str) -> str:
+    return str(entry.files[name][1])[:12] if name in entry.files else "(absent)"
+
+
+def _label(entry: Entry) -> str:
+    return f"{entry.stage} {entry.fingerprint}"
+
+
+def _finished(entry: Entry) -> str:
+    return str(entry.record.get("finished", ""))

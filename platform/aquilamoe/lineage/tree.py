@@ -1,0 +1,145 @@
+"""Where an output comes from, as text: itself, and below it what it was made from, down to the corpus."""
+
+import textwrap
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from aquilamoe.lineage.entries import Entry
+from aquilamoe.lineage.library import Library, Parent
+from aquilamoe.pipeline.fingerprint import differences, flatten
+
+WIDTH = 110  # of a recipe's lines, without the branches
+LABEL = 12
+
+
+def tree(library: Library, entry: Entry) -> list[str]:
+    """The lines of an output's tree; what was shown once is named only."""
+    return [_title(entry), *_below(library, entry, [], {entry.directory})]
+
+
+def _below(library: Library, entry: Entry, descendants: list[Entry], shown: set[Any]) -> Iterator[str]:
+    """An output's facts and its parents, with branches drawn to the left."""
+    parents = library.parents(entry)
+    bar = "│  " if parents else "   "
+    for line in facts(entry, list(library.ancestors(entry))):
+        yield f"{bar}{line}"
+    for index, parent in enumerate(parents):
+        last = index == len(parents) - 1
+        branch, rail = ("└─ ", "   ") if last else ("├─ ", "│  ")
+        yield f"{branch}{parent.role}: {_parent_title(parent)}" + (" (above)" if _is_shown(parent, shown) else "")
+        if parent.entry is not None and not _is_shown(parent, shown):
+            shown.add(parent.entry.directory)
+            for line in _below(library, parent.entry, [*descendants, entry], shown):
+                yield f"{rail}{line}"
+
+
+def _is_shown(parent: Parent, shown: set[Any]) -> bool:
+    return parent.entry is not None and parent.entry.directory in shown
+
+
+def _title(entry: Entry) -> str:
+    return f"{entry.stage} {entry.fingerprint}  {entry.kind}  in {entry.directory}"
+
+
+def _parent_title(parent: Parent) -> str:
+    if parent.entry is not None:
+        return f"{parent.entry.stage} {parent.entry.fingerprint}  {parent.entry.kind}"
+    return f"{parent.stage} {parent.fingerprint or ''}  {parent.problem}".replace("  ", " ")
+
+
+def facts(entry: Entry, ancestors: list[Entry]) -> Iterator[str]:
+    """What an output is, cost and reached, a line each; recipes against the nearest ancestor of its kind."""
+    metrics = entry.metrics
+    parts = {
+        "parameters": _parameters(metrics),
+        "tokens": _own_and_all(metrics, "tokens", "lineage_tokens", "{:,}"),
+        "FLOPs": _own_and_all(metrics, "flops", "lineage_flops", "{:.3g}"),
+        "loss": _loss(metrics),
+        "certificate": _certificate(metrics),
+        "SHA-256": _sha256(entry),
+        "made": _made(entry),
+    }
+    indent = " " * LABEL
+    for line in textwrap.wrap("; ".join(recipe_changes(entry, ancestors)), WIDTH, subsequent_indent=indent) or [""]:
+        yield f"{'recipe':<{LABEL}}{line}" if not line.startswith(indent) else line
+    yield from (f"{label:<{LABEL}}{text}" for label, text in parts.items() if text)
+
+
+def recipe_changes(entry: Entry, ancestors: list[Entry]) -> list[str]:
+    """How a recipe differs from that of its parent.
+
+    The sizes of its network against those of the nearest ancestor that states them, its other fields against the
+    nearest ancestor of its kind; of the first of its kind, what they are.
+    """
+    config = _config(entry)
+    model = config.pop("model", None) or {}
+    sized = next((each for each in ancestors if _config(each).get("model")), None)
+    found = []
+    if model and sized is not None:
+        found += differences({"model": _config(sized)["model"]}, {"model": model})
+    elif model:
+        found += [f"{key} {value}" for key, value in flatten({"model": model}).items()]
+    same_kind = next((each for each in ancestors if each.kind == entry.kind), None)
+    if same_kind is None:
+        return [*found, *(f"{key} {value}" for key, value in flatten(config).items())]
+    before = {key: value for key, value in _config(same_kind).items() if key != "model"}
+    changed = [*found, *differences(before, config)]
+    return [f"as {same_kind.stage}, but for", *changed] if changed else [f"as {same_kind.stage}"]
+
+
+def _config(entry: Entry) -> dict[str, Any]:
+    return dict(entry.recipe["config"])
+
+
+def _parameters(metrics: Mapping[str, Any]) -> str:
+    total, active = metrics.get("params_total"), metrics.get("params_active")
+    if total is None:
+        return ""
+    return f"{total:,}" + (f", {active:,} of them active" if active not in (None, total) else "")
+
+
+def _own_and_all(metrics: Mapping[str, Any], own: str, lineage: str, form: str) -> str:
+    if metrics.get(lineage) is None:
+        return ""
+    return f"{form.format(metrics.get(own) or 0)} own, {form.format(metrics[lineage])} with its ancestors"
+
+
+def _loss(metrics: Mapping[str, Any]) -> str:
+    start, end = (metrics.get("loss_start", metrics.get("source_loss")), metrics.get("loss_end"))
+    end = metrics.get("target_loss") if end is None else end
+    return f"{start:.4f} -> {end:.4f} nats per token" if start is not None and end is not None else ""
+
+
+def _certificate(metrics: Mapping[str, Any]) -> str:
+    if metrics.get("max_abs_dlogit") is None:
+        return ""
+    claim = "keeps the function" if metrics.get("preserving") else "does not claim to keep the function"
+    if metrics.get("preserving") and not metrics.get("passed", True):
+        claim = "claims to keep the function and does not"
+    off = f"a logit is off by at most {metrics['max_abs_dlogit']:.3g}"
+    spread = f" (their spread is {metrics['logit_spread']:.3g})" if metrics.get("logit_spread") is not None else ""
+    return f"{claim}; {off}{spread}, KL {metrics['kl']:.3g}"
+
+
+def _sha256(entry: Entry) -> str:
+    if entry.weights_sha256 is not None:
+        shards = len(entry.weights)
+        return entry.weights_sha256 + (f" (of the {shards} lines that sha256sum prints)" if shards > 1 else "")
+    return f"of each of its {len(entry.tensors)} tensors in record.json" if entry.tensors else ""
+
+
+def _made(entry: Entry) -> str:
+    record = entry.record
+    commit, torch = str(record.get("git_commit") or ""), record.get("versions", {}).get("torch")
+    digits, _, changes = commit.partition("+")
+    by = ", ".join(
+        part
+        for part in (
+            f"by commit {digits[:12]}" + (f" with {changes}" if changes else "") if digits else "",
+            f"torch {torch}" if torch else "",
+        )
+        if part
+    )
+    if "finished" not in record:
+        return by
+    return f"{str(record['finished'])[:19].replace('T', ' ')} UTC in {record['seconds']:.1f} s " + by
