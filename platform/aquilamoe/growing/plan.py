@@ -9,13 +9,10 @@ from aquilamoe.config.network import ModelConfig
 from aquilamoe.config.schema import GrowthConfig
 from aquilamoe.growing.origins import Origin, space_names, trace
 from aquilamoe.growing.request import Request
+from aquilamoe.growth.bounds import growth_bytes
 from aquilamoe.growth.depth import map_layers
 from aquilamoe.growth.units import UnitMap, map_units
 from aquilamoe.weights import layout
-
-MAX_SHARD_BYTES = 5 * 10**9  # of the writer
-# What the growth engine keeps to: never the model, see the measured table in the documentation.
-FIXED_MEMORY_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
@@ -151,7 +148,7 @@ def target_bytes(request: Request) -> int:
 
 
 def _shards(request: Request) -> list[layout.Shard]:
-    return layout.plan_shards(request.shapes, request.source.dtype, MAX_SHARD_BYTES)
+    return layout.plan_shards(request.shapes, request.source.dtype, layout.MAX_SHARD_BYTES)
 
 
 def cost(request: Request, disk_bytes_per_s: float) -> Cost:
@@ -162,7 +159,7 @@ def cost(request: Request, disk_bytes_per_s: float) -> Cost:
         read_bytes=read,
         written_bytes=written,
         files=len(_shards(request)),
-        memory_bytes=FIXED_MEMORY_BYTES + 2 * largest,
+        memory_bytes=growth_bytes(largest),
         free_bytes=shutil.disk_usage(_existing(request.target)).free,
         seconds=(read + written) / disk_bytes_per_s,
     )

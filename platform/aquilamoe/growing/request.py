@@ -14,8 +14,6 @@ from aquilamoe.config.schema import GrowthConfig, UpcyclingConfig
 from aquilamoe.growth import rules
 from aquilamoe.weights import configuration, headers, names
 
-DTYPE_NAMES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -32,7 +30,7 @@ class Checkpoint:
 
     @property
     def dtype_name(self) -> str:
-        return DTYPE_NAMES[self.dtype]
+        return headers.DTYPE_NAMES[self.dtype]
 
     @property
     def weight_bytes(self) -> int:

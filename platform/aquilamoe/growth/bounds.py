@@ -1,7 +1,9 @@
-"""What a certificate allows and what it takes, by dtype and by sizes: known without torch, before anything is read."""
+"""What a growth and its certificate take, and what it allows, by dtype and sizes: known without torch or reading."""
 
 from aquilamoe.config.schema import ModelConfig
 
+# What a growth keeps to beside its largest tensor; see the measured table in the documentation.
+_FIXED = 256 * 2**20
 # Activations are made for so many tokens at once: enough that products run at full speed, few enough that those of the
 # widest feed-forward are smaller than its weights. Sequences are not torn apart.
 TOKENS_AT_ONCE = 1024
@@ -35,6 +37,11 @@ def default_tolerance(dtype: str) -> float:
     of it, and one that computes anything else is off by about 1.
     """
     return _TOLERANCES[dtype]
+
+
+def growth_bytes(largest: int) -> int:
+    """Most memory that a growth takes, over that of the libraries; `largest` are the bytes of a tensor."""
+    return _FIXED + 2 * largest
 
 
 def certificate_bytes(

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from aquilamoe.config import plugins
 from aquilamoe.config.schema import GrowthConfig, ModelConfig, UpcyclingConfig
-from aquilamoe.growth import depth, noise, rules
+from aquilamoe.growth import depth, rules
 from aquilamoe.growth.units import UnitMap, map_units
+from aquilamoe.growth.variety import neuron_order
 from aquilamoe.model import Decoder
 from aquilamoe.weights import names
 
@@ -258,20 +259,20 @@ def _experts(name: str, source: ModelConfig, target: ModelConfig, upcycling: Upc
     found = []
     for expert in range(target.num_experts):
         copy, shard = divmod(expert, shards)
-        random = noise.generator(seed, f"{_LAYERS}{layer}.neurons.{copy}")
-        neurons = _neurons(target.moe_intermediate_size, shards, shard, upcycling, random)
+        order = neuron_order(target.moe_intermediate_size * shards, seed, f"{_LAYERS}{layer}.", copy)
+        neurons = _neurons(order, shards, shard, upcycling)
         own = replace(past, columns=neurons) if dense_role == names.DOWN else replace(past, rows=neurons)
         found.append(replace(own, expert=expert // copies if source.is_moe else None))
     return found
 
 
-def _neurons(size: int, shards: int, shard: int, upcycling: UpcyclingConfig, random: torch.Generator) -> Axis:
-    """The neurons of an expert, `random` being the stream that permutes or drops those of the whole copy."""
-    neurons, dropped = torch.arange(size * shards), torch.zeros(size * shards, dtype=torch.bool)
+def _neurons(order: Tensor, shards: int, shard: int, upcycling: UpcyclingConfig) -> Axis:
+    """The neurons of an expert, `order` being that in which those of the whole copy are permuted or dropped."""
+    neurons, dropped = torch.arange(len(order)), torch.zeros(len(order), dtype=torch.bool)
     if upcycling.method == "permute":
-        neurons = torch.randperm(size * shards, generator=random)
+        neurons = order
     if upcycling.method == "drop":
-        order = torch.randperm(size * shards, generator=random)
         dropped[order[: math.ceil(upcycling.drop_ratio * len(order))]] = True
+    size = len(order) // shards
     part = slice(shard * size, (shard + 1) * size)
     return Axis(neurons[part], unknown=dropped[part])

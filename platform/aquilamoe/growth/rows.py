@@ -1,7 +1,8 @@
 """Tensors that are never in memory as a whole: their rows are made when they are asked for, a block at a time.
 
 What is made of such a tensor is such a tensor again. Nothing is read or computed until somebody takes rows of it, and
-then only these. Arithmetic is done in float32 or wider, and rounded once, when the rows are written.
+then only these. Arithmetic is done in float32 or wider, and rounded once, when the rows are written. torch is imported
+when the first row is made: a growth that only copies does without.
 """
 
 from __future__ import annotations
@@ -9,15 +10,18 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
-from math import prod
+from functools import cached_property, reduce
+from math import frexp, prod
+from typing import TYPE_CHECKING, TypeAlias
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from aquilamoe.weights.store import Reader
 
-Index = slice | Tensor  # of rows: a slice without a step, or their numbers (int64)
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Index: TypeAlias = "slice | Tensor"  # of rows: a slice without a step, or their numbers (int64)
 Number = int | float
 # Elements computed at once: few enough to stay in a processor's cache through several operations, and in memory
 # that was used before (with four times as many, making pages takes half of the time). Random numbers are drawn for so
@@ -33,6 +37,7 @@ class Rows:
     read: makes rows; they may be a view of a file, and must not be changed in place.
     sources: on-disk names of the source's tensors that it is made of.
     copies: name of the source's tensor that it is, bit for bit.
+    values: all of it, where it is small and in memory anyway.
     is_random: whether it has random numbers of its place in the target; others are the same wherever they go.
     """
 
@@ -40,6 +45,7 @@ class Rows:
     read: Callable[[Index], Tensor]
     sources: frozenset[str] = field(default=frozenset(), kw_only=True)
     copies: str | None = field(default=None, kw_only=True)
+    values: np.ndarray | None = field(default=None, kw_only=True)
     is_random: bool = field(default=False, kw_only=True)
 
     def __getitem__(self, index: Index) -> Tensor:
@@ -111,16 +117,14 @@ class Rows:
         for index in block_slices(self.shape):
             block = wide(self[index]).flatten(1)
             total += block.sum(dim=1).double().sum().item()
-            squares += torch.linalg.vector_norm(block, dim=1).double().square().sum().item()
+            squares += block.norm(dim=1).double().square().sum().item()
         return total, squares
 
     @cached_property
     def mean_row(self) -> Tensor:
         """The mean of all rows, float64; one pass over them."""
-        total = torch.zeros(self.shape[1:], dtype=torch.float64)
-        for index in block_slices(self.shape):
-            total += wide(self[index]).sum(dim=0)
-        return total / self.shape[0]
+        blocks = (wide(self[index]).sum(dim=0).double() for index in block_slices(self.shape))
+        return reduce(operator.add, blocks) / self.shape[0]
 
 
 def combine(operation: Callable[..., Tensor], *parts: Rows | Number) -> Rows:
@@ -151,12 +155,14 @@ def rows_of_block(shape: tuple[int, ...]) -> int:
 
 def wide(block: Tensor) -> Tensor:
     """In the type of computations: float32 or wider."""
-    return block.to(torch.promote_types(block.dtype, torch.float32))
+    return block if block.dtype.itemsize >= 4 else block.float()
 
 
 def numbers(index: Index) -> Tensor:
     """Rows by their numbers."""
-    return index if isinstance(index, Tensor) else torch.arange(index.start, index.stop)
+    import torch
+
+    return torch.arange(index.start, index.stop) if isinstance(index, slice) else index
 
 
 def narrow(index: Tensor) -> Index:
@@ -187,12 +193,46 @@ def stored(reader: Reader, name: str) -> Rows:
 
 def as_rows(tensor: Rows | Tensor) -> Rows:
     """A tensor that may be in memory already."""
-    return Rows(tuple(tensor.shape), lambda index: tensor[index]) if isinstance(tensor, Tensor) else tensor
+    return tensor if isinstance(tensor, Rows) else Rows(tuple(tensor.shape), lambda index: tensor[index])
+
+
+def given(values: np.ndarray) -> Rows:
+    """A tensor that was made without torch, in float32 or wider."""
+
+    def read(index: Index) -> Tensor:
+        import torch
+
+        return torch.from_numpy(values)[index]
+
+    return Rows(values.shape, read, values=values)
 
 
 def filled(shape: tuple[int, ...], value: float) -> Rows:
     """A tensor of one number."""
-    return Rows(shape, lambda index: torch.full((len(numbers(index)), *shape[1:]), value))
+
+    def read(index: Index) -> Tensor:
+        import torch
+
+        return torch.full((len(numbers(index)), *shape[1:]), value)
+
+    return Rows(shape, read)
+
+
+def repeated(rows: Rows, times: int) -> Rows:
+    """Every row so many times."""
+    if times == 1:
+        return rows
+    size = rows.shape[0] * times
+    return rows.derive(lambda index: rows[narrow(numbers(index) // times)], (size, *rows.shape[1:]))
+
+
+def between(rows: Rows, start: int, stop: int) -> Rows:
+    """Some rows that follow each other."""
+
+    def read(index: Index) -> Tensor:
+        return rows[slice(start + index.start, start + index.stop) if isinstance(index, slice) else index + start]
+
+    return rows.derive(read, (stop - start, *rows.shape[1:]))
 
 
 def gathered(rows: Rows, sources: Tensor) -> Rows:
@@ -224,7 +264,7 @@ def extended(rows: Rows, size: int, row: Callable[[], Tensor]) -> Rows:
 
 def is_exact(factor: Tensor) -> bool:
     """Whether multiplying by it rounds nothing, in any type: zeros and powers of two."""
-    mantissa = torch.frexp(factor).mantissa.abs()
+    mantissa = factor.frexp().mantissa.abs()
     return bool(((mantissa == 0.5) | (factor == 0)).all())
 
 
@@ -238,5 +278,5 @@ def scaled(rows: Rows, factor: float) -> Rows:
     """A tensor times a number."""
     if factor == 1:
         return rows
-    one = torch.tensor(factor, dtype=torch.float64)
-    return rows.derive(lambda index: multiply(rows[index], one))
+    is_exact = abs(frexp(factor)[0]) in (0, 0.5)
+    return rows.derive(lambda index: (rows[index] if is_exact else wide(rows[index])) * factor)

@@ -1,17 +1,15 @@
 """Scale-Out (sparse upcycling): a checkpoint gets experts, or more of them, a block of rows at a time (METHODS 5)."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from aquilamoe.config.schema import ModelConfig, UpcyclingConfig
-from aquilamoe.growth import noise, rules
-from aquilamoe.growth.rows import Index, Rows, as_rows, filled, gathered, scaled, stored, wide
+from aquilamoe.growth import draws, rules
+from aquilamoe.growth.rows import Rows, between, given, repeated, scaled, stored
 from aquilamoe.growth.stream import Progress, Recipe, compute_dtype, rewrite, silent
 from aquilamoe.weights import configuration, names
 from aquilamoe.weights.store import Reader
@@ -80,7 +78,7 @@ class _Layer:
             if role == names.ROUTER:
                 yield self._to(self._router(shape), role)
             elif role in fillers or (role == names.SHARED_ROUTER and not self.source.is_moe):
-                yield self._to(filled(shape, 0.0), role)
+                yield self._to(given(np.zeros(shape)), role)
             else:
                 yield self._to(self._from(role if self.source.is_moe else _SHARED.get(role, role)), role)
         for role in (names.GATE, names.UP, names.DOWN):
@@ -91,10 +89,6 @@ class _Layer:
 
     def _to(self, rows: Rows, *roles: str) -> Recipe:
         return Recipe([names.layer_name(self.target, self.index, role) for role in roles], rows)
-
-    def _name(self, name: str) -> str:
-        """Of a stream of random numbers."""
-        return f"model.layers.{self.index}.{name}"
 
     def _experts(self, role: str) -> Iterator[Recipe]:
         """What every expert has in one role; each tensor of the source is read for all of its copies at once."""
@@ -109,12 +103,20 @@ class _Layer:
                     experts = [names.expert_role(copy * shards + shard, role) for copy in of_original]
                     yield self._to(self._cut(tensor, role, shard, shards), *experts)
                 continue
-            for copy in of_original:
-                varied = self._vary(tensor, role, copy)
-                for shard in range(shards):
-                    expert = names.expert_role(copy * shards + shard, role)
-                    part = self._cut(varied, role, shard, shards)
-                    yield self._to(self._add_noise(part, tensor, expert, role), expert)
+            yield from self._varied(tensor, role, of_original, shards)
+
+    def _varied(self, tensor: Rows, role: str, copies: range, shards: int) -> Iterator[Recipe]:
+        """Copies that something random tells apart, each a tensor of its own."""
+        from aquilamoe.growth.variety import Variety
+
+        place = f"model.layers.{self.index}."
+        variety = Variety(self.upcycling, self.seed, place, compute_dtype(self.reader))
+        for copy in copies:
+            varied = variety.vary(tensor, role, copy)
+            for shard in range(shards):
+                expert = names.expert_role(copy * shards + shard, role)
+                part = self._cut(varied, role, shard, shards)
+                yield self._to(variety.add_noise(part, tensor, expert, self._factor(role, shards)), expert)
 
     def _cut(self, tensor: Rows, role: str, shard: int, shards: int) -> Rows:
         """One part of a feed-forward, times what keeps the sum over all of them."""
@@ -125,7 +127,7 @@ class _Layer:
         if role == names.DOWN:
             cut = tensor.derive(lambda index: tensor[index][:, part], (tensor.shape[0], neurons))
         else:
-            cut = gathered(tensor, torch.arange(part.start, part.stop))
+            cut = between(tensor, part.start, part.stop)
         return scaled(cut, self._factor(role, shards))
 
     def _factor(self, role: str, shards: int) -> float:
@@ -137,31 +139,6 @@ class _Layer:
         is_halved = role == names.DOWN and not self.source.is_moe and self.target.shared_expert_intermediate_size
         return factor / 2 if is_halved else factor
 
-    def _add_noise(self, part: Rows, tensor: Rows, expert: str, role: str) -> Rows:
-        """Noise of an expert's own, as a fraction of the deviation of the whole tensor."""
-        if self.upcycling.method != "noise":
-            return part
-        size = self.upcycling.noise * self._factor(role, rules.num_shards(self.source, self.target))
-        drawn = self._drawn(part.shape, expert)
-        return part.derive(lambda index: drawn[index].mul_(size * tensor.std).add_(part[index]), None, drawn)
-
-    def _drawn(self, shape: tuple[int, ...], name: str) -> Rows:
-        dtype = compute_dtype(self.reader.dtype(names.EMBEDDING))
-        return noise.drawn(shape, 1.0, dtype, self.seed, self._name(name))
-
-    def _vary(self, tensor: Rows, role: str, copy: int) -> Rows:
-        """What tells the neurons of a copy apart: rows of gate and up, and columns of down, by one stream for all."""
-        if self.upcycling.method not in ("permute", "drop"):
-            return tensor
-        axis = 1 if role == names.DOWN else 0
-        neurons = torch.randperm(
-            tensor.shape[axis], generator=noise.generator(self.seed, self._name(f"neurons.{copy}"))
-        )
-        if self.upcycling.method == "permute":
-            return _take(tensor, axis, neurons)
-        dropped = neurons[: math.ceil(self.upcycling.drop_ratio * len(neurons))]
-        return _redraw(tensor, axis, dropped, self._drawn(tensor.shape, f"{role}/drop.{copy}"))
-
     def _router(self, shape: tuple[int, ...]) -> Rows:
         """Scores of the copies: those of their originals, or of a dense source drawn for each feed-forward.
 
@@ -170,37 +147,12 @@ class _Layer:
         `normal` are on average.
         """
         if self.source.is_moe:
-            experts = torch.arange(self.source.num_experts)
-            originals = experts.repeat_interleave(self.target.num_experts // self.source.num_experts)
-            return gathered(self._from(names.ROUTER), originals)
+            return repeated(self._from(names.ROUTER), self.target.num_experts // self.source.num_experts)
         shards = rules.num_shards(self.source, self.target)
-        copies, hidden = shape[0] // shards, shape[1]
-        dtype = compute_dtype(self.reader.dtype(names.EMBEDDING))
-        random, std = noise.generator(self.seed, self._name(names.ROUTER)), self.upcycling.router_std
+        random, std = draws.stream(self.seed, f"model.layers.{self.index}.{names.ROUTER}"), self.upcycling.router_std
         if self.upcycling.router_init == "orthogonal":
-            router = torch.empty(copies, hidden, dtype=dtype)
-            torch.nn.init.orthogonal_(router, std * max(copies, hidden) ** 0.5, generator=random)
+            router = std * draws.orthogonal(shape[0] // shards, shape[1], random)
         else:
             std = {"normal": std, "variance": std**0.5, "zero": 0.0}[self.upcycling.router_init]
-            router = noise.normal((copies, hidden), std, dtype, random)
-        return as_rows(router.repeat_interleave(shards, dim=0))
-
-
-def _take(tensor: Rows, axis: int, neurons: Tensor) -> Rows:
-    """Neurons of a feed-forward in an order."""
-    if axis == 0:
-        return gathered(tensor, neurons)
-    return tensor.derive(lambda index: tensor[index].index_select(1, neurons), (tensor.shape[0], len(neurons)))
-
-
-def _redraw(tensor: Rows, axis: int, dropped: Tensor, drawn: Rows) -> Rows:
-    """Draw the dropped neurons afresh, with the mean and deviation of what they were (Drop-Upcycling)."""
-    old = _take(tensor, axis, dropped.sort().values)
-    is_dropped = torch.zeros(tensor.shape[axis], dtype=torch.bool)
-    is_dropped[dropped] = True
-
-    def read(index: Index) -> Tensor:
-        fresh = drawn[index] * old.std + old.mean
-        return torch.where(is_dropped if axis else is_dropped[index][:, None], fresh, wide(tensor[index]))
-
-    return tensor.derive(read, None, drawn)
+            router = std * draws.normal((shape[0] // shards, shape[1]), random, np.float64)
+        return given(router.repeat(shards, axis=0))

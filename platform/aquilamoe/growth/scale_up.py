@@ -51,7 +51,7 @@ def _grow(
         initializer_range=target.initializer_range,
         seed=seed,
         place="",
-        dtype=compute_dtype(reader.dtype(names.EMBEDDING)),
+        dtype=compute_dtype(reader),
     )
     for name in outer:
         alone = {name: stored(reader, name)}

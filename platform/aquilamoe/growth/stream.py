@@ -1,5 +1,7 @@
 """A checkpoint in, a grown checkpoint out, without either ever being in memory as a whole."""
 
+from __future__ import annotations
+
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -7,15 +9,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from aquilamoe.config.messages import UserError
 from aquilamoe.config.schema import ModelConfig
 from aquilamoe.growth.rows import Rows, block_slices
 from aquilamoe.weights import configuration, names, store
 from aquilamoe.weights.allocator import keep_large_buffers
+from aquilamoe.weights.elements import cast, torch_dtype
+from aquilamoe.weights.headers import DTYPE_NAMES
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 Progress = Callable[[int, int], None]  # (tensors written, tensors of the target)
 
@@ -43,7 +49,8 @@ def rewrite(
 
     configs: of the source and of the target.
     Returns the SHA-256 of every tensor. Bytes that stay what they are go from file to file; everything else is
-    computed on as many threads as torch has, a block of rows at a time, and does not depend on their number.
+    computed on as many threads as torch has, a block of rows at a time, and does not depend on their number. Where
+    nothing has to be, torch is not imported.
     Raises UserError when the source's weights are not what its config.json says or not finite, when the disk is too
     small, or source and target are the same.
     """
@@ -53,35 +60,37 @@ def rewrite(
     shapes = names.tensor_shapes(target_config)
     with store.Reader(source) as reader:
         _check_weights(source, reader, source_config)
-        dtype = reader.dtype(names.EMBEDDING)
+        dtype = reader.info(names.EMBEDDING).dtype
         recipes = list(grow(reader))
         with store.Writer(target, shapes, dtype) as writer:
             _write(recipes, reader, writer, dtype, lambda done: progress(done, len(shapes)))
     # The source's own generation settings, if it has any, take the place of the plain ones.
     eos_token_id = configuration.read_eos_token_id(source)
-    configuration.write_config(target, target_config, str(dtype).removeprefix("torch."), eos_token_id)
+    configuration.write_config(target, target_config, DTYPE_NAMES[dtype], eos_token_id)
     configuration.copy_companions(source, target)
     return {name: writer.digests[name] for name in shapes}
 
 
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+def compute_dtype(reader: store.Reader) -> torch.dtype:
     """Sums of weights are taken in float32 or wider, and rounded once, when they are written."""
-    return torch.promote_types(dtype, torch.float32)
+    return torch_dtype("F64" if reader.info(names.EMBEDDING).dtype == "F64" else "F32")
 
 
 def _write(
     recipes: Sequence[Recipe],
     reader: store.Reader,
     writer: store.Writer,
-    dtype: torch.dtype,
+    dtype: str,
     tell: Callable[[int], None],
 ) -> None:
     done = 0
     tell(done)
-    with _computed([recipe.rows for recipe in recipes], dtype) as blocks:
+    with _computed([recipe for recipe in recipes if _is_computed(recipe.rows)], dtype) as blocks:
         for recipe, following in zip(recipes, [*recipes[1:], None], strict=True):
             if recipe.rows.copies is not None:
                 writer.copy(recipe.names, reader, recipe.rows.copies)
+            elif recipe.rows.values is not None:
+                writer.write(recipe.names, [recipe.rows.values])
             else:
                 writer.write(recipe.names, islice(blocks, len(list(block_slices(recipe.rows.shape)))))
             # What was read stays in memory until it is given back; the next tensor often is of the same source.
@@ -92,18 +101,27 @@ def _write(
                 tell(done)
 
 
+def _is_computed(rows: Rows) -> bool:
+    return rows.copies is None and rows.values is None
+
+
 @contextmanager
-def _computed(tensors: Sequence[Rows], dtype: torch.dtype) -> Iterator[Iterator[Tensor]]:
-    """The blocks of those tensors that have to be computed, in order; a few are in the making before they are due."""
-    threads = torch.get_num_threads()
+def _computed(recipes: Sequence[Recipe], dtype: str) -> Iterator[Iterator[Tensor]]:
+    """The blocks of tensors that have to be computed, in order; a few are in the making before they are due."""
+    if not recipes:
+        yield iter(())
+        return
+    import torch
+
+    threads, kind = torch.get_num_threads(), torch_dtype(dtype)
     keep_large_buffers()
-    tasks = ((rows, index) for rows in tensors if rows.copies is None for index in block_slices(rows.shape))
+    tasks = ((recipe, index) for recipe in recipes for index in block_slices(recipe.rows.shape))
     # Blocks are computed side by side: a thread more for each operation would be in the way.
     with ThreadPoolExecutor(threads, "growing", torch.set_num_threads, (1,)) as pool:
 
-        def compute(rows: Rows, index: slice) -> Tensor:
+        def compute(recipe: Recipe, index: slice) -> Tensor:
             with torch.inference_mode():
-                return rows[index].to(dtype)
+                return cast(recipe.rows[index], kind, recipe.names[0])
 
         def take() -> Iterator[Tensor]:
             due: deque[Future[Tensor]] = deque(pool.submit(compute, *task) for task in islice(tasks, 2 * threads))

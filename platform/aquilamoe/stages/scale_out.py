@@ -7,7 +7,7 @@ from aquilamoe.config.schema import ScaleOutStage
 from aquilamoe.pipeline.stage import Context, Estimate, Metrics
 from aquilamoe.stages import _growth, _moments
 
-VERSION = 2
+VERSION = 3
 RESUMES = False
 
 

@@ -16,6 +16,8 @@ from aquilamoe.config.messages import UserError
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+# As config.json and torch call them.
+DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 MAX_HEADER_BYTES = 100_000_000  # the library's limit
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # Older files repeat the fixed frequencies of the rotary embedding, in float32 whatever the weights are in.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from aquilamoe.weights.headers import INDEX_FILE, ITEM_BYTES, SINGLE_FILE
+from aquilamoe.weights.headers import DTYPE_NAMES, INDEX_FILE, ITEM_BYTES, SINGLE_FILE
 
 # Direct writes go from whole pages of memory to whole blocks of the disk.
 PAGE = 4096
@@ -33,7 +33,7 @@ class Shard:
 
 def spell(dtype: Any) -> str:
     """An element type as safetensors spells it, from that spelling or a torch.dtype (which need not be imported)."""
-    spellings = {"torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
+    spellings = {f"torch.{name}": spelling for spelling, name in DTYPE_NAMES.items()}
     spelling = spellings.get(str(dtype), str(dtype))
     if spelling not in ITEM_BYTES:
         raise ValueError(f"tensors are written as one of {', '.join(ITEM_BYTES)}, not as {dtype}")

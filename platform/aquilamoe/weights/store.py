@@ -1,26 +1,26 @@
-"""Safetensors directories as tensors: a reader that maps files, and `write` for models that are in memory."""
+"""Safetensors directories as tensors: a reader that maps files, and `write` for models that are in memory.
+
+torch is imported by the first tensor that is asked for.
+"""
 
 import mmap
 from collections.abc import Iterable, Mapping
 from math import prod
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from aquilamoe.weights.elements import torch_dtype
 from aquilamoe.weights.finite import first_nonfinite
 from aquilamoe.weights.headers import INDEX_FILE, SINGLE_FILE
 from aquilamoe.weights.layout import MAX_SHARD_BYTES, PAGE
 from aquilamoe.weights.source import Source
 from aquilamoe.weights.writer import Writer
 
-__all__ = ["DTYPES", "INDEX_FILE", "SINGLE_FILE", "Reader", "Writer", "first_nonfinite", "write"]
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+__all__ = ["INDEX_FILE", "SINGLE_FILE", "Reader", "Writer", "first_nonfinite", "write"]
 # Not accounted as memory that could be needed: a file may be larger than the machine's.
 NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 
@@ -36,16 +36,16 @@ class Reader(Source):
         super().__init__(directory)
         self._maps: dict[str, mmap.mmap] = {}
 
-    def dtype(self, name: str) -> torch.dtype:
+    def dtype(self, name: str) -> "torch.dtype":
         """Element type of a tensor, from the header alone."""
-        return DTYPES[self.info(name).dtype]
+        return torch_dtype(self.info(name).dtype)
 
-    def get(self, name: str) -> Tensor:
+    def get(self, name: str) -> "Tensor":
         """A tensor, mapped from its file."""
         info = self.info(name)
         return self._view(name, info.start, info.shape)
 
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
+    def rows(self, name: str, start: int, stop: int) -> "Tensor":
         """Rows `start` to `stop` of a tensor, mapped from its file."""
         info = self.info(name)
         assert 0 <= start <= stop <= info.shape[0]
@@ -63,13 +63,15 @@ class Reader(Source):
             if start < end:
                 self._maps[info.file].madvise(mmap.MADV_DONTNEED, start, end - start)
 
-    def check(self, name: str, tensor: Tensor, first_row: int = 0) -> None:
+    def check(self, name: str, tensor: "Tensor", first_row: int = 0) -> None:
         """Refuse, by UserError, a value that is infinite or no number in rows of a tensor from `first_row` on."""
         index = first_nonfinite(tensor)
         if index is not None:
             raise self.nonfinite(name, first_row * prod(self.shape(name)[1:]) + index)
 
-    def _view(self, name: str, start: int, shape: tuple[int, ...]) -> Tensor:
+    def _view(self, name: str, start: int, shape: tuple[int, ...]) -> "Tensor":
+        import torch
+
         dtype = self.dtype(name)
         size = prod(shape)
         if size == 0:
@@ -98,8 +100,8 @@ class Reader(Source):
 def write(
     directory: Path,
     shapes: Mapping[str, tuple[int, ...]],
-    dtype: torch.dtype,
-    tensors: Iterable[tuple[str, Tensor]],
+    dtype: "torch.dtype",
+    tensors: "Iterable[tuple[str, Tensor]]",
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write tensors, cast to `dtype`, as one safetensors file, or as shards of `max_shard_bytes` at most and an index.

@@ -16,6 +16,7 @@ import numpy as np
 
 from aquilamoe.weights import layout
 from aquilamoe.weights.disk import BUFFER_BYTES, Buffer, Lane, OutputFile, check_space, sync_directory
+from aquilamoe.weights.elements import cast, encode, torch_dtype
 from aquilamoe.weights.finite import first_nonfinite_bytes
 from aquilamoe.weights.headers import INDEX_FILE, ITEM_BYTES, SINGLE_FILE
 from aquilamoe.weights.layout import MAX_SHARD_BYTES, PAGE
@@ -24,6 +25,8 @@ from aquilamoe.weights.source import Source
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    Block = Tensor | np.ndarray
 
 PARTIAL = ".partial"
 FILES = ("model-*-of-*.safetensors", SINGLE_FILE, INDEX_FILE)  # what a checkpoint's weights can be called
@@ -106,22 +109,23 @@ class Writer:
             self._remove_partials()
             self._remove_directory()
 
-    def write(self, names: str | Sequence[str], blocks: "Iterable[Tensor]") -> None:
+    def write(self, names: str | Sequence[str], blocks: "Iterable[Block]") -> None:
         """Write a tensor, given as blocks of its rows in order, under one name or the same under several.
 
-        blocks: of shape (rows, ...) as the tensor has after its first dimension, of any type, on any device; their
-            rows add up to those of the tensor. Each is converted once and released before the next is asked for.
+        blocks: of shape (rows, ...) as the tensor has after its first dimension, of any type, on any device, or arrays
+            of NumPy in float32 or wider; their rows add up to those of the tensor. Each is converted once and released
+            before the next is asked for. UserError where a number does not fit into float16.
         """
         names, shape = self._claim(names)
         flow = _Flow(self, names, self._next_hashing())
         stream = iter(blocks)
         rows, due = 0, shape[0] if shape else 1
         while (block := next(stream, None)) is not None:
-            if tuple(block.shape[1:]) != shape[1:] or block.dim() != len(shape):
+            if tuple(block.shape[1:]) != shape[1:] or len(block.shape) != len(shape):
                 raise ValueError(f"tensor '{names[0]}' has shape {shape}, a block of it {tuple(block.shape)}")
             rows += block.shape[0] if shape else 1
             if rows <= due:
-                _convert(block, flow, self._dtype)
+                flow.convert(block, self._dtype)
             del block
         if rows != due:
             raise ValueError(f"tensor '{names[0]}' has shape {shape}, its blocks {rows} rows instead of {due}")
@@ -229,6 +233,7 @@ class _Flow:
     """The bytes of one tensor on their way into buffers, from there to its places, and in a lane through a hash."""
 
     def __init__(self, writer: "Writer", names: list[str], hashing: Lane | None) -> None:
+        self.name = names[0]
         self._writer, self._names, self._hashing = writer, names, hashing
         self._places = writer.places(names)
         # Memory and file have to agree on where pages begin; of several places the first decides.
@@ -248,6 +253,19 @@ class _Flow:
         self._end += count
         if self._end == BUFFER_BYTES:
             self._send()
+
+    def convert(self, block: "Block", dtype: str) -> None:
+        """Put the elements of a block into the room, cast."""
+        if not isinstance(block, np.ndarray):
+            _convert(block, self, dtype)
+            return
+        data = encode(block, dtype, self.name).reshape(-1).view(np.uint8).data
+        while data:
+            room = self.room()
+            count = min(len(data), len(room))
+            room[:count] = data[:count]
+            self.advance(count)
+            data = data[count:]
 
     def end(self) -> None:
         """Send what is left; the digest follows when all has been hashed."""
@@ -279,7 +297,7 @@ def _convert(block: "Tensor", flow: _Flow, dtype: str) -> None:
     """Put the elements of a block, cast, into the flow; what is not contiguous is gathered in small pieces."""
     import torch
 
-    kind = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[dtype]
+    kind = torch_dtype(dtype)
     item_bytes = kind.itemsize
     block = block.detach()
     rows = max(1, BUFFER_BYTES * len(block) // max(1, block.numel() * item_bytes)) if block.dim() else 1
@@ -290,6 +308,8 @@ def _convert(block: "Tensor", flow: _Flow, dtype: str) -> None:
             room = flow.room()
             count = min(size - position, len(room) // item_bytes)
             part = flat[position : position + count]
+            if kind == torch.float16:
+                part = cast(part, kind, flow.name)
             if part.dtype == kind and part.device.type == "cpu" and part.is_contiguous():
                 # Without torch's threads, which would wait for each other while others compute.
                 np.copyto(np.frombuffer(room, np.uint8, part.nbytes), part.view(torch.uint8).numpy())
