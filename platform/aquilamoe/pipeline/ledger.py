@@ -5,6 +5,7 @@ stage one. Whatever was spent counts, that of attempts which were interrupted to
 and two lineages count a shared ancestor each; a pipeline counts every output once.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -63,7 +64,11 @@ def own(record: Record) -> Cost:
     if noted:
         return Cost(**noted["own"])
     flops = (record.get("metrics") or {}).get("flops") if record.get("kind") == "pretrain" else None
-    return Cost(*(float(value) if isinstance(value, int | float) else 0.0 for value in (flops, record.get("seconds"))))
+    return Cost(*(float(value) if _is_finite(value) else 0.0 for value in (flops, record.get("seconds"))))
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def lineage(record: Record, known: Iterable[Record]) -> Cost:

@@ -1,0 +1,54 @@
+"""The arithmetic of a network against torch's own count of what it computes."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from aquilamoe import model
+from aquilamoe.config.schema import ModelConfig
+from aquilamoe.kernels.choice import Kernels
+
+Network = Callable[..., ModelConfig]
+
+
+def plain_experts(
+    rows_sd: Tensor, counts_e: Tensor, gate_efd: Tensor, up_efd: Tensor, down_edf: Tensor, kernel: str
+) -> Tensor:
+    """Each expert on its rows, by products that torch counts; the kernels' own are opaque to it, or padded."""
+    parts = rows_sd.split(counts_e.tolist())
+    weights = zip(parts, gate_efd, up_efd, down_edf, strict=True)
+    return torch.cat(
+        [F.linear(F.silu(F.linear(rows, gate)) * F.linear(rows, up), down) for rows, gate, up, down in weights]
+    )
+
+
+def counted_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
+    """Forward and backward, as torch counts them; of its attention, which it counts with all the masked pairs, half."""
+    decoder = model.Decoder(config)
+    decoder.initialize(0)
+    decoder.use(Kernels(attention="explicit"))
+    tokens_bt = torch.randint(config.vocab_size, (4, sequence_length))
+    with FlopCounterMode(display=False) as counter:
+        decoder(tokens_bt)[0].sum().backward()
+    masked_too = counter.get_flop_counts()["Global"][torch.ops.aten.bmm]
+    return (counter.get_total_flops() - masked_too / 2) / tokens_bt.numel()
+
+
+@pytest.mark.parametrize("sequence_length", [8, 256])
+def test_the_flops_of_a_token_are_exactly_what_torch_counts_for_every_architecture(
+    network: Network, kind: str, sequence_length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model, "expert_feed_forwards", plain_experts, raising=False)
+    config = network(kind, max_position_embeddings=256)
+    counted = counted_flops_per_token(config, sequence_length)
+    assert config.flops_per_token(sequence_length) == pytest.approx(counted, rel=1e-12)
+
+
+def test_of_experts_those_that_a_token_meets_are_counted_and_the_routers_choice_among_all(network: Network) -> None:
+    few, many = network("mixtral", num_experts=4), network("mixtral", num_experts=8)
+    router = 6 * few.num_hidden_layers * few.hidden_size * 4
+    assert many.flops_per_token(16) - few.flops_per_token(16) == router
