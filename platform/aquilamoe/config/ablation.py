@@ -1,0 +1,88 @@
+"""The configuration of an ablation: what is varied, how often, and what it is compared with."""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from aquilamoe.config.network import Config, Int, NonNegativeInt, PositiveFloat, PositiveInt
+from aquilamoe.config.schema import Name
+
+Overrides = tuple[str, ...]  # as on the command line: KEY=VALUE
+
+
+class AxisConfig(Config):
+    """One thing that is varied: what each of its values changes, by the name that tables and figures show."""
+
+    values: Annotated[dict[Name, Overrides], Field(min_length=1)]
+    baseline: str
+
+    @model_validator(mode="after")
+    def _check_baseline(self) -> Self:
+        if self.baseline not in self.values:
+            raise ValueError(f"baseline '{self.baseline}' is none of its values ({', '.join(self.values)}); name one")
+        return self
+
+
+class ControlsConfig(Config):
+    """What every ablation is compared with. Learning rates are ratios of the first training stage's; the best counts.
+
+    scratch: the target's size, trained from scratch at equal FLOPs and at equal tokens.
+    continued: every source of a growth, trained on without it, at equal FLOPs and at equal tokens.
+    """
+
+    scratch_learning_rate_ratios: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)]
+    continued_learning_rate_ratios: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)]
+
+
+class BudgetConfig(Config):
+    """What the objective's stage may cost in every variant: tokens or model FLOPs; the other is null."""
+
+    tokens: PositiveInt | None
+    flops: PositiveFloat | None
+
+    @model_validator(mode="after")
+    def _check_one(self) -> Self:
+        if self.tokens is not None and self.flops is not None:
+            raise ValueError(f"both tokens ({self.tokens}) and flops ({self.flops:g}); set one, and the other to null")
+        return self
+
+
+class ObjectiveConfig(Config):
+    """What variants are ranked by: a metric of a stage's record; less is better."""
+
+    stage: Name
+    metric: str
+
+
+class AblationConfig(Config):
+    """Variants are all combinations of the axes' values, each with every seed."""
+
+    axes: Annotated[dict[Name, AxisConfig], Field(min_length=1)]
+    objective: ObjectiveConfig
+    budget: BudgetConfig
+    controls: ControlsConfig
+    seeds: tuple[NonNegativeInt, ...]
+    scheduler: Literal["none", "asha"]
+    trial_cpus: PositiveInt
+
+    @field_validator("seeds", mode="before")
+    @classmethod
+    def _count(cls, seeds: Any) -> Any:
+        """A number of seeds means the first so many."""
+        if isinstance(seeds, int) and not isinstance(seeds, bool):
+            if seeds < 1:
+                raise ValueError(f"{seeds} seeds compare nothing; give at least 1, and 3 for an interval")
+            return tuple(range(1, seeds + 1))
+        return seeds
+
+    @field_validator("seeds")
+    @classmethod
+    def _refuse_repeats(cls, seeds: tuple[Int, ...]) -> tuple[Int, ...]:
+        repeated = sorted({seed for seed in seeds if seeds.count(seed) > 1})
+        if repeated:
+            raise ValueError(
+                f"seed {repeated[0]} is named {seeds.count(repeated[0])} times; a repeat is no new evidence"
+            )
+        if not seeds:
+            raise ValueError("no seeds; give at least one, and 3 for an interval")
+        return seeds
