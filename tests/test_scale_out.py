@@ -1,5 +1,7 @@
 """Scale-Out on files: experts that equal the dense model, experts with noise, and what is refused."""
 
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -351,6 +353,27 @@ def test_upcycling_keeps_the_dtype_the_bytes_and_the_files_beside_the_weights(tm
     assert (tmp_path / "target/tokenizer.json").read_text() == "{}"
     assert read_config(tmp_path / "target") == target
     assert read_eos_token_id(tmp_path / "target") == 3
+
+
+WITHOUT_TORCH = """
+import sys
+from pathlib import Path
+from aquilamoe.config.schema import ModelConfig, UpcyclingConfig
+from aquilamoe.growth.scale_out import scale_out
+target, how = ModelConfig.model_validate_json(sys.argv[1]), UpcyclingConfig.model_validate_json(sys.argv[2])
+scale_out(Path("source"), Path("alone"), target, how, 0)
+assert "torch" not in sys.modules, "torch was imported"
+"""
+
+
+def test_plain_copies_with_a_router_need_no_torch_and_are_the_same_bytes(tmp_path: Path) -> None:
+    target, how = experts(mlp_only_layers=(0,)), upcycling(router_init="orthogonal")
+    write_source(tmp_path / "source", model(), torch.bfloat16)
+    upcycle(tmp_path, target, how)
+    words = [sys.executable, "-c", WITHOUT_TORCH, target.model_dump_json(), how.model_dump_json()]
+    subprocess.run(words, cwd=tmp_path, check=True)
+    alone, beside = (tmp_path / name / store.SINGLE_FILE for name in ("alone", "target"))
+    assert alone.read_bytes() == beside.read_bytes()
 
 
 def test_progress_counts_every_tensor_once(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from aquilamoe.config import plugins
@@ -22,7 +23,7 @@ from aquilamoe.model import Decoder
 from aquilamoe.weights import names
 from aquilamoe.weights.configuration import read_config, read_eos_token_id
 from aquilamoe.weights.huggingface import load_model, save_model
-from aquilamoe.weights.store import Reader
+from aquilamoe.weights.store import SINGLE_FILE, Reader
 
 METHODS = plugins.names("growth/methods")
 SAME, DIFFERENT = 1e-10, 1e-6  # of logits around 1, in float64
@@ -304,6 +305,20 @@ def test_a_growth_keeps_the_dtype_and_the_files_beside_the_weights(tmp_path: Pat
     assert read_config(tmp_path / "target") == target
     assert read_eos_token_id(tmp_path / "target") == 3
     assert difference(tmp_path / "source", tmp_path / "target") < 0.1  # halves and doubles round nowhere else
+
+
+def test_what_grows_beyond_float16_is_refused_by_name_and_leaves_nothing(tmp_path: Path) -> None:
+    source = model()
+    write_source(tmp_path / "source", source, torch.float16)
+    path = tmp_path / "source" / SINGLE_FILE
+    tensors = load_file(path)
+    tensors["model.layers.1.self_attn.q_proj.bias"][3] = 60000
+    save_file(tensors, path)
+    # Queries make good for the root of a wider head_dim.
+    message = r"^tensor 'model\.layers\.1\.self_attn\.q_proj\.bias': one of its weights becomes 84852\.8, float16 ends"
+    with pytest.raises(UserError, match=message):
+        grow(tmp_path, source.model_copy(update={"head_dim": 8}), growth())
+    assert not (tmp_path / "target").exists()
 
 
 def test_progress_counts_every_tensor_once(tmp_path: Path) -> None:

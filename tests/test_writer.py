@@ -16,8 +16,10 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -150,21 +152,6 @@ def test_copied_bytes_are_the_sources(tmp_path: Path, dtype: torch.dtype) -> Non
         assert all(torch.equal(reader.get(name), tensor) for name, tensor in tensors.items())
 
 
-def test_a_growth_that_only_copies_imports_no_torch(tmp_path: Path) -> None:
-    write_all(tmp_path / "source", random_tensors(SHAPES))
-    code = """
-import sys
-from pathlib import Path
-from aquilamoe.weights.source import Source
-from aquilamoe.weights.writer import Writer
-with Source(Path("source")) as source, Writer(Path("target"), {"a": (512,), "b": (512,)}, "F32") as out:
-    out.copy(["a", "b"], source, "norm")
-print("torch" in sys.modules)
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
-
-
 def test_several_threads_may_write_at_once(tmp_path: Path) -> None:
     tensors = random_tensors({f"tensor.{index}": (300, 1000) for index in range(24)}, torch.bfloat16)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -268,6 +255,26 @@ def test_what_does_not_fit_the_plan_is_refused_and_the_old_weights_stay(
                 out.write(names, [torch.zeros(shape) for shape in shapes])
     assert contents(tmp_path / "old") == before
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("dtype", ["F64", "F32", "F16", "BF16"])
+def test_arrays_are_written_as_tensors_are(tmp_path: Path, dtype: str) -> None:
+    array = np.random.default_rng(0).standard_normal((300, 7000))  # several buffers, and rows that end inside of one
+    for name, blocks in {"array": [array[:50], array[50:]], "tensor": [torch.from_numpy(array)]}.items():
+        with Writer(tmp_path / name, {"a": array.shape}, dtype) as out:
+            out.write("a", blocks)
+    first, second = (tmp_path / name / SINGLE_FILE for name in ("array", "tensor"))
+    assert first.read_bytes() == second.read_bytes()
+
+
+@pytest.mark.parametrize("block", [torch.full((4, 5), 66000.0), np.full((4, 5), 66000.0)])
+def test_numbers_beyond_float16_are_refused_by_name(tmp_path: Path, block: Any) -> None:
+    with (
+        pytest.raises(UserError, match="tensor 'a': one of its weights becomes 66000, float16 ends at 65504"),
+        Writer(tmp_path / "target", {"a": (4, 5)}, torch.float16) as out,
+    ):
+        out.write("a", [block])
+    assert not (tmp_path / "target").exists()
 
 
 def test_a_tensor_that_broke_off_halfway_is_missing_even_if_somebody_went_on(tmp_path: Path) -> None:
