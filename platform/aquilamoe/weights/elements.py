@@ -36,8 +36,10 @@ def cast(block: "Tensor", dtype: "torch.dtype", name: str) -> "Tensor":
 
 def encode(values: np.ndarray, dtype: str, name: str) -> np.ndarray:
     """Numbers that are in float32 or wider as elements of a type; those of BF16 as their bits. UserError as `cast`."""
+    if dtype != "F64":
+        values = np.ascontiguousarray(values, np.float32)  # on the way to fewer bits, as torch goes
     if dtype == "BF16":
-        bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+        bits = values.view(np.uint32)
         nearest = bits + (np.uint32(0x7FFF) + ((bits >> 16) & 1))  # of two as near, the even one
         return (nearest >> 16).astype(np.uint16)
     with np.errstate(over="ignore"):
