@@ -6,7 +6,7 @@ from typing import Literal
 AttentionKernel = Literal["sdpa", "explicit"]
 ExpertsKernel = Literal["grouped", "loop"]
 
-EXPLICIT_UP_TO = 256  # tokens, on a CPU
+EXPLICIT_UP_TO = 1024  # tokens, on a CPU: see docs/performance.md; the softmax that it keeps grows with the square
 
 
 @dataclass(frozen=True)

@@ -82,11 +82,15 @@ def _sums(hidden_nd: Tensor, head_vd: Tensor, targets_n: Tensor, differentiated:
 
 
 def _loss_and_gradient(logits_mv: Tensor, targets_m1: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Sum of the losses of a chunk, and its gradient by the logits: the shares, less 1 at the target."""
-    shares_mv = logits_mv.log_softmax(dim=-1)
+    """Sum of the losses of a chunk, and its gradient by the logits: the shares, less 1 at the target.
+
+    The largest share is 1 / sum(exp(logits - largest)): of it comes the logarithm, which no small share underflows.
+    """
+    shares_mv = logits_mv.softmax(dim=-1)
+    log_sums_m = logits_mv.amax(dim=-1) - shares_mv.amax(dim=-1).log()
+    loss = (log_sums_m - logits_mv.gather(1, targets_m1).squeeze(1)).sum()
     del logits_mv
-    loss = -shares_mv.gather(1, targets_m1).sum()
-    shares_mv.exp_().scatter_add_(1, targets_m1, shares_mv.new_full((), -1.0).expand_as(targets_m1))
+    shares_mv.scatter_add_(1, targets_m1, shares_mv.new_full((), -1.0).expand_as(targets_m1))
     return loss, shares_mv.to(dtype)
 
 
