@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from aquilamoe.config.graph import Node
 from aquilamoe.config.messages import UserError
@@ -32,6 +33,8 @@ from aquilamoe.training import optimizer as optimizers
 from aquilamoe.training.job import Job
 from aquilamoe.training.loop import train
 from aquilamoe.training.metrics import MetricsFile
+from aquilamoe.training.objective import RouterObjective
+from aquilamoe.training.parallel import Group
 from aquilamoe.training.step import Stepper
 from aquilamoe.training.validation import evaluate
 from aquilamoe.weights.configuration import read_config
@@ -69,7 +72,7 @@ ADAMW = {
     "weight_decay": 0.1,
     "max_grad_norm": 1.0,
 }
-TIMES = ("time", "train/tokens_per_s")
+TIMES = ("time", "train/tokens_per_s", "train/data_wait_share", "val/seconds", "checkpoint/seconds")
 
 
 @pytest.fixture(autouse=True)
@@ -256,7 +259,7 @@ def test_validations_and_checkpoints_come_once_in_so_many_tokens(
     tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int
 ) -> None:
     saved: list[int] = []
-    monkeypatch.setattr(loop.state, "save_checkpoint", lambda *arguments: saved.append(arguments[-1]))
+    monkeypatch.setattr(loop.state, "save_checkpoint", lambda *arguments: saved.append(arguments[3]))
     train(make_job(tokens, tmp_path, validate_every_tokens=every, checkpoint_every_tokens=every))
     due = {math.ceil(multiple / BATCH) for multiple in range(every, STEPS * BATCH + 1, every)}
     assert [point["step"] for point in points(tmp_path) if "val/loss" in point] == sorted(due | {0, STEPS})
@@ -276,16 +279,13 @@ def test_validation_reads_the_same_held_out_tokens_in_passes_of_a_micro_batch(
 ) -> None:
     seen: list[np.ndarray] = []
 
-    def spy(model: Decoder, batches: Iterator[np.ndarray], precision: str) -> float:
+    def spy(model: Decoder, batches: Iterator[np.ndarray], precision: str, group: Group) -> float:
         seen.extend(batches)
         return 1.0
 
     monkeypatch.setattr(validation, "evaluate", spy)
-    validation.validate(
-        make_job(tokens, tmp_path, micro_batch_tokens=2 * LENGTH, validation_tokens=5 * LENGTH),
-        Decoder(ModelConfig.model_validate(DENSE)),
-        0,
-    )
+    job = make_job(tokens, tmp_path, micro_batch_tokens=2 * LENGTH, validation_tokens=5 * LENGTH)
+    validation.validate(job, Decoder(job.model), 0, Group(job.cluster))
     assert [len(rows) for rows in seen] == [2, 2, 1] * 2
     written = [np.fromfile(tokens / f"validation-{name}.bin", "<u2")[: 5 * LENGTH] for name in ("en", "zh")]
     assert np.array_equal(np.concatenate([rows[:, :-1] for rows in seen]).flatten(), np.concatenate(written))
@@ -299,7 +299,7 @@ def test_evaluation_is_the_mean_over_tokens_and_leaves_no_gradients() -> None:
     assert math.isclose(whole, parts, rel_tol=1e-6)
     with torch.no_grad():
         logits_btv, _ = model(torch.from_numpy(rows[:, :-1]))
-    expected = validation.cross_entropy(logits_btv, torch.from_numpy(rows[:, 1:])).item()
+    expected = F.cross_entropy(logits_btv.flatten(0, 1), torch.from_numpy(rows[:, 1:]).flatten()).item()
     assert math.isclose(whole, expected, rel_tol=1e-6)
     assert all(parameter.grad is None for parameter in model.parameters())
 
@@ -587,9 +587,9 @@ def test_a_gradient_that_is_not_finite_stops_the_stage_before_it_spoils_the_weig
 ) -> None:
     original, seen = Stepper.accumulate, 0
 
-    def overflow(self: Stepper, rows: np.ndarray) -> dict[str, float]:
+    def overflow(self: Stepper, rows: np.ndarray, router: RouterObjective) -> dict[str, torch.Tensor]:
         nonlocal seen
-        values, seen = original(self, rows), seen + 1
+        values, seen = original(self, rows, router), seen + 1
         if seen == 4:
             gradient = self.model.lm_head.weight.grad
             assert gradient is not None
@@ -645,7 +645,13 @@ def test_the_pretrain_stage_leaves_a_complete_checkpoint(tokens: Path, tmp_path:
     assert metrics["params_total"] == model.num_params and metrics["params_active"] == model.num_active_params
     assert "recovery_tokens" not in metrics
     # The store takes `checkpoints` away when it publishes: until then a killed run resumes from them.
-    assert {path.name for path in out.iterdir()} == {"model", "training", "metrics.jsonl", "checkpoints"}
+    assert {path.name for path in out.iterdir()} == {
+        "model",
+        "training",
+        "metrics.jsonl",
+        "router.jsonl",
+        "checkpoints",
+    }
     assert read_config(out / "model") == model
     for file in ("config.json", "generation_config.json"):
         assert json.loads((out / "model" / file).read_text())["eos_token_id"] == END

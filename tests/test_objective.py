@@ -25,7 +25,7 @@ from aquilamoe.training.step import Stepper
 
 LENGTH, ROWS = 12, 8
 ROUTER = RouterConfig(balance_loss_coeff=0.5, balance_scope="global_batch", z_loss_coeff=0.1)
-PER_MICRO_BATCH = ROUTER.model_copy(update={"balance_scope": "micro_batch"})
+SCOPES = ("global_batch", "running", "micro_batch")
 MODELS = {"dense": 0, "moe": 4}
 CLUSTER = ClusterConfig(
     executor="process",
@@ -41,6 +41,10 @@ CLUSTER = ClusterConfig(
     flops_per_s=1e9,
 )
 ALONE = Group(CLUSTER)
+
+
+def of_scope(scope: str) -> RouterConfig:
+    return ROUTER.model_copy(update={"balance_scope": scope})
 
 
 @pytest.fixture(autouse=True)
@@ -115,6 +119,11 @@ def stepper(
 
 def batch(seed: int = 3, rows: int = ROWS) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 64, (rows, LENGTH + 1))
+
+
+def accumulate(of: Stepper, rows: np.ndarray) -> dict[str, float]:
+    """The gradient of a batch, and its losses as the step reports them."""
+    return of.measured(of.accumulate(rows, RouterObjective(of.job.stage.router, of.group)))
 
 
 def gradients(of: Stepper) -> dict[str, Tensor]:
@@ -223,56 +232,78 @@ def test_layers_are_balanced_one_by_one_and_averaged() -> None:
     objective = RouterObjective(ROUTER, ALONE)
     balance, _ = objective([routing(to_first, 1), routing(to_second, 1)])
     assert abs(balance.item() - 2) < 1e-6
-    assert objective.load_max_over_mean() == 2.0
+    assert objective.load().tolist() == [[6, 0], [0, 6]]
 
 
-def test_the_load_counts_all_micro_batches_of_a_step() -> None:
-    to_first, to_second = torch.tensor([[50.0, -50.0]]).repeat(6, 1), torch.tensor([[-50.0, 50.0]]).repeat(6, 1)
-    for config in (ROUTER, PER_MICRO_BATCH):
-        objective = RouterObjective(config, ALONE)
-        objective([routing(to_first, 1)])
-        assert objective.load_max_over_mean() == 2.0
-        objective([routing(to_second, 1)])
-        assert objective.load_max_over_mean() == 1.0
+def random_routings() -> list[Routing]:
+    return [routing(torch.randn(9, 4, dtype=torch.float64), 2) for _ in range(2)]
 
 
-def test_with_global_scope_a_micro_batch_is_weighed_by_the_shares_of_the_step_so_far() -> None:
-    first, second = (routing(torch.randn(9, 4, dtype=torch.float64), 2) for _ in range(2))
-    so_far, alone = RouterObjective(ROUTER, ALONE), RouterObjective(PER_MICRO_BATCH, ALONE)
-    for objective in (so_far, alone):
-        assert torch.equal(objective([first])[0], balance_loss(first, expert_counts(first)))
+@pytest.mark.parametrize("scope", SCOPES)
+def test_the_load_counts_all_micro_batches_of_a_step(scope: str) -> None:
+    first, second = random_routings()
+    objective = RouterObjective(of_scope(scope), ALONE)
+    if objective.counts_first(2):
+        objective.count([[first], [second]])
+    for each in (first, second):
+        objective([each])
+    assert torch.equal(objective.load(), (expert_counts(first) + expert_counts(second))[None])
+
+
+def test_a_micro_batch_is_weighed_by_the_shares_that_its_scope_names() -> None:
+    first, second = random_routings()
     both = expert_counts(first) + expert_counts(second)
-    assert torch.equal(so_far([second])[0], balance_loss(second, both))
-    assert torch.equal(alone([second])[0], balance_loss(second, expert_counts(second)))
+    shares = {
+        "global_batch": (both, both),
+        "running": (expert_counts(first), both),
+        "micro_batch": (expert_counts(first), expert_counts(second)),
+    }
+    for scope, (of_first, of_second) in shares.items():
+        objective = RouterObjective(of_scope(scope), ALONE)
+        if objective.counts_first(2):
+            objective.count([[first], [second]])
+        assert torch.equal(objective([first])[0], balance_loss(first, of_first)), scope
+        assert torch.equal(objective([second])[0], balance_loss(second, of_second)), scope
+
+
+def test_only_an_exact_balance_loss_of_several_micro_batches_costs_another_pass() -> None:
+    free = ROUTER.model_copy(update={"balance_loss_coeff": 0.0})
+    asked = {
+        (scope, parts): RouterObjective(of_scope(scope), ALONE).counts_first(parts)
+        for scope in SCOPES
+        for parts in (1, 2)
+    }
+    assert [case for case, counts in asked.items() if counts] == [("global_batch", 2)]
+    assert not RouterObjective(free, ALONE).counts_first(2)
 
 
 # Micro-batches
 
 
 @pytest.mark.parametrize("rows", [1, 3, 4])
-def test_accumulated_micro_batches_give_the_gradient_of_the_whole_batch(rows: int) -> None:
-    """Also when the batch is no multiple of them. True of cross-entropy and z-loss, so of every dense model."""
-    no_balance = ROUTER.model_copy(update={"balance_loss_coeff": 0.0})
+def test_accumulated_micro_batches_give_the_losses_and_the_gradient_of_the_whole_batch(rows: int) -> None:
+    """Also when the batch is no multiple of them."""
     for experts in MODELS.values():
-        whole, parts = stepper(experts, no_balance), stepper(experts, no_balance, micro_batch_rows=rows)
-        of_whole, of_parts = whole.accumulate(batch()), parts.accumulate(batch())
-        for name in of_whole.keys() - {"train/balance_loss"}:
-            assert abs(of_whole[name] - of_parts[name]) < 1e-12
+        whole, parts = stepper(experts), stepper(experts, micro_batch_rows=rows)
+        of_whole, of_parts = accumulate(whole, batch()), accumulate(parts, batch())
+        assert of_whole.keys() == of_parts.keys()
+        assert all(abs(of_whole[name] - of_parts[name]) < 1e-12 for name in of_whole)
         assert_equal_gradients(gradients(whole), gradients(parts))
 
 
-def test_accumulation_changes_the_balance_loss_unless_the_micro_batches_are_alike() -> None:
+@pytest.mark.parametrize("scope", ["running", "micro_batch"])
+def test_the_other_scopes_change_the_balance_loss_unless_the_micro_batches_are_alike(scope: str) -> None:
     alike = np.concatenate([batch(rows=ROWS // 2)] * 2)
     for rows, is_same in ((alike, True), (batch(), False)):
-        whole, parts = stepper(4), stepper(4, micro_batch_rows=ROWS // 2)
-        difference = whole.accumulate(rows)["train/balance_loss"] - parts.accumulate(rows)["train/balance_loss"]
+        whole, parts = stepper(4), stepper(4, of_scope(scope), micro_batch_rows=ROWS // 2)
+        difference = accumulate(whole, rows)["train/balance_loss"] - accumulate(parts, rows)["train/balance_loss"]
         assert (abs(difference) < 1e-12) == is_same
         assert abs(difference) < 0.05
 
 
 # Ranks. Each process of a pair runs this very file as a script.
 
-CASES = [(name, scope, rows) for name in MODELS for scope in ("global_batch", "micro_batch") for rows in (ROWS, 2)]
+CASES = [(name, scope, rows) for name in MODELS for scope in ("global_batch", "micro_batch") for rows in (ROWS, 2, 3)]
 
 
 def case_name(model: str, scope: str, micro_batch_rows: int) -> str:
@@ -286,9 +317,8 @@ def run_rank(rank: int, folder: Path) -> None:
     rows = batch()[rank * ROWS // 2 : (rank + 1) * ROWS // 2]
     found: dict[str, Tensor] = {}
     for model, scope, micro_batch_rows in CASES:
-        router = ROUTER.model_copy(update={"balance_scope": scope})
-        trained = stepper(MODELS[model], router, micro_batch_rows, Rank(rank, 2, rank))
-        values = trained.accumulate(rows)
+        trained = stepper(MODELS[model], of_scope(scope), micro_batch_rows, Rank(rank, 2, rank))
+        values = accumulate(trained, rows)
         case = case_name(model, scope, micro_batch_rows)
         found |= {f"{case} value {name}": torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
         found |= {f"{case} gradient {name}": gradient.clone() for name, gradient in gradients(trained).items()}
@@ -315,36 +345,29 @@ def of_case(found: dict[str, Tensor], case: str, kind: str) -> dict[str, Tensor]
 def test_both_ranks_end_with_the_same_losses_and_gradients(two_ranks: list[dict[str, Tensor]]) -> None:
     first, second = two_ranks
     for name, value in first.items():
-        if not ("micro_batch" in name and name.endswith("load_max_over_mean")):  # this rank's own load
-            assert torch.equal(value, second[name]), name
+        assert torch.equal(value, second[name]), name
 
 
-@pytest.mark.parametrize(
-    ("model", "scope"), [("dense", "global_batch"), ("dense", "micro_batch"), ("moe", "global_batch")]
-)
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("rows", [ROWS, 2, 3])
 def test_two_ranks_give_the_losses_and_gradients_of_one_rank_on_the_whole_batch(
-    model: str, scope: str, two_ranks: list[dict[str, Tensor]]
+    model: str, rows: int, two_ranks: list[dict[str, Tensor]]
 ) -> None:
+    """However their halves are cut into micro-batches."""
     whole = stepper(MODELS[model])
-    values = whole.accumulate(batch())
-    case = case_name(model, scope, ROWS)
+    values = accumulate(whole, batch())
+    case = case_name(model, "global_batch", rows)
     found = of_case(two_ranks[0], case, "value")
     assert found.keys() == values.keys()
     assert all(abs(found[name].item() - values[name]) < 1e-12 for name in values)
     assert_equal_gradients(gradients(whole), of_case(two_ranks[0], case, "gradient"))
 
 
-def test_two_ranks_with_micro_batches_reduce_the_gradients_of_all_of_them(two_ranks: list[dict[str, Tensor]]) -> None:
-    whole = stepper(MODELS["dense"])
-    whole.accumulate(batch())
-    assert_equal_gradients(gradients(whole), of_case(two_ranks[0], case_name("dense", "global_batch", 2), "gradient"))
-
-
 def test_the_classic_scope_balances_each_rank_by_itself(two_ranks: list[dict[str, Tensor]]) -> None:
-    halves = [stepper(MODELS["moe"], PER_MICRO_BATCH).accumulate(half) for half in np.split(batch(), 2)]
+    halves = [accumulate(stepper(MODELS["moe"], of_scope("micro_batch")), half) for half in np.split(batch(), 2)]
     mean = sum(values["train/balance_loss"] for values in halves) / 2
     found = of_case(two_ranks[0], case_name("moe", "micro_batch", ROWS), "value")["train/balance_loss"].item()
-    whole = stepper(MODELS["moe"]).accumulate(batch())["train/balance_loss"]
+    whole = accumulate(stepper(MODELS["moe"]), batch())["train/balance_loss"]
     assert abs(found - mean) < 1e-12 < abs(found - whole)
 
 

@@ -1,18 +1,21 @@
 """The training loop: a plain function of a job. It knows nothing of Ray, MLflow or Hydra."""
 
-import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from aquilamoe.data.loader import Batches
 from aquilamoe.model import Decoder
 from aquilamoe.training import optimizer as optimizers
-from aquilamoe.training import state
+from aquilamoe.training import spikes, state
 from aquilamoe.training.job import FIRST, Job, Rank
-from aquilamoe.training.metrics import MetricsFile
+from aquilamoe.training.journal import CHECKPOINT, STEP, VALIDATION, WAIT, Journal
 from aquilamoe.training.parallel import Group, initialize
+from aquilamoe.training.spikes import Progress, SpikeError
 from aquilamoe.training.step import Stepper
 from aquilamoe.training.validation import validate
 from aquilamoe.weights.allocator import keep_large_buffers
@@ -37,63 +40,90 @@ def _train(job: Job, group: Group) -> dict[str, Any]:
     if not job.cluster.gpus_per_worker:
         torch.set_num_threads(job.cluster.cpus_per_worker)
     batches = _batches(job, group)  # a mistake in the data shows before anything is built or exchanged
-    model, optimizer, done = _restore(job, group)
-    metrics = _metrics_file(job, done, group)
-    stepper = Stepper(job, model, optimizer, group)
-    if done == 0:
-        metrics.write(0, validate(job, model, 0))
-    last = job.stage.num_steps
+    back: Progress | None = None
+    while True:
+        run = _Run(job, group, back)
+        try:
+            return _finish(run, batches)
+        except SpikeError as spike:
+            back = spikes.roll_back(job, group, spike, run.progress)
+        del run  # before another takes its memory
+
+
+def _finish(run: "_Run", batches: Batches) -> dict[str, Any]:
+    """From where the run is to the end of the stage."""
+    job, last = run.job, run.job.stage.num_steps
     log_every = max(1, last // LOG_POINTS)
-    watch = _Stopwatch()
-    steps = range(done + 1, last + 1)
-    for step, rows in zip(steps, batches.iterate(_position(job, done)), strict=False):
-        with watch:
-            values = stepper.step(step, rows)
-        validates = step == last or _due(step, job.stage.validate_every_tokens, job)
-        if validates or step % log_every == 0:
-            values["train/tokens_per_s"] = job.stage.batch_tokens / watch.mean_and_reset()
-            metrics.write(step, values | (validate(job, model, step) if validates else {}))
-        if group.is_first and step < last and _due(step, job.cluster.checkpoint_every_tokens, job):
-            metrics.sync()  # before the checkpoint: who resumes from it needs the points up to it
-            state.save_checkpoint(job.out, model, optimizer, step)
-    if group.is_first:
-        state.save(job.out, model, optimizer, last)
-    return metrics.summary()
+    if run.progress.step == 0:
+        run.write(run.validate())
+    ahead = batches.iterate(run.position)
+    for step in range(run.progress.step + 1, last + 1):
+        values = run.step(step, ahead)
+        if step == last or _due(step, job.stage.validate_every_tokens, job):
+            run.write(values | run.validate())
+        elif step % log_every == 0:
+            run.write(values)
+        if step < last and _due(step, job.cluster.checkpoint_every_tokens, job):
+            run.save_checkpoint()
+    return run.save()
 
 
-class _Stopwatch:
-    """Mean seconds of the `with` blocks since the last reset: validation and saving are not a step's time."""
+class _Run:
+    """A stage in progress: what changes with every step, and what is written about it.
 
-    def __init__(self) -> None:
-        self.seconds, self.blocks = 0.0, 0
+    back: how far the stage was when it was rolled back, None if it was not.
+    """
 
-    def __enter__(self) -> None:
-        self.started = time.perf_counter()
+    def __init__(self, job: Job, group: Group, back: Progress | None) -> None:
+        self.job, self.group = job, group
+        self.model, self.optimizer, step, extra = _restore(job, group)
+        self.progress = Progress.of(step, extra if step else {})
+        if back:
+            self.progress = back.at(step, job.stage.batch_tokens // job.stage.sequence_length)
+        self.journal = Journal(job, group, step)
+        self.stepper = Stepper(job, self.model, self.optimizer, group, self.progress)
+        self.stepper.restore(extra)
 
-    def __exit__(self, *_: object) -> None:
-        self.seconds += time.perf_counter() - self.started
-        self.blocks += 1
+    @property
+    def position(self) -> int:
+        """Sequence of the data at which the next step begins."""
+        tokens = self.job.ancestor_tokens + self.progress.step * self.job.stage.batch_tokens
+        return tokens // self.job.stage.sequence_length + self.progress.skipped_sequences
 
-    def mean_and_reset(self) -> float:
-        mean = self.seconds / self.blocks
-        self.seconds, self.blocks = 0.0, 0
-        return mean
+    def step(self, step: int, ahead: Iterator[np.ndarray]) -> dict[str, float]:
+        """Take an optimizer step with the batch that is next."""
+        with self.journal.measure(WAIT):
+            rows = next(ahead)
+        self.progress.step = step
+        with self.journal.measure(STEP):
+            return self.stepper.step(step, rows)
+
+    def validate(self) -> dict[str, float]:
+        """Held-out losses of the model as it would be published."""
+        with self.journal.measure(VALIDATION), self.stepper.as_published():
+            return validate(self.job, self.model, self.progress.step, self.group)
+
+    def write(self, values: dict[str, float]) -> None:
+        counts = self.progress.counts() if self.job.stage.spikes.policy != "stop" else {}
+        self.journal.write(self.progress.step, values | counts, self.stepper.router_load)
+
+    def save_checkpoint(self) -> None:
+        extra = self.stepper.extra()
+        with self.journal.measure(CHECKPOINT):
+            if self.group.is_first:
+                self.journal.sync()  # before the checkpoint: who resumes from it needs the points up to it
+                state.save_checkpoint(self.job.out, self.model, self.optimizer, self.progress.step, extra)
+
+    def save(self) -> dict[str, Any]:
+        """Leave the result of the stage and return its metrics."""
+        extra = self.stepper.extra()
+        if self.group.is_first:
+            state.save(self.job.out, self.model, self.optimizer, self.progress.step, extra)
+        return self.journal.metrics.summary() | self.progress.counts(prefix="")
 
 
-def _metrics_file(job: Job, resume_step: int, group: Group) -> MetricsFile:
-    return MetricsFile(
-        job.out / "metrics.jsonl",
-        resume_step=resume_step,
-        batch_tokens=job.stage.batch_tokens,
-        flops_per_token=job.model.flops_per_token(job.stage.sequence_length),
-        ancestor_tokens=job.ancestor_tokens,
-        ancestor_flops=job.ancestor_flops,
-        enabled=group.is_first,
-    )
-
-
-def _restore(job: Job, group: Group) -> tuple[Decoder, optimizers.AnyOptimizer, int]:
-    """Model, optimizer and step as the newest checkpoint of this stage holds them, or else as the stage begins."""
+def _restore(job: Job, group: Group) -> tuple[Decoder, optimizers.AnyOptimizer, int, dict[str, Tensor]]:
+    """Model, optimizer, step and the rest as the newest checkpoint of this stage has them, or as the stage begins."""
     model = group.build(job.model, job.stage.precision)
     saved = state.checkpoints(job.out)
     if not saved and job.source is not None:
@@ -102,15 +132,11 @@ def _restore(job: Job, group: Group) -> tuple[Decoder, optimizers.AnyOptimizer, 
         initialize(model, job.stage.seed)
     optimizer = optimizers.build(model, job.stage.optimizer, job.stage.learning_rate)
     if saved:
-        return model, optimizer, state.load(saved[0], model, optimizer)
+        return model, optimizer, state.load(saved[0], model, optimizer), state.load_extra(saved[0])
     if job.source is not None and job.stage.optimizer_state == "keep":
         state.load_moments(job.source, model, optimizer)
-    return model, optimizer, 0
-
-
-def _position(job: Job, step: int) -> int:
-    """Sequence of the data at which the step after `step` begins."""
-    return (job.ancestor_tokens + step * job.stage.batch_tokens) // job.stage.sequence_length
+        return model, optimizer, 0, state.load_extra(job.source)
+    return model, optimizer, 0, {}
 
 
 def _batches(job: Job, group: Group) -> Batches:

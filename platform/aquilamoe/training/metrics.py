@@ -1,6 +1,10 @@
-"""metrics.jsonl: what a training stage measures, one point a line, one line a step - the truth for every curve."""
+"""metrics.jsonl: what a training stage measures, one point a line, one line a step - the truth for every curve.
+
+Beside it, for a Mixture of Experts, router.jsonl: the load of each expert of each layer.
+"""
 
 import json
+import math
 import os
 import statistics
 import time
@@ -11,12 +15,44 @@ from typing import Any
 Point = Mapping[str, Any]
 
 
-class MetricsFile:
-    """Appends points as they are measured.
+class PointsFile:
+    """Appends points as they are measured, one a line.
 
     path: the file. resume_step: points after it are forgotten, they will be computed again; 0 starts anew.
-    batch_tokens: tokens of a step. flops_per_token: model FLOPs. ancestor_*: what the checkpoint has behind it.
-    enabled: False on all ranks but the first, which keep points but write none.
+    batch_tokens: tokens of a step. enabled: False on all ranks but the first, which keep points but write none.
+    """
+
+    def __init__(self, path: Path, resume_step: int, batch_tokens: int, enabled: bool) -> None:
+        self.path, self.batch_tokens, self.enabled = path, batch_tokens, enabled
+        self.points = [point for point in _read(path) if resume_step and point["step"] <= resume_step]
+        if enabled:
+            # A new file, not a shorter one: a reader that follows the old one notices.
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_suffix(".tmp")
+            with temporary.open("w") as file:
+                file.writelines(map(_line, self.points))
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        point = {"step": step, "tokens": step * self.batch_tokens, **values}
+        self.points.append(point)
+        if self.enabled:
+            with self.path.open("a") as file:
+                file.write(_line(point))
+
+    def sync(self) -> None:
+        """Wait until every point is on disk."""
+        if self.enabled:
+            with self.path.open("a") as file:
+                os.fsync(file.fileno())
+
+
+class MetricsFile(PointsFile):
+    """The points of metrics.jsonl, which also say what the checkpoint has behind it.
+
+    flops_per_token: model FLOPs. ancestor_tokens, ancestor_flops: of the stages before.
     """
 
     def __init__(
@@ -29,40 +65,18 @@ class MetricsFile:
         ancestor_flops: int,
         enabled: bool,
     ) -> None:
-        self.path, self.enabled = path, enabled
-        self.batch_tokens, self.flops_per_token = batch_tokens, flops_per_token
+        super().__init__(path, resume_step, batch_tokens, enabled)
+        self.flops_per_token = flops_per_token
         self.ancestor_tokens, self.ancestor_flops = ancestor_tokens, ancestor_flops
-        self.points = [point for point in _read(path) if resume_step and point["step"] <= resume_step]
-        if enabled:
-            # A new file, not a shorter one: a reader that follows the old one notices.
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_suffix(".tmp")
-            with temporary.open("w") as file:
-                file.writelines(map(_line, self.points))
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
         tokens = step * self.batch_tokens
-        point = {
-            "step": step,
-            "tokens": tokens,
+        behind = {
             "lineage_tokens": self.ancestor_tokens + tokens,
             "lineage_flops": self.ancestor_flops + tokens * self.flops_per_token,
             "time": time.time(),
-            **values,
         }
-        self.points.append(point)
-        if self.enabled:
-            with self.path.open("a") as file:
-                file.write(_line(point))
-
-    def sync(self) -> None:
-        """Wait until every point is on disk."""
-        if self.enabled:
-            with self.path.open("a") as file:
-                os.fsync(file.fileno())
+        super().write(step, behind | {name: value for name, value in values.items() if _is_number(value)})
 
     def summary(self) -> dict[str, Any]:
         """The stage's metrics for its record; losses are validation losses in nats per token."""
@@ -80,6 +94,11 @@ class MetricsFile:
             **{f"loss_end/{key.removeprefix('val/loss/')}": last[key] for key in languages},
             "tokens_per_s": statistics.median(p["train/tokens_per_s"] for p in self.points if p["step"]),
         }
+
+
+def _is_number(value: Any) -> bool:
+    """JSON has no NaN and no Inf; the loss of a step that was skipped may be one."""
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _line(point: Point) -> str:

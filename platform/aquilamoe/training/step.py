@@ -1,23 +1,44 @@
 """One optimizer step: micro-batches forward and backward, clip, update."""
 
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from aquilamoe.model import Decoder
+from aquilamoe.model import Decoder, Routing
 from aquilamoe.training import optimizer as optimizers
+from aquilamoe.training import spikes
 from aquilamoe.training.job import Job, micro_batch_rows
-from aquilamoe.training.objective import RouterObjective, cross_entropy
-from aquilamoe.training.parallel import Group
+from aquilamoe.training.objective import RouterObjective
+from aquilamoe.training.parallel import MASTER_IN_FLOAT32, Group
+from aquilamoe.training.rounded import RoundedCopy
+from aquilamoe.training.router_bias import SelectionBias
+from aquilamoe.training.router_load import RouterLoad
 from aquilamoe.training.schedules import learning_rate_factor
-from aquilamoe.training.validation import require_finite
+from aquilamoe.training.spikes import Progress
+
+LOAD, BIAS = "router_load", "selection_bias"  # among the tensors of a checkpoint
 
 
 class Stepper:
-    """One optimizer step: micro-batches forward and backward, clip, update."""
+    """Takes optimizer steps with the model of a job.
 
-    def __init__(self, job: Job, model: Decoder, optimizer: optimizers.AnyOptimizer, group: Group) -> None:
+    progress: counts the steps that are skipped. router_load, selection_bias: what the routers of a Mixture of Experts
+    did and are to do, None where there are none; a checkpoint keeps them.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        model: Decoder,
+        optimizer: optimizers.AnyOptimizer,
+        group: Group,
+        progress: Progress | None = None,
+    ) -> None:
         self.job, self.model, self.optimizer, self.group = job, model, optimizer, group
+        self.progress = progress or Progress()
         self.rows = micro_batch_rows(job.cluster, job.stage.sequence_length)
         router = job.stage.router
         self.coefficients = {
@@ -25,43 +46,109 @@ class Stepper:
             "train/balance_loss": router.balance_loss_coeff,
             "train/z_loss": router.z_loss_coeff,
         }
-        self.network = group.distribute(model)
+        self.rounded: RoundedCopy | None = None
+        if job.stage.precision == MASTER_IN_FLOAT32 and not group.is_sharded:
+            self.rounded = RoundedCopy(model, group)
+        self.decoder = self.rounded.network if self.rounded else model  # what computes
+        self.network: nn.Module = self.decoder if self.rounded else group.distribute(model)
+        self.router_load: RouterLoad | None = None
+        self.selection_bias: SelectionBias | None = None
+        if job.model.is_moe:
+            self.router_load = RouterLoad(job.model.num_sparse_layers, job.model.num_experts, group)
+            if router.bias_update_rate:
+                self.selection_bias = SelectionBias(self.decoder, router.bias_update_rate)
+
+    def restore(self, extra: Mapping[str, Tensor]) -> None:
+        """Go on from what `extra` returned; what is not there begins at zero."""
+        if self.router_load and LOAD in extra:
+            self.router_load.restore(extra[LOAD])
+        if self.selection_bias and BIAS in extra:
+            self.selection_bias.restore(extra[BIAS])
+
+    def extra(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps besides weights, moments and the step; all ranks ask for it together."""
+        found = self.progress.extra()
+        if self.router_load and not self.router_load.is_empty:
+            found[LOAD] = self.router_load.gather()
+        if self.selection_bias:
+            found[BIAS] = self.selection_bias.bias_le
+        return found
+
+    def as_published(self) -> AbstractContextManager[None]:
+        """In this context the model computes as it would from its files."""
+        return self.selection_bias.off() if self.selection_bias else nullcontext()
 
     def step(self, step: int, rows: np.ndarray) -> dict[str, float]:
-        """Train on this rank's rows (rows, sequence_length + 1) and return the step's values."""
+        """Train on this rank's rows (rows, sequence_length + 1); return the step's values, the same on all ranks.
+
+        SpikeError if one of them forbids the step and the policy is not to skip it.
+        """
         stage = self.job.stage
         total = stage.num_steps * stage.batch_tokens
         learning_rate = stage.learning_rate * learning_rate_factor(step * stage.batch_tokens, total, stage.schedule)
         optimizers.set_learning_rate(self.optimizer, learning_rate)
-        values = self.accumulate(rows)
+        router = RouterObjective(stage.router, self.group)
+        losses = self.accumulate(rows, router)
         norm = self.group.clip(self.model, stage.optimizer.max_grad_norm)
-        values |= {"train/grad_norm": norm.item(), "train/learning_rate": learning_rate}
-        require_finite(self.job, step, values, weights_of=step - 1)
-        self.optimizer.step()
+        values = self.measured(losses | {"train/grad_norm": norm})
+        if spike := spikes.find(self.job, step, step - 1, values):
+            self._skip(spike)
+        else:
+            self._update(router)
         self.optimizer.zero_grad(set_to_none=True)
-        return values
+        return values | {"train/learning_rate": learning_rate}
 
-    def accumulate(self, rows: np.ndarray) -> dict[str, float]:
-        """Leave the gradient of the global batch in the parameters; return its mean losses and the expert load."""
-        router = RouterObjective(self.job.stage.router, self.group)
+    def _update(self, router: RouterObjective) -> None:
+        self.optimizer.step()
+        if self.rounded:
+            self.rounded.round()
+        if self.selection_bias:
+            self.selection_bias.update(router.load())
+
+    def _skip(self, spike: spikes.SpikeError) -> None:
+        if self.job.stage.spikes.policy != "skip":
+            raise spike
+        spikes.count(self.job, self.progress, spike)
+        self.progress.skipped_steps += 1
+
+    def accumulate(self, rows: np.ndarray, router: RouterObjective) -> dict[str, Tensor]:
+        """Leave the gradient of the global batch in the model's parameters; return this rank's mean losses, 0-dim."""
         chunks = torch.from_numpy(rows).to(self.group.device).split(self.rows)
-        losses: dict[str, Tensor] = {}
-        totals = torch.zeros((), dtype=torch.float64, device=self.group.device)
+        if self.job.model.is_moe and router.counts_first(len(chunks)):
+            router.count(self._routings(chunk_bt) for chunk_bt in chunks)
+        means: dict[str, Tensor] = {}
         for index, chunk_bt in enumerate(chunks):
             self.group.exchange_gradients(self.network, now=index == len(chunks) - 1)
             losses = self._losses(chunk_bt, router)
             share = chunk_bt.shape[0] / rows.shape[0]
-            objective = sum(self.coefficients[name] * loss for name, loss in losses.items())
+            objective = torch.stack([c * losses[name] for name, c in self.coefficients.items() if name in losses]).sum()
             (objective * share).backward()
-            totals = totals + share * torch.stack([loss.detach().double() for loss in losses.values()])
-        means = self.group.sum_(totals) / self.group.world_size
-        values = dict(zip(losses, means.tolist(), strict=True))
-        return values | ({"router/load_max_over_mean": router.load_max_over_mean()} if self.job.model.is_moe else {})
+            if self.rounded:
+                self.rounded.add_gradients()
+            means = {name: means.get(name, 0.0) + share * loss.detach().double() for name, loss in losses.items()}
+        if self.rounded:
+            self.rounded.average_gradients()
+        return means
+
+    def measured(self, values: dict[str, Tensor]) -> dict[str, float]:
+        """Means over the ranks: one exchange between them, and the one time in a step that the host waits."""
+        sums = self.group.sum_(torch.stack([value.detach().double() for value in values.values()]))
+        return dict(zip(values, (sums / self.group.world_size).tolist(), strict=True))
 
     def _losses(self, tokens_bt: Tensor, router: RouterObjective) -> dict[str, Tensor]:
-        with torch.autocast(self.group.device.type, torch.bfloat16, enabled=self.job.stage.precision == "bf16"):
-            logits_btv, routings = self.network(tokens_bt[:, :-1])
-        losses = {"train/loss": cross_entropy(logits_btv, tokens_bt[:, 1:])}
+        with self._autocast():
+            loss, routings = self.network(tokens_bt[:, :-1], tokens_bt[:, 1:])
+        losses: dict[str, Tensor] = {"train/loss": loss}
         if routings:
             losses["train/balance_loss"], losses["train/z_loss"] = router(routings)
+            assert self.router_load is not None
+            self.router_load.add(routings)
         return losses
+
+    @torch.no_grad()
+    def _routings(self, tokens_bt: Tensor) -> Sequence[Routing]:
+        with self._autocast():
+            return self.decoder.route(tokens_bt[:, :-1])
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.group.device.type, torch.bfloat16, enabled=self.job.stage.precision == "bf16")

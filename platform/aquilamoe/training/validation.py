@@ -1,18 +1,16 @@
-"""Held-out losses, and what happens when a loss is not finite."""
+"""Held-out losses."""
 
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import numpy as np
 import torch
 
-from aquilamoe.config.messages import UserError
 from aquilamoe.config.schema import ClusterConfig
 from aquilamoe.data.loader import validation_batches
 from aquilamoe.model import Decoder
-from aquilamoe.training import state
 from aquilamoe.training.job import Job, micro_batch_rows
-from aquilamoe.training.objective import cross_entropy
+from aquilamoe.training.parallel import Group
+from aquilamoe.training.spikes import require_finite
 
 VALIDATION_ROWS = 32
 
@@ -22,15 +20,16 @@ def validation_rows(cluster: ClusterConfig, sequence_length: int) -> int:
     return min(VALIDATION_ROWS, micro_batch_rows(cluster, sequence_length))
 
 
-def validate(job: Job, model: Decoder, step: int) -> dict[str, float]:
+def validate(job: Job, model: Decoder, step: int, group: Group) -> dict[str, float]:
     """Held-out loss by language, and their mean weighted as the training mixture, in nats per token."""
     stage = job.stage
-    rows = validation_rows(job.cluster, stage.sequence_length)
+    rows = validation_rows(job.cluster, stage.sequence_length) * group.world_size
     losses = {
         source: evaluate(
             model,
             validation_batches(job.tokens, source, stage.sequence_length, stage.validation_tokens, rows),
             stage.precision,
+            group,
         )
         for source in stage.mixture
     }
@@ -42,33 +41,22 @@ def validate(job: Job, model: Decoder, step: int) -> dict[str, float]:
 
 
 @torch.no_grad()
-def evaluate(model: Decoder, batches: Iterable[np.ndarray], precision: str) -> float:
-    """Mean next-token loss in nats over batches, at least one, of (rows, length + 1) token ids."""
-    device = next(model.parameters()).device
-    total, count = 0.0, 0
-    for rows in batches:
-        tokens_bt = torch.from_numpy(rows).to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            logits_btv, _ = model(tokens_bt[:, :-1])
-        targets_bt = tokens_bt[:, 1:]
-        total += cross_entropy(logits_btv, targets_bt).item() * targets_bt.numel()
-        count += targets_bt.numel()
-    return total / count
+def evaluate(model: Decoder, batches: Iterable[np.ndarray], precision: str, group: Group | None = None) -> float:
+    """Mean next-token loss in nats over batches, at least one, of (rows, length + 1) token ids.
 
-
-def require_finite(job: Job, step: int, values: Mapping[str, float], weights_of: int) -> None:
-    """UserError for a value that is NaN or Inf.
-
-    It was computed from the weights that the step `weights_of` made. A checkpoint of that step is as bad as they are;
-    the weights of every step before it gave finite values.
+    group: the processes that have the same batches and divide the rows of each among them. All make as many passes;
+    who has no row of a batch goes through its first one and does not count it.
     """
-    bad = [name for name, value in values.items() if not math.isfinite(value)]
-    if not bad:
-        return
-    good = [path for path in state.checkpoints(job.out) if state.step_of(path) < weights_of]
-    raise UserError(
-        f"stage {job.name}: {bad[0]} is {values[bad[0]]} at step {step} of {job.stage.num_steps} "
-        f"({step * job.stage.batch_tokens:,} tokens); "
-        f"{f'last good checkpoint: {good[0]}' if good else 'there is no good checkpoint before it'}; "
-        f"lower its learning_rate ({job.stage.learning_rate}) or lengthen its schedule.warmup_tokens and run again"
-    )
+    device = next(model.parameters()).device
+    rank, world_size = (group.rank, group.world_size) if group else (0, 1)
+    sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, tokens
+    for rows in batches:
+        mine = rows[rank::world_size]
+        tokens_bt = torch.from_numpy(mine if len(mine) else rows[:1]).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision != "fp32"):
+            loss, _ = model(tokens_bt[:, :-1], tokens_bt[:, 1:])
+        counted = tokens_bt[:, 1:].numel() if len(mine) else 0
+        sums += torch.stack([loss.double() * counted, torch.full_like(sums[1], counted)])
+    if group:
+        group.sum_(sums)
+    return (sums[0] / sums[1]).item()

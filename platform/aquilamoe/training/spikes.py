@@ -1,0 +1,121 @@
+"""Steps that must not be taken: their loss is not finite, or their gradient is out of all proportion."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from aquilamoe.config.messages import UserError
+from aquilamoe.training import state
+from aquilamoe.training.job import Job
+from aquilamoe.training.parallel import Group
+
+PROGRESS = "progress"  # among the tensors of a checkpoint
+
+
+@dataclass
+class Progress:
+    """How far a stage is, and what went wrong on the way: part of its checkpoints.
+
+    step: optimizer steps behind it, the skipped ones included. skipped_steps: those without an update. rollbacks: how
+    often it went back to a checkpoint. skipped_sequences: sequences of the data that it left out in doing so.
+    """
+
+    step: int = 0
+    skipped_steps: int = 0
+    rollbacks: int = 0
+    skipped_sequences: int = 0
+
+    @classmethod
+    def of(cls, step: int, extra: Mapping[str, Tensor]) -> Self:
+        """As a checkpoint has it."""
+        return cls(step, *extra[PROGRESS].tolist()) if PROGRESS in extra else cls(step)
+
+    def extra(self) -> dict[str, Tensor]:
+        """What a checkpoint needs besides the step: nothing, as long as nothing went wrong."""
+        counts = [self.skipped_steps, self.rollbacks, self.skipped_sequences]
+        return {PROGRESS: torch.tensor(counts)} if any(counts) else {}
+
+    def at(self, step: int, batch_sequences: int) -> Self:
+        """After going back from here to `step`: the data go on, whatever the steps in between have read is left out."""
+        left_out = (self.step - step) * batch_sequences
+        return replace(self, step=step, skipped_sequences=self.skipped_sequences + left_out)
+
+    def counts(self, prefix: str = "train/") -> dict[str, float]:
+        """For metrics."""
+        return {f"{prefix}skipped_steps": self.skipped_steps, f"{prefix}rollbacks": self.rollbacks}
+
+
+class SpikeError(UserError):
+    """A value that stops a stage, unless its policy knows better.
+
+    step: where it was measured. weights_of: the step that made the weights it was computed from. spoiled: whether
+    those weights may be the cause: a checkpoint of them is then as bad as they are.
+    """
+
+    def __init__(self, job: Job, step: int, weights_of: int, name: str, value: float, reason: str = "") -> None:
+        self.step, self.weights_of, self.spoiled = step, weights_of, not math.isfinite(value)
+        good = next(iter(self.checkpoints_before(job)), None)
+        super().__init__(
+            f"stage {job.name}: {name} is {value}{reason} at step {step} of {job.stage.num_steps} "
+            f"({step * job.stage.batch_tokens:,} tokens); "
+            f"{f'last good checkpoint: {good}' if good else 'there is no good checkpoint before it'}; "
+            f"lower its learning_rate ({job.stage.learning_rate}) or lengthen its schedule.warmup_tokens and run again"
+        )
+
+    @property
+    def first_bad_checkpoint(self) -> int:
+        """Checkpoints of this step and of those after it are not to be trusted."""
+        return self.weights_of if self.spoiled else self.weights_of + 1
+
+    def checkpoints_before(self, job: Job) -> list[str]:
+        """Those that can be trusted, newest first."""
+        return [str(path) for path in state.checkpoints(job.out) if state.step_of(path) < self.first_bad_checkpoint]
+
+
+def find(job: Job, step: int, weights_of: int, values: Mapping[str, float]) -> SpikeError | None:
+    """What is wrong with the values of a step or of a validation: the first that is NaN or Inf, or too large a norm.
+
+    They were computed from the weights that the step `weights_of` made.
+    """
+    for name, value in values.items():
+        if not math.isfinite(value):
+            return SpikeError(job, step, weights_of, name, value)
+    limit, norm = job.stage.spikes.max_grad_norm, values.get("train/grad_norm", 0.0)
+    if limit is not None and norm > limit:
+        return SpikeError(job, step, weights_of, "train/grad_norm", norm, f", over spikes.max_grad_norm ({limit}),")
+    return None
+
+
+def require_finite(job: Job, step: int, values: Mapping[str, float], weights_of: int) -> None:
+    """Raise what `find` finds."""
+    if spike := find(job, step, weights_of, values):
+        raise spike
+
+
+def count(job: Job, progress: Progress, spike: SpikeError) -> None:
+    """Allow one more event; raise the spike when there have been `spikes.max_events` in this stage."""
+    allowed = job.stage.spikes.max_events
+    if progress.skipped_steps + progress.rollbacks >= allowed:
+        raise UserError(f"{spike} (skipped or rolled back {allowed} times before: spikes.max_events)")
+
+
+def roll_back(job: Job, group: Group, spike: SpikeError, progress: Progress) -> Progress:
+    """Leave as the newest checkpoint the last one that can be trusted; return the progress with one rollback more.
+
+    Raises the spike if that is not the policy, or if the weights that the stage began with are the cause. Done again
+    after an interruption at any place, it finds the same.
+    """
+    if job.stage.spikes.policy != "roll_back" or spike.step == 0:
+        raise spike
+    count(job, progress, spike)
+    group.wait()  # the others have not read yet what is there
+    if group.is_first:
+        for path in state.checkpoints(job.out):
+            if state.step_of(path) >= spike.first_bad_checkpoint:
+                state.discard(path)
+    group.wait()
+    return replace(progress, rollbacks=progress.rollbacks + 1)
