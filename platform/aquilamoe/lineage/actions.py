@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from aquilamoe.config.graph import Node
@@ -116,6 +117,9 @@ def _say_differences(question: Question, old: Entry, new: Entry) -> None:
         )
     else:
         question.say(f"{_label(old)} -> {_label(new)}:")
+        for older, newer in ((old, new), (new, old)):
+            if older.directory in [each.directory for each in question.library.ancestors(newer)]:
+                question.say(f"  {_label(newer)} was made from {_label(older)}, see action=lineage")
         _say_reasons(question, reasons.made(question.library, old), reasons.made(question.library, new))
     for line in reasons.circumstances(old, new):
         question.say(f"  {line}")
@@ -181,6 +185,8 @@ def _rebuild(question: Question) -> None:
             f"what was made is kept in {again.directory}"
         )
     shutil.rmtree(rebuild.store.root)
+    with suppress(OSError):  # another rebuild is there
+        rebuild.store.root.parent.rmdir()
     compared = [name for name in entry.files if name != METRICS]
     size = sum(entry.files[name][0] for name in compared) / MEGABYTE
     question.say(f"identical: {len(compared)} files, {size:,.1f} MB; {METRICS} has times in it and is not compared.")

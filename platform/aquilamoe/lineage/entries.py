@@ -93,6 +93,12 @@ def weights_sha256(digests: Mapping[str, str]) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
+def sha256(path: Path) -> str:
+    """Of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def read_entry(directory: Path) -> Entry:
     """The output in a directory; UserError when its record is missing, damaged, or of something else."""
     path = directory / RECORD

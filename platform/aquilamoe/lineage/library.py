@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from aquilamoe.config.messages import UserError
-from aquilamoe.lineage.entries import Entry, read_entry
-from aquilamoe.pipeline.store import RECORD, Store
+from aquilamoe.lineage.entries import WEIGHTS, Entry, read_entry, sha256
+from aquilamoe.pipeline.store import RECORD
 
-CONFIG = "config.json"
+CONFIG, CARD = "config.json", "README.md"
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Library:
         if not entry.is_stage:
             return [self._grown_from(entry)]
         found = [self._parent(role, reference) for role, reference in entry.inputs.items()]
-        return sorted(found, key=lambda parent: not (parent.entry and parent.entry.weights))
+        return sorted(found, key=lambda parent: (parent.role != "source", not (parent.entry and parent.entry.weights)))
 
     def ancestors(self, entry: Entry) -> Iterator[Entry]:
         """Everything that an output was made from, each once, nearest first."""
@@ -73,13 +73,18 @@ class Library:
         return Parent(role, reference["stage"], fingerprint, found, problem)
 
     def _grown_from(self, entry: Entry) -> Parent:
-        """The source of a growth by hand: the output whose weights have the bytes that it noted."""
+        """The source of a growth by hand: the stage's output whose weights have the bytes that it noted.
+
+        Of another growth by hand no digest of whole files is known; its card, which names its own source and recipe by
+        digests, stands for it.
+        """
         name = entry.record.get("source", {}).get("name", "source")
         noted = entry.recipe.get("inputs", {}).get("source", {})
         for other in self.entries.values():
-            if other.weights and all(noted.get(file) == digest for file, digest in other.weights.items()):
+            same_weights = other.weights and all(noted.get(file) == digest for file, digest in other.weights.items())
+            if same_weights or (not other.is_stage and _has_card(other.directory, noted)):
                 return Parent("source", other.stage, other.fingerprint, other)
-        digest = next((noted[file] for file in sorted(noted) if file.endswith(".safetensors")), "unknown")
+        digest = next((noted[file] for file in sorted(noted) if file.endswith(WEIGHTS)), "unknown")
         return Parent("source", name, None, None, f"no output here has its weights (SHA-256 {digest[:12]})")
 
 
@@ -99,8 +104,9 @@ def read_library(stages: Path) -> Library:
     return Library(entries, damaged)
 
 
-def read_store(store: Store) -> Library:
-    return read_library(store.stages)
+def _has_card(directory: Path, noted: Mapping[str, str]) -> bool:
+    cards = {name: directory / name for name in (CONFIG, CARD)}
+    return all(path.is_file() and noted.get(name) == sha256(path) for name, path in cards.items())
 
 
 def _age(entry: Entry) -> str:

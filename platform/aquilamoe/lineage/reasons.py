@@ -82,6 +82,9 @@ def _input_differs(role: str, old: Side, new: Side, seen: set[tuple[str, str]]) 
         gone = before if old_input is None else after
         yield f"inputs.{role} {name} (there is no record of {gone}: nothing more is known)"
         return
+    if old_input.recipe["kind"] != new_input.recipe["kind"]:
+        yield f"inputs.{role} {name} ({old_input.recipe['kind']} -> {new_input.recipe['kind']})"
+        return
     yield f"inputs.{role} {name}"
     yield from (INDENT + line for line in _differ(old_input, new_input, seen))
 

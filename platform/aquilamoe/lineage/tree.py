@@ -2,6 +2,7 @@
 
 import textwrap
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from aquilamoe.lineage.entries import Entry
@@ -38,7 +39,9 @@ def _is_shown(parent: Parent, shown: set[Any]) -> bool:
 
 
 def _title(entry: Entry) -> str:
-    return f"{entry.stage} {entry.fingerprint}  {entry.kind}  in {entry.directory}"
+    here = entry.directory.is_relative_to(Path.cwd())
+    where = entry.directory.relative_to(Path.cwd()) if here else entry.directory
+    return f"{entry.stage} {entry.fingerprint}  {entry.kind}  in {where}"
 
 
 def _parent_title(parent: Parent) -> str:
@@ -54,14 +57,14 @@ def facts(entry: Entry, ancestors: list[Entry]) -> Iterator[str]:
         "parameters": _parameters(metrics),
         "tokens": _own_and_all(metrics, "tokens", "lineage_tokens", "{:,}"),
         "FLOPs": _own_and_all(metrics, "flops", "lineage_flops", "{:.3g}"),
+        "cost": _cost(entry.record.get("cost")) if metrics.get("params_total") else "",
         "loss": _loss(metrics),
         "certificate": _certificate(metrics),
         "SHA-256": _sha256(entry),
-        "made": _made(entry),
+        "made": _made(entry) if metrics.get("params_total") else "",
     }
-    indent = " " * LABEL
-    for line in textwrap.wrap("; ".join(recipe_changes(entry, ancestors)), WIDTH, subsequent_indent=indent) or [""]:
-        yield f"{'recipe':<{LABEL}}{line}" if not line.startswith(indent) else line
+    lines = textwrap.wrap("; ".join(recipe_changes(entry, ancestors)), WIDTH)
+    yield from (f"{'' if index else 'recipe':<{LABEL}}{line}" for index, line in enumerate(lines))
     yield from (f"{label:<{LABEL}}{text}" for label, text in parts.items() if text)
 
 
@@ -75,16 +78,23 @@ def recipe_changes(entry: Entry, ancestors: list[Entry]) -> list[str]:
     model = config.pop("model", None) or {}
     sized = next((each for each in ancestors if _config(each).get("model")), None)
     found = []
-    if model and sized is not None:
-        found += differences({"model": _config(sized)["model"]}, {"model": model})
+    before_model = _config(sized)["model"] if sized else entry.record.get("source", {}).get("model")
+    if model and before_model:
+        found += differences({"model": before_model}, {"model": model})
     elif model:
-        found += [f"{key} {value}" for key, value in flatten({"model": model}).items()]
-    same_kind = next((each for each in ancestors if each.kind == entry.kind), None)
+        found += _stated({"model": model})
+    alike = (each for each in ancestors if (each.kind, each.is_stage) == (entry.kind, entry.is_stage))
+    same_kind = next(alike, None)
     if same_kind is None:
-        return [*found, *(f"{key} {value}" for key, value in flatten(config).items())]
+        return [*found, *_stated(config)]
     before = {key: value for key, value in _config(same_kind).items() if key != "model"}
     changed = [*found, *differences(before, config)]
-    return [f"as {same_kind.stage}, but for", *changed] if changed else [f"as {same_kind.stage}"]
+    return [f"as {same_kind.stage}, but {changed[0]}", *changed[1:]] if changed else [f"as {same_kind.stage}"]
+
+
+def _stated(config: Mapping[str, Any]) -> list[str]:
+    """Every field that says something: what is null, empty or zero is not there."""
+    return [f"{key} {value}" for key, value in flatten(config).items() if value]
 
 
 def _config(entry: Entry) -> dict[str, Any]:
@@ -102,6 +112,14 @@ def _own_and_all(metrics: Mapping[str, Any], own: str, lineage: str, form: str) 
     if metrics.get(lineage) is None:
         return ""
     return f"{form.format(metrics.get(own) or 0)} own, {form.format(metrics[lineage])} with its ancestors"
+
+
+def _cost(cost: Mapping[str, Mapping[str, float]] | None) -> str:
+    if not cost:
+        return ""
+    own, lineage = cost["own"], cost["lineage"]
+    time = f"{own['device_seconds']:,.3g} device-seconds own, {lineage['device_seconds']:,.3g} with its ancestors"
+    return time + (f"; money {own['money']:,.2f} and {lineage['money']:,.2f}" if lineage["money"] else "")
 
 
 def _loss(metrics: Mapping[str, Any]) -> str:

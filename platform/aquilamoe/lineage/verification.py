@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from aquilamoe.config.messages import UserError
-from aquilamoe.lineage.entries import Entry
+from aquilamoe.lineage.entries import Entry, sha256
 from aquilamoe.lineage.library import Library
 from aquilamoe.pipeline.fingerprint import fingerprint
 from aquilamoe.pipeline.store import RECORD
@@ -72,12 +72,6 @@ def _file_problem(directory: Path, name: str, size: int, digest: str | None) -> 
 
 def _other_bytes(name: str, found: str | None, noted: str | None) -> str:
     return f"{name}: has SHA-256 {str(found)[:SHOWN_DIGITS]}, its record says {str(noted)[:SHOWN_DIGITS]}"
-
-
-def sha256(path: Path) -> str:
-    """Of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _tensor_problems(entry: Entry, pool: ThreadPoolExecutor) -> list[str]:
