@@ -17,7 +17,7 @@ from aquilamoe.pipeline.plan import Planned
 from aquilamoe.pipeline.stage import Input
 from aquilamoe.pipeline.store import METRICS, Store, read_points
 from aquilamoe.reports import costs, rows
-from aquilamoe.terminal import live, screen, tables
+from aquilamoe.terminal import live, screen, tables, watch
 from aquilamoe.tracking.lineage import comparison_url, ui_command
 from aquilamoe.tracking.observer import Tracker
 from aquilamoe.training.environment import WORKER_ENVIRONMENT
@@ -46,7 +46,8 @@ def execute(values: Mapping[str, Any], command: str) -> None:
         with store.lock():
             # Planned again under the lock: what another run has finished meanwhile is cached now.
             plan = planning.make(nodes, store, experiment.cluster.flops_per_s)
-            _run(experiment, plan, store, command)
+            with watch.announced(store, experiment.name, plan):
+                _run(experiment, plan, store, command)
 
 
 def _answer(experiment: ExperimentConfig, nodes: Mapping[str, Node], store: Store) -> None:
@@ -56,7 +57,7 @@ def _answer(experiment: ExperimentConfig, nodes: Mapping[str, Node], store: Stor
     def run(plan: Sequence[Planned], scratch: Store) -> dict[str, Input]:
         preflight.check(experiment, plan, scratch.root)
         _set_environment()
-        return runner.run(plan, scratch, experiment.cluster, [live.StageProgress(out, plan)])
+        return runner.run(plan, scratch, experiment.cluster, [live.LiveView(out, experiment.name, plan)])
 
     lineage.answer(experiment, nodes, store, lambda line: out.print(line, soft_wrap=True), run)
 
@@ -64,22 +65,29 @@ def _answer(experiment: ExperimentConfig, nodes: Mapping[str, Node], store: Stor
 def _show_plan(experiment: ExperimentConfig, plan: Sequence[Planned], store: Store) -> None:
     out = screen.console()
     out.print(f"{experiment.name}: {experiment.description}\n")
-    out.print(tables.plan_table(plan))
+    out.print(tables.plan_table(plan, out.width))
     out.print()
-    out.print(tables.cost_table(costs.foreseen(plan, experiment.cluster)))
+    out.print(tables.cost_table(costs.foreseen(plan, experiment.cluster), out.width))
     out.print(f"\nOutputs go to {_relative(store.root)}; nothing was started.")
 
 
 def _show_status(experiment: ExperimentConfig, plan: Sequence[Planned], store: Store) -> None:
     out = screen.console()
-    holder = store.holder()
+    holder, running = store.holder(), watch.Watched.find(store)
+    if running is not None:
+        out.print(f"{running.name}: running, {holder}\n")
+        (watch.follow if experiment.watch else watch.show)(out, running)
+        if running.name == experiment.name:
+            return
+        out.print()
+        holder = None
     out.print(f"{experiment.name}: {'running, ' + holder if holder else 'not running'}\n")
     records = {planned.name: planned.record for planned in plan if planned.record is not None}
     waiting = [planned for planned in plan if planned.record is None]
     if records:
-        out.print(tables.final_table(records, dict.fromkeys(records, "complete")))
+        out.print(tables.final_table(records, dict.fromkeys(records, "complete"), out.width))
         out.print()
-        out.print(tables.cost_table(costs.spent(records)))
+        out.print(tables.cost_table(costs.spent(records), out.width))
     for planned in waiting:
         out.print(f"  {planned.name}: {planned.state}, {planned.reason}")
     report = _report_path(experiment, store)
@@ -92,7 +100,7 @@ def _run(experiment: ExperimentConfig, plan: Sequence[Planned], store: Store, co
     out = screen.console()
     out.print(f"{experiment.name}: {experiment.description}")
     started = time.monotonic()
-    progress = live.StageProgress(out, plan)
+    progress = live.LiveView(out, experiment.name, plan)
     tracker = Tracker(experiment.tracking.uri, store.root) if experiment.tracking.enabled else None
     resolved = experiment.model_dump(mode="json")  # stages as they are, what they inherit from groups included
     if tracker:
@@ -108,9 +116,9 @@ def _run(experiment: ExperimentConfig, plan: Sequence[Planned], store: Store, co
     status = {planned.name: "cached" if planned.record is not None else "run" for planned in plan}
     out.print()
     records = {name: output.record for name, output in done.items()}
-    out.print(tables.final_table(records, status))
+    out.print(tables.final_table(records, status, out.width))
     out.print()
-    out.print(tables.cost_table(costs.spent(records)))
+    out.print(tables.cost_table(costs.spent(records), out.width))
     out.print(f"\nDone in {rows.duration(time.monotonic() - started)}.")
     if warning:
         out.print(warning, style="yellow")

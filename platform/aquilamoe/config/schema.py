@@ -353,6 +353,7 @@ class ExperimentConfig(Config):
     name: Name
     description: str
     action: Literal["run", "plan", "status", "lineage", "why", "verify", "rebuild"]
+    watch: bool = False
     checkpoint: str | None = None
     other: str | None = None
     seed: NonNegativeInt

@@ -1,4 +1,4 @@
-"""What a user sees while a pipeline runs."""
+"""An observer that shows a pipeline while it runs: one calm view on a terminal, plain lines elsewhere."""
 
 import time
 from collections.abc import Sequence
@@ -6,82 +6,87 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.live import Live
 from rich.text import Text
 
 from aquilamoe.pipeline.plan import Planned
 from aquilamoe.pipeline.store import Record
 from aquilamoe.reports import rows
+from aquilamoe.terminal import view
+from aquilamoe.terminal.progress import PipelineProgress, StageProgress
+
+REFRESHES_PER_S = 4
+PLAIN_EVERY_S = 60.0  # a line of a long stage, where there is no terminal
+INTERRUPTIONS = ("KeyboardInterrupt", "SystemExit")
 
 
-class StageProgress:
-    """An observer that draws a line per stage: a bar on a terminal, a line at start and end elsewhere."""
+def of_plan(name: str, plan: Sequence[Planned]) -> PipelineProgress:
+    """Where a plan begins: nothing done."""
+    stages = [StageProgress(planned.name, planned.node.tokens, planned.node.flops, planned.seconds) for planned in plan]
+    return PipelineProgress(name, stages)
 
-    def __init__(self, out: Console, plan: Sequence[Planned]) -> None:
+
+class LiveView:
+    """Finished stages scroll up as lines; the present stays below them, and is gone when the pipeline ends."""
+
+    def __init__(self, out: Console, name: str, plan: Sequence[Planned]) -> None:
         self.out = out
-        self.plan = {planned.name: planned for planned in plan}
-        self.width = max(map(len, self.plan))
-        self.bars = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.fields[numbers]}"),
-            TimeRemainingColumn(compact=True),
-            console=out,
-            transient=True,
-        )
-        self.task: TaskID | None = None
-        self.started = 0.0
-        self.loss: float | None = None
+        self.pipeline = of_plan(name, plan)
+        self.width = max(len(planned.name) for planned in plan)
+        self._live: Live | None = None
+        self._said = 0.0
 
     def stage_started(
         self, stage: str, fingerprint: str, directory: Path, recipe: dict[str, Any], inputs: dict[str, dict[str, Any]]
     ) -> None:
-        self.started, self.loss = time.monotonic(), None
+        progress = self.pipeline[stage]
+        progress.start(time.time())
         if not self.out.is_terminal:
-            self.out.print(f"  {stage:<{self.width}}  ...")
-            return
-        tokens = self.plan[stage].node.tokens
-        self.task = self.bars.add_task(f"{stage:<{self.width}}", total=tokens or None, numbers="")
-        self.bars.start()
+            budget = f", {rows.count(progress.tokens)} tokens" if progress.tokens else ""
+            self.out.print(f"  {stage:<{self.width}}  started{budget}")
+            self._said = time.monotonic()
+        elif self._live is None:
+            self._live = Live(
+                view.Present(self.pipeline, time.time),
+                console=self.out,
+                refresh_per_second=REFRESHES_PER_S,
+                transient=True,
+            )
+            self._live.start()
 
     def stage_progress(self, stage: str, points: list[dict[str, Any]]) -> None:
-        if self.task is None:
-            return
-        for point in points:
-            self.loss = point.get("train/loss", point.get("val/loss", self.loss))
-        last = points[-1]
-        if "done" in last:
-            numbers = f"{last['done']}/{last['total']} {last['unit']}"
-            self.bars.update(self.task, completed=last["done"], total=last["total"], numbers=numbers)
-        else:
-            speed = f"  {rows.count(last['train/tokens_per_s'])} tokens/s" if "train/tokens_per_s" in last else ""
-            numbers = f"{rows.count(last['tokens'])} tokens  loss {rows.decimal(self.loss, 3)}{speed}"
-            self.bars.update(self.task, completed=last["tokens"], numbers=numbers)
+        progress = self.pipeline[stage]
+        progress.add(points)
+        if not self.out.is_terminal and time.monotonic() - self._said > PLAIN_EVERY_S:
+            self._said = time.monotonic()
+            self.out.print(f"  {stage:<{self.width}}  {_plain(progress)}")
 
     def stage_finished(self, stage: str, directory: Path, record: Record, cached: bool) -> None:
-        self._drop_bar()
-        if cached:
-            self.out.print(Text(f"  {stage:<{self.width}}  cached", style="dim"))
-            return
-        self.out.print(f"  {stage:<{self.width}}  {_headline(record)}", style=None)
+        progress = self.pipeline[stage]
+        progress.state = "cached" if cached else "run"
+        progress.seconds = float(record["seconds"])
+        self.out.print(view.finished(stage, self.width, record, cached))
+        if not self.pipeline.waiting:
+            self._stop()
 
     def stage_failed(self, stage: str, message: str) -> None:
-        self._drop_bar()
+        self._stop()
+        progress = self.pipeline[stage]
+        what = "interrupted" if message in INTERRUPTIONS else "failed"
+        amount = view.amount(progress) if progress.state == "running" and progress.done else ""
+        self.out.print(Text(f"  {stage:<{self.width}}  {what}{f' at {amount}' if amount else ''}", style="yellow"))
 
-    def _drop_bar(self) -> None:
-        if self.task is not None:
-            self.bars.stop()
-            self.bars.remove_task(self.task)
-            self.task = None
+    def _stop(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
 
 
-def _headline(record: Record) -> str:
-    row = rows.stage_rows({str(record["stage"]): record})[0]
-    parts = [f"{rows.seconds(row.seconds)} s"]
-    if row.tokens:
-        parts.append(f"{rows.count(row.tokens)} tokens")
-    if row.loss_start is not None:
-        parts.append(f"loss {rows.decimal(row.loss_start, 2)} -> {rows.decimal(row.loss_end, 2)}")
-    if row.tokens_per_s:
-        parts.append(f"{rows.count(row.tokens_per_s)} tokens/s")
-    return "  ".join(parts)
+def _plain(progress: StageProgress) -> str:
+    parts = [view.amount(progress)]
+    if progress.losses:
+        parts.append(f"loss {progress.losses[-1]:.3f}")
+    if progress.tokens_per_s:
+        parts.append(f"{rows.count(progress.tokens_per_s)} tokens/s")
+    left = progress.seconds_left(time.time()) if progress.tokens else None
+    return "  ".join([*parts, *([f"{rows.duration(round(left))} left"] if left is not None else [])])

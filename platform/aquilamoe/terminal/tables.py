@@ -9,71 +9,104 @@ from aquilamoe.pipeline.plan import Planned
 from aquilamoe.pipeline.store import Record
 from aquilamoe.reports import rows
 from aquilamoe.reports.costs import CostTable
-from aquilamoe.reports.rows import duration, size
 
 STATE_STYLE = {"cached": "green", "resumes": "yellow", "runs": "cyan"}
 
 
-def plan_table(plan: Sequence[Planned]) -> Table:
+# What a terminal that is too narrow for all columns goes without, first to last.
+DISPENSABLE = ("status", "tokens/s", "active", "energy", "lineage energy", "disk", "recovery tokens", "lineage FLOPs")
+GAP = 2
+SHRUNK = 24
+
+
+def plan_table(plan: Sequence[Planned], width: int) -> Table:
     """What would run and why, and what it takes: parameters, tokens, FLOPs, disk, time."""
-    table = make_table("stage", "", "why", ">parameters", ">active", ">tokens", ">FLOPs", ">disk", ">time")
+    lines = []
     for planned in plan:
-        node = planned.node
-        model = node.model
-        table.add_row(
-            planned.name,
-            Text(planned.state, style=STATE_STYLE[planned.state]),
-            planned.reason,
-            rows.count(model.num_params if model else None),
-            rows.count(model.num_active_params if model else None),
-            rows.count(node.tokens or None),
-            rows.power(node.flops or None),
-            size(planned.estimate.disk_bytes),
-            duration(planned.seconds),
+        node, model = planned.node, planned.node.model
+        lines.append(
+            {
+                "stage": planned.name,
+                "": planned.state,
+                "why": planned.reason,
+                "parameters": rows.count(model.num_params if model else None),
+                "active": rows.count(model.num_active_params if model else None),
+                "tokens": rows.count(node.tokens or None),
+                "FLOPs": rows.power(node.flops or None),
+                "disk": rows.size(planned.estimate.disk_bytes),
+                "time": rows.duration(planned.seconds),
+            }
         )
     pending = [planned for planned in plan if planned.state != "cached"]
-    table.add_section()
-    table.add_row(
-        "total",
-        "",
-        f"{len(pending)} of {len(plan)} stages run",
-        "",
-        "",
-        rows.count(sum(planned.node.tokens for planned in pending) or None),
-        rows.power(sum(planned.node.flops for planned in pending) or None),
-        size(sum(planned.estimate.disk_bytes for planned in pending)),
-        duration(sum(planned.seconds or 0.0 for planned in pending)),
-    )
-    return table
+    total = {
+        **dict.fromkeys(lines[0], ""),
+        "stage": "total",
+        "why": f"{len(pending)} of {len(plan)} stages run",
+        "tokens": rows.count(sum(planned.node.tokens for planned in pending) or None),
+        "FLOPs": rows.power(sum(planned.node.flops for planned in pending) or None),
+        "disk": rows.size(sum(planned.estimate.disk_bytes for planned in pending)),
+        "time": rows.duration(sum(planned.seconds or 0.0 for planned in pending)),
+    }
+    return _fitting(lines, total, width, left=("stage", "", "why"), shrinks="why")
 
 
-def final_table(records: Mapping[str, Record], status: Mapping[str, str]) -> Table:
+def final_table(records: Mapping[str, Record], status: Mapping[str, str], width: int) -> Table:
     """One row a stage: sizes, tokens, FLOPs, losses, recovery, seconds, cached or run."""
-    right = [f">{title}" if index and title != "status" else title for index, title in enumerate(rows.HEADER)]
-    table = make_table(*right)
-    for row in rows.stage_rows(records, status):
-        table.add_row(*row.cells())
-    return table
+    lines = [dict(zip(rows.HEADER, row.cells(), strict=True)) for row in rows.stage_rows(records, status)]
+    return _fitting(lines, None, width, left=("stage", "status"))
 
 
-def cost_table(costs: CostTable) -> Table:
+def cost_table(costs: CostTable, width: int) -> Table:
     """What every stage costs: its own part, then with everything that it was made from; and all together."""
-    halves = [
-        f">{title if first == 0 else ''}\n{figure}"
-        for title in ("its own", "with ancestors")
-        for first, figure in enumerate(costs.figures)
-    ]
-    table = make_table("\ncost", *halves)
-    for row in costs.rows:
-        table.add_row(*costs.cells(row))
-    table.add_section()
-    table.add_row(*costs.cells(costs.total))
+    titles = ["cost", *costs.figures, *(f"lineage {figure}" for figure in costs.figures)]
+    lines = [dict(zip(titles, costs.cells(row), strict=True)) for row in [*costs.rows, costs.total]]
+    return _fitting(lines[:-1], lines[-1], width, left=("cost",))
+
+
+def _fitting(
+    lines: Sequence[Mapping[str, str]],
+    total: Mapping[str, str] | None,
+    width: int,
+    left: Sequence[str],
+    shrinks: str | None = None,
+) -> Table:
+    """A table of `lines`, by title, and of their total, without the columns for which there is no room.
+
+    left: titles of columns that are flush left. shrinks: the one whose texts may be broken.
+    """
+    everything = [*lines, *([total] if total else [])]
+    needed = {
+        title: max(len(text) for text in [*_broken(title).split("\n"), *(line[title] for line in everything)])
+        for title in lines[0]
+    }
+    if shrinks:
+        needed[shrinks] = min(needed[shrinks], SHRUNK)
+    titles = list(needed)
+    for dispensable in DISPENSABLE:
+        if sum(needed[title] + GAP for title in titles) - GAP > width and dispensable in titles:
+            titles.remove(dispensable)
+    height = max(_broken(title).count("\n") for title in titles)
+    heads = ["\n" * (height - _broken(title).count("\n")) + _broken(title) for title in titles]
+    table = make_table(
+        *(f"{'' if title in left else '>'}{head}" for title, head in zip(titles, heads, strict=True)),
+    )
+    for line in lines:
+        table.add_row(*(Text(line[title], style=STATE_STYLE.get(line[title], "")) for title in titles))
+    if total:
+        table.add_section()
+        table.add_row(*(total[title] for title in titles))
     return table
+
+
+def _broken(title: str) -> str:
+    """A title of several words on two lines: columns are as narrow as what is in them."""
+    first, _, rest = title.partition(" ")
+    return f"{first}\n{rest}" if rest and title != "device time" else title
 
 
 def make_table(*titles: str) -> Table:
     """A table of the terminal's style; columns whose title begins with `>` are flush right."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0), header_style="bold")
     for title in titles:
         table.add_column(title.removeprefix(">"), justify="right" if title.startswith(">") else "left")
     return table

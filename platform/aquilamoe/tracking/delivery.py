@@ -34,7 +34,7 @@ from aquilamoe.tracking.view import VIEW_TAG, run_color, saved_view
 # MLflow's limits: entities per call, characters.
 BATCH_METRICS, BATCH_PARAMS, MAX_KEY, MAX_PARAM, MAX_TAG = 1000, 100, 250, 6000, 5000
 NOT_METRICS = frozenset({"step", "time", "done", "total", "unit"})
-NOT_RECIPE = frozenset({"action", "checkpoint", "cluster", "description", "name", "other", "paths", "tracking"})
+NOT_RECIPE = frozenset({"action", "checkpoint", "cluster", "description", "name", "other", "paths", "tracking", "watch"})
 MODEL_FIGURES = ("params_total", "params_active", "tokens", "flops", "lineage_tokens", "lineage_flops", "loss_end")
 MAX_REPORT_BYTES = 20_000_000
 
