@@ -71,6 +71,31 @@ def _composed(config_name: str) -> list[dict[str, Any]]:
         raise UserError(_explain(error, config_name)) from None
 
 
+def options(group: str) -> list[str]:
+    """What there is to choose in a group of the configuration."""
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def recompose(config_name: str) -> Callable[[Sequence[str], Sequence[int]], list[dict[str, Any]]]:
+    """How to compose the command's configuration anew: with further overrides, once for each seed."""
+    words = [word for word in sys.argv[1:] if not word.startswith("-")]
+
+    def composed(overrides: Sequence[str], seeds: Sequence[int]) -> list[dict[str, Any]]:
+        GlobalHydra.instance().clear()
+        try:
+            with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+                config = hydra.compose(config_name, [*words, *overrides])
+        except (HydraException, OmegaConfBaseException, ValueError) as error:
+            raise UserError(_explain(error, config_name)) from None
+        found = []
+        for seed in seeds:
+            config.seed = seed
+            found.append(_plain(config))
+        return found
+
+    return composed
+
+
 def _plain(config: DictConfig) -> dict[str, Any]:
     values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     assert isinstance(values, dict)

@@ -29,9 +29,11 @@ class Variant:
 
 
 def variants(config: AblationConfig) -> Iterator[Variant]:
-    """All combinations, the first axis slowest."""
+    """All combinations that are not excluded, the first axis slowest."""
     for names in itertools.product(*(axis.values for axis in config.axes.values())):
         chosen = dict(zip(config.axes, names, strict=True))
+        if config.leaves_out(chosen):
+            continue
         overrides = [word for axis, name in chosen.items() for word in config.axes[axis].values[name]]
         yield Variant(chosen, tuple(overrides))
 

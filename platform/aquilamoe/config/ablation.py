@@ -1,9 +1,11 @@
 """The configuration of an ablation: what is varied, how often, and what it is compared with."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from aquilamoe.config.messages import nearest
 from aquilamoe.config.network import Config, Int, NonNegativeInt, PositiveFloat, PositiveInt
 from aquilamoe.config.schema import Name
 
@@ -55,15 +57,37 @@ class ObjectiveConfig(Config):
 
 
 class AblationConfig(Config):
-    """Variants are all combinations of the axes' values, each with every seed."""
+    """Variants are all combinations of the axes' values but the excluded ones, each with every seed.
+
+    exclude: combinations to leave out, e.g. {method: random, depth: stack}; an axis that is not named means all.
+    """
 
     axes: Annotated[dict[Name, AxisConfig], Field(min_length=1)]
+    exclude: tuple[dict[Name, str], ...]
     objective: ObjectiveConfig
     budget: BudgetConfig
     controls: ControlsConfig
     seeds: tuple[NonNegativeInt, ...]
     scheduler: Literal["none", "asha"]
     trial_cpus: PositiveInt
+
+    @model_validator(mode="after")
+    def _check_excluded(self) -> Self:
+        for combination in self.exclude:
+            for axis, value in combination.items():
+                if axis not in self.axes:
+                    raise ValueError(f"exclude: there is no axis '{axis}'; {nearest(axis, self.axes)}")
+                if value not in self.axes[axis].values:
+                    raise ValueError(
+                        f"exclude: axis '{axis}' has no value '{value}'; {nearest(value, self.axes[axis].values)}"
+                    )
+        if self.leaves_out({axis: spec.baseline for axis, spec in self.axes.items()}):
+            raise ValueError("exclude leaves out the baseline, which all are compared with; take it out of the list")
+        return self
+
+    def leaves_out(self, values: Mapping[str, str]) -> bool:
+        """Whether a combination of the axes' values is excluded."""
+        return any(combination.items() <= values.items() for combination in self.exclude)
 
     @field_validator("seeds", mode="before")
     @classmethod

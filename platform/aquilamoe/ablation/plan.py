@@ -1,0 +1,78 @@
+"""What an ablation would run, what of it is there, and what that costs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from aquilamoe.ablation.union import Leaf, Union
+from aquilamoe.ablation.variants import Variant
+from aquilamoe.pipeline import plan as planning
+from aquilamoe.pipeline.plan import Planned
+from aquilamoe.pipeline.store import Store
+
+
+@dataclass(frozen=True)
+class Task:
+    """A distinct line to compute.
+
+    leaf: the first that asks for it. stages: its line and what this reads, as planned, inputs first.
+    shared: fingerprints of those of its stages that other tasks need too.
+    """
+
+    leaf: Leaf
+    stages: Sequence[Planned]
+    shared: frozenset[str]
+
+    @property
+    def name(self) -> str:
+        return f"{self.leaf.stage}-{self.leaf.fingerprint}"
+
+    @property
+    def is_done(self) -> bool:
+        return self.stages[-1].state == "cached"
+
+
+def tasks(union: Union, store: Store, flops_per_s: float) -> list[Task]:
+    """Every distinct leaf once, in the order of the union."""
+    plans: dict[str, tuple[Leaf, list[Planned]]] = {}
+    for leaf in union.leaves:
+        if leaf.fingerprint not in plans:
+            planned = planning.make(leaf.nodes, store, flops_per_s)
+            plans[leaf.fingerprint] = leaf, sorted(planned, key=lambda stage: stage.fingerprint == leaf.fingerprint)
+    needs = [{stage.fingerprint for stage in stages} for _, stages in plans.values()]
+    counts = {fingerprint: sum(fingerprint in need for need in needs) for need in needs for fingerprint in need}
+    return [
+        Task(leaf, stages, frozenset(s.fingerprint for s in stages if counts[s.fingerprint] > 1))
+        for leaf, stages in plans.values()
+    ]
+
+
+@dataclass(frozen=True)
+class Totals:
+    """flops, disk_bytes, seconds: of all stages that are not there yet, each once, one after the other."""
+
+    stages: int
+    cached: int
+    flops: int
+    disk_bytes: int
+    seconds: float
+
+
+def totals(found: Sequence[Task]) -> Totals:
+    stages = {stage.fingerprint: stage for task in found for stage in task.stages}
+    pending = [stage for stage in stages.values() if stage.state != "cached"]
+    return Totals(
+        stages=len(stages),
+        cached=len(stages) - len(pending),
+        flops=sum(stage.node.flops for stage in pending),
+        disk_bytes=sum(stage.estimate.disk_bytes for stage in pending),
+        seconds=sum(stage.seconds or 0.0 for stage in pending),
+    )
+
+
+def by_variant(union: Union) -> list[tuple[Variant, list[Leaf]]]:
+    """Every variant with its leaves by seed, controls left out."""
+    found: dict[str, tuple[Variant, list[Leaf]]] = {}
+    for leaf in union.leaves:
+        if leaf.control is None:
+            found.setdefault(leaf.variant.name, (leaf.variant, []))[1].append(leaf)
+    return list(found.values())
