@@ -36,6 +36,7 @@ from aquilamoe.training.metrics import MetricsFile
 from aquilamoe.training.objective import RouterObjective
 from aquilamoe.training.parallel import Group
 from aquilamoe.training.step import Stepper
+from aquilamoe.training.storage import SafetensorsWriter
 from aquilamoe.training.validation import evaluate
 from aquilamoe.weights.configuration import read_config
 from aquilamoe.weights.huggingface import load_model, save_model
@@ -341,8 +342,10 @@ def run_until(job: Job, event: int) -> bool:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Stepper, "step", watched(Stepper.step))
         patch.setattr(MetricsFile, "write", watched(MetricsFile.write))
-        patch.setattr(state, "save_model", watched(state.save_model))
-        patch.setattr(state, "save_file", watched(state.save_file))
+        patch.setattr(SafetensorsWriter, "write_data", watched(SafetensorsWriter.write_data))
+        patch.setattr(state, "_write_rest", watched(state._write_rest))
+        patch.setattr(state, "_write_hashes", watched(state._write_hashes))
+        patch.setattr(state, "save_checkpoint", at_once(state.save_checkpoint))
         patch.setattr(Path, "rename", watched(Path.rename))
         patch.setattr(shutil, "rmtree", watched(shutil.rmtree))
         try:
@@ -350,6 +353,17 @@ def run_until(job: Job, event: int) -> bool:
         except Killed:
             return False
     return True
+
+
+def at_once(save_checkpoint: Callable[..., Path]) -> Callable[..., Path]:
+    """Let training wait for its checkpoints, so that events come in one order."""
+
+    def call(*arguments: Any) -> Path:
+        made = save_checkpoint(*arguments)
+        state.wait()
+        return made
+
+    return call
 
 
 @pytest.mark.parametrize("model", [DENSE, MOE], ids=["dense", "moe"])

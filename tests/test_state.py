@@ -1,5 +1,9 @@
 """Checkpoints of a training in progress: bit for bit, complete or absent, only the newest two."""
 
+import errno
+import json
+import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,10 +13,12 @@ from safetensors.torch import load_file
 from torch.optim import Optimizer
 
 from aquilamoe.config.messages import UserError
-from aquilamoe.config.schema import ModelConfig, OptimizerConfig
+from aquilamoe.config.schema import ClusterConfig, ModelConfig, OptimizerConfig
 from aquilamoe.model import Decoder
 from aquilamoe.training import optimizer as optimizers
-from aquilamoe.training import state
+from aquilamoe.training import state, storage
+from aquilamoe.training.job import FIRST
+from aquilamoe.training.parallel import Group
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +26,33 @@ def _one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
+    state.wait()
     torch.set_num_threads(threads)
+
+
+ALONE = Group(
+    ClusterConfig(
+        executor="process",
+        address=None,
+        workers=1,
+        cpus_per_worker=1,
+        gpus_per_worker=0,
+        gpu_memory_bytes=0,
+        max_failures=0,
+        micro_batch_tokens=32,
+        checkpoint_every_tokens=64,
+        compile=False,
+        flops_per_s=1e9,
+    ),
+    FIRST,
+)
+
+
+def save_checkpoint(out: Path, model: Decoder, optimizer: Optimizer, number: int) -> Path:
+    """Write a checkpoint to its end."""
+    made = state.save_checkpoint(out, model, optimizer, number)
+    state.wait()
+    return made
 
 
 def untrained(experts: int = 0, seed: int = 1, tied: bool = False) -> tuple[Decoder, Optimizer]:
@@ -134,7 +166,7 @@ def test_moments_are_named_after_parameters(tmp_path: Path) -> None:
 def test_the_newest_two_checkpoints_are_kept_and_listed_newest_first(tmp_path: Path) -> None:
     model, optimizer = trained()
     for number in (8, 16, 24, 999_999_999, 1_000_000_000):
-        made = state.save_checkpoint(tmp_path, model, optimizer, number)
+        made = save_checkpoint(tmp_path, model, optimizer, number)
         assert state.checkpoints(tmp_path)[0] == made and state.step_of(made) == number
     assert [state.step_of(path) for path in state.checkpoints(tmp_path)] == [1_000_000_000, 999_999_999]
     assert len(names(tmp_path / "checkpoints")) == 2
@@ -142,31 +174,35 @@ def test_the_newest_two_checkpoints_are_kept_and_listed_newest_first(tmp_path: P
 
 def test_a_checkpoint_that_was_being_written_or_removed_is_not_a_checkpoint(tmp_path: Path) -> None:
     model, optimizer = trained()
-    made = state.save_checkpoint(tmp_path, model, optimizer, 8)
+    made = save_checkpoint(tmp_path, model, optimizer, 8)
     for leftover in (".step-000000016", ".step-000000004"):
         (made.parent / leftover / "model").mkdir(parents=True)
         (made.parent / leftover / "model" / "model.safetensors").write_bytes(b"half")
     assert state.checkpoints(tmp_path) == [made]
-    second = state.save_checkpoint(tmp_path, model, optimizer, 16)
+    second = save_checkpoint(tmp_path, model, optimizer, 16)
     assert names(made.parent) == [made.name, second.name]
     assert state.load(second, *untrained()) == 16
 
 
-def test_a_failure_while_a_checkpoint_is_written_leaves_the_older_ones_alone(
+def full_disk(*_: object) -> int:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_is_one_line_at_the_next_checkpoint_and_leaves_the_older_ones_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, optimizer = trained()
-    made = state.save_checkpoint(tmp_path, model, optimizer, 8)
-
-    def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
-
+    made = save_checkpoint(tmp_path, model, optimizer, 8)
     with monkeypatch.context() as patched:
-        patched.setattr(state, "save_file", full)
-        with pytest.raises(OSError, match="No space"):
-            state.save_checkpoint(tmp_path, model, optimizer, 16)
+        patched.setattr(storage.os, "pwrite", full_disk)
+        with pytest.raises(
+            UserError, match=r"\.step-000000016/.*\.safetensors: the disk is full: .*; make room"
+        ) as raised:
+            save_checkpoint(tmp_path, model, optimizer, 16)
+    assert "\n" not in str(raised.value)
     assert state.checkpoints(tmp_path) == [made]
     assert state.load(made, *untrained()) == 8
+    assert save_checkpoint(tmp_path, model, optimizer, 16).exists()
 
 
 def test_a_kill_while_an_old_checkpoint_is_removed_leaves_no_half_of_it(
@@ -174,7 +210,7 @@ def test_a_kill_while_an_old_checkpoint_is_removed_leaves_no_half_of_it(
 ) -> None:
     model, optimizer = trained()
     for number in (8, 16):
-        state.save_checkpoint(tmp_path, model, optimizer, number)
+        save_checkpoint(tmp_path, model, optimizer, number)
 
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
@@ -182,9 +218,9 @@ def test_a_kill_while_an_old_checkpoint_is_removed_leaves_no_half_of_it(
     with monkeypatch.context() as patched:
         patched.setattr(state.shutil, "rmtree", killed)
         with pytest.raises(KeyboardInterrupt):
-            state.save_checkpoint(tmp_path, model, optimizer, 24)
+            save_checkpoint(tmp_path, model, optimizer, 24)
     assert [state.step_of(path) for path in state.checkpoints(tmp_path)] == [24, 16]
-    state.save_checkpoint(tmp_path, model, optimizer, 32)
+    save_checkpoint(tmp_path, model, optimizer, 32)
     assert names(tmp_path / "checkpoints") == ["step-000000024", "step-000000032"]
 
 
@@ -193,28 +229,84 @@ def test_every_file_and_folder_is_on_disk_before_a_checkpoint_gets_its_name(
 ) -> None:
     synced: list[Path] = []
     monkeypatch.setattr(state, "_sync", synced.append)
-    made = state.save_checkpoint(tmp_path, *trained(), 8)
+    made = save_checkpoint(tmp_path, *trained(), 8)
     hidden = made.with_name(f".{made.name}")
     inside = [hidden / path.relative_to(made) for path in made.rglob("*")]
     assert set(synced) == {hidden, *inside, made.parent}
     assert synced[-1] == made.parent  # the rename itself
 
 
-@pytest.mark.parametrize(
-    "file", ["model/model.safetensors", "training/optimizer.safetensors", "training/progress.json"]
-)
-@pytest.mark.parametrize("damage", ["cut", "gone"])
-def test_a_damaged_checkpoint_is_one_line_that_says_what_to_do(tmp_path: Path, file: str, damage: str) -> None:
-    made = state.save_checkpoint(tmp_path, *trained(), 8)
-    if damage == "cut":
-        (made / file).write_bytes((made / file).read_bytes()[:7])
+def test_training_goes_on_while_a_checkpoint_is_written_and_does_not_change_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, optimizer = trained()
+    expected = save_checkpoint(tmp_path / "expected", model, optimizer, 8)
+    trained_on, pwrite = threading.Event(), os.pwrite
+
+    def late(descriptor: int, data: memoryview, offset: int) -> int:
+        assert trained_on.wait(20)
+        return pwrite(descriptor, data, offset)
+
+    monkeypatch.setattr(storage.os, "pwrite", late)
+    made = state.save_checkpoint(tmp_path / "found", model, optimizer, 8)
+    step(model, optimizer)
+    assert not made.exists() and len(list(made.parent.glob(".step-*"))) == 1
+    trained_on.set()
+    assert state.checkpoints(tmp_path / "found") == [made]
+    for file in FILES:
+        assert (made / file).read_bytes() == (expected / file).read_bytes()
+
+
+FILES = ("model/model.safetensors", "model/config.json", "training/optimizer.safetensors", "training/progress.json")
+
+
+@pytest.mark.parametrize("file", [*FILES, "hashes.json"])
+@pytest.mark.parametrize("damage", ["cut", "gone", "a bit"])
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, file: str, damage: str
+) -> None:
+    model, optimizer = trained()
+    older, newer = (save_checkpoint(tmp_path, model, optimizer, number) for number in (8, 16))
+    data = bytearray((newer / file).read_bytes())
+    if damage == "gone":
+        (newer / file).unlink()
+    elif damage == "cut":
+        (newer / file).write_bytes(data[:-7])
     else:
-        (made / file).unlink()
-    with pytest.raises(UserError) as raised:
+        data[-3] ^= 4
+        (newer / file).write_bytes(data)
+    caplog.clear()
+    assert state.newest_intact(tmp_path, ALONE) == (older, 1)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert caplog.messages[0].startswith(f"{newer}: is passed over for the checkpoint before it")
+    assert state.load(older, *untrained()) == 8
+    caplog.clear()
+    assert state.newest_intact(tmp_path, ALONE) == (older, 0) and not caplog.messages
+    (older / "hashes.json").unlink()
+    assert state.newest_intact(tmp_path, ALONE) == (None, 1)
+
+
+def test_a_checkpoint_of_another_model_is_one_line(tmp_path: Path) -> None:
+    made = save_checkpoint(tmp_path, *trained(experts=4), 8)
+    with pytest.raises(
+        UserError, match=r"cannot continue from this checkpoint \(.*; remove it and run again"
+    ) as raised:
         state.load(made, *untrained())
-    message = str(raised.value)
-    assert message.startswith(f"{made}: cannot continue from this checkpoint (") and "\n" not in message
-    assert "remove it and run again" in message
+    assert "\n" not in str(raised.value)
+
+
+def test_every_byte_of_a_checkpoint_has_a_hash(tmp_path: Path) -> None:
+    made = save_checkpoint(tmp_path, *trained(experts=4), 8)
+    covered: dict[str, list[tuple[int, int]]] = {}
+    for span in json.loads((made / "hashes.json").read_text()):
+        covered.setdefault(span["file"], []).append((span["start"], span["start"] + span["length"]))
+    assert set(covered) | {"hashes.json"} == {str(p.relative_to(made)) for p in made.rglob("*") if p.is_file()}
+    for file, spans in covered.items():
+        end = 0
+        for start, stop in sorted(spans):
+            assert start == end, file
+            end = stop
+        assert end == (made / file).stat().st_size
 
 
 def test_a_source_without_optimizer_state_is_one_line_that_names_the_setting(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,10 @@ def train(job: Job, rank: Rank = FIRST) -> dict[str, Any]:
     group = Group(job.cluster, rank)
     with state.only_writer(job.out) if group.is_first else nullcontext():
         group.wait()  # nobody reads a checkpoint before the writer of this run is the only one
-        return _train(job, group)
+        try:
+            return _train(job, group)
+        finally:
+            state.wait()  # nothing is written here when another may be the only writer
 
 
 def _train(job: Job, group: Group) -> dict[str, Any]:
@@ -76,7 +80,8 @@ class _Run:
 
     def __init__(self, job: Job, group: Group, back: Progress | None) -> None:
         self.job, self.group = job, group
-        self.model, self.optimizer, step, extra = _restore(job, group)
+        saved, self.passed_over = state.newest_intact(job.out, group)
+        self.model, self.optimizer, step, extra = _restore(job, group, saved)
         self.progress = Progress.of(step, extra if step else {})
         if back:
             self.progress = back.at(step, job.stage.batch_tokens // job.stage.sequence_length)
@@ -105,34 +110,35 @@ class _Run:
 
     def write(self, values: dict[str, float]) -> None:
         counts = self.progress.counts() if self.job.stage.spikes.policy != "stop" else {}
-        self.journal.write(self.progress.step, values | counts, self.stepper.router_load)
+        damaged = {"checkpoint/passed_over": self.passed_over} if self.passed_over else {}
+        self.passed_over = 0
+        self.journal.write(self.progress.step, values | counts | damaged, self.stepper.router_load)
 
     def save_checkpoint(self) -> None:
         extra = self.stepper.extra()
         with self.journal.measure(CHECKPOINT):
-            if self.group.is_first:
-                self.journal.sync()  # before the checkpoint: who resumes from it needs the points up to it
-                state.save_checkpoint(self.job.out, self.model, self.optimizer, self.progress.step, extra)
+            self.journal.sync()  # before the checkpoint: who resumes from it needs the points up to it
+            state.save_checkpoint(self.job.out, self.model, self.optimizer, self.progress.step, extra, self.group)
 
     def save(self) -> dict[str, Any]:
         """Leave the result of the stage and return its metrics."""
         extra = self.stepper.extra()
-        if self.group.is_first:
-            state.save(self.job.out, self.model, self.optimizer, self.progress.step, extra)
+        state.save(self.job.out, self.model, self.optimizer, self.progress.step, extra, self.group)
         return self.journal.metrics.summary() | self.progress.counts(prefix="")
 
 
-def _restore(job: Job, group: Group) -> tuple[Decoder, optimizers.AnyOptimizer, int, dict[str, Tensor]]:
-    """Model, optimizer, step and the rest as the newest checkpoint of this stage has them, or as the stage begins."""
+def _restore(
+    job: Job, group: Group, saved: Path | None
+) -> tuple[Decoder, optimizers.AnyOptimizer, int, dict[str, Tensor]]:
+    """Model, optimizer, step and the rest as a checkpoint of this stage has them, or as the stage begins."""
     model = group.build(job.model, job.stage.precision)
-    saved = state.checkpoints(job.out)
     if not saved and job.source is not None:
         state.load_weights(job.source, model)
     elif not saved:
         initialize(model, job.stage.seed)
     optimizer = optimizers.build(model, job.stage.optimizer, job.stage.learning_rate)
     if saved:
-        return model, optimizer, state.load(saved[0], model, optimizer), state.load_extra(saved[0])
+        return model, optimizer, state.load(saved, model, optimizer), state.load_extra(saved)
     if job.source is not None and job.stage.optimizer_state == "keep":
         state.load_moments(job.source, model, optimizer)
         return model, optimizer, 0, state.load_extra(job.source)

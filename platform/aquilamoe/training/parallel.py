@@ -6,7 +6,7 @@ global batch: `ddp`, a copy of the model in each; `fsdp`, every tensor cut into 
 processes, which are neighbours in a shard group, an expert is cut among the processes of the group that have it.
 """
 
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 import torch.distributed as dist
@@ -45,6 +45,11 @@ class Group:
         """Whether this process writes what all have in common."""
         return self.rank == 0
 
+    @cached_property
+    def background(self) -> dist.ProcessGroup | None:
+        """All processes once more: what goes on beside training exchanges here, out of turn."""
+        return dist.new_group(backend="gloo") if self.world_size > 1 else None
+
     def build(self, config: ModelConfig, precision: str) -> Decoder:
         """The model, or this process's part of it, without values (see `initialize`, `load_state`)."""
         with torch.device("meta"):
@@ -65,12 +70,13 @@ class Group:
         policy = MixedPrecisionPolicy()
         if precision == MASTER_IN_FLOAT32:
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        shard = partial(fully_shard, mesh=self._mesh(), shard_placement_fn=self._placement, mp_policy=policy)
+        shard = partial(fully_shard, mesh=self._mesh, shard_placement_fn=self._placement, mp_policy=policy)
         for layer in model.model.layers:
             shard(layer)
         shard(model)
         register_fsdp_forward_method(model, "route")
 
+    @cached_property
     def _mesh(self) -> DeviceMesh:
         """The processes over which a tensor is cut; before them, if there are several, the groups that have copies."""
         replicas = self.world_size // self.shard_size

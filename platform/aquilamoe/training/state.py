@@ -1,50 +1,235 @@
-"""Checkpoints of a training in progress: complete or absent, newest first, never pickled."""
+"""Checkpoints of a training in progress: complete or absent, newest first, never pickled.
+
+A checkpoint is what a finished stage is, and the hashes of all its bytes: `model/`, a Hugging Face directory, and
+`training/`, the optimizer's state. All processes write it together, each what it holds, while training goes on.
+"""
 
 import fcntl
 import json
+import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from safetensors import SafetensorError
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.fsdp import FSDPModule
 
 from aquilamoe.config.messages import UserError
+from aquilamoe.config.schema import ModelConfig
 from aquilamoe.model import Decoder
 from aquilamoe.training.optimizer import AnyOptimizer, read_state, write_state
-from aquilamoe.weights.huggingface import load_state, save_model
+from aquilamoe.training.parallel import Group
+from aquilamoe.training.storage import DTYPE, Files, SafetensorsWriter, Span
+from aquilamoe.weights import layout, names
+from aquilamoe.weights.configuration import write_config
+from aquilamoe.weights.huggingface import load_state, on_disk
+from aquilamoe.weights.parts import like, own_part
 
 KEEP = 2  # should the newest turn out bad, there is one before it
 WEIGHTS, TRAINING = "model", "training"
 HIDDEN = "."  # begins the name of a checkpoint that is being written or removed
 MOMENTS, PROGRESS, EXTRA = "optimizer.safetensors", "progress.json", "extra.safetensors"
+HASHES = "hashes.json"
+ONE_FILE = 10**18  # bytes: the moments have one file whatever their size
 NOTHING: Mapping[str, Tensor] = {}
+log = logging.getLogger(__name__)
+_in_flight: Future[Any] | None = None  # the checkpoint that this process is writing
+
+
+# Writing
 
 
 def save(
-    directory: Path, model: Decoder, optimizer: AnyOptimizer, step: int, extra: Mapping[str, Tensor] = NOTHING
+    directory: Path,
+    model: Decoder,
+    optimizer: AnyOptimizer,
+    step: int,
+    extra: Mapping[str, Tensor] = NOTHING,
+    group: Group | None = None,
 ) -> None:
-    """Write `model/` (a Hugging Face directory, float32) and `training/` (optimizer moments) into `directory`.
+    """Leave `model/` (a Hugging Face directory, float32) and `training/` (optimizer state) in `directory`.
 
     extra: the little that is state besides; the position in the data and the learning rate are functions of `step`.
+    All processes call it, and it returns when all is there. UserError where the disk is full.
     """
-    save_model(model, directory / WEIGHTS)
-    training = directory / TRAINING
-    training.mkdir(parents=True, exist_ok=True)
-    save_file(_moments(model, optimizer), training / MOMENTS)
+    wait()
+    built = directory / f"{HIDDEN}result"
+
+    def publish(_: list[Span]) -> None:
+        _write_rest(built, model.config, step, extra)
+        for part in (WEIGHTS, TRAINING):
+            shutil.rmtree(directory / part, ignore_errors=True)
+            (built / part).rename(directory / part)
+        built.rmdir()
+
+    if group is None or group.is_first:
+        shutil.rmtree(built, ignore_errors=True)
+    with _one_line():
+        dcp.save(**_order(built, model, optimizer, publish, group))
+
+
+def save_checkpoint(
+    out: Path,
+    model: Decoder,
+    optimizer: AnyOptimizer,
+    step: int,
+    extra: Mapping[str, Tensor] = NOTHING,
+    group: Group | None = None,
+) -> Path:
+    """Begin to add `checkpoints/step-N` beside what is there: built under another name, made durable, renamed.
+
+    All processes call it. It returns the path when the state has been copied, and waits before for a checkpoint that
+    is still being written; `wait` waits for this one.
+    """
+    global _in_flight
+    wait()
+    folder = out / "checkpoints"
+    target = folder / f"step-{step:09d}"
+    built = folder / f"{HIDDEN}{target.name}"
+
+    def publish(spans: list[Span]) -> None:
+        _write_rest(built, model.config, step, kept)
+        _write_hashes(built, spans)
+        for path in [*built.rglob("*"), built]:
+            _sync(path)
+        built.rename(target)
+        _sync(folder)
+        for old in _complete(out)[KEEP:]:
+            discard(old)
+
+    if group is None or group.is_first:
+        for leftover in folder.glob(f"{HIDDEN}step-*"):
+            shutil.rmtree(leftover)
+    kept = {name: tensor.to("cpu", copy=True) for name, tensor in extra.items()}
+    writing = dcp.async_save(**_order(built, model, optimizer, publish, group))
+    assert isinstance(writing, Future)
+    _in_flight = writing
+    return target
+
+
+def wait() -> None:
+    """Until no checkpoint of this process is being written. Raises what went wrong with it."""
+    global _in_flight
+    writing, _in_flight = _in_flight, None
+    if writing:
+        with _one_line():
+            writing.result()
+
+
+def _order(
+    folder: Path,
+    model: Decoder,
+    optimizer: AnyOptimizer,
+    publish: Callable[[list[Span]], None],
+    group: Group | None,
+) -> dict[str, Any]:
+    """What torch.distributed.checkpoint is told: the tensors, where they go, and who takes part."""
+    if group is None or group.world_size == 1:
+        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
+    if isinstance(model, FSDPModule):  # a forward pass leaves the outermost parameters whole
+        model.reshard()
+    moments = read_state(model, optimizer)
+    tensors = {name: parameter.detach() for name, parameter in model.named_parameters()} | moments
+    return {
+        "state_dict": _share(tensors, group),
+        "storage_writer": SafetensorsWriter(folder, _files(model.config, moments), publish),
+        "process_group": group.background if group else None,
+    }
+
+
+def _share(tensors: Mapping[str, Tensor], group: Group | None) -> dict[str, Tensor]:
+    """Of what all processes have alike, each writes its share; of what is cut, torch sees to it."""
+    rank, world_size = (group.rank, group.world_size) if group else (0, 1)
+    return {
+        key: tensor
+        for index, (key, tensor) in enumerate(tensors.items())
+        if hasattr(tensor, "device_mesh") or index % world_size == rank
+    }
+
+
+def _files(config: ModelConfig, moments: Mapping[str, Tensor]) -> Files:
+    weights = layout.plan_shards(names.tensor_shapes(config), layout.spell(DTYPE), layout.MAX_SHARD_BYTES)
+    shards = {f"{WEIGHTS}/{shard.file}": shard for shard in weights}
+    if moments:
+        shapes = {key: tuple(tensor.shape) for key, tensor in moments.items()}
+        shards[f"{TRAINING}/{MOMENTS}"] = layout.plan_shards(shapes, layout.spell(DTYPE), ONE_FILE)[0]
+    return Files.of(shards, on_disk(config) | {key: (key,) for key in moments})
+
+
+def _write_rest(folder: Path, config: ModelConfig, step: int, extra: Mapping[str, Tensor]) -> None:
+    """All of a checkpoint that is no tensor of the model or of the optimizer."""
+    shapes = names.tensor_shapes(config)
+    shards = layout.plan_shards(shapes, layout.spell(DTYPE), layout.MAX_SHARD_BYTES)
+    if (index := layout.index(shards, shapes, layout.spell(DTYPE))) is not None:
+        (folder / WEIGHTS / layout.INDEX_FILE).write_bytes(index)
+    write_config(folder / WEIGHTS, config, str(DTYPE).removeprefix("torch."), None)
+    (folder / TRAINING).mkdir(exist_ok=True)
     if extra:
-        save_file({name: tensor.cpu().contiguous() for name, tensor in extra.items()}, training / EXTRA)
-    (training / PROGRESS).write_text(json.dumps({"step": step}))
+        save_file({name: tensor.cpu().contiguous() for name, tensor in extra.items()}, folder / TRAINING / EXTRA)
+    (folder / TRAINING / PROGRESS).write_text(json.dumps({"step": step}))
 
 
-def load_extra(directory: Path) -> dict[str, Tensor]:
-    """What was `extra` when a checkpoint or a finished stage was saved."""
-    path = directory / TRAINING / EXTRA
-    return load_file(path) if path.exists() else {}
+def _write_hashes(folder: Path, spans: list[Span]) -> None:
+    """What was written, and every other file as it is."""
+    known = {span.file for span in spans}
+    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*.*"))}
+    small = [Span.of(folder, file, 0, size) for file, size in sizes.items() if file not in known]
+    (folder / HASHES).write_text(json.dumps([asdict(span) for span in [*spans, *small]]))
+
+
+@contextmanager
+def _one_line() -> Iterator[None]:
+    """Raise what is wrong, and not that something is wrong on some rank."""
+    try:
+        yield
+    except CheckpointException as failure:
+        raise next(iter(failure.failures.values()))[0] from None
+
+
+# Reading
+
+
+def newest_intact(out: Path, group: Group) -> tuple[Path | None, int]:
+    """The newest checkpoint whose bytes are those that were written, and how many newer ones were passed over.
+
+    Those are taken away, with a warning. All processes call it, and each reads a part of the bytes.
+    """
+    for passed_over, path in enumerate(found := checkpoints(out)):
+        damage = _damage(path, group)
+        group.wait()  # all have seen it
+        if damage is None:
+            return path, passed_over
+        if group.is_first:
+            log.warning("%s: is passed over for the checkpoint before it, if there is one: %s", path, damage)
+            discard(path)
+    group.wait()
+    return None, len(found)
+
+
+def _damage(checkpoint: Path, group: Group) -> str | None:
+    """What is wrong with a checkpoint, in the bytes of this process or of another; None if it is good."""
+    found: str | None = None
+    try:
+        spans = [Span(**entry) for entry in json.loads((checkpoint / HASHES).read_text())]
+        bad = [span for span in spans[group.rank :: group.world_size] if not span.is_intact(checkpoint)]
+        if bad:
+            found = f"{bad[0].file} has other bytes than were written"
+    except (OSError, ValueError, TypeError) as error:
+        found = " ".join(str(error).split())
+    num_bad = group.sum_(torch.tensor(int(found is not None), device=group.device)).item()
+    return found or ("a part that another process has read is damaged" if num_bad else None)
 
 
 def load(checkpoint: Path, model: Decoder, optimizer: AnyOptimizer) -> int:
@@ -61,22 +246,27 @@ def load(checkpoint: Path, model: Decoder, optimizer: AnyOptimizer) -> int:
         ) from error
 
 
+def load_extra(directory: Path) -> dict[str, Tensor]:
+    """What was `extra` when a checkpoint or a finished stage was saved."""
+    path = directory / TRAINING / EXTRA
+    return load_file(path) if path.exists() else {}
+
+
 def load_weights(directory: Path, model: Decoder) -> None:
-    """Give the model the weights of a checkpoint, or of a finished stage."""
+    """Give the model, or this process's part of it, the weights of a checkpoint, or of a finished stage."""
     load_state(model, directory / WEIGHTS)
 
 
-def load_moments(directory: Path, model: nn.Module, optimizer: AnyOptimizer) -> None:
-    """Give the optimizer the moments of a checkpoint whose tensors have the model's shapes."""
+def load_moments(directory: Path, model: Decoder, optimizer: AnyOptimizer) -> None:
+    """Give the optimizer the state of a checkpoint whose tensors have the model's shapes: what this process holds."""
     path = directory / TRAINING / MOMENTS
     if not path.exists():
         raise UserError(f"{path}: there is no optimizer state; set optimizer_state=reset")
     try:
-        moments = load_file(path)
+        with safe_open(path, framework="pt") as file:
+            write_state(model, optimizer, _Stored(file, model))
     except SafetensorError as error:
         raise UserError(f"{path}: is damaged ({error}); make it again, or set optimizer_state=reset") from error
-    try:
-        write_state(model, optimizer, moments)
     except KeyError as error:
         raise UserError(
             f"{path}: there is no {error}, it is the state of another optimizer; use that one, or set "
@@ -84,27 +274,30 @@ def load_moments(directory: Path, model: nn.Module, optimizer: AnyOptimizer) -> 
         ) from error
 
 
-def _moments(model: nn.Module, optimizer: AnyOptimizer) -> dict[str, Tensor]:
-    return {key: value.detach().cpu().contiguous() for key, value in read_state(model, optimizer).items()}
+class _Stored(Mapping[str, Tensor]):
+    """The tensors of a file of moments, read when they are asked for, and cut as the parameters are."""
+
+    def __init__(self, file: Any, model: Decoder) -> None:
+        self._file, self._keys = file, set(file.keys())
+        self._parameters = dict(model.named_parameters())
+
+    def __getitem__(self, key: str) -> Tensor:
+        if key not in self._keys:
+            raise KeyError(key)
+        stored, parameter = self._file.get_slice(key), self._parameters[key.rpartition("/")[0]]
+        if not stored.get_shape():
+            return self._file.get_tensor(key)
+        _, place = own_part(parameter)
+        return like(stored[place].contiguous().to(parameter.device), parameter)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
 
 
-def save_checkpoint(
-    out: Path, model: Decoder, optimizer: AnyOptimizer, step: int, extra: Mapping[str, Tensor] = NOTHING
-) -> Path:
-    """Add `checkpoints/step-N` beside what is there: built under another name, made durable, renamed."""
-    folder = out / "checkpoints"
-    for leftover in folder.glob(f"{HIDDEN}step-*"):
-        shutil.rmtree(leftover)
-    target = folder / f"step-{step:09d}"
-    temporary = folder / f"{HIDDEN}{target.name}"
-    save(temporary, model, optimizer, step, extra)
-    for path in [*temporary.rglob("*"), temporary]:
-        _sync(path)
-    temporary.rename(target)
-    _sync(folder)
-    for old in checkpoints(out)[KEEP:]:
-        discard(old)
-    return target
+# What is there
 
 
 def discard(checkpoint: Path) -> None:
@@ -113,7 +306,12 @@ def discard(checkpoint: Path) -> None:
 
 
 def checkpoints(out: Path) -> list[Path]:
-    """Complete checkpoints of a stage in progress, newest first."""
+    """Complete checkpoints of a stage in progress, newest first, with the one that this process is writing."""
+    wait()
+    return _complete(out)
+
+
+def _complete(out: Path) -> list[Path]:
     return sorted((out / "checkpoints").glob("step-*"), key=step_of, reverse=True)
 
 

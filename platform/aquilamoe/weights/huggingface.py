@@ -16,7 +16,7 @@ from aquilamoe.weights.parts import own_part
 
 def on_disk(config: ModelConfig) -> dict[str, tuple[str, ...]]:
     """Names in files of every parameter of a `Decoder`: one, or of stacked experts one for each."""
-    found = {name: (name,) for name in names.outer_shapes(config)}
+    found: dict[str, tuple[str, ...]] = {name: (name,) for name in names.outer_shapes(config)}
     for layer in range(config.num_hidden_layers):
         of_role = names.layer_names(config, layer)
         for filler in names.filler_roles(config):

@@ -16,3 +16,15 @@ def own_part(tensor: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
     assert isinstance(tensor, DTensor)
     sizes, starts = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     return tensor.to_local(), tuple(slice(start, start + size) for start, size in zip(starts, sizes, strict=True))
+
+
+def like(part: Tensor, whole: Tensor) -> Tensor:
+    """A tensor of which this process has `part`, distributed as `whole` is; `part` itself if that is not."""
+    if not hasattr(whole, "device_mesh"):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    assert isinstance(whole, DTensor)
+    return DTensor.from_local(
+        part, whole.device_mesh, whole.placements, run_check=False, shape=whole.shape, stride=whole.stride()
+    )
