@@ -11,12 +11,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from aquilamoe.lineage.entries import Entry
 from aquilamoe.pipeline import ledger
 from aquilamoe.pipeline.fingerprint import flatten
 from aquilamoe.pipeline.store import RECORD
 from aquilamoe.tracking import notes
 from aquilamoe.tracking.connection import connect
+from aquilamoe.tracking.models import MAX_TAG, Models, search_tags
 from aquilamoe.tracking.receipts import (
     Pipeline,
     Point,
@@ -32,10 +32,13 @@ from aquilamoe.tracking.receipts import (
 from aquilamoe.tracking.view import VIEW_TAG, run_color, saved_view
 
 # MLflow's limits: entities per call, characters.
-BATCH_METRICS, BATCH_PARAMS, MAX_KEY, MAX_PARAM, MAX_TAG = 1000, 100, 250, 6000, 5000
+BATCH_METRICS, BATCH_PARAMS, MAX_KEY, MAX_PARAM = 1000, 100, 250, 6000
 NOT_METRICS = frozenset({"step", "time", "done", "total", "unit"})
-NOT_RECIPE = frozenset({"action", "checkpoint", "cluster", "description", "name", "other", "paths", "tracking", "watch"})
-MODEL_FIGURES = ("params_total", "params_active", "tokens", "flops", "lineage_tokens", "lineage_flops", "loss_end")
+NOT_RECIPE = frozenset(
+    {"action", "checkpoint", "cluster", "description", "name", "other", "paths", "tracking", "watch"}
+)
+# Figures that were measured on the tokens that a stage reads.
+MEASURED = re.compile(r"loss|nats|bits|kl$|dlogit")
 MAX_REPORT_BYTES = 20_000_000
 
 
@@ -45,6 +48,7 @@ class Delivery:
     def __init__(self, uri: str, root: Path) -> None:
         self.uri, self.root = uri, root
         self.client = connect(uri)
+        self.models = Models(self.client, uri)
         self.parents: dict[str, Any] = {}  # pipeline's recipe -> run
         self.sent: dict[str, dict[str, int]] = {}  # stage's key -> metric -> last step
 
@@ -143,10 +147,9 @@ class Delivery:
             parent = self._parent(stage.pipeline)
             number = int(parent.data.tags["number"])
             position = [*stage.pipeline.stages, stage.name].index(stage.name)
+            known = {"stage": stage.name, "kind": stage.kind, "fingerprint": stage.fingerprint}
             tags = {
-                "stage": stage.name,
-                "kind": stage.kind,
-                "fingerprint": stage.fingerprint,
+                **search_tags(stage.directory, {**known, "recipe": stage.recipe, "inputs": stage.inputs}),
                 "directory": str(stage.directory.absolute()).removesuffix(".partial"),
                 "mlflow.parentRunId": parent.info.run_id,
                 "mlflow.runColor": run_color(position, number),
@@ -168,10 +171,6 @@ class Delivery:
     def _find_run(self, fingerprint: str) -> Any:
         runs = self.client.search_runs(self._experiments(), f"tags.fingerprint = '{fingerprint}'", max_results=1)
         return runs[0] if runs else None
-
-    def _find_model(self, fingerprint: str) -> Any:
-        models = self.client.search_logged_models(self._experiments(), f"tags.fingerprint = '{fingerprint}'")
-        return models[0] if models else None
 
     def _experiments(self) -> list[str]:
         return [experiment.experiment_id for experiment in self.client.search_experiments()]
@@ -210,7 +209,8 @@ class Delivery:
                 models.append(LoggedModelInput(self._input_model(stage, role)))
             else:
                 source = json.dumps({"uri": str(directory.absolute())})
-                dataset = Dataset(entry["stage"], entry["fingerprint"], "local", source)
+                profile = json.dumps(read_json(directory / RECORD).get("metrics"))
+                dataset = Dataset(entry["stage"], entry["fingerprint"], "local", source, profile=profile)
                 datasets.append(DatasetInput(dataset, [InputTag("mlflow.data.context", role)]))
         if models or datasets:
             self.client.log_inputs(run_id, datasets=datasets, models=models)
@@ -218,14 +218,14 @@ class Delivery:
     def _input_model(self, stage: Stage, role: str) -> str:
         """The model that a stage reads; its stage is delivered first where MLflow does not know it."""
         entry, directory = stage.inputs[role], stage.input_directory(role)
-        model = self._find_model(entry["fingerprint"])
+        model = self.models.find(entry["fingerprint"])
         if model is None:
             receipt = self._receipt(directory)
             receipt.update(delivered=False)
             self.bring(
                 finished_stage(directory, read_json(directory / RECORD), entry["stage"], stage.pipeline, receipt)
             )
-            model = self._find_model(entry["fingerprint"])
+            model = self.models.find(entry["fingerprint"])
         return str(model.model_id)
 
     def _send_points(self, stage: Stage) -> None:
@@ -252,7 +252,10 @@ class Delivery:
         from mlflow.entities import RunTag
 
         run_id = stage.receipt["run_id"]
-        model_id = self._model(stage, record, run_id) if stage.makes_model else None
+        model_id = None
+        if stage.makes_model:
+            model_id = self.models.log(stage, record, run_id, _last_step(self.sent[stage.key]) or 0)
+            self.models.register(stage, record, run_id, model_id)
         texts = {f"result.{key}": value for key, value in record["metrics"].items() if isinstance(value, str)}
         tags = {**texts, "mlflow.note.content": notes.stage(stage)}
         if record["git_commit"]:
@@ -265,45 +268,8 @@ class Delivery:
         self.client.set_terminated(run_id, "FINISHED", milliseconds(record["finished"]))
         stage.receipt.update(model_id=model_id, delivered=True)
 
-    def _model(self, stage: Stage, record: dict[str, Any], run_id: str) -> str:
-        """The checkpoint as an external LoggedModel, output of the stage's run: weights stay where they are."""
-        import mlflow
-        from mlflow.entities import LoggedModelOutput, LoggedModelStatus
-
-        directory = stage.directory / "model"
-        tags = {
-            "fingerprint": stage.fingerprint,
-            "stage": stage.name,
-            "directory": str(directory.absolute()),
-            "sha256": Entry(stage.directory, record).weights_sha256 or "",
-        }
-        run = self.client.get_run(run_id)
-        model = self._find_model(stage.fingerprint)
-        if model is None:
-            figures = {
-                key: _text(record["metrics"][key]) for key in MODEL_FIGURES if _number(record["metrics"].get(key))
-            }
-            architectures = read_json(directory / "config.json").get("architectures") or [None]
-            mlflow.set_tracking_uri(self.uri)
-            model = mlflow.create_external_model(
-                re.sub(r"[^\w-]", "_", stage.name),
-                run_id,
-                tags | {"mlflow.note.content": notes.stage(stage)[:MAX_TAG]},
-                tags | figures,
-                architectures[0],
-                run.info.experiment_id,
-            )
-        else:
-            self.client.set_logged_model_tags(model.model_id, tags)
-            if model.status != LoggedModelStatus.READY:
-                self.client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
-        if model.model_id not in [output.model_id for output in run.outputs.model_outputs]:
-            step = _last_step(self.sent[stage.key]) or 0
-            self.client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step)])
-        return str(model.model_id)
-
     def _final_metrics(self, stage: Stage, record: dict[str, Any], model_id: str | None) -> list[Any]:
-        """The record's figures as `final.<figure>`, linked to the checkpoint.
+        """The record's figures as `final.<figure>`, linked to the checkpoint, and to the tokens that they are about.
 
         An evaluation's `<role>/<figure>` is also linked to the checkpoint it is about, as `heldout.<figure>`, a name
         that all checkpoints share; its step is the position of the role. Dots instead of slashes, as each slash makes
@@ -319,15 +285,22 @@ class Delivery:
             value = _number(raw)
             if value is None:
                 continue
-            found.append(
-                Metric(_name(f"final.{key}".replace("/", ".")), value, time_ms, 0, model_id=model_id, run_id=run_id)
-            )
+            about = {"run_id": run_id, **_measured_on(stage, key)}
+            found.append(Metric(_dotted(f"final.{key}"), value, time_ms, 0, model_id=model_id, **about))
             role, _, rest = key.partition("/")
             if rest and role in models:
-                name, step = _name(f"heldout.{rest}".replace("/", ".")), roles.index(role)
-                found.append(Metric(name, value, time_ms, step, model_id=models[role], run_id=run_id))
+                step = roles.index(role)
+                found.append(Metric(_dotted(f"heldout.{rest}"), value, time_ms, step, model_id=models[role], **about))
         seconds = Metric("final.seconds", float(record["seconds"]), time_ms, 0, run_id=run_id)
         return [metric for metric in [*found, seconds] if metric.key not in self.sent[stage.key]]
+
+
+def _measured_on(stage: Stage, figure: str) -> dict[str, str]:
+    """The dataset of a figure, as MLflow links it: the tokens that the stage reads, where it was measured on them."""
+    tokens = stage.inputs.get("tokens")
+    if tokens is None or not MEASURED.search(figure):
+        return {}
+    return {"dataset_name": tokens["stage"], "dataset_digest": tokens["fingerprint"]}
 
 
 def _metrics_of(point: Point, sent: Mapping[str, int]) -> list[Any]:
@@ -369,6 +342,10 @@ def _text(value: Any) -> str:
 def _name(key: str) -> str:
     """A key in the letters and length that MLflow takes."""
     return re.sub(r"[^\w\-. :/]", "_", key)[:MAX_KEY]
+
+
+def _dotted(key: str) -> str:
+    return _name(key.replace("/", "."))
 
 
 def _cut(key: str, value: str) -> tuple[str, str]:
