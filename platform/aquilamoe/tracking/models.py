@@ -1,5 +1,6 @@
 """Checkpoints in MLflow: a LoggedModel for each, a registered model for each stage, and tags to search for."""
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 from aquilamoe.lineage.entries import Entry
 from aquilamoe.pipeline.store import RECORD
 from aquilamoe.tracking import notes
-from aquilamoe.tracking.receipts import Stage, read_json
+from aquilamoe.tracking.receipts import Receipt, Stage, read_json
 
 MAX_TAG = 5000  # characters that MLflow takes
 MODEL_FIGURES = ("params_total", "params_active", "tokens", "flops", "lineage_tokens", "lineage_flops", "loss_end")
@@ -36,6 +37,7 @@ class Models:
         directory = stage.directory / "model"
         tags = {**search_tags(stage.directory, record), **where(stage.directory, record)}
         run = self.client.get_run(run_id)
+        note = f"{self._linked_line(stage, record, run.info.experiment_id)}\n\n{notes.stage(stage)}"[:MAX_TAG]
         model = self.find(stage.fingerprint)
         if model is None:
             metrics = record["metrics"]
@@ -45,7 +47,7 @@ class Models:
             model = mlflow.create_external_model(
                 re.sub(r"[^\w-]", "_", stage.name),
                 run_id,
-                tags | {"mlflow.note.content": notes.stage(stage)[:MAX_TAG]},
+                tags | {"mlflow.note.content": note},
                 tags | figures,
                 architectures[0],
                 run.info.experiment_id,
@@ -66,17 +68,35 @@ class Models:
         versions = self._versions(name, f"Checkpoints of stage {stage.name}, by the date they were made.")
         known = next((each for each in versions if each.tags.get("fingerprint") == stage.fingerprint), None)
         if known is None:
-            tags = {**search_tags(stage.directory, record), **where(stage.directory, record)}
             loss = held_out_loss(stage.directory, record)
-            tags |= {"loss": str(loss)} if loss is not None else {}
+            tags = {"loss": str(loss)} if loss is not None else {}
+            tags |= {**search_tags(stage.directory, record), **where(stage.directory, record)}
             known = self.client.create_model_version(
-                name, f"models:/{model_id}", run_id, tags, model_id=model_id, await_creation_for=0
+                name,
+                f"models:/{model_id}",
+                run_id,
+                tags,
+                description=" → ".join(map(step_of, line(stage.directory, record))),
+                model_id=model_id,
+                await_creation_for=0,
             )
             versions = [*versions, known]
+        # What MLflow's own `register_model` notes on the LoggedModel, for its page.
+        link = json.dumps([{"name": name, "version": int(known.version)}])
+        self.client.set_logged_model_tags(model_id, {"mlflow.modelVersions": link})
         rated = [each for each in versions if "loss" in each.tags]
         if rated:
             best = min(rated, key=lambda each: (float(each.tags["loss"]), int(each.version)))
             self.client.set_registered_model_alias(name, BEST, best.version)
+
+    def _linked_line(self, stage: Stage, record: dict[str, Any], experiment_id: str) -> str:
+        """The line of a checkpoint, each ancestor a link to its page."""
+        parts = []
+        for own in line(stage.directory, record)[:-1]:
+            key = f"{own['stage']}-{own['fingerprint']}"
+            known = Receipt(stage.receipt.path.parent.parent, key, self.uri)["model_id"]
+            parts.append(f"[{step_of(own)}](#/experiments/{experiment_id}/models/{known})" if known else step_of(own))
+        return " → ".join([*parts, f"**{step_of(record)}**"])
 
     def _versions(self, name: str, description: str) -> list[Any]:
         """All versions of a registered model, which is made if it is not there."""
@@ -117,6 +137,18 @@ def held_out_loss(directory: Path, record: Mapping[str, Any]) -> float | None:
             if isinstance(own["metrics"].get(key), float):
                 return float(own["metrics"][key])
     return None
+
+
+def line(directory: Path, record: dict[str, Any]) -> list[dict[str, Any]]:
+    """Records of a checkpoint and of those that it was made from, oldest first."""
+    return [*reversed(_sources(directory, record)), record]
+
+
+def step_of(record: Mapping[str, Any]) -> str:
+    """A checkpoint in a line: its stage, and by which method it was grown."""
+    own = record["recipe"]["config"]
+    methods = [str(own[group]["method"]) for group in METHODS if isinstance(own.get(group), dict)]
+    return f"{record['stage']} ({', '.join(methods)})" if methods else str(record["stage"])
 
 
 def _methods(directory: Path, record: Mapping[str, Any]) -> dict[str, str]:
