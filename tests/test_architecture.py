@@ -30,14 +30,17 @@ MAY_IMPORT = {
     "training": {"config", "kernels", "model", "weights", "data"},
     "pipeline": {"config"},
     "ablation": {"config", "pipeline", "reports", "terminal"},
-    "stages": {"config", "model", "weights", "growth", "data", "training", "pipeline"},
+    "stages": {"config", "model", "weights", "growth", "data", "training", "evaluation", "pipeline"},
     "lineage": {"config", "weights", "pipeline"},
+    "evaluation": {"config", "model", "weights", "data", "pipeline", "lineage"},
     "tracking": {"config", "pipeline", "lineage"},
     "reports": {"config", "pipeline"},
     "preflight": {"config", "pipeline"},
     "terminal": {"config", "pipeline", "reports"},
     # Of training only what must be in the environment before torch is imported.
-    "commands": {"config", "pipeline", "lineage", "tracking", "reports", "preflight", "terminal", "training"},
+    "commands": {
+        *("config", "pipeline", "lineage", "tracking", "reports", "preflight", "terminal", "evaluation", "training"),
+    },
     # The growth tool: from headers to a published directory, of the pipeline only recipes and how files become durable.
     "growing": {"config", "weights", "growth", "pipeline", "reports", "terminal"},
     "workflows": {"config", "commands", "growing", "ablation"},
@@ -52,10 +55,12 @@ ONLY_IN = {
         f"aquilamoe/{room}"
         for room in (
             *("kernels", "model.py", "weights", "growth", "training", "stages"),
-            *("data/loader.py", "growing/comparison.py"),
+            *("data/loader.py", "growing/comparison.py", "evaluation/generation.py", "evaluation/harness.py"),
         )
     ],
     "rich": ["aquilamoe/terminal", "aquilamoe/ablation/screen.py", "aquilamoe/growing/screen.py"],
+    "lm_eval": ["aquilamoe/evaluation/harness.py"],
+    "datasets": ["aquilamoe/evaluation/harness.py"],
     "matplotlib": ["aquilamoe/reports"],
     "jinja2": ["aquilamoe/reports"],
     "transformers": [],
@@ -72,6 +77,7 @@ HEAVY = {
     "matplotlib",
     "jinja2",
     "safetensors",
+    "lm_eval",
 }
 
 

@@ -17,6 +17,7 @@ from aquilamoe.config.schema import (
 
 Compose = Callable[..., dict[str, Any]]
 Change = tuple[str, Any]
+ACTIONS = "evaluate, generate, lineage, plan, rebuild, run, status, verify, why"
 
 
 @pytest.fixture
@@ -93,7 +94,7 @@ def keys(model: type[Config]) -> str:
             ("stages.prepare.learning_rate", float("inf")),
             "stages.prepare.learning_rate: inf is refused: input should be a finite number",
         ),
-        (("action", "paln"), "action: 'paln' is not a choice; did you mean 'plan'? (valid: plan, run, status)"),
+        (("action", "paln"), f"action: 'paln' is not a choice; did you mean 'plan'? (valid: {ACTIONS})"),
         (
             ("stages.export.dtype", "int8"),
             "stages.export.dtype: 'int8' is not a choice; valid: bfloat16, float16, float32",

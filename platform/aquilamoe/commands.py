@@ -10,6 +10,7 @@ from aquilamoe import preflight
 from aquilamoe.config import graph
 from aquilamoe.config.graph import Node
 from aquilamoe.config.schema import ExperimentConfig
+from aquilamoe.evaluation import actions as evaluation
 from aquilamoe.lineage import actions as lineage
 from aquilamoe.pipeline import plan as planning
 from aquilamoe.pipeline import runner
@@ -36,6 +37,9 @@ def execute(values: Mapping[str, Any], command: str) -> None:
     if experiment.action in lineage.ACTIONS:
         _answer(experiment, nodes, store)
         return
+    if experiment.action in evaluation.ACTIONS:
+        _examine(experiment, nodes, store)
+        return
     plan = planning.make(nodes, store, experiment.cluster.flops_per_s)
     if experiment.action == "plan":
         _show_plan(experiment, plan, store)
@@ -60,6 +64,19 @@ def _answer(experiment: ExperimentConfig, nodes: Mapping[str, Node], store: Stor
         return runner.run(plan, scratch, experiment.cluster, [live.LiveView(out, experiment.name, plan)])
 
     lineage.answer(experiment, nodes, store, lambda line: out.print(line, soft_wrap=True), run)
+
+
+def _examine(experiment: ExperimentConfig, nodes: Mapping[str, Node], store: Store) -> None:
+    """Let a checkpoint write, or answer tasks."""
+    _set_environment()
+    out = screen.console()
+    if experiment.action == "generate":
+        evaluation.generate(experiment, nodes, store, lambda line: out.print(line, soft_wrap=True))
+        return
+    label, found, path = evaluation.evaluate(experiment, nodes, store)
+    out.print(f"{label}\n")
+    out.print(tables.task_table(found))
+    out.print(f"\nresults  {_relative(path)}")
 
 
 def _show_plan(experiment: ExperimentConfig, plan: Sequence[Planned], store: Store) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 from pydantic import Field, field_validator, model_validator
 
 from aquilamoe.config import plugins
+from aquilamoe.config.evaluation import EvaluationConfig, GenerationConfig
 from aquilamoe.config.messages import nearest
 from aquilamoe.config.network import (
     Config,
@@ -277,11 +278,13 @@ class ScaleOutStage(GrowthStage):
 
 
 class EvaluateStage(StageConfig):
-    """Held-out loss of every checkpoint among the inputs, on the whole validation split."""
+    """Held-out loss of every checkpoint among the inputs, on the whole validation split, and samples of its text."""
 
     kind: Literal["evaluate"]
     sequence_length: Annotated[Int, Field(ge=2)]
     precision: Literal["bf16", "fp32"]
+    prompts: dict[str, list[Annotated[str, Field(min_length=1)]]] = Field(default_factory=dict)
+    generation: GenerationConfig = GenerationConfig()
     roles = ("tokens",)
     any_role = True
 
@@ -352,9 +355,13 @@ class ExperimentConfig(Config):
 
     name: Name
     description: str
-    action: Literal["run", "plan", "status", "lineage", "why", "verify", "rebuild"]
+    action: Literal["run", "plan", "status", "lineage", "why", "verify", "rebuild", "generate", "evaluate"]
     watch: bool = False
     checkpoint: str | None = None
+    prompt: str | None = None
+    generation: GenerationConfig = GenerationConfig()
+    tasks: tuple[str, ...] | None = None
+    evaluation: EvaluationConfig = EvaluationConfig()
     other: str | None = None
     seed: NonNegativeInt
     model: ModelConfig
@@ -368,6 +375,12 @@ class ExperimentConfig(Config):
     cluster: ClusterConfig
     paths: PathsConfig
     tracking: TrackingConfig
+
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _split(cls, names: Any) -> Any:
+        """`a,b` and `[a,b]` as one word: both are how lists are typed on a command line."""
+        return names.strip("[]").replace(",", " ").split() if isinstance(names, str) else names
 
     @field_validator("stages", mode="before")
     @classmethod

@@ -1,14 +1,18 @@
-"""Held-out loss of every checkpoint, by language, on the whole validation split."""
+"""Held-out loss of every checkpoint, by language, on the whole validation split, and samples of its text."""
 
 import math
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from aquilamoe.config.graph import Node
 from aquilamoe.config.schema import ClusterConfig, EvaluateStage
 from aquilamoe.pipeline.stage import Context, Estimate, Metrics
 
-VERSION = 1
+if TYPE_CHECKING:
+    from aquilamoe.model import Decoder
+
+VERSION = 2
+SAMPLES = "samples.md"
 RESUMES = False
 
 
@@ -19,29 +23,35 @@ def estimate(_: Node) -> Estimate:
 def run(context: Context) -> Metrics:
     import torch
 
+    from aquilamoe.evaluation.generation import Writer
+    from aquilamoe.evaluation.samples import page
     from aquilamoe.weights.allocator import keep_large_buffers
 
     keep_large_buffers()
     torch.set_num_threads(context.cluster.cpus_per_worker)
-    tokens = context.inputs["tokens"].directory
+    stage, tokens = cast(EvaluateStage, context.node.stage), context.inputs["tokens"].directory
+    prompts = [prompt for each in stage.prompts.values() for prompt in each]
     checkpoints = {role: source.directory for role, source in context.inputs.items() if role != "tokens"}
     metrics: Metrics = {}
+    written: dict[str, list[str]] = {}
     for index, (role, directory) in enumerate(checkpoints.items()):
         context.progress(index, len(checkpoints), "checkpoints")
-        losses = _losses(cast(EvaluateStage, context.node.stage), context.cluster, directory, tokens)
+        writer = Writer.open(directory / "model")
+        losses = _losses(stage, context.cluster, writer.model, tokens)
         metrics |= {f"{role}/{key}": value for key, value in losses.items()}
+        written[role] = writer.continue_texts(prompts, stage.generation) if prompts else []
+    if prompts:
+        (context.out / SAMPLES).write_text(page(stage.prompts, written, stage.generation), encoding="utf-8")
     context.progress(len(checkpoints), len(checkpoints), "checkpoints")
     return metrics
 
 
-def _losses(stage: EvaluateStage, cluster: ClusterConfig, checkpoint: Path, tokens: Path) -> dict[str, float]:
+def _losses(stage: EvaluateStage, cluster: ClusterConfig, model: "Decoder", tokens: Path) -> dict[str, float]:
     """Nats per token and bits per UTF-8 byte for each language, and their mean over the languages."""
     from aquilamoe.data.loader import validation_batches
     from aquilamoe.data.tokens import read_record
     from aquilamoe.training.validation import evaluate, validation_rows
-    from aquilamoe.weights.huggingface import load_model
 
-    model = load_model(checkpoint / "model")
     sources = read_record(tokens).sources
     length, rows = stage.sequence_length, validation_rows(cluster, stage.sequence_length)
     losses: dict[str, float] = {}

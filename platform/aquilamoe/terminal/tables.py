@@ -63,6 +63,14 @@ def cost_table(costs: CostTable, width: int) -> Table:
     return _fitting(lines[:-1], lines[-1], width, left=("cost",))
 
 
+def task_table(figures: Sequence[tuple[str, str, float, int]]) -> Table:
+    """Every figure of every task that a checkpoint answered: (task, metric, value, items)."""
+    table = make_table("task", "metric", ">value", ">items")
+    for task, metric, value, items in figures:
+        table.add_row(task, metric, rows.decimal(value, 4), str(items))
+    return table
+
+
 def _fitting(
     lines: Sequence[Mapping[str, str]],
     total: Mapping[str, str] | None,

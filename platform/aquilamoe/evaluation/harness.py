@@ -1,0 +1,111 @@
+"""A checkpoint as lm-eval sees it, and its answers to tasks. lm-eval is the optional extra `evaluation`."""
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tasks are local files: nobody is asked for anything
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TQDM_DISABLE", "1")
+
+import torch
+from lm_eval.api.model import TemplateLM
+from lm_eval.evaluator import simple_evaluate
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from aquilamoe.config.evaluation import GenerationConfig
+from aquilamoe.config.messages import UserError, nearest
+from aquilamoe.evaluation.generation import Writer
+
+ROWS = 16  # continuations scored at once
+Request = tuple[Any, list[int], list[int]]
+
+
+def evaluate(writer: Writer, folders: Sequence[Path], names: Sequence[str], cache: Path) -> dict[str, Any]:
+    """lm-eval's results for tasks of some folders; UserError for a task that is in none of them.
+
+    cache: where `datasets` keeps its copies.
+    """
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    manager = TaskManager(include_path=[str(folder) for folder in folders], include_defaults=False)
+    for name in names:
+        if name not in manager.all_tasks:
+            raise UserError(
+                f"tasks: there is no task '{name}' in {', '.join(map(str, folders))}; "
+                f"{nearest(name, manager.all_tasks)}"
+            )
+    import datasets
+
+    datasets.config.HF_DATASETS_CACHE = cache
+    results = simple_evaluate(model=Harness(writer), tasks=list(names), task_manager=manager, bootstrap_iters=0)
+    assert results is not None, "the first process gets the results"
+    return dict(results)
+
+
+class Harness(TemplateLM):
+    """Scores and continues with our own model. The numbers are those of lm-eval's `hf` model on the same directory."""
+
+    def __init__(self, writer: Writer) -> None:
+        super().__init__()
+        self.writer = writer
+        self.window = writer.model.config.max_position_embeddings
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.writer.eos_token_id or 0
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        return list(self.writer.tokenizer.encode(string, add_special_tokens=False).ids)
+
+    def _loglikelihood_tokens(self, requests: list[Request], **_: Any) -> list[tuple[float, bool]]:
+        """Sum of log-probabilities of each continuation, and whether it is what greedy decoding gives."""
+        order = sorted(range(len(requests)), key=lambda index: -len(requests[index][1]) - len(requests[index][2]))
+        answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        for start in range(0, len(order), ROWS):
+            part = order[start : start + ROWS]
+            for index, answer in zip(part, self._score([requests[index] for index in part]), strict=True):
+                answers[index] = answer
+        return answers
+
+    @torch.no_grad()
+    def _score(self, requests: list[Request]) -> list[tuple[float, bool]]:
+        rows = [(context + continuation)[-(self.window + 1) :] for _, context, continuation in requests]
+        longest = max(map(len, rows)) - 1
+        tokens_bt = torch.tensor([row[:-1] + [0] * (longest - len(row) + 1) for row in rows])
+        logits_btv, _ = self.writer.model(tokens_bt)
+        answers = []
+        for logits_tv, row, (_, _, continuation) in zip(logits_btv, rows, requests, strict=True):
+            targets_c = torch.tensor(continuation[-(len(row) - 1) :])
+            logits_cv = logits_tv[len(row) - 1 - len(targets_c) : len(row) - 1].float()
+            logs_c = logits_cv.log_softmax(dim=-1).gather(1, targets_c[:, None])
+            answers.append((float(logs_c.sum()), bool((logits_cv.argmax(dim=-1) == targets_c).all())))
+        return answers
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """Log-probability of each whole text, in windows that do not overlap in what they score."""
+        sums = []
+        for request in requests:
+            (text,) = request.args
+            windows = get_rolling_token_windows(self.tok_encode(text), self.eot_token_id, self.window, context_len=1)
+            scored = self._loglikelihood_tokens([(None, *make_disjoint_window(window)) for window in windows])
+            sums.append(sum(log for log, _ in scored))
+        return sums
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """Continuations, cut at the first of the strings that end them."""
+        texts = []
+        for request in requests:
+            prompt, options = request.args
+            settings = GenerationConfig(
+                max_new_tokens=int(options.get("max_gen_toks", 64)),
+                temperature=float(options.get("temperature", 0.0)) if options.get("do_sample") else 0.0,
+            )
+            (text,) = self.writer.continue_texts([prompt], settings)
+            for stop in options.get("until", []):
+                text = text.partition(stop)[0] if stop else text
+            texts.append(text)
+        return texts
