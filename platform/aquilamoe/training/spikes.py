@@ -112,7 +112,8 @@ def roll_back(job: Job, group: Group, spike: SpikeError, progress: Progress) -> 
     if job.stage.spikes.policy != "roll_back" or spike.step == 0:
         raise spike
     count(job, progress, spike)
-    group.wait()  # the others have not read yet what is there
+    state.wait()
+    group.wait()  # the checkpoint before is written, by all
     if group.is_first:
         for path in state.checkpoints(job.out):
             if state.step_of(path) >= spike.first_bad_checkpoint:
