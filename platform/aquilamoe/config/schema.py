@@ -22,6 +22,7 @@ from aquilamoe.config.network import (
     PositiveFloat,
     PositiveInt,
 )
+from aquilamoe.config.steps import OptimizerConfig, RouterConfig, ScheduleConfig, SpikesConfig
 
 DepthRule = Literal["interpolate", "stack", "stack_top"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]  # it names files
@@ -113,43 +114,6 @@ class UpcyclingConfig(Config):
                     f"method {self.method} with {field} {amount}; {field} is > 0 for '{method}' and 0 for the others"
                 )
         return self
-
-
-class OptimizerConfig(Config):
-    """`betas` and `eps` are AdamW's; `momentum` is that of `muon`, which leaves what is no hidden matrix to AdamW."""
-
-    name: Literal["adamw", "muon"]
-    betas: tuple[Fraction, Fraction]
-    momentum: Annotated[Float, Field(ge=0.0, lt=1.0)]
-    eps: PositiveFloat
-    weight_decay: NonNegativeFloat
-    max_grad_norm: PositiveFloat
-
-
-class ScheduleConfig(Config):
-    """Learning rate over a stage, as fractions of its `learning_rate`; all lengths are tokens."""
-
-    name: Literal["cosine", "wsd", "constant"]
-    warmup_tokens: NonNegativeInt
-    decay_tokens: NonNegativeInt
-    min_lr_ratio: Fraction
-
-
-class RouterConfig(Config):
-    """Losses of the router, and the bias that balances its choice without a loss (METHODS: Scale-Out)."""
-
-    balance_loss_coeff: NonNegativeFloat
-    balance_scope: Literal["global_batch", "running", "micro_batch"]
-    z_loss_coeff: NonNegativeFloat
-    bias_update_rate: NonNegativeFloat = 0.0
-
-
-class SpikesConfig(Config):
-    """What happens at a step whose loss is not finite, or whose gradient norm exceeds a limit."""
-
-    policy: Literal["stop", "skip", "roll_back"] = "stop"
-    max_grad_norm: PositiveFloat | None = None
-    max_events: PositiveInt = 10
 
 
 class StageConfig(Config):
