@@ -28,7 +28,14 @@ class Kernels:
             return self.experts
         return "loop" if device_type == "cpu" else "grouped"
 
-    def describe(self, device_type: str, length: int) -> str:
+    def describe(self, device_type: str, length: int, is_moe: bool = False) -> str:
         """What is used, and whether it was asked for; for the log."""
-        source = "measured default" if self.attention == "auto" else "configured"
-        return f"attention {self.attention_on(device_type, length)} ({source} for {device_type}, {length} tokens)"
+        of = f"{device_type}, {length} tokens"
+        text = f"attention {self.attention_on(device_type, length)} ({_source(self.attention)} for {of})"
+        if is_moe:
+            text += f", experts {self.experts_on(device_type)} ({_source(self.experts)} for {device_type})"
+        return text
+
+
+def _source(asked: str) -> str:
+    return "measured default" if asked == "auto" else "configured"

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from aquilamoe.kernels.choice import ExpertsKernel
 
+
 def count_rows(experts_nk: Tensor, num_experts: int) -> Tensor:
     """How many rows each expert is given: int64 of shape (e,). Unlike `bincount` it never waits for the device."""
     flat_s = experts_nk.flatten()
@@ -45,9 +46,10 @@ def expert_feed_forwards(
 ) -> Tensor:
     """SwiGLU of each row by its expert, rows_sd being sorted: the first counts_e[0] rows are of expert 0, and so on.
 
-    Computed in the precision of the rows; weights of another are rounded to it, and get gradients of their own.
+    Computed in the precision of the rows; weights of another are rounded to it, and get gradients in their own. Torch
+    compiles a grouped product of bfloat16 alone: everything else is a loop.
     """
-    if kernel == "loop":
+    if kernel == "loop" or rows_sd.dtype != torch.bfloat16:
         inner_sf = F.silu(_loop_product(rows_sd, counts_e, gate_efd)) * _loop_product(rows_sd, counts_e, up_efd)
         return _loop_product(inner_sf, counts_e, down_edf)
     ends_e = counts_e.cumsum(0).to(torch.int32)
@@ -99,9 +101,17 @@ class _Weigh(torch.autograd.Function):
 
 
 def _sum_rows(rows_sd: Tensor, slots_nk: Tensor, weights_nk: Tensor | None) -> Tensor:
-    """The (weighted) sum over k of rows_sd[slots_nk]: one pass on a CPU by the product made for bags of embeddings."""
-    if rows_sd.device.type == "cpu":
-        return F.embedding_bag(slots_nk, rows_sd, mode="sum", per_sample_weights=weights_nk)
+    """The (weighted) sum over k of rows_sd[slots_nk]."""
+    return (_sum_bags if rows_sd.device.type == "cpu" else _sum_gathered)(rows_sd, slots_nk, weights_nk)
+
+
+def _sum_bags(rows_sd: Tensor, slots_nk: Tensor, weights_nk: Tensor | None) -> Tensor:
+    """In one pass, by the sum that is made for bags of embeddings."""
+    return F.embedding_bag(slots_nk, rows_sd, mode="sum", per_sample_weights=weights_nk)
+
+
+def _sum_gathered(rows_sd: Tensor, slots_nk: Tensor, weights_nk: Tensor | None) -> Tensor:
+    """As products and sums, which a compiler makes one pass of."""
     rows_nkd = rows_sd[slots_nk]
     return (rows_nkd if weights_nk is None else rows_nkd * weights_nk[..., None]).sum(dim=1)
 
