@@ -15,9 +15,9 @@ def console() -> Console:
 
 def spark(values: list[float], width: int) -> str:
     """A line of `width` characters at most, from the lowest value to the highest; each is a mean of its neighbours."""
-    if len(values) < 2:
-        return ""
     columns = min(width, len(values))
+    if columns < 2:
+        return ""
     edges = [len(values) * column // columns for column in range(columns + 1)]
     means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
     low, span = min(means), max(means) - min(means)
