@@ -19,6 +19,7 @@ from aquilamoe.kernels.attention import causal_attention
 from aquilamoe.kernels.choice import Kernels
 from aquilamoe.kernels.cross_entropy import head_cross_entropy
 from aquilamoe.kernels.experts import count_rows, expert_feed_forwards, gather_rows, sort_rows, weigh_rows
+from aquilamoe.kernels.norm import rms_norm
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x_btd: Tensor) -> Tensor:
-        return F.rms_norm(x_btd, self.weight.shape, self.weight, self.eps)
+        return rms_norm(x_btd, self.weight, self.eps)
 
 
 def rotary_table(config: ModelConfig, length: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
