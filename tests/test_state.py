@@ -241,16 +241,17 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_does_not_change_it(
 ) -> None:
     model, optimizer = trained()
     expected = save_checkpoint(tmp_path / "expected", model, optimizer, 8)
-    trained_on, pwrite = threading.Event(), os.pwrite
+    begun, trained_on, pwrite = threading.Event(), threading.Event(), os.pwrite
 
     def late(descriptor: int, data: memoryview, offset: int) -> int:
+        begun.set()
         assert trained_on.wait(20)
         return pwrite(descriptor, data, offset)
 
     monkeypatch.setattr(storage.os, "pwrite", late)
     made = state.save_checkpoint(tmp_path / "found", model, optimizer, 8)
     step(model, optimizer)
-    assert not made.exists() and len(list(made.parent.glob(".step-*"))) == 1
+    assert begun.wait(20) and not made.exists() and len(list(made.parent.glob(".step-*"))) == 1
     trained_on.set()
     assert state.checkpoints(tmp_path / "found") == [made]
     for file in FILES:

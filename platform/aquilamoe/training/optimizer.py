@@ -6,15 +6,17 @@ how parameters are grouped.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
 
-from aquilamoe.config.schema import OptimizerConfig
+from aquilamoe.config.steps import OptimizerConfig, Role, RoleConfig
+from aquilamoe.training.gathering_muon import GatheringMuon
+from aquilamoe.weights.parts import stack, unstack
 
+RATIO = "learning_rate_ratio"  # of a group, to the learning rate of the step
 ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")
 MUON_STATE = ("momentum_buffer",)
 # What scores experts is no hidden matrix: its rows are classes, as the head's are.
@@ -25,19 +27,45 @@ def build(model: nn.Module, config: OptimizerConfig, learning_rate: float) -> An
     """The optimizer of a model. Gains and biases are not decayed; every matrix, embeddings included, is."""
     if config.name == "muon":
         return MuonAndAdamW(model, config, learning_rate)
-    return _adamw(model.parameters(), config, learning_rate)
+    return _adamw(model.named_parameters(), config, learning_rate)
 
 
-def _adamw(parameters: Iterable[nn.Parameter], config: OptimizerConfig, learning_rate: float) -> AdamW:
-    matrices: list[nn.Parameter] = []
-    vectors: list[nn.Parameter] = []
-    for parameter in parameters:
-        (matrices if parameter.ndim >= 2 else vectors).append(parameter)
-    groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+def role_of(name: str) -> Role:
+    """What the parameter of this name is for; a tied head is an embedding, a shared expert a feed-forward."""
+    if name.endswith(_ROUTERS):
+        return "router"
+    if name.endswith("norm.weight"):
+        return "norm"
+    places: dict[str, Role] = {
+        "lm_head.": "head",
+        "model.embed_tokens.": "embedding",
+        ".self_attn.": "attention",
+        ".mlp.experts.": "expert",
+        ".mlp.": "feed_forward",
+    }
+    return next(role for place, role in places.items() if place in name)
+
+
+def _groups(
+    parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig, learning_rate: float
+) -> list[dict[str, Any]]:
+    """Parameters by how they are treated, which their role may change; torch wants equal settings in a group."""
+    groups: dict[tuple[float, float, Any], list[nn.Parameter]] = {}
+    for name, parameter in parameters:
+        own = config.roles.get(role_of(name), RoleConfig())
+        decay = config.weight_decay if own.weight_decay is None else own.weight_decay
+        # One fused update is for tensors that are cut among the same processes.
+        mesh = getattr(parameter, "device_mesh", None)
+        key = (own.learning_rate_ratio, decay if parameter.ndim >= 2 else 0.0, mesh)
+        groups.setdefault(key, []).append(parameter)
+    return [
+        {"params": members, "weight_decay": decay, RATIO: ratio, "lr": ratio * learning_rate}
+        for (ratio, decay, _), members in groups.items()
     ]
-    return AdamW(groups, lr=learning_rate, betas=config.betas, eps=config.eps, fused=True)
+
+
+def _adamw(parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig, learning_rate: float) -> AdamW:
+    return AdamW(_groups(parameters, config, learning_rate), betas=config.betas, eps=config.eps, fused=True)
 
 
 def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
@@ -54,14 +82,18 @@ class MuonAndAdamW:
     def __init__(self, model: nn.Module, config: OptimizerConfig, learning_rate: float) -> None:
         hidden = {n: p for n, p in model.named_parameters() if is_hidden_matrix(n, p)}
         self.matrices = {parameter: _matrices(parameter) for parameter in hidden.values()}
-        self.muon = Muon(
-            [matrix for matrices in self.matrices.values() for matrix in matrices],
-            lr=learning_rate,
-            weight_decay=config.weight_decay,
+        is_cut = any(hasattr(parameter, "device_mesh") for parameter in self.matrices)
+        self.muon = (GatheringMuon if is_cut else Muon)(
+            _groups(
+                ((name, matrix) for name, parameter in hidden.items() for matrix in self.matrices[parameter]),
+                config,
+                learning_rate,
+            ),
             momentum=config.momentum,
             adjust_lr_fn="match_rms_adamw",
         )
-        self.adamw = _adamw((p for p in model.parameters() if p not in self.matrices), config, learning_rate)
+        others = ((n, p) for n, p in model.named_parameters() if n not in hidden)
+        self.adamw = _adamw(others, config, learning_rate)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -86,7 +118,7 @@ AnyOptimizer = Optimizer | MuonAndAdamW
 
 
 def _unbind(tensor: Tensor) -> tuple[Tensor, ...]:
-    return (tensor,) if tensor.ndim == 2 else tensor.unbind()
+    return (tensor,) if tensor.ndim == 2 else unstack(tensor)
 
 
 def _matrices(parameter: nn.Parameter) -> list[nn.Parameter]:
@@ -95,21 +127,24 @@ def _matrices(parameter: nn.Parameter) -> list[nn.Parameter]:
 
 
 def read_state(model: nn.Module, optimizer: AnyOptimizer) -> dict[str, Tensor]:
-    """The optimizer's state by `parameter/key`; that of stacked experts is stacked, too."""
+    """The optimizer's state by `parameter/key`; that of stacked experts is stacked, too, and cut as they are."""
     return {
-        f"{name}/{key}": torch.stack(values) if parameter.ndim == 3 and len(values) > 1 else values[0]
+        f"{name}/{key}": value
         for name, parameter in model.named_parameters()
-        for key, values in _states(parameter, optimizer)
+        for key, value in _state(parameter, optimizer)
     }
 
 
-def _states(parameter: nn.Parameter, optimizer: AnyOptimizer) -> Iterator[tuple[str, list[Tensor]]]:
-    if isinstance(optimizer, MuonAndAdamW) and parameter in optimizer.matrices:
-        states = [optimizer.muon.state[matrix] for matrix in optimizer.matrices[parameter]]
-        yield from ((key, [state[key] for state in states]) for key in MUON_STATE if states[0])
-        return
-    adamw = optimizer.adamw if isinstance(optimizer, MuonAndAdamW) else optimizer
-    yield from ((key, [value]) for key, value in adamw.state[parameter].items())
+def _state(parameter: nn.Parameter, optimizer: AnyOptimizer) -> Iterable[tuple[str, Tensor]]:
+    if not isinstance(optimizer, MuonAndAdamW):
+        return optimizer.state[parameter].items()
+    if parameter not in optimizer.matrices:
+        return optimizer.adamw.state[parameter].items()
+    if not optimizer.muon.state:
+        return ()
+    states = [optimizer.muon.state[matrix] for matrix in optimizer.matrices[parameter]]
+    stacked = (stack([state[key] for state in states], parameter) for key in MUON_STATE)
+    return zip(MUON_STATE, stacked, strict=True)
 
 
 def write_state(model: nn.Module, optimizer: AnyOptimizer, state: Mapping[str, Tensor]) -> None:
@@ -126,5 +161,6 @@ def write_state(model: nn.Module, optimizer: AnyOptimizer, state: Mapping[str, T
 
 
 def set_learning_rate(optimizer: AnyOptimizer, learning_rate: float) -> None:
+    """Set that of every group, which its role may raise or lower."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group[RATIO]

@@ -31,7 +31,7 @@ from aquilamoe.config.schema import ModelConfig
 from aquilamoe.model import Decoder
 from aquilamoe.training.optimizer import AnyOptimizer, read_state, write_state
 from aquilamoe.training.parallel import Group
-from aquilamoe.training.storage import DTYPE, Files, SafetensorsWriter, Span
+from aquilamoe.training.storage import DTYPE, Files, Part, PartsPlanner, SafetensorsWriter, Span, Staged
 from aquilamoe.weights import layout, names
 from aquilamoe.weights.configuration import write_config
 from aquilamoe.weights.huggingface import load_state, on_disk
@@ -113,7 +113,8 @@ def save_checkpoint(
         for leftover in folder.glob(f"{HIDDEN}step-*"):
             shutil.rmtree(leftover)
     kept = {name: tensor.to("cpu", copy=True) for name, tensor in extra.items()}
-    writing = dcp.async_save(**_order(built, model, optimizer, publish, group))
+    order = _order(built, model, optimizer, publish, group, copied=True)
+    writing = dcp.async_save(**order, async_stager=Staged())
     assert isinstance(writing, Future)
     _in_flight = writing
     return target
@@ -134,28 +135,26 @@ def _order(
     optimizer: AnyOptimizer,
     publish: Callable[[list[Span]], None],
     group: Group | None,
+    copied: bool = False,
 ) -> dict[str, Any]:
-    """What torch.distributed.checkpoint is told: the tensors, where they go, and who takes part."""
+    """What torch.distributed.checkpoint is told: the parts, where they go, and who takes part."""
     if group is None or group.world_size == 1:
         warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
     if isinstance(model, FSDPModule):  # a forward pass leaves the outermost parameters whole
         model.reshard()
     moments = read_state(model, optimizer)
-    tensors = {name: parameter.detach() for name, parameter in model.named_parameters()} | moments
-    return {
-        "state_dict": _share(tensors, group),
-        "storage_writer": SafetensorsWriter(folder, _files(model.config, moments), publish),
-        "process_group": group.background if group else None,
-    }
-
-
-def _share(tensors: Mapping[str, Tensor], group: Group | None) -> dict[str, Tensor]:
-    """Of what all processes have alike, each writes its share; of what is cut, torch sees to it."""
     rank, world_size = (group.rank, group.world_size) if group else (0, 1)
-    return {
-        key: tensor
-        for index, (key, tensor) in enumerate(tensors.items())
+    parts = {
+        key: Part.of(tensor, copied)
+        for index, (key, tensor) in enumerate([*model.named_parameters(), *moments.items()])
+        # Of what all have alike, each writes a share; of what is cut, torch's planner sees to it.
         if hasattr(tensor, "device_mesh") or index % world_size == rank
+    }
+    return {
+        "state_dict": parts,
+        "storage_writer": SafetensorsWriter(folder, _files(model.config, moments), publish),
+        "planner": PartsPlanner(),
+        "process_group": group.background if group else None,
     }
 
 

@@ -15,13 +15,16 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
 from aquilamoe.weights.disk import check_space, refusal
 from aquilamoe.weights.layout import Shard
+from aquilamoe.weights.parts import own_part
 
 DTYPE, ITEM_BYTES = torch.float32, 4  # of every tensor in a checkpoint
 HASH_BYTES = 2**20
@@ -68,6 +71,53 @@ class Files:
         """tensors: by key, the names that the tensor has in the files: one, or of stacked experts one for each."""
         found = {name: (path, shard.starts[name]) for path, shard in shards.items() for name in shard.starts}
         return cls(shards, {key: [found[name] for name in names] for key, names in tensors.items()})
+
+
+@dataclass(frozen=True)
+class Part:
+    """What this process has of a tensor: its values, where they begin in the whole, and the shape of the whole."""
+
+    values: Tensor
+    start: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: Tensor, copied: bool) -> Self:
+        """copied: to memory of its own, which training does not change."""
+        part, place = own_part(tensor.detach())
+        values = part.to("cpu", DTYPE, copy=True) if copied else part
+        return cls(values, tuple(axis.start for axis in place), tuple(tensor.shape))
+
+    def __create_write_items__(self, key: str, _: Any) -> list[WriteItem]:
+        """What torch's planner asks of a distributed tensor."""
+        chunk = ChunkStorageMetadata(torch.Size(self.start), self.values.size())
+        properties = TensorProperties.create_from_tensor(self.values)
+        data = TensorWriteData(chunk, properties, torch.Size(self.shape))
+        return [WriteItem(MetadataIndex(key, chunk.offsets), WriteItemType.SHARD, tensor_data=data)]
+
+
+class PartsPlanner(DefaultSavePlanner):
+    """Finds the values of a part. A part that several processes have is written by one of them."""
+
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
+        part = self.state_dict[index.fqn]
+        assert isinstance(part, Part)
+        return part.values
+
+
+class Staged(AsyncStager):
+    """Nothing to copy: the parts have been (`Part.of`)."""
+
+    should_synchronize_after_execute = False
+
+    def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        return state_dict
+
+    def synchronize_staging(self) -> None:
+        return None
+
+    def close(self) -> None:
+        return None
 
 
 class SafetensorsWriter(StorageWriter):
@@ -125,9 +175,13 @@ class SafetensorsWriter(StorageWriter):
             path, first_byte = places[0]
             places = [(path, first_byte + index * prod(shape[1:]) * ITEM_BYTES) for index in range(shape[0])]
         for (path, first_byte), rows in zip(places[start[0] :], part, strict=False):
-            assert rows.shape[1:] == torch.Size(shape[2:]), f"{key}: a part is of whole rows"
-            offset = start[1] * prod(shape[2:]) * ITEM_BYTES if len(shape) > 1 else 0
-            yield path, first_byte + offset, rows
+            row_bytes = prod(shape[2:]) * ITEM_BYTES
+            first_row = first_byte + start[1] * row_bytes if len(shape) > 1 else first_byte
+            if rows.shape[1:] == torch.Size(shape[2:]):
+                yield path, first_row, rows
+            else:  # of a matrix that is cut along its columns
+                for index, row in enumerate(rows):
+                    yield path, first_row + index * row_bytes + start[2] * ITEM_BYTES, row
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:  # noqa: ARG002
         """On the first process: publish what all have written, and what nobody has: headers, and zeros."""
