@@ -29,7 +29,8 @@ MAY_IMPORT = {
     "data": {"config"},
     "training": {"config", "kernels", "model", "weights", "data"},
     "pipeline": {"config"},
-    "ablation": {"config", "pipeline", "reports", "terminal"},
+    # Of training only the session that trials run in.
+    "ablation": {"config", "pipeline", "reports", "terminal", "training"},
     "stages": {"config", "model", "weights", "growth", "data", "training", "evaluation", "pipeline"},
     "lineage": {"config", "weights", "pipeline"},
     "evaluation": {"config", "model", "weights", "data", "pipeline", "lineage"},
@@ -49,7 +50,7 @@ MAY_IMPORT = {
 ONLY_IN = {
     "hydra": ["workflows"],
     "omegaconf": ["workflows"],
-    "ray": ["aquilamoe/training/launch.py"],
+    "ray": ["aquilamoe/training/launch.py", "aquilamoe/ablation/trials.py"],
     "mlflow": ["aquilamoe/tracking"],
     "torch": [
         f"aquilamoe/{room}"

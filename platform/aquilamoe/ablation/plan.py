@@ -1,13 +1,15 @@
 """What an ablation would run, what of it is there, and what that costs."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from aquilamoe.ablation.union import Leaf, Union
+from aquilamoe.ablation.union import Leaf, Union, ancestors
 from aquilamoe.ablation.variants import Variant
 from aquilamoe.pipeline import plan as planning
 from aquilamoe.pipeline.plan import Planned
 from aquilamoe.pipeline.store import Store
+
+DATA_KINDS = ("corpus", "tokenizer", "tokenize")
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,27 @@ def tasks(union: Union, store: Store, flops_per_s: float) -> list[Task]:
         Task(leaf, stages, frozenset(s.fingerprint for s in stages if counts[s.fingerprint] > 1))
         for leaf, stages in plans.values()
     ]
+
+
+def data_stages(found: Sequence[Task]) -> list[Planned]:
+    """What is made of the corpus, for all tasks: no trial's work."""
+    everything = (stage for task in found for stage in task.stages)
+    return list({stage.fingerprint: stage for stage in everything if stage.node.stage.kind in DATA_KINDS}.values())
+
+
+def sources(found: Sequence[Task]) -> list[Task]:
+    """The last training stage that each task shares with another, as a task of its own: these are computed first."""
+    first: dict[str, Task] = {}
+    for task in found:
+        shared = [s for s in task.stages if s.fingerprint in task.shared and s.node.stage.kind == "pretrain"]
+        if not shared:
+            continue
+        last = shared[-1]
+        leaf = replace(task.leaf, control=None, stage=last.name, fingerprint=last.fingerprint)
+        needed = ancestors(task.leaf.nodes, last.name)
+        stages = [stage for stage in task.stages if stage.name in needed]
+        first.setdefault(last.fingerprint, Task(leaf, stages, task.shared))
+    return list(first.values())
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,13 @@
 
 from collections.abc import Sequence
 
+from rich.console import Console
 from rich.table import Table
 
 from aquilamoe.ablation.plan import Task, Totals, by_variant
+from aquilamoe.ablation.results import Results
+from aquilamoe.ablation.statistics import Interval
+from aquilamoe.ablation.trials import Failure
 from aquilamoe.ablation.union import Leaf, Union
 from aquilamoe.config.ablation import AblationConfig
 from aquilamoe.reports import rows
@@ -56,3 +60,60 @@ def plan_summary(union: Union, totals: Totals, concurrency: int) -> str:
         f"shared ancestors run once: {rows.power(union.flops)} FLOPs in all, {union.flops / union.naive_flops:.2f} of "
         f"the {rows.power(union.naive_flops)} of an experiment for every variant and seed"
     )
+
+
+class Progress:
+    """A line for every trial that ends."""
+
+    def __init__(self, out: Console, tasks: Sequence[Task]) -> None:
+        self.out = out
+        self.left = {task.name for task in tasks if not task.is_done}
+        self.total = len(self.left)
+
+    def __call__(self, task: Task, failure: Failure | None) -> None:
+        self.left.discard(task.name)
+        leaf = task.leaf
+        what = leaf.control.name if leaf.control else f"{leaf.variant.name}: {leaf.stage}"
+        end = f"failed: {failure.message}" if failure else "done"
+        place = f"{self.total - len(self.left)} of {self.total}"
+        self.out.print(f"{place}  {what}, seed {leaf.seed}  {end}", soft_wrap=True)
+
+
+def show_results(out: Console, results: Results, config: AblationConfig) -> None:
+    """The ranking, and what has to be said beside it."""
+    out.print(ranking_table(results, config))
+    for line in remarks(results, config):
+        out.print(line, soft_wrap=True)
+
+
+def ranking_table(results: Results, config: AblationConfig) -> Table:
+    """Ranks, means, and differences to the baseline with their intervals; controls below."""
+    metric = f"{config.objective.stage} {config.objective.metric}"
+    table = make_table(">rank", "", f">{metric}", ">minus baseline", ">95 % interval", ">seeds")
+    for entry in results.ranked():
+        values = results.variants[entry.name].values
+        _result_row(table, str(entry.rank), entry.name, entry.mean, entry.to_baseline, len(values))
+    table.add_section()
+    for found in sorted(results.compared(), key=lambda control: control.mean):
+        name, pairs = f"{found.kind} (LR x{found.learning_rate_ratio:g})", found.to_baseline.pairs
+        _result_row(table, "", name, found.mean, found.to_baseline, pairs)
+    return table
+
+
+def _result_row(table: Table, rank: str, name: str, mean: float, difference: Interval, seeds: int) -> None:
+    width = difference.half_width
+    interval = "" if width is None else f"{difference.mean - width:+.4f} to {difference.mean + width:+.4f}"
+    table.add_row(rank, name, f"{mean:.4f}", f"{difference.mean:+.4f}", interval, str(seeds))
+
+
+def remarks(results: Results, config: AblationConfig) -> list[str]:
+    """What has to be said beside the table: the horizon, how ranks are made, crossings, what is missing."""
+    lines = [
+        f"Equal ranks: {len(config.seeds)} seeds do not tell them apart (paired, 95 %, each pair by itself). "
+        f"Baseline: {results.baseline}."
+    ]
+    for name, places in results.crossings().items():
+        where = ", ".join(rows.count(round(place)) for place in places)
+        lines.append(f"{name} crosses the baseline's held-out loss at {where} tokens: ranks depend on the budget.")
+    lines += [f"{name}: no result for seeds {', '.join(map(str, seeds))}" for name, seeds in results.missing.items()]
+    return lines

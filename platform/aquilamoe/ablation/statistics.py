@@ -73,7 +73,7 @@ def ranking(results: Mapping[str, Mapping[int, float]], baseline: str) -> list[R
 def mean_curve(curves: Sequence[Curve]) -> list[tuple[float, float]]:
     """The mean over seeds, at the places that all of them have."""
     by_place = [dict(curve) for curve in curves]
-    places = sorted(set.intersection(*(set(curve) for curve in by_place)))
+    places = sorted(set.intersection(*(set(curve) for curve in by_place))) if by_place else []
     return [(place, statistics.fmean(curve[place] for curve in by_place)) for place in places]
 
 

@@ -10,7 +10,7 @@ from aquilamoe.config import graph
 from aquilamoe.config.ablation import AblationConfig
 from aquilamoe.config.graph import Node
 from aquilamoe.config.messages import UserError, nearest
-from aquilamoe.config.schema import ExperimentConfig, PretrainStage
+from aquilamoe.config.schema import ExperimentConfig, PretrainStage, ReportConfig
 from aquilamoe.pipeline import fingerprint as identity
 from aquilamoe.pipeline.plan import recipes
 
@@ -70,7 +70,7 @@ def build(config: AblationConfig, compose: Compose) -> Union:
             built = graph.build(experiment.model_copy(update={"stages": stages}))
             digests = {name: identity.fingerprint(recipe) for name, recipe in recipes(built).items()}
             for name, control in [(target, None), *((control.name, control) for control in found)]:
-                needed = {stage: built[stage] for stage in built if stage in _ancestors(built, name)}
+                needed = {stage: built[stage] for stage in built if stage in ancestors(built, name)}
                 leaves.append(Leaf(variant, control, seed, name, digests[name], needed))
                 nodes |= {digests[stage]: node for stage, node in needed.items() if digests[stage] not in nodes}
             own.append(digests[target])
@@ -85,6 +85,7 @@ def _experiment(config: AblationConfig, values: Mapping[str, Any]) -> tuple[Expe
     stage = experiment.stages.get(target)
     if stage is None:
         raise UserError(f"ablation.objective.stage: there is no stage '{target}'; {nearest(target, experiment.stages)}")
+    experiment = _narrowed(experiment, target)
     if not isinstance(stage, PretrainStage):
         trained = [name for name, other in experiment.stages.items() if isinstance(other, PretrainStage)]
         raise UserError(
@@ -102,6 +103,22 @@ def _experiment(config: AblationConfig, values: Mapping[str, Any]) -> tuple[Expe
     return experiment.model_copy(update={"stages": stages}), target
 
 
+def _narrowed(experiment: ExperimentConfig, target: str) -> ExperimentConfig:
+    """Only what leads to one stage: what else the experiment has is not run, and need not fit."""
+    needed: set[str] = set()
+    waiting = [target]
+    while waiting:
+        name = waiting.pop()
+        stage = experiment.stages.get(name)
+        if stage is None or name in needed:
+            continue
+        needed.add(name)
+        equal = getattr(stage, "equal_flops", None)
+        waiting += [*stage.inputs.values(), *([equal] if equal else [])]
+    stages = {name: stage for name, stage in experiment.stages.items() if name in needed}
+    return experiment.model_copy(update={"stages": stages, "report": ReportConfig(chain=[], control=None)})
+
+
 def _budget_tokens(config: AblationConfig, experiment: ExperimentConfig, target: str) -> int | None:
     if config.budget.flops is None:
         return config.budget.tokens
@@ -112,9 +129,9 @@ def _budget_tokens(config: AblationConfig, experiment: ExperimentConfig, target:
     return batches * node.stage.batch_tokens
 
 
-def _ancestors(nodes: Mapping[str, Node], name: str) -> set[str]:
+def ancestors(nodes: Mapping[str, Node], name: str) -> set[str]:
     """A stage and all that it reads, directly or not."""
     found = {name}
     for source in nodes[name].stage.inputs.values():
-        found |= _ancestors(nodes, source)
+        found |= ancestors(nodes, source)
     return found

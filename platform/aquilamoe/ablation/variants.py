@@ -51,11 +51,12 @@ def check_differences(config: AblationConfig, fingerprints: Mapping[str, tuple[s
     """
     for axis, spec in config.axes.items():
         others = [other for other in config.axes if other != axis]
-        groups: dict[tuple[str, ...], set[tuple[str, ...]]] = {}
+        groups: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
         for variant in variants(config):
             rest = tuple(variant.values[other] for other in others)
-            groups.setdefault(rest, set()).add(fingerprints[variant.name])
-        if len(spec.values) > 1 and all(len(found) == 1 for found in groups.values()):
+            groups.setdefault(rest, []).append(fingerprints[variant.name])
+        compared = [found for found in groups.values() if len(found) > 1]
+        if compared and all(len(set(found)) == 1 for found in compared):
             raise UserError(
                 f"ablation.axes.{axis}: none of its values ({', '.join(spec.values)}) changes what "
                 f"'{config.objective.stage}' computes; vary a key that this stage, or one before it, reads"

@@ -4,8 +4,8 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
@@ -40,17 +40,25 @@ class Observer(Protocol):
 
 
 def run(
-    plan: Sequence[Planned], store: Store, cluster: ClusterConfig, observers: Sequence[Observer]
+    plan: Sequence[Planned],
+    store: Store,
+    cluster: ClusterConfig,
+    observers: Sequence[Observer],
+    alone: Callable[[Planned], AbstractContextManager[None]] = lambda _: nullcontext(),
 ) -> dict[str, Input]:
-    """Run what is not cached and return every stage's output. The caller holds the store's lock."""
+    """Run what is not cached and return every stage's output. The caller holds the store's lock.
+
+    alone: entered around each stage, for runs that share a store and its lock.
+    """
     done: dict[str, Input] = {}
     for planned in plan:
         try:
-            # Asked again: another stage of this plan may have had the same recipe.
-            found = store.find(planned.name, planned.fingerprint)
-            if found is None:
-                done[planned.name] = _run_stage(planned, store, cluster, done, observers)
-                continue
+            with alone(planned):
+                # Asked again: another stage of this plan, or another run, may have had the same recipe.
+                found = store.find(planned.name, planned.fingerprint)
+                if found is None:
+                    done[planned.name] = _run_stage(planned, store, cluster, done, observers)
+                    continue
         except BaseException as error:
             for observer in observers:
                 observer.stage_failed(planned.name, str(error) or type(error).__name__)

@@ -116,6 +116,15 @@ class Store:
             yield
             file.truncate(0)
 
+    @contextmanager
+    def stage_lock(self, fingerprint: str) -> Iterator[None]:
+        """Wait until no other process of this driver works on a recipe, and keep it so."""
+        path = self.root / "locks" / fingerprint
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
     def holder(self) -> str | None:
         """Who holds the lock, as text, or None when nobody does."""
         path = self.root / ".lock"
