@@ -182,6 +182,26 @@ def test_a_null_head_dim_is_the_hidden_size_over_the_heads(experiment: Callable[
             ["+stages.prepare.inputs.source=moe"],
             "stages.prepare: set either model (train from scratch) or inputs.source (continue a checkpoint)",
         ),
+        (
+            ["cluster.shard_size=4"],
+            "cluster: parallel ddp with shard_size 4; ",
+        ),
+        (
+            ["cluster.parallel=hsdp"],
+            "cluster: parallel hsdp with shard_size None; ",
+        ),
+        (
+            ["cluster.parallel=hsdp", "cluster.shard_size=4", "cluster.workers=6"],
+            "cluster: 6 workers are no multiple of shard_size 4; ",
+        ),
+        (
+            ["cluster.workers=2", "cluster.expert_parallel=2"],
+            "cluster: expert_parallel 2 with parallel ddp",
+        ),
+        (
+            ["cluster.workers=2", "cluster.parallel=fsdp", "cluster.expert_parallel=4"],
+            "cluster: 2 workers that share one copy ",
+        ),
     ],
 )
 def test_what_cannot_be_built_or_trained_is_refused_with_both_values_and_a_remedy(

@@ -297,6 +297,31 @@ class ClusterConfig(Config):
     min_workers: PositiveInt | None = None
     start_timeout_s: PositiveFloat = 300.0
 
+    @model_validator(mode="after")
+    def _check_layout(self) -> Self:
+        if (self.parallel == "hsdp") != (self.shard_size is not None):
+            raise ValueError(
+                f"parallel {self.parallel} with shard_size {self.shard_size}; shard_size, the workers that share one "
+                "copy of the model, is for parallel hsdp and null for the others"
+            )
+        if self.workers % (self.shard_size or 1):
+            raise ValueError(
+                f"{self.workers} workers are no multiple of shard_size {self.shard_size}; choose a divisor of "
+                f"{self.workers}, or other workers"
+            )
+        if self.expert_parallel > 1 and self.parallel == "ddp":
+            raise ValueError(
+                f"expert_parallel {self.expert_parallel} with parallel ddp, where every worker has all experts; choose "
+                "parallel fsdp or hsdp, or expert_parallel 1"
+            )
+        group = self.shard_size or self.workers
+        if group % self.expert_parallel:
+            raise ValueError(
+                f"{group} workers that share one copy of the model are no multiple of expert_parallel "
+                f"{self.expert_parallel}; choose a divisor of {group}"
+            )
+        return self
+
 
 class PathsConfig(Config):
     root: str
