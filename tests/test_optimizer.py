@@ -1,12 +1,16 @@
 """Which parameters AdamW decays, and that a step is the one that its configuration describes."""
 
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch.optim import Optimizer
 
+from aquilamoe.config.messages import first_problem
 from aquilamoe.config.schema import ModelConfig, OptimizerConfig
 from aquilamoe.model import Decoder
 from aquilamoe.training import optimizer as optimizers
@@ -170,3 +174,84 @@ def test_the_learning_rate_is_set_for_both_groups() -> None:
     optimizers.set_learning_rate(optimizer, 0.125)
     assert [group["lr"] for group in optimizer.param_groups] == [0.125, 0.125]
     assert math.isclose(optimizer.param_groups[0]["betas"][1], 0.9)
+
+
+# Roles
+
+
+def test_every_parameter_of_every_architecture_has_the_role_of_its_place(
+    network: Callable[..., ModelConfig], kind: str
+) -> None:
+    found: dict[str, set[str]] = {}
+    for name, _ in Decoder(network(kind)).named_parameters():
+        found.setdefault(optimizers.role_of(name), set()).add(re.sub(r"model\.layers\.\d+\.", "", name))
+    assert found.pop("embedding") == {"model.embed_tokens.weight"} and found.pop("head") == {"lm_head.weight"}
+    assert all("norm" in name for name in found["norm"]) and {"model.norm.weight"} <= found.pop("norm")
+    assert all(re.fullmatch(r"self_attn\.[qkvo]_proj\.(weight|bias)", name) for name in found.pop("attention"))
+    is_moe, has_dense = "moe" in kind or kind == "mixtral", kind not in ("mixtral", "qwen2_moe", "olmoe")
+    projections = {"gate_proj", "up_proj", "down_proj"}
+    if is_moe or kind == "olmoe":
+        assert found.pop("expert") == {f"mlp.experts.{name}" for name in projections}
+        assert {"mlp.gate.weight"} <= found.pop("router") <= {"mlp.gate.weight", "mlp.shared_expert_gate.weight"}
+    if has_dense:
+        assert {name.split(".")[-2] for name in found.pop("feed_forward")} == projections
+    assert not found
+
+
+ROLES = {
+    "router": {"learning_rate_ratio": 0.1, "weight_decay": 0.0},
+    "embedding": {"weight_decay": 0.3},
+    "expert": {"learning_rate_ratio": 2.0},
+    "norm": {"learning_rate_ratio": 0.5},
+}
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_role_has_its_own_rate_and_decay_and_no_role_decays_a_vector(name: str) -> None:
+    config = OptimizerConfig.model_validate(ADAMW.model_dump() | {"name": name, "roles": ROLES})
+    model = decoder(experts=4)
+    optimizer = optimizers.build(model, config, 1.0)
+    optimizers.set_learning_rate(optimizer, 0.5)
+    groups = {id(tensor): group for group in optimizer.param_groups for tensor in group["params"]}
+    for key, parameter in model.named_parameters():
+        role = ROLES.get(optimizers.role_of(key), {})
+        parts = optimizer.matrices.get(parameter, [parameter]) if name == "muon" else [parameter]
+        for part in parts:
+            group = groups.pop(id(part))
+            assert group["lr"] == 0.5 * role.get("learning_rate_ratio", 1.0), key
+            assert group["weight_decay"] == (role.get("weight_decay", 0.1) if parameter.ndim > 1 else 0.0), key
+    assert not groups
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_role_learns_at_its_own_rate(name: str) -> None:
+    """Half of the rate is half of the way, for one step."""
+    halved = {"router": {"learning_rate_ratio": 0.5}, "attention": {"learning_rate_ratio": 0.5}}
+    way: list[dict[str, torch.Tensor]] = []
+    for roles in ({}, halved):
+        model = decoder(experts=4)
+        before = {key: parameter.detach().clone() for key, parameter in model.named_parameters()}
+        optimizer = optimizers.build(
+            model, OptimizerConfig.model_validate(ADAMW.model_dump() | {"name": name, "roles": roles}), LEARNING_RATE
+        )
+        give_gradients(model, 1)
+        optimizer.step()
+        way.append({key: parameter.detach() - before[key] for key, parameter in model.named_parameters()})
+    for key, whole in way[0].items():
+        share = 0.5 if optimizers.role_of(key) in halved else 1.0
+        torch.testing.assert_close(way[1][key], whole * share, rtol=1e-3, atol=1e-7, msg=key)
+
+
+@pytest.mark.parametrize(
+    ("roles", "message"),
+    [
+        ({"experts": {}}, r"roles\.experts: 'experts' is not a choice; did you mean 'expert'\? \(valid: .*\)"),
+        ({"norm": {"weight_decay": 0.1}}, r".*roles\.norm\.weight_decay 0\.1, but only matrices are decayed, .*"),
+        ({"head": {"learning_rate_ratio": 0}}, r"roles\.head\.learning_rate_ratio: 0 is refused: .*"),
+    ],
+)
+def test_a_role_that_is_none_or_asks_for_what_is_none_is_one_line(roles: dict[str, Any], message: str) -> None:
+    values = ADAMW.model_dump() | {"roles": roles}
+    with pytest.raises(ValidationError) as raised:
+        OptimizerConfig.model_validate(values)
+    assert re.fullmatch(message, str(first_problem(raised.value, OptimizerConfig, values)))

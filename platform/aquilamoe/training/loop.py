@@ -115,6 +115,8 @@ class _Run:
         self.journal.write(self.progress.step, values | counts | damaged, self.stepper.router_load)
 
     def save_checkpoint(self) -> None:
+        if self.progress.step == self.progress.skipped_steps:
+            return  # nothing has changed yet, and the optimizer has no state
         extra = self.stepper.extra()
         with self.journal.measure(CHECKPOINT):
             self.journal.sync()  # before the checkpoint: who resumes from it needs the points up to it
