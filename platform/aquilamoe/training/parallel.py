@@ -115,9 +115,9 @@ class Group:
         parts = [own_part(parameter.grad)[0] for parameter in model.parameters() if parameter.grad is not None]
         squares = torch.nn.utils.get_total_norm(parts).double().square()
         # Every tensor is cut once among the processes of a shard group, and each group has the same.
-        norm = (self.sum_(squares) * self.shard_size / self.world_size).sqrt().float()
+        norm = (self.sum_(squares) * self.shard_size / self.world_size).sqrt()
         torch._foreach_mul_(parts, (max_norm / (norm + 1e-6)).clamp(max=1.0))
-        return norm
+        return norm.to(parts[0].dtype)
 
     def wait(self) -> None:
         """Until all processes are here."""

@@ -1,0 +1,418 @@
+"""Many processes compute what one does: the same gradient and the same losses, however the model is laid out."""
+
+import faulthandler
+import json
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+
+from aquilamoe.config.messages import UserError
+from aquilamoe.config.schema import ClusterConfig, ModelConfig, PretrainStage
+from aquilamoe.data.tokens import TokenCounts, TokensRecord, write_record, write_token_file
+from aquilamoe.model import Decoder
+from aquilamoe.training import optimizer as optimizers
+from aquilamoe.training import state
+from aquilamoe.training.job import Job, Rank
+from aquilamoe.training.loop import train
+from aquilamoe.training.objective import RouterObjective
+from aquilamoe.training.parallel import Group, initialize
+from aquilamoe.training.step import Stepper
+from aquilamoe.weights.huggingface import load_state, save_model
+from aquilamoe.weights.parts import gather, own_part
+
+VOCABULARY, LENGTH, ROWS, STEPS = 50, 8, 8, 6
+BATCH = LENGTH * ROWS
+WORKERS, HANGS_AFTER_S = 4, 30.0
+
+
+def work(rank: int, folder: Path) -> None:
+    """Be one of the workers: run what is read, in the world of its size, and answer with what it returns."""
+    torch.set_num_threads(1)
+    answers, sys.stdout = sys.stdout.buffer, sys.stderr
+    while True:
+        number, world_size, name, arguments = pickle.load(sys.stdin.buffer)
+        faulthandler.dump_traceback_later(HANGS_AFTER_S, exit=True)
+        if world_size > 1:
+            store = dist.FileStore(str(folder / f"store-{number}"), world_size)
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+        try:
+            answer = globals()[name](Rank(rank, world_size, rank), *arguments)
+        except BaseException as error:
+            answer = error.with_traceback(None)
+        if world_size > 1:
+            dist.destroy_process_group()
+        faulthandler.cancel_dump_traceback_later()
+        pickle.dump(answer, answers)
+        answers.flush()
+
+
+class Workers:
+    """Processes that wait for something to do together, as one world of any size."""
+
+    def __init__(self, folder: Path) -> None:
+        command = [sys.executable, __file__]
+        self.number = 0
+        self.processes = [
+            subprocess.Popen([*command, str(rank), str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            for rank in range(WORKERS)
+        ]
+
+    def run(self, world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """Call a function of this file on so many workers, its first argument the rank; return what each returns."""
+        self.number += 1
+        for process in self.processes[:world_size]:
+            assert process.stdin
+            pickle.dump((self.number, world_size, function.__name__, arguments), process.stdin)
+            process.stdin.flush()
+        answers = [pickle.load(process.stdout) for process in self.processes[:world_size] if process.stdout]
+        for answer in answers:
+            if isinstance(answer, BaseException):
+                raise answer
+        return answers
+
+    def end(self) -> None:
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.wait()
+            assert process.stdin and process.stdout
+            process.stdin.close()
+            process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:
+    found = Workers(tmp_path_factory.mktemp("workers"))
+    yield found
+    found.end()
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokens")
+    sources: dict[str, dict[str, TokenCounts]] = {}
+    for split, size in (("train", 4000), ("validation", 300)):
+        numbers = np.arange(size, dtype=np.int64)
+        stream = (numbers * 7 + numbers // 9) % (VOCABULARY - 1)
+        write_token_file(folder / f"{split}-en", VOCABULARY, np.array_split(stream, size // 100))
+        sources.setdefault("en", {})[split] = TokenCounts(size, size // 100, size)
+    write_record(folder, TokensRecord(VOCABULARY, VOCABULARY - 1, sources))
+    return folder
+
+
+def make_job(
+    tokens: Path, out: Path, experts: int = 0, tied: bool = False, optimizer: str = "adamw", **changes: Any
+) -> Job:
+    """A job of STEPS steps; `changes` are fields of the stage or the cluster, by name."""
+    model = ModelConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=20,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=4,
+        max_position_embeddings=32,
+        rope_theta=1e4,
+        rms_norm_eps=1e-5,
+        initializer_range=0.1,
+        qkv_bias=True,
+        tie_word_embeddings=tied,
+        num_experts=experts,
+        num_experts_per_tok=2 if experts else 0,
+    )
+    stage: dict[str, Any] = {
+        "kind": "pretrain",
+        "inputs": {"tokens": "tokens"},
+        "model": model,
+        "total_tokens": STEPS * BATCH,
+        "equal_flops": None,
+        "batch_tokens": BATCH,
+        "sequence_length": LENGTH,
+        "mixture": {"en": 1.0},
+        "learning_rate": 0.01,
+        "precision": "fp32",
+        "optimizer_state": "reset",
+        "seed": 3,
+        "optimizer": {
+            "name": optimizer,
+            "betas": (0.9, 0.95),
+            "momentum": 0.95,
+            "eps": 1e-8,
+            "weight_decay": 0.1,
+            "max_grad_norm": 0.5,
+        },
+        "schedule": {"name": "constant", "warmup_tokens": 0, "decay_tokens": 0, "min_lr_ratio": 1.0},
+        "router": {"balance_loss_coeff": 0.01, "balance_scope": "global_batch", "z_loss_coeff": 0.001},
+        "validate_every_tokens": 3 * BATCH,
+        "validation_tokens": 160,
+    }
+    cluster: dict[str, Any] = {
+        "executor": "process",
+        "address": None,
+        "workers": WORKERS,
+        "cpus_per_worker": 1,
+        "gpus_per_worker": 0,
+        "gpu_memory_bytes": 0,
+        "max_failures": 0,
+        "micro_batch_tokens": BATCH,
+        "checkpoint_every_tokens": 10**9,
+        "compile": False,
+        "flops_per_s": 1e9,
+    }
+    for key, value in changes.items():
+        (stage if key in stage else cluster)[key] = value
+    fields = PretrainStage.model_validate(stage), model, tokens, None, out, 0, 0, ClusterConfig.model_validate(cluster)
+    return Job("small", *fields)
+
+
+def losses(rank: Rank, job: Job) -> list[dict[str, float]]:
+    """Train; what each step measured."""
+    train(job, rank)
+    points = [json.loads(line) for line in (job.out / "metrics.jsonl").read_text().splitlines()]
+    kept = ("train/loss", "train/balance_loss", "train/z_loss", "train/grad_norm", "val/loss")
+    return [{key: point[key] for key in kept if key in point} for point in points]
+
+
+def losses_until(rank: Rank, job: Job, step: int) -> None:
+    """Train, and be interrupted in a step."""
+
+    def interrupted(self: Stepper, at: int, rows: np.ndarray) -> dict[str, float]:
+        if at == step:
+            raise InterruptedError
+        return original(self, at, rows)
+
+    original = Stepper.step
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(InterruptedError):
+        patch.setattr(Stepper, "step", interrupted)
+        train(job, rank)
+
+
+def gradients(rank: Rank, job: Job, file: Path) -> float:
+    """The norm that clipping sees, and all gradients of a step before and after it, whole, in float64."""
+    group = Group(job.cluster, rank)
+    torch.set_default_dtype(torch.float64)
+    try:
+        model = group.build(job.model, "fp32")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    initialize(model, 3)
+    stepper = Stepper(job, model, optimizers.build(model, job.stage.optimizer, 0.01), group)
+    rows = np.random.default_rng(5).integers(0, VOCABULARY, (ROWS, LENGTH + 1))
+    stepper.accumulate(np.array_split(rows, rank.world_size)[rank.rank], RouterObjective(job.stage.router, group))
+    found = whole_gradients(model, "before")
+    norm = group.clip(model, 0.5).item()
+    found |= whole_gradients(model, "after")
+    if group.is_first:
+        save_file(found, file)
+    return norm
+
+
+def whole_gradients(model: Decoder, label: str) -> dict[str, torch.Tensor]:
+    return {f"{label}/{name}": gather(p.grad).clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def initial_values_differ(rank: Rank, job: Job) -> list[str]:
+    """Parameters whose part here is not that of the whole model from the same seed, or from its files."""
+    group = Group(job.cluster, rank)
+    whole = Decoder(job.model)
+    whole.initialize(7)
+    if group.is_first:
+        save_model(whole, job.out / "model")
+    group.wait()
+    drawn, loaded = (group.build(job.model, "fp32") for _ in range(2))
+    initialize(drawn, 7)
+    load_state(loaded, job.out / "model")
+    return [
+        name
+        for name, expected in whole.named_parameters()
+        for model in (drawn, loaded)
+        for part, place in [own_part(model.get_parameter(name))]
+        if not torch.equal(part, expected[place])
+    ]
+
+
+def bytes_held(rank: Rank, job: Job) -> int:
+    model = Group(job.cluster, rank).build(job.model, "fp32")
+    return sum(own_part(parameter)[0].nbytes for parameter in model.parameters())
+
+
+def refusal_of(rank: Rank, job: Job) -> str:
+    with pytest.raises(UserError) as raised:
+        Group(job.cluster, rank)
+    return str(raised.value)
+
+
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "2 ddp": (2, {"parallel": "ddp"}),
+    "2 fsdp": (2, {"parallel": "fsdp"}),
+    "4 fsdp": (4, {"parallel": "fsdp"}),
+    "4 hsdp": (4, {"parallel": "hsdp", "shard_size": 2}),
+    "4 fsdp, recomputed": (4, {"parallel": "fsdp", "activation_checkpointing": True}),
+}
+# The experts of "three" divide by no number of processes: each of them is cut.
+MODELS: dict[str, dict[str, Any]] = {"dense tied": {"tied": True}, "moe": {"experts": 4}, "three": {"experts": 3}}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+@pytest.fixture(scope="module")
+def alone(workers: Workers, tokens: Path, tmp_path_factory: pytest.TempPathFactory, model: str) -> Path:
+    """What one process makes of a model: its training, and the gradient of a step of four micro-batches."""
+    out = tmp_path_factory.mktemp("alone")
+    workers.run(1, losses, make_job(tokens, out, **MODELS[model]))
+    workers.run(1, gradients, make_job(tokens, out, **MODELS[model]), out / "gradients")
+    return out
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_gradient_and_its_norm_are_those_of_one_process(
+    workers: Workers, tokens: Path, tmp_path: Path, alone: Path, layout: str, model: str
+) -> None:
+    world_size, changes = LAYOUTS[layout]
+    job = make_job(tokens, tmp_path, **MODELS[model], **changes, micro_batch_tokens=LENGTH)
+    norms = workers.run(world_size, gradients, job, tmp_path / "gradients")
+    one, many = load_file(alone / "gradients"), load_file(tmp_path / "gradients")
+    assert one.keys() == many.keys() and len(one) > 20
+    for name in one:
+        torch.testing.assert_close(many[name], one[name], rtol=1e-9, atol=1e-12)
+    before = [gradient for name, gradient in one.items() if name.startswith("before")]
+    assert norms == pytest.approx([torch.nn.utils.get_total_norm(before).item()] * world_size, rel=1e-6)
+    assert norms[0] > 0.5  # or else nothing was clipped
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_losses_are_those_of_one_process(
+    workers: Workers, tokens: Path, tmp_path: Path, alone: Path, layout: str, model: str
+) -> None:
+    world_size, changes = LAYOUTS[layout]
+    found = workers.run(world_size, losses, make_job(tokens, tmp_path, **MODELS[model], **changes))[0]
+    assert_same_losses(found, measured(alone))
+    for file in ("model/model.safetensors", "training/optimizer.safetensors"):
+        one, many = load_file(alone / file), load_file(tmp_path / file)
+        assert list(one) == list(many)
+        for name in one:
+            torch.testing.assert_close(many[name], one[name], rtol=0, atol=2e-4)
+
+
+def measured(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_losses(found: list[dict[str, float]], expected: list[dict[str, float]]) -> None:
+    assert len(found) == len(expected) == STEPS + 1
+    for here, there in zip(found, expected, strict=True):
+        assert here == pytest.approx({key: there[key] for key in here}, abs=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["2 ddp", "4 fsdp", "4 hsdp"])
+def test_muon_orthogonalises_whole_matrices_however_they_are_cut(
+    workers: Workers, tokens: Path, tmp_path: Path, layout: str, model: str
+) -> None:
+    world_size, changes = LAYOUTS[layout]
+    one = workers.run(1, losses, make_job(tokens, tmp_path / "one", optimizer="muon", **MODELS[model]))[0]
+    job = make_job(
+        tokens, tmp_path / "many", optimizer="muon", **MODELS[model], **changes, checkpoint_every_tokens=BATCH
+    )
+    workers.run(world_size, losses_until, job, 3)
+    many = workers.run(world_size, losses, job)[0]
+    for here, there in zip(many, one, strict=True):  # its iteration rounds to bf16
+        assert here == pytest.approx(there, rel=3e-3)
+
+
+# What a process holds
+
+
+@pytest.mark.parametrize("layout", ["2 fsdp", "4 fsdp", "4 hsdp"])
+def test_a_part_begins_with_the_values_of_the_whole(
+    workers: Workers, tokens: Path, tmp_path: Path, layout: str, model: str
+) -> None:
+    world_size, changes = LAYOUTS[layout]
+    found = workers.run(world_size, initial_values_differ, make_job(tokens, tmp_path, **MODELS[model], **changes))
+    assert found == [[]] * world_size
+
+
+def test_no_process_holds_more_than_its_part(workers: Workers, tokens: Path, tmp_path: Path) -> None:
+    job = make_job(tokens, tmp_path, experts=4, parallel="fsdp")
+    whole = 4 * job.model.num_params
+    held = workers.run(4, bytes_held, job)
+    assert sum(held) == whole and max(held) < 1.05 * whole / 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"parallel": "hsdp", "shard_size": 3}, "cluster.shard_size: 2 workers are no multiple of a shard group of 3"),
+        ({"parallel": "fsdp", "expert_parallel": 4}, "cluster.expert_parallel: 2 workers of a shard group are no "),
+    ],
+)
+def test_processes_that_do_not_divide_are_refused(
+    workers: Workers, tokens: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    found = workers.run(2, refusal_of, make_job(tokens, tmp_path, experts=4, **changes, workers=12))
+    assert found[0] == found[1] and found[0].startswith(message) and "\n" not in found[0]
+
+
+# Checkpoints
+
+
+@pytest.mark.parametrize("sizes", [(4, 2, 1), (1, 4), (2, 2)])
+def test_a_stage_goes_on_with_any_number_of_processes(
+    workers: Workers, tokens: Path, tmp_path: Path, alone: Path, model: str, sizes: tuple[int, ...]
+) -> None:
+    for number, size in enumerate(sizes):
+        layout = {"parallel": "hsdp", "shard_size": 2} if size == 4 else {"parallel": "fsdp"}
+        job = make_job(tokens, tmp_path, **MODELS[model], **layout, checkpoint_every_tokens=BATCH)
+        if number < len(sizes) - 1:
+            workers.run(size, losses_until, job, 2 * number + 3)
+    assert_same_losses(workers.run(sizes[-1], losses, job)[0], measured(alone))
+
+
+def test_an_interruption_changes_no_byte_with_the_same_processes(
+    workers: Workers, tokens: Path, tmp_path: Path
+) -> None:
+    for name in ("whole", "broken"):
+        job = make_job(tokens, tmp_path / name, experts=4, parallel="fsdp", checkpoint_every_tokens=2 * BATCH)
+        if name == "broken":
+            workers.run(4, losses_until, job, 6)
+            assert [state.step_of(path) for path in state.checkpoints(job.out)] == [4, 2]
+        workers.run(4, losses, job)
+    files = [
+        path.relative_to(tmp_path / "whole")
+        for part in ("model", "training")
+        for path in (tmp_path / "whole" / part).rglob("*.*")
+    ]
+    assert len(files) >= 4
+    for file in files:
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "broken" / file).read_bytes()
+
+
+def test_damage_that_one_process_reads_is_known_to_all(workers: Workers, tokens: Path, tmp_path: Path) -> None:
+    job = make_job(tokens, tmp_path, parallel="fsdp", checkpoint_every_tokens=2 * BATCH)
+    workers.run(2, losses_until, job, 6)
+    file = tmp_path / "checkpoints" / "step-000000004" / "training" / "optimizer.safetensors"
+    with file.open("r+b") as damaged:
+        damaged.seek(-5, os.SEEK_END)
+        damaged.write(b"x")
+    workers.run(2, losses, job)
+    points = measured(tmp_path)
+    assert [point["step"] for point in points] == list(range(STEPS + 1))
+    assert [point.get("checkpoint/passed_over") for point in points] == [None, None, None, 1, None, None, None]
+
+
+if __name__ == "__main__":
+    work(int(sys.argv[1]), Path(sys.argv[2]))
