@@ -76,9 +76,13 @@ def model_config(experts: int) -> ModelConfig:
 
 
 def stepper(
-    experts: int, router: RouterConfig = ROUTER, micro_batch_rows: int = ROWS, rank: Rank | None = None
+    experts: int,
+    router: RouterConfig = ROUTER,
+    micro_batch_rows: int = ROWS,
+    rank: Rank | None = None,
+    precision: str = "fp32",
 ) -> Stepper:
-    """A float64 model with everything that a step needs; the same weights each time."""
+    """A model, in float64 unless it is rounded, with everything that a step needs; the same weights each time."""
     config = model_config(experts)
     stage = PretrainStage.model_validate(
         {
@@ -91,7 +95,7 @@ def stepper(
             "sequence_length": LENGTH,
             "mixture": {"en": 1.0},
             "learning_rate": 1e-2,
-            "precision": "fp32",
+            "precision": precision,
             "optimizer_state": "reset",
             "seed": 1,
             "optimizer": {
@@ -111,7 +115,8 @@ def stepper(
     cluster = CLUSTER.model_copy(update={"micro_batch_tokens": micro_batch_rows * LENGTH})
     model = Decoder(config)
     model.initialize(7)
-    model.double()
+    if precision == "fp32":
+        model.double()
     here = Path()
     job = Job("test", stage, config, here, None, here, 0, 0, cluster)
     return Stepper(job, model, optimizers.build(model, stage.optimizer, 1e-2), Group(cluster, rank or Rank()))
@@ -322,6 +327,9 @@ def run_rank(rank: int, folder: Path) -> None:
         case = case_name(model, scope, micro_batch_rows)
         found |= {f"{case} value {name}": torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
         found |= {f"{case} gradient {name}": gradient.clone() for name, gradient in gradients(trained).items()}
+    trained = stepper(MODELS["moe"], rank=Rank(rank, 2, rank), precision="bf16_master")
+    accumulate(trained, rows)
+    found |= {f"rounded gradient {name}": gradient.clone() for name, gradient in gradients(trained).items()}
     save_file(found, folder / f"rank-{rank}.safetensors")
     dist.destroy_process_group()
 
@@ -361,6 +369,13 @@ def test_two_ranks_give_the_losses_and_gradients_of_one_rank_on_the_whole_batch(
     assert found.keys() == values.keys()
     assert all(abs(found[name].item() - values[name]) < 1e-12 for name in values)
     assert_equal_gradients(gradients(whole), of_case(two_ranks[0], case, "gradient"))
+
+
+def test_two_ranks_sum_the_gradients_of_rounded_parameters_in_float32(two_ranks: list[dict[str, Tensor]]) -> None:
+    """So do two micro-batches of one rank: the halves are rounded, their mean is not."""
+    alone = stepper(MODELS["moe"], micro_batch_rows=ROWS // 2, precision="bf16_master")
+    accumulate(alone, batch())
+    assert_equal_gradients(gradients(alone), of_case(two_ranks[0], "rounded", "gradient"), 1e-7)
 
 
 def test_the_classic_scope_balances_each_rank_by_itself(two_ranks: list[dict[str, Tensor]]) -> None:
