@@ -419,7 +419,7 @@ def test_a_checkpoint_cadence_that_changes_between_interruptions_changes_no_byte
     assert_same_result(tmp_path / "whole", tmp_path / "broken")
 
 
-def test_a_process_that_is_killed_for_real_and_started_again_ends_with_the_same_bytes(
+def test_a_process_that_is_killed_while_it_writes_a_checkpoint_ends_with_the_same_bytes_when_started_again(
     tokens: Path, tmp_path: Path
 ) -> None:
     """On two threads, and every run in a process of its own; the sizes give both threads work."""
@@ -430,23 +430,35 @@ def test_a_process_that_is_killed_for_real_and_started_again_ends_with_the_same_
         make_job(tokens, tmp_path / name, MOE | sizes, cpus_per_worker=2, precision="bf16", **long, **often)
         for name in ("whole", "broken")
     )
-    undisturbed, killed = start(whole, tmp_path), start(broken, tmp_path)
+    undisturbed, killed = start(whole, tmp_path), start(broken, tmp_path, "slow disk")
+    folder = broken.out / "checkpoints"
     deadline = time.monotonic() + 120
-    while len(state.checkpoints(broken.out)) < 2 and killed.poll() is None and time.monotonic() < deadline:
+    while not (state.checkpoints(broken.out) and list(folder.glob(".step-*"))) and time.monotonic() < deadline:
+        assert killed.poll() is None
         time.sleep(0.01)
     os.kill(killed.pid, signal.SIGKILL)
     assert killed.wait() == -signal.SIGKILL
+    assert len(list(folder.glob(".step-*"))) == 1  # it was being written
     assert state.checkpoints(broken.out) and not (broken.out / "model").exists()
     assert start(broken, tmp_path).wait(timeout=120) == 0
     assert undisturbed.wait(timeout=120) == 0
     assert_same_result(whole.out, broken.out)
 
 
-def start(job: Job, folder: Path) -> subprocess.Popen[bytes]:
+def start(job: Job, folder: Path, *words: str) -> subprocess.Popen[bytes]:
     """Train the job in another process, which runs this very file as a script."""
     pickled = folder / f"{job.out.name}.pickle"
     pickled.write_bytes(pickle.dumps(job))
-    return subprocess.Popen([sys.executable, __file__, str(pickled)], env={**os.environ, "GOMP_SPINCOUNT": "0"})
+    command = [sys.executable, __file__, str(pickled), *words]
+    return subprocess.Popen(command, env={**os.environ, "GOMP_SPINCOUNT": "0"})
+
+
+def slow_pwrite(descriptor: int, data: memoryview, offset: int) -> int:
+    time.sleep(0.02)
+    return pwrite(descriptor, data, offset)
+
+
+pwrite = os.pwrite
 
 
 # Continuing a source
@@ -735,4 +747,6 @@ def test_the_evaluate_stage_gives_nats_per_token_and_bits_per_byte_of_every_chec
 
 
 if __name__ == "__main__":
+    if sys.argv[2:] == ["slow disk"]:
+        os.pwrite = slow_pwrite
     train(pickle.loads(Path(sys.argv[1]).read_bytes()))
