@@ -40,6 +40,8 @@ class Driver:
     config: dict[str, Any] = field(default_factory=lambda: dict(CONFIG))
     inputs: dict[str, dict[str, str]] = field(default_factory=dict)
     version: int = 1
+    loss: float = 7.7
+    growths: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.store = Store(self.root)
@@ -48,6 +50,7 @@ class Driver:
 
     def recipe(self, name: str, kind: str, inputs: dict[str, str]) -> dict[str, Any]:
         config = {"kind": kind, "learning_rate": 0.001, "model": {"hidden_size": 64}, "label": name}
+        config |= self.growths.get(kind, {})
         fingerprints = {role: self.inputs[stage]["fingerprint"] for role, stage in inputs.items()}
         return identity.recipe(kind, self.version, config, fingerprints)
 
@@ -79,7 +82,7 @@ class Driver:
             "fingerprint": identity.fingerprint(recipe),
             "recipe": recipe,
             "inputs": {role: self.inputs[stage] for role, stage in inputs.items()},
-            "metrics": metrics_of(kind),
+            "metrics": {key: self.loss if key == "loss_end" else value for key, value in metrics_of(kind).items()},
             "versions": {},
             "git_commit": "0123abc",
             "started": now,
@@ -511,6 +514,57 @@ def test_an_error_of_mlflow_is_told_and_made_good_by_the_next_run(root: Path) ->
     assert runs["demo #1"].info.status == "FINISHED"
 
 
+def test_checkpoints_are_versions_of_their_stage_the_newest_is_latest_and_the_lowest_loss_best(root: Path) -> None:
+    for version, loss in ((1, 7.7), (2, 7.5), (3, 7.6)):
+        driver = Driver(root, version=version, loss=loss)
+        driver.run("tokens", "tokenize")
+        driver.run("prepare", steps=3, tokens="tokens")
+        driver.run("export", source="prepare")
+        assert driver.end() is None
+    client = client_of(driver.tracker.uri)
+    for stage in ("prepare", "export"):
+        versions = client.search_model_versions(f"name = 'demo.{stage}'")
+        assert [float(each.tags["loss"]) for each in sorted(versions, key=lambda each: int(each.version))] == [
+            7.7,
+            7.5,
+            7.6,
+        ]
+        assert client.get_model_version_by_alias(f"demo.{stage}", "best").version in (2, "2")
+        latest = client.get_model_version_by_alias(f"demo.{stage}", "latest")
+        assert latest.tags["fingerprint"] == driver.inputs[stage]["fingerprint"]
+        (model,) = client.search_logged_models(
+            [driver.tracker.experiment_id], f"tags.fingerprint = '{latest.tags['fingerprint']}'"
+        )
+        assert latest.source == f"models:/{model.model_id}"
+        assert json.loads(model.tags["mlflow.modelVersions"]) == [{"name": f"demo.{stage}", "version": 3}]
+    assert "[prepare](#/experiments/" in model.tags["mlflow.note.content"].split(" → ")[0]
+
+
+def test_a_line_is_searched_by_its_growth_and_its_losses_by_their_tokens(root: Path) -> None:
+    driver = Driver(
+        root, growths={"scale_up": {"growth": {"method": "lemon"}}, "scale_out": {"upcycling": {"method": "drop"}}}
+    )
+    driver.run_all()
+    assert driver.end() is None
+    client, experiment = client_of(driver.tracker.uri), driver.tracker.experiment_id
+    for query, expected in {
+        "tags.`growth.method` = 'lemon'": {"grow", "continue", "upcycle"},
+        "tags.`upcycling.method` = 'drop'": {"upcycle"},
+    }.items():
+        assert {run.data.tags["stage"] for run in client.search_runs([experiment], query)} == expected
+        assert {model.name for model in client.search_logged_models([experiment], query)} == expected
+    (model,) = client.search_logged_models([experiment], "tags.stage = 'continue'")
+    assert model.tags["git_commit"] == "0123abc"
+    tokens = ("tokens", driver.inputs["tokens"]["fingerprint"])
+    about = {metric.key: (metric.dataset_name, metric.dataset_digest) for metric in model.metrics}
+    assert {about[key] for key in ("final.loss_end", "heldout.zh.nats_per_token")} == {tokens}
+    assert about["final.params_total"] == (None, None)
+    found = client.search_logged_models(
+        [experiment], datasets=[{"dataset_name": tokens[0], "dataset_digest": tokens[1]}], order_by=[]
+    )
+    assert {model.name for model in found} >= {"prepare", "continue"}
+
+
 def test_a_server_that_comes_and_goes_loses_nothing_and_delays_nobody(
     tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -561,6 +615,53 @@ def test_a_server_that_takes_calls_but_never_answers_delays_nobody(
     assert note is not None
     assert "3 points of 1 stage kept" in note
     assert "does not answer" in note
+
+
+def test_a_slow_and_a_full_server_delay_nobody_and_miss_nothing_in_the_end(
+    tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(observer, "SEND_EVERY_S", 0.1)
+    monkeypatch.setattr(observer, "QUIET_S", 0.2)
+    monkeypatch.setattr(observer, "SLOW_FLUSH_S", 0.5)
+    monkeypatch.setattr(connection, "PROMPT_S", 0.6)
+    shutil.copy(empty_database, tmp_path / "server.db")
+    real, port = free_port(), free_port()
+    uri, root = f"http://127.0.0.1:{port}", tmp_path / "runs"
+    with server(tmp_path, real):
+        with proxy(port, real, "0", "507"):
+            full = Driver(root, uri=uri)
+            partial, before = full.start("prepare"), time.monotonic()
+            full.train(partial, range(10))
+            wait_for(lambda: full.tracker._problem)
+            full.train(partial, range(10, 20))
+            full.finish(partial)
+            note = full.end()
+            assert time.monotonic() - before < 15  # a loaded machine has its own delays
+            assert note is not None
+            assert note.startswith(f"tracking: 20 points of 1 stage kept in {root / 'tracking'}")
+        with proxy(port, real, "1"):
+            slow = Driver(root, uri=uri)
+            slow.tell_cached()
+            before = time.monotonic()
+            partial = slow.start("continue", source="prepare")
+            slow.train(partial, range(10))
+            slow.finish(partial, source="prepare")
+            assert time.monotonic() - before < 1
+            note = slow.end()
+            assert time.monotonic() - before < 5  # what is left takes much longer at a second a call
+            assert note is not None
+            assert f"(server {uri} is slow: it was waited for " in note
+        with proxy(port, real, "0"):
+            monkeypatch.setattr(observer, "SLOW_FLUSH_S", 60.0)
+            well = Driver(root, uri=uri)
+            assert well.end() is None
+            runs = runs_by_stage(uri)
+            assert {run.info.status for run in runs.values()} == {"FINISHED"}
+            for stage, steps in {"prepare": 20, "continue": 10}.items():
+                assert steps_of(uri, runs[stage], "train/loss") == list(range(steps))
+            client = client_of(uri)
+            assert len(client.search_logged_models([well.tracker.experiment_id])) == 2
+            assert len(client.search_model_versions("name = 'demo.continue'")) == 1
 
 
 def test_the_comparison_page_finds_its_view_in_the_experiment(root: Path) -> None:
@@ -659,9 +760,22 @@ def server(folder: Path, port: int) -> Iterator[None]:
         process.wait()
 
 
+@contextmanager
+def proxy(port: int, upstream: int, *words: str) -> Iterator[None]:
+    """The server at `upstream` behind one that is slow or full, on another port."""
+    script = Path(__file__).parent.parent / "benchmarks" / "slow_proxy.py"
+    process = subprocess.Popen([sys.executable, str(script), str(port), str(upstream), *words])
+    try:
+        wait_for(lambda: answers(port))
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
 def answers(port: int) -> bool:
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1) as response:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=3) as response:
             return response.status == 200
     except OSError:
         return False

@@ -3,8 +3,10 @@
 import logging
 import os
 import sqlite3
+import time
 import warnings
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -12,16 +14,58 @@ from urllib.parse import urlsplit
 from aquilamoe.config.messages import UserError, nearest
 from aquilamoe.tracking.receipts import database_file
 
-PROBE_S = 2.0  # how long a server may take for a sign of life
+PROBE_S = 30.0  # how long a server may take for a sign of life
+PROMPT_S = 2.0  # a server that once took longer for an answer is slow
 SCHEMES = ("databricks", "http", "https", "mssql", "mysql", "postgresql", "sqlite")
-# Quick to give up, as whatever could not be sent is sent later; and silent. Set before MLflow is imported.
+# Few attempts, as whatever could not be sent is sent later; and silent. Set before MLflow is imported.
 ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "0",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
 }
+
+
+class Watch:
+    """How long a server takes to answer: nobody but a thread of its own waits for it, but at the end of a pipeline."""
+
+    def __init__(self) -> None:
+        self._slowest_s = 0.0
+        self._since: float | None = None  # when the call began that is not answered yet
+
+    @contextmanager
+    def call(self) -> Iterator[None]:
+        """Around a call to the server."""
+        self._since = time.monotonic()
+        try:
+            yield
+        finally:
+            self._slowest_s = max(self._slowest_s, time.monotonic() - self._since)
+            self._since = None
+
+    @property
+    def is_slow(self) -> bool:
+        since = self._since
+        waiting_s = time.monotonic() - since if since is not None else 0.0
+        return max(self._slowest_s, waiting_s) > PROMPT_S
+
+
+class WatchedClient:
+    """An MlflowClient whose calls are watched."""
+
+    def __init__(self, client: Any, watch: Watch) -> None:
+        self._client, self._watch = client, watch
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        function = getattr(self._client, name)
+
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            with self._watch.call():
+                return function(*arguments, **keywords)
+
+        return call
 
 
 def tracking_uri(uri: str | None, root: Path) -> str:
@@ -74,8 +118,11 @@ def is_away(error: BaseException | None) -> bool:
     return False
 
 
-def connect(uri: str) -> Any:
-    """An MlflowClient. Imports MLflow (1-4 s) and, the first time, makes the tables of a SQLite database (1-3 s)."""
+def connect(uri: str, watch: Watch | None = None) -> Any:
+    """An MlflowClient, watched if it talks to a server.
+
+    Imports MLflow (1-4 s) and, the first time, makes the tables of a SQLite database (1-3 s).
+    """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     # MLflow's tables use a loader that SQLAlchemy 2.1 deprecates.
@@ -89,4 +136,5 @@ def connect(uri: str) -> Any:
         path.parent.mkdir(parents=True, exist_ok=True)
         with closing(sqlite3.connect(path)) as database:
             database.execute("PRAGMA journal_mode=wal")
-    return MlflowClient(uri)
+    client = MlflowClient(uri)
+    return WatchedClient(client, watch) if watch is not None and path is None else client

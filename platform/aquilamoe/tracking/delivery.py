@@ -15,7 +15,7 @@ from aquilamoe.pipeline import ledger
 from aquilamoe.pipeline.fingerprint import flatten
 from aquilamoe.pipeline.store import RECORD
 from aquilamoe.tracking import notes
-from aquilamoe.tracking.connection import connect
+from aquilamoe.tracking.connection import Watch, connect
 from aquilamoe.tracking.models import MAX_TAG, Models, search_tags
 from aquilamoe.tracking.receipts import (
     Pipeline,
@@ -40,14 +40,15 @@ NOT_RECIPE = frozenset(
 # Figures that were measured on the tokens that a stage reads.
 MEASURED = re.compile(r"loss|nats|bits|kl$|dlogit")
 MAX_REPORT_BYTES = 20_000_000
+PAGES = frozenset({"samples.md"})  # what stages write for people to read
 
 
 class Delivery:
     """A connection to MLflow and what it is known to hold; given up after the first error and made anew."""
 
-    def __init__(self, uri: str, root: Path) -> None:
+    def __init__(self, uri: str, root: Path, watch: Watch) -> None:
         self.uri, self.root = uri, root
-        self.client = connect(uri)
+        self.client = connect(uri, watch)
         self.models = Models(self.client, uri)
         self.parents: dict[str, Any] = {}  # pipeline's recipe -> run
         self.sent: dict[str, dict[str, int]] = {}  # stage's key -> metric -> last step
@@ -157,9 +158,10 @@ class Delivery:
             }
             name = f"{stage.name} #{number}"
             run = self.client.create_run(parent.info.experiment_id, stage.started_ms, tags, run_name=name)
-        elif stage.record is None and run.info.status != "RUNNING":
-            self.client.update_run(run.info.run_id, status="RUNNING")
-            if "failure" in run.data.tags:
+        else:
+            if stage.record is None and run.info.status != "RUNNING":
+                self.client.update_run(run.info.run_id, status="RUNNING")
+            if "failure" in run.data.tags:  # of an earlier attempt
                 self.client.delete_tag(run.info.run_id, "failure")
         if not run.data.params:
             self._log_recipe(run.info.run_id, stage.recipe, stage.recipe["config"])
@@ -265,6 +267,8 @@ class Delivery:
             self.client.log_batch(run_id, metrics=metrics[start : start + BATCH_METRICS])
         self.client.log_batch(run_id, tags=[RunTag(*_cut(*tag)) for tag in tags.items()])
         self.client.log_dict(run_id, record, RECORD)
+        for name in sorted(PAGES & record["files"].keys()):
+            self.client.log_artifact(run_id, str(stage.directory / name))
         self.client.set_terminated(run_id, "FINISHED", milliseconds(record["finished"]))
         stage.receipt.update(model_id=model_id, delivered=True)
 

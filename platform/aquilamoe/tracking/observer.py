@@ -7,16 +7,20 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from threading import Thread
+from threading import Lock, Thread
 from typing import Any
 
 from aquilamoe.pipeline.store import Record
-from aquilamoe.tracking.connection import answers, is_away, shown, tracking_uri
+from aquilamoe.tracking.connection import Watch, answers, is_away, shown, tracking_uri
 from aquilamoe.tracking.receipts import FOLDER, Pipeline, Point, Receipt, Stage, finished_stage, key_of, undelivered
 
 SEND_EVERY_S = 2.0  # curves; the end of a stage is told at once
 QUIET_S = 30.0  # how long a server that did not answer is left alone
 FLUSH_S = 60.0  # how long the end of a pipeline waits for the last points
+# How long it waits for a slow server: so many seconds, or that share of what the pipeline took.
+SLOW_FLUSH_S, SLOW_FLUSH_SHARE = 5.0, 0.02
+JOIN_S = 0.1
+DELIVERING = Lock()  # one thread at a time: an abandoned one may still wait for its last answer
 INTERRUPTIONS = ("KeyboardInterrupt", "SystemExit")
 
 
@@ -40,6 +44,9 @@ class Tracker:
         self._problem = ""  # why the last attempt did not succeed
         self._broken = ""  # an error of our own: not everything was taken note of
         self._closing = False
+        self._abandoned = False  # nobody waits any more: what is left is for the next run
+        self._watch = Watch()
+        self._started = 0.0
 
     @property
     def experiment_id(self) -> str | None:
@@ -47,8 +54,9 @@ class Tracker:
         return self._pipeline.receipt["experiment_id"] if self._pipeline else None
 
     def pipeline_started(self, experiment: str, description: str, config: dict[str, Any], root: Path) -> None:
-        assert self._thread is None, "one pipeline at a time"
+        assert self._thread is None and not self._abandoned, "one pipeline at a time"
         self._stages, self._current, self._pipelines, self._closing = {}, {}, {}, False
+        self._started = time.monotonic()
         self._thread = Thread(target=self._work, name="tracking", daemon=True)
         self._thread.start()
         now_ms = time.time_ns() // 1_000_000
@@ -73,11 +81,23 @@ class Tracker:
         """Send what is left; return a line about what could not be delivered, None if MLflow has everything."""
         assert self._thread is not None, "pipeline_started comes first"
         self._events.put(partial(self._on_pipeline_finished, succeeded, report))
-        self._thread.join(FLUSH_S)
+        waited_s = self._wait(self._thread)
         if self._thread.is_alive():
-            self._problem = f"{shown(self.uri)} took more than {FLUSH_S:.0f} s"
+            self._abandoned = True
+            self._problem = f"{shown(self.uri)} is slow: it was waited for {waited_s:.0f} s"
         self._thread = None
         return self._note()
+
+    def _wait(self, thread: Thread) -> float:
+        """Give the thread time for what is left, less if the server is slow; return the seconds that it had."""
+        began = time.monotonic()
+        slow_s = max(SLOW_FLUSH_S, SLOW_FLUSH_SHARE * (began - self._started))
+        while thread.is_alive():
+            waited_s = time.monotonic() - began
+            if waited_s > FLUSH_S or (waited_s > slow_s and self._watch.is_slow):
+                break
+            thread.join(JOIN_S)
+        return time.monotonic() - began
 
     def _on_pipeline_started(
         self, now_ms: int, experiment: str, description: str, config: dict[str, Any], root: Path
@@ -186,12 +206,12 @@ class Tracker:
         if not any(stage.dirty for stage in stages) and not any(each.dirty for each in self._pipelines.values()):
             return
         self._problem = ""
-        for stage in stages:
-            if not self._attempt(stage.name, partial(self._bring, stage)):
-                return
-        for pipeline in self._pipelines.values():
-            if pipeline.dirty and not self._attempt("pipeline", partial(self._conclude, pipeline)):
-                return
+        steps = [(stage.name, partial(self._bring, stage)) for stage in stages]
+        steps += [("pipeline", partial(self._conclude, each)) for each in self._pipelines.values() if each.dirty]
+        with DELIVERING:
+            for what, step in steps:
+                if self._abandoned or not self._attempt(what, step):
+                    return
 
     def _bring(self, stage: Stage) -> None:
         self._delivery.bring(stage)
@@ -221,11 +241,12 @@ class Tracker:
 
     def _connect(self) -> None:
         """Import MLflow only for a server that answers: its own timeouts are long."""
-        if not answers(self.uri):
-            raise ConnectionError(self.uri)
+        with self._watch.call():
+            if not answers(self.uri):
+                raise ConnectionError(self.uri)
         from aquilamoe.tracking.delivery import Delivery
 
-        self._delivery = Delivery(self.uri, self.root)
+        self._delivery = Delivery(self.uri, self.root, self._watch)
 
     def _note(self) -> str | None:
         if self._broken:
