@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from aquilamoe.config.messages import UserError
 from aquilamoe.config.schema import ClusterConfig, ModelConfig
 from aquilamoe.model import Decoder
+from aquilamoe.training import expert_parallel
 from aquilamoe.training.job import FIRST, Rank
 from aquilamoe.weights.parts import own_part
 
@@ -70,6 +71,9 @@ class Group:
         policy = MixedPrecisionPolicy()
         if precision == MASTER_IN_FLOAT32:
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        expert_parallel.check(model.config, self.cluster.expert_parallel)
+        if self.cluster.expert_parallel > 1:
+            expert_parallel.distribute_experts(model, self._expert_mesh, policy)
         shard = partial(fully_shard, mesh=self._mesh, shard_placement_fn=self._placement, mp_policy=policy)
         for layer in model.model.layers:
             shard(layer)
@@ -82,6 +86,16 @@ class Group:
         replicas = self.world_size // self.shard_size
         shape = (replicas, self.shard_size) if self.cluster.parallel == "hsdp" else (self.shard_size,)
         return init_device_mesh(self.device.type, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
+
+    @cached_property
+    def _expert_mesh(self) -> DeviceMesh:
+        """The same processes, a shard group divided into those that cut an expert and those that have other experts."""
+        size = self.cluster.expert_parallel
+        shape, names = (self.shard_size // size, size), ("cut", "expert")
+        if self.cluster.parallel == "fsdp":
+            return init_device_mesh(self.device.type, shape, mesh_dim_names=names)
+        replicas = self.world_size // self.shard_size
+        return init_device_mesh(self.device.type, (replicas, *shape), mesh_dim_names=("replicate", *names))
 
     def _placement(self, parameter: nn.Parameter) -> Shard | None:
         """Cut stacked experts between experts where these divide, else through each of them."""
