@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "kernels": {"config"},
     "model": {"config", "kernels"},
     "weights": {"config", "model"},
-    "growth": {"config", "model", "weights"},
+    "growth": {"config", "kernels", "model", "weights"},
     "data": {"config"},
     "training": {"config", "kernels", "model", "weights", "data"},
     "pipeline": {"config"},

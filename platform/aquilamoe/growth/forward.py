@@ -16,6 +16,7 @@ from torch.func import functional_call
 
 from aquilamoe.config.schema import ModelConfig
 from aquilamoe.growth.bounds import LOOKUPS, TOKENS_AT_ONCE
+from aquilamoe.kernels.choice import Kernels
 from aquilamoe.model import Block, FeedForward, RMSNorm, Routing, rotary_table
 from aquilamoe.weights import names
 from aquilamoe.weights.configuration import read_config
@@ -49,6 +50,8 @@ class StreamedDecoder:
         roles = names.role_shapes(self.config, layer)
         with torch.device("meta"):
             block = Block(self.config, layer)
+        # The other one keeps the softmax, and is of a kind that imports torch's compiler when it is first called.
+        block.self_attn.kernels = Kernels(attention="sdpa")
         read = partial(self._read, layer)
         block.set_submodule("self_attn", _Streamed(block.self_attn, partial(read, "self_attn."), flat=False))
         resident = [role for role in roles if not role.startswith(("self_attn.", "mlp."))]
