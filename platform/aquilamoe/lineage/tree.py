@@ -123,9 +123,12 @@ def _cost(cost: Mapping[str, Mapping[str, float]] | None) -> str:
 
 
 def _loss(metrics: Mapping[str, Any]) -> str:
-    start, end = (metrics.get("loss_start", metrics.get("source_loss")), metrics.get("loss_end"))
-    end = metrics.get("target_loss") if end is None else end
-    return f"{start:.4f} -> {end:.4f} nats per token" if start is not None and end is not None else ""
+    """Validation losses of a training; of a growth those of source and target, on the certificate's tokens."""
+    for keys, where in ((("loss_start", "loss_end"), ""), (("source_loss", "target_loss"), ", on the certificate's")):
+        start, end = (metrics.get(key) for key in keys)
+        if start is not None and end is not None:
+            return f"{start:.4f} -> {end:.4f} nats per token{where}"
+    return ""
 
 
 def _certificate(metrics: Mapping[str, Any]) -> str:
