@@ -94,7 +94,7 @@ def _show_status(experiment: ExperimentConfig, plan: Sequence[Planned], store: S
     if running is not None:
         out.print(f"{running.name}: running, {holder}\n")
         (watch.follow if experiment.watch else watch.show)(out, running)
-        if running.name == experiment.name:
+        if experiment.watch or running.name == experiment.name:
             return
         out.print()
         holder = None

@@ -2,14 +2,15 @@
 
 import logging
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tasks are local files: nobody is asked for anything
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-os.environ.setdefault("TQDM_DISABLE", "1")
 
 import torch
 from lm_eval.api.model import TemplateLM
@@ -41,9 +42,25 @@ def evaluate(writer: Writer, folders: Sequence[Path], names: Sequence[str], cach
     import datasets
 
     datasets.config.HF_DATASETS_CACHE = cache
-    results = simple_evaluate(model=Harness(writer), tasks=list(names), task_manager=manager, bootstrap_iters=0)
+    with _silent():
+        results = simple_evaluate(model=Harness(writer), tasks=list(names), task_manager=manager, bootstrap_iters=0)
     assert results is not None, "the first process gets the results"
     return dict(results)
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Without what lm-eval, and the git that it asks for a commit, write to the standard error; errors are raised."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with Path(os.devnull).open("w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 class Harness(TemplateLM):

@@ -64,11 +64,11 @@ def own(record: Record) -> Cost:
     if noted:
         return Cost(**noted["own"])
     flops = (record.get("metrics") or {}).get("flops") if record.get("kind") == "pretrain" else None
-    return Cost(*(float(value) if _is_finite(value) else 0.0 for value in (flops, record.get("seconds"))))
+    return Cost(_finite(flops), _finite(record.get("seconds")))
 
 
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+def _finite(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else 0.0
 
 
 def lineage(record: Record, known: Iterable[Record]) -> Cost:
