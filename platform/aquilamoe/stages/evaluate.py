@@ -26,6 +26,7 @@ def run(context: Context) -> Metrics:
     from aquilamoe.evaluation.generation import Writer
     from aquilamoe.evaluation.samples import page
     from aquilamoe.weights.allocator import keep_large_buffers
+    from aquilamoe.weights.huggingface import load_model
 
     keep_large_buffers()
     torch.set_num_threads(context.cluster.cpus_per_worker)
@@ -36,10 +37,10 @@ def run(context: Context) -> Metrics:
     written: dict[str, list[str]] = {}
     for index, (role, directory) in enumerate(checkpoints.items()):
         context.progress(index, len(checkpoints), "checkpoints")
-        writer = Writer.open(directory / "model")
-        losses = _losses(stage, context.cluster, writer.model, tokens)
+        writer = Writer.open(directory / "model") if prompts else None  # who writes nothing needs no tokenizer
+        losses = _losses(stage, context.cluster, writer.model if writer else load_model(directory / "model"), tokens)
         metrics |= {f"{role}/{key}": value for key, value in losses.items()}
-        written[role] = writer.continue_texts(prompts, stage.generation) if prompts else []
+        written[role] = writer.continue_texts(prompts, stage.generation) if writer else []
     if prompts:
         (context.out / SAMPLES).write_text(page(stage.prompts, written, stage.generation), encoding="utf-8")
     context.progress(len(checkpoints), len(checkpoints), "checkpoints")
