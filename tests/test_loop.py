@@ -32,7 +32,7 @@ from aquilamoe.training import loop, state, validation
 from aquilamoe.training import optimizer as optimizers
 from aquilamoe.training.job import Job
 from aquilamoe.training.loop import train
-from aquilamoe.training.metrics import MetricsFile
+from aquilamoe.training.metrics import PointsFile
 from aquilamoe.training.objective import RouterObjective
 from aquilamoe.training.parallel import Group
 from aquilamoe.training.step import Stepper
@@ -154,8 +154,8 @@ def make_job(tokens: Path, out: Path, model: dict[str, Any] = DENSE, **changes: 
     )
 
 
-def points(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+def points(out: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / name).read_text().splitlines()]
 
 
 def without_times(out: Path) -> list[dict[str, Any]]:
@@ -172,15 +172,23 @@ def assert_same_result(one: Path, other: Path) -> None:
     for file in files:
         assert not (one / file).is_file() or (one / file).read_bytes() == (other / file).read_bytes(), file
     assert without_times(one) == without_times(other)
+    if (one / "router.jsonl").exists():
+        assert (one / "router.jsonl").read_bytes() == (other / "router.jsonl").read_bytes()
 
 
 # Learning
 
 
-@pytest.mark.parametrize("model", [DENSE, MOE], ids=["dense", "moe"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("model", "precision"),
+    [(DENSE, "fp32"), (MOE, "bf16"), (DENSE, "bf16_master")],
+    ids=["dense fp32", "moe bf16", "dense bf16_master"],
+)
 def test_the_loss_falls(tokens: Path, tmp_path: Path, model: dict[str, Any], precision: str) -> None:
-    metrics = train(make_job(tokens, tmp_path, model, total_tokens=60 * BATCH, precision=precision))
+    job = make_job(
+        tokens, tmp_path, model, total_tokens=60 * BATCH, precision=precision, validate_every_tokens=30 * BATCH
+    )
+    metrics = train(job)
     assert abs(metrics["loss_start"] - math.log(VOCABULARY)) < 0.3
     assert metrics["loss_end"] < metrics["loss_start"] - 1.0
     train_losses = [point["train/loss"] for point in points(tmp_path)[1:]]
@@ -242,9 +250,62 @@ def test_there_is_one_line_a_step_and_the_first_is_a_validation_before_any_train
 
 def test_experts_report_their_balance_and_their_load(tokens: Path, tmp_path: Path) -> None:
     train(make_job(tokens, tmp_path, MOE))
-    for point in points(tmp_path)[1:]:
+    tables = points(tmp_path, "router.jsonl")
+    for point, table in zip(points(tmp_path)[1:], tables, strict=True):
         assert 0.9 < point["train/balance_loss"] < 2.0 and point["train/z_loss"] > 0
         assert 1.0 <= point["router/load_max_over_mean"] <= 2.0  # experts / k at most
+        assert 0.0 <= point["router/load_min_over_mean"] <= 1.0 and point["router/dropped_tokens"] == 0
+        assert math.log(2) < point["router/entropy"] <= math.log(4)
+        assert (table["step"], table["tokens"]) == (point["step"], point["tokens"])
+        assert math.isclose(sum(table["load"][0]), 1, abs_tol=1e-5) and len(table["load"][0]) == 4
+        assert math.isclose(4 * max(table["load"][0]), point["router/load_max_over_mean"], abs_tol=1e-5)
+        assert table["entropy"] == [round(point["router/entropy"], 6)] and table["dropped"] == [0]
+
+
+def test_a_selection_bias_evens_the_load_without_any_balance_loss(
+    tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In training: what is validated, and published, is the model without the bias."""
+    monkeypatch.setattr(loop, "LOG_POINTS", 2)
+    uneven: dict[float, float] = {}
+    for rate in (0.0, 0.03):
+        router = {"balance_loss_coeff": 0.0, "balance_scope": "global_batch", "z_loss_coeff": 0.0}
+        job = make_job(
+            tokens,
+            tmp_path / str(rate),
+            MOE,
+            total_tokens=60 * BATCH,
+            schedule=CONSTANT,
+            validate_every_tokens=30 * BATCH,
+            router=router | {"bias_update_rate": rate},
+        )
+        metrics = train(job)
+        uneven[rate] = points(job.out)[-1]["router/load_max_over_mean"] - 1  # over the last 30 steps
+        published = load_model(job.out / "model")
+        assert validation.validate(job, published, 60, Group(job.cluster))["val/loss"] == metrics["loss_end"]
+    assert uneven[0.03] < uneven[0.0] / 2
+
+
+def test_seconds_of_validating_and_saving_are_reported_and_no_part_of_the_speed(
+    tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow, calls = 0.05, {"validate": loop.validate, "save_checkpoint": state.save_checkpoint}
+    for place, name in ((loop, "validate"), (state, "save_checkpoint")):
+
+        def call(*arguments: Any, function: Callable[..., Any] = calls[name]) -> Any:
+            time.sleep(slow)
+            return function(*arguments)
+
+        monkeypatch.setattr(place, name, call)
+    train(make_job(tokens, tmp_path))
+    for point in points(tmp_path):
+        assert ("val/seconds" in point) == ("val/loss" in point) and point.get("val/seconds", slow) >= slow
+        # A checkpoint is written after the point of its step.
+        assert ("checkpoint/seconds" in point) == (point["step"] in (3, 5, 7))
+        assert point.get("checkpoint/seconds", slow) >= slow
+        assert 0 <= point.get("train/data_wait_share", 0) < 1
+    fastest = max(point["train/tokens_per_s"] for point in points(tmp_path)[1:])
+    assert fastest > BATCH / slow
 
 
 def test_a_long_stage_logs_some_of_its_steps_and_always_the_last(
@@ -341,7 +402,7 @@ def run_until(job: Job, event: int) -> bool:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Stepper, "step", watched(Stepper.step))
-        patch.setattr(MetricsFile, "write", watched(MetricsFile.write))
+        patch.setattr(PointsFile, "write", watched(PointsFile.write))
         patch.setattr(SafetensorsWriter, "write_data", watched(SafetensorsWriter.write_data))
         patch.setattr(state, "_write_rest", watched(state._write_rest))
         patch.setattr(state, "_write_hashes", watched(state._write_hashes))
@@ -366,8 +427,7 @@ def at_once(save_checkpoint: Callable[..., Path]) -> Callable[..., Path]:
     return call
 
 
-@pytest.mark.parametrize("model", [DENSE, MOE], ids=["dense", "moe"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("model", "precision"), [(DENSE, "fp32"), (MOE, "bf16")], ids=["dense fp32", "moe bf16"])
 def test_a_run_that_is_killed_at_every_place_in_turn_ends_with_the_same_bytes(
     tokens: Path, tmp_path: Path, model: dict[str, Any], precision: str
 ) -> None:
@@ -381,15 +441,27 @@ def test_a_run_that_is_killed_at_every_place_in_turn_ends_with_the_same_bytes(
     assert_same_result(tmp_path / "whole", tmp_path / "broken")
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_a_run_that_is_killed_once_anywhere_ends_with_the_same_bytes(name: str, tokens: Path, tmp_path: Path) -> None:
-    changes = {"precision": "bf16", "optimizer": ADAMW | {"name": name}}
+@pytest.mark.parametrize(
+    ("name", "precision", "log_points"), [("adamw", "bf16", loop.LOG_POINTS), ("muon", "bf16_master", 2)]
+)
+def test_a_run_that_is_killed_once_anywhere_ends_with_the_same_bytes(
+    name: str, precision: str, log_points: int, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a selection bias; also where checkpoints come between two points, so that loads are half counted."""
+    monkeypatch.setattr(loop, "LOG_POINTS", log_points)
+    router = {
+        "balance_loss_coeff": 0.01,
+        "balance_scope": "global_batch",
+        "z_loss_coeff": 0.001,
+        "bias_update_rate": 0.01,
+    }
+    changes = {"precision": precision, "optimizer": ADAMW | {"name": name}, "router": router}
     train(make_job(tokens, tmp_path / "whole", MOE, **changes))
     event = 1
     while not run_until(broken := make_job(tokens, tmp_path / f"broken-{event}", MOE, **changes), event):
         train(broken)
         assert_same_result(tmp_path / "whole", broken.out)
-        event += 1
+        event += 3
     assert event > 3 * STEPS
 
 
@@ -465,9 +537,11 @@ pwrite = os.pwrite
 
 
 def test_two_stages_that_keep_the_optimizer_state_are_one_long_stage(tokens: Path, tmp_path: Path) -> None:
-    """Weights, moments, and the position in the data go on where the first stage stopped, to the last bit."""
-    train(make_job(tokens, tmp_path / "long", total_tokens=8 * BATCH, schedule=CONSTANT))
-    train(make_job(tokens, tmp_path / "first", total_tokens=5 * BATCH, schedule=CONSTANT))
+    """Weights, moments, biases and the position in the data go on where the first stage stopped, to the last bit."""
+    router = {"balance_loss_coeff": 0.0, "balance_scope": "running", "z_loss_coeff": 0.0, "bias_update_rate": 0.1}
+    settings: dict[str, Any] = {"model": MOE, "schedule": CONSTANT, "router": router}
+    train(make_job(tokens, tmp_path / "long", total_tokens=8 * BATCH, **settings))
+    train(make_job(tokens, tmp_path / "first", total_tokens=5 * BATCH, **settings))
     train(
         make_job(
             tokens,
@@ -476,10 +550,10 @@ def test_two_stages_that_keep_the_optimizer_state_are_one_long_stage(tokens: Pat
             optimizer_state="keep",
             ancestor_tokens=5 * BATCH,
             total_tokens=3 * BATCH,
-            schedule=CONSTANT,
+            **settings,
         )
     )
-    for file in ("model/model.safetensors", "training/optimizer.safetensors"):
+    for file in ("model/model.safetensors", "training/optimizer.safetensors", "training/extra.safetensors"):
         assert (tmp_path / "second" / file).read_bytes() == (tmp_path / "long" / file).read_bytes()
     losses = [point["train/loss"] for point in points(tmp_path / "long")[6:]]
     assert [point["train/loss"] for point in points(tmp_path / "second")[1:]] == losses

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aquilamoe.training.metrics import MetricsFile, recovery_tokens
+from aquilamoe.training.metrics import MetricsFile, PointsFile, recovery_tokens
 
 BATCH, FLOPS = 64, 10
 
@@ -56,6 +56,27 @@ def test_a_point_can_be_read_as_soon_as_it_is_written(tmp_path: Path) -> None:
     for step in range(3):
         points.write(step, {})
         assert len(lines(tmp_path)) == step + 1
+
+
+def test_what_is_not_finite_is_left_out_because_json_has_no_word_for_it(tmp_path: Path) -> None:
+    metrics_file(tmp_path).write(1, {"train/loss": float("nan"), "train/grad_norm": float("inf"), "a": 1.0, "b": 2})
+    (point,) = lines(tmp_path)
+    assert {"a", "b"} < point.keys() and not any(key.startswith("train/") for key in point)
+
+
+def test_a_table_of_routers_is_written_and_resumed_as_the_metrics_are(tmp_path: Path) -> None:
+    def table(resume_step: int) -> PointsFile:
+        return PointsFile(tmp_path / "metrics.jsonl", resume_step, BATCH, enabled=True)
+
+    first = table(0)
+    for step in (2, 4, 6):
+        first.write(step, {"load": [[0.25, 0.75]], "dropped": [0]})
+    table(4).write(5, {"load": [[0.5, 0.5]]})
+    assert lines(tmp_path) == [
+        {"step": 2, "tokens": 2 * BATCH, "load": [[0.25, 0.75]], "dropped": [0]},
+        {"step": 4, "tokens": 4 * BATCH, "load": [[0.25, 0.75]], "dropped": [0]},
+        {"step": 5, "tokens": 5 * BATCH, "load": [[0.5, 0.5]]},
+    ]
 
 
 @pytest.mark.parametrize("resume_step", [1, 2, 4])

@@ -1,6 +1,7 @@
 """Learning-rate schedules by their properties: where they start, where they end, and that nothing jumps."""
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aquilamoe.config.schema import ScheduleConfig
+from aquilamoe.config.schema import ExperimentConfig, PretrainStage, ScheduleConfig
 from aquilamoe.training.schedules import learning_rate_factor
 
 TOTAL = 1000
@@ -108,3 +109,28 @@ def test_without_warm_up_the_first_step_learns_at_about_the_peak(name: str) -> N
 @pytest.mark.parametrize("name", NAMES)
 def test_a_warm_up_shorter_than_a_batch_is_over_with_the_first_step(name: str) -> None:
     assert factors(schedule(name, warmup_tokens=40), batch=50)[0] > 0.999
+
+
+# As a configuration says it
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_schedule_is_reachable_for_all_stages_and_for_one(
+    compose: Callable[..., dict[str, Any]], name: str
+) -> None:
+    """By its group, and in a stage: there a cooldown, or a re-warming after a growth."""
+    values = compose(f"schedule={name}", "stages.moe.schedule.name=wsd", "stages.moe.schedule.decay_tokens=100_000")
+    stages = ExperimentConfig.model_validate(values).stages
+    dense, moe = stages["dense"], stages["moe"]
+    assert isinstance(dense, PretrainStage) and isinstance(moe, PretrainStage)
+    assert (dense.schedule.name, moe.schedule.name) == (name, "wsd")
+    total = 1_000_000
+    assert (
+        learning_rate_factor(1, total, dense.schedule)
+        < 0.01
+        < 1.0
+        == learning_rate_factor(dense.schedule.warmup_tokens, total, dense.schedule)
+    )
+    assert learning_rate_factor(total - 50_000, total, moe.schedule) == pytest.approx(
+        (1 + moe.schedule.min_lr_ratio) / 2
+    )
