@@ -1,0 +1,374 @@
+"""Training steps against transformers, litgpt and the machine's own matrix products: tokens/s, and their ratios.
+
+python benchmarks/training.py --peers VENV --out docs/benchmarks/training.md     about 20 minutes; --quick: 3
+python benchmarks/training.py --device cuda                                      one GPU: the share of its peak
+
+Everybody trains the same shapes on the same random tokens, with fused AdamW, clipping and this project's setting of the
+C library's allocator, in one process for each library. Contestants take turns, a few steps each, for several rounds;
+medians count. Peers are optional: transformers where this runs, litgpt in a virtual environment of its own.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from aquilamoe.config.network import ModelConfig
+
+HERE = Path(__file__).resolve().parent
+BATCH_TOKENS = 4096
+TURN_S = 0.7  # of a contestant, at least
+REST = {"rope_theta": 1e4, "rms_norm_eps": 1e-5, "initializer_range": 0.02, "qkv_bias": False}
+# Dense FLOP/s in bf16 that the makers state, by a part of the device's name.
+STATED_PEAKS = {"H100": 989.4e12, "H200": 989.4e12, "A100": 312e12}
+
+
+def dense(vocabulary: int, hidden: int, ffn: int, layers: int, heads: int, kv_heads: int) -> dict[str, Any]:
+    return {
+        "vocab_size": vocabulary,
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": hidden // heads,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": False,
+        "num_experts": 0,
+        "num_experts_per_tok": 0,
+        "moe_intermediate_size": 0,
+    }
+
+
+def sparse(shape: dict[str, Any]) -> dict[str, Any]:
+    """The shape upcycled to 8 experts, 2 of them for a token."""
+    return shape | {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": shape["intermediate_size"]}
+
+
+DENSE = {
+    "0.7M": dense(4096, 64, 176, 4, 4, 2),  # the two of the embedded experiment
+    "2M": dense(4096, 128, 352, 6, 8, 2),
+    "8M": dense(4096, 256, 704, 8, 8, 4),
+    "30M": dense(6144, 512, 1408, 8, 8, 4),
+    "42M": dense(6144, 512, 1408, 12, 8, 4),
+    "1.8B": dense(32768, 2048, 5632, 36, 16, 8),
+    "0.6B": dense(32768, 1024, 2816, 24, 16, 8),
+}
+SHAPES = DENSE | {f"{name} x8": sparse(shape) for name, shape in DENSE.items()}
+# (shape, tokens of a sequence)
+CPU: list[tuple[str, int]] = [
+    *(("0.7M", 128), ("0.7M x8", 128), ("2M", 128), ("2M x8", 128), ("2M", 256), ("8M", 256), ("8M x8", 256)),
+    *(("8M", 1024), ("30M", 128), ("30M", 256), ("30M x8", 256), ("30M", 1024), ("42M", 256)),
+]
+QUICK = [("0.7M", 128), ("0.7M x8", 128), ("8M", 256)]
+CUDA = [("1.8B", 2048), ("0.6B x8", 2048)]
+OURS = ["ours autocast", "ours autocast compiled", "ours bf16 master", "ours bf16 master compiled", "ours fp32"]
+TRANSFORMERS = {
+    False: [
+        *("transformers sdpa fp32", "transformers sdpa autocast", "transformers eager autocast"),
+        *("transformers sdpa bf16", "transformers eager bf16"),
+        *(
+            "transformers eager autocast compiled",
+            "transformers sdpa bf16 compiled",
+            "transformers eager bf16 compiled",
+        ),
+    ],
+    True: [
+        *("transformers eager autocast loop", "transformers eager autocast grouped"),
+        *("transformers eager bf16 loop", "transformers eager bf16 grouped"),
+        *("transformers eager autocast grouped compiled", "transformers eager bf16 grouped compiled"),
+    ],
+}
+LITGPT = ["litgpt autocast", "litgpt bf16", "litgpt bf16 compiled"]
+ON_CUDA = [*OURS[:4], "transformers sdpa bf16", "transformers sdpa bf16 compiled"]
+LARGE = 100_000_000  # parameters, from which on one contestant at a time is in memory
+
+
+@dataclass
+class Result:
+    """What a contestant took, in seconds for a step, or why it could not be measured."""
+
+    shape: str
+    length: int
+    name: str
+    batch_tokens: int
+    rounds: list[dict[str, float]] = field(default_factory=list)
+    warm_up_s: float = 0.0
+    error: str = ""
+    clock: str = "seconds"
+
+    @property
+    def config(self) -> ModelConfig:
+        return ModelConfig.model_validate(SHAPES[self.shape] | REST)
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.batch_tokens / statistics.median(each[self.clock] for each in self.rounds)
+
+    @property
+    def flops_per_s(self) -> float:
+        return self.tokens_per_s * self.config.flops_per_token(self.length)
+
+
+@dataclass(frozen=True)
+class Goal:
+    """The best of ours in bf16 has to be `factor` times as fast as the best whose name begins with `against`."""
+
+    what: str
+    against: str
+    is_sparse: bool
+    factor: float
+
+
+GOALS = [
+    Goal("transformers at its best", "transformers", False, 1.5),
+    Goal("transformers, bf16 autocast as it comes", "transformers sdpa autocast", False, 2.0),
+    Goal("transformers in float32", "transformers sdpa fp32", False, 3.0),
+    Goal("litgpt at its best", "litgpt", False, 1.5),
+    Goal("transformers at its best", "transformers", True, 2.0),
+    Goal("transformers, eager in autocast", "transformers eager autocast loop", True, 4.0),
+    Goal("litgpt at its best", "litgpt", True, 2.0),
+]
+
+
+class Library:
+    """A process that has a library's contestants, and makes steps when it is asked to."""
+
+    def __init__(self, python: str, device: str, threads: int) -> None:
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"}
+        words = [python, str(HERE / "training_contestants.py"), device, str(threads)]
+        self.process = subprocess.Popen(
+            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+
+    def ask(self, do: str, **values: Any) -> dict[str, Any]:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        print(json.dumps({"do": do, **values}), file=self.process.stdin, flush=True)
+        answer = self.process.stdout.readline()
+        if not answer:
+            return {"error": f"the process ended with {self.process.wait()}"}
+        found: dict[str, Any] = json.loads(answer)
+        return found
+
+    def close(self) -> None:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.close()
+        self.process.stdout.close()
+        self.process.wait()
+
+
+def measure(
+    libraries: dict[str, Library], names: Sequence[str], shape: str, length: int, options: argparse.Namespace
+) -> list[Result]:
+    """Everybody on one shape and length: in turns, or, where not all fit into memory, one after the other."""
+    clock = {"wall": "seconds", "cpu": "cpu"}[options.clock]
+    names = [name for name in names if name.split()[0] in libraries]
+    found = [Result(shape, length, name, options.batch_tokens, clock=clock) for name in names]
+    config = found[0].config
+    groups = [found] if config.num_params < LARGE else [[each] for each in found]
+    for group in groups:
+        for each in group:
+            _make(libraries[each.name.split()[0]], each)
+        for _ in range(options.rounds):
+            for each in group:
+                _take_turn(libraries[each.name.split()[0]], each)
+        for library in libraries.values():
+            library.ask("clear")
+    return found
+
+
+def _make(library: Library, result: Result) -> None:
+    rows = max(1, result.batch_tokens // result.length)
+    result.batch_tokens = rows * result.length
+    answer = library.ask("make", name=result.name, shape=SHAPES[result.shape], rows=rows, length=result.length)
+    result.error = answer.get("error", "")
+    if not result.error:
+        result.warm_up_s, result.rounds = answer["warm_up_s"], [answer]
+
+
+def _take_turn(library: Library, result: Result) -> None:
+    """The first turn takes the place of the warm-up's last step, which told how many steps make a turn."""
+    if result.error:
+        return
+    count = max(1, round(TURN_S / result.rounds[-1]["seconds"]))
+    answer = library.ask("steps", name=result.name, count=count)
+    result.error = answer.get("error", "")
+    if "seconds" in answer:
+        kept = result.rounds if "memory" in result.rounds[0] else []
+        result.rounds = [*kept, answer]
+
+
+def best(results: Sequence[Result], prefix: str) -> Result | None:
+    """The fastest contestant whose name begins so."""
+    there = [each for each in results if each.name.startswith(prefix) and each.rounds and not each.error]
+    return max(there, key=lambda each: each.tokens_per_s, default=None)
+
+
+def ratio(results: Sequence[Result], goal: Goal) -> float | None:
+    ours, peer = best(results, "ours"), best(results, goal.against)
+    return ours.tokens_per_s / peer.tokens_per_s if ours and peer else None
+
+
+def table(results: Sequence[Result], peaks: dict[str, float]) -> Iterator[str]:
+    """One line a contestant; `of peak` is of the measured product in the precision that it computes in."""
+    yield "| shape | tokens | who | tokens/s | of the best | of peak | warm-up, s |"
+    yield "|---|---|---|---|---|---|---|"
+    for each in results:
+        if not each.rounds or each.error:
+            yield f"| {each.shape} | {each.length} | {each.name} | {each.error or 'not measured'} | | | |"
+            continue
+        group = [other for other in results if (other.shape, other.length) == (each.shape, each.length)]
+        fastest = best(group, "")
+        assert fastest is not None
+        share = each.flops_per_s / peaks["float32" if "fp32" in each.name else "bfloat16"]
+        yield (
+            f"| {each.shape} | {each.length} | {each.name} | {each.tokens_per_s:,.0f} | "
+            f"{each.tokens_per_s / fastest.tokens_per_s:.2f} | {share:.0%} | {each.warm_up_s:.1f} |"
+        )
+
+
+def goals(results: Sequence[Result], peaks: dict[str, float]) -> Iterator[str]:
+    """One line for each goal of each shape and length; what misses its goal is said."""
+    yield "| shape | tokens | our best | against | ratio | goal |"
+    yield "|---|---|---|---|---|---|"
+    for shape, length in dict.fromkeys((each.shape, each.length) for each in results):
+        group = [each for each in results if (each.shape, each.length) == (shape, length)]
+        ours = best(group, "ours")
+        if ours is None:
+            continue
+        start = f"| {shape} | {length} | {ours.name.removeprefix('ours ')} |"
+        for goal in GOALS:
+            found = ratio(group, goal)
+            if goal.is_sparse == ours.config.is_moe and found is not None:
+                yield f"{start} {goal.what} | {found:.2f}x | {_judged(found, goal.factor)} |"
+        twin = best([each for each in results if f"{each.shape} x8" == shape and each.length == length], "ours")
+        if twin is not None:
+            found = ours.flops_per_s / twin.flops_per_s
+            yield f"{start} our dense {twin.shape}, per active FLOP | {found:.2f}x | {_judged(found, 0.8)} |"
+        if shape in FRACTIONS:
+            found = ours.flops_per_s / peaks["bfloat16"]
+            yield f"{start} the machine's peak | {found:.0%} | {_judged(found, FRACTIONS[shape])} |"
+
+
+FRACTIONS = {"42M": 0.30, "1.8B": 0.50, "0.6B x8": 0.40}  # of the peak
+
+
+def _judged(found: float, goal: float) -> str:
+    return f"{goal:g}" if found >= goal else f"{goal:g}, missed"
+
+
+PAGE = """# Training steps: against other libraries, and against the machine
+
+`{command}` wrote this page: {rounds} rounds, medians, steps of {batch_tokens:,} tokens, {clock}, on {machine}, load
+average {load:.1f} (others were at work, too, as far as it exceeds the threads).
+
+Everybody trains the same shapes on the same random tokens: forward with the mean next-token loss, backward, clipping of
+the gradient's norm, fused AdamW; Mixtures of Experts with a balance loss, except litgpt, which has none. One process
+for each library; contestants take turns of a few steps. All have this project's setting of the C library's allocator
+(`weights/allocator.py`), without which each is slower. `x8`: 8 experts, 2 of them for a token, each as large as the
+dense feed-forward.
+
+- `autocast`: float32 weights, products in bf16. `bf16`: weights, gradients and optimizer in bf16, which trains worse;
+  `bf16 master` (ours only): bf16 weights, float32 in the optimizer. `compiled`: every layer through torch.compile.
+- `eager`, `sdpa`: how transformers computes attention. `loop`, `grouped`: how it computes experts.
+- Peak: the fastest square matrix product of this machine, measured first: {bfloat16:.2f} TFLOP/s in bf16, {float32:.2f}
+  in float32{stated}. FLOPs are those of the model (`ModelConfig.flops_per_token`).
+- Warm-up: three steps and making the network, compilation included.
+
+{table}
+
+Our best in bf16 against the best mode of each. What misses its goal is said.
+
+{goals}
+"""
+
+
+def page(results: Sequence[Result], peaks: dict[str, float], about: dict[str, Any]) -> str:
+    values = about | {kind: peaks[kind] / 1e12 for kind in ("bfloat16", "float32")}
+    return PAGE.format(**values, table="\n".join(table(results, peaks)), goals="\n".join(goals(results, peaks)))
+
+
+def find_peaks(library: Library, device: str, about: dict[str, Any]) -> dict[str, float]:
+    """FLOP/s of products, by type. On a known GPU, the stated figure for bf16: the share of it is the MFU."""
+    sizes = {"cpu": [1024, 2048], "cuda": [4096, 8192]}[device]
+    peaks = {each: library.ask("peak", dtype=each, sizes=sizes)["flops_per_s"] for each in ("bfloat16", "float32")}
+    about["stated"] = ""
+    for part, stated in STATED_PEAKS.items():
+        if part in about["machine"]:
+            about["stated"] = f"; its maker states {stated / 1e12:.0f} in bf16, of which shares are (MFU)"
+            about["measured_bfloat16"] = peaks["bfloat16"]
+            peaks["bfloat16"] = stated
+    return peaks
+
+
+def arguments(words: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--quick", action="store_true", help="three shapes, two rounds, no litgpt")
+    parser.add_argument("--shapes", nargs="+", metavar="SHAPE:TOKENS", help=f"of {', '.join(SHAPES)}; e.g. 8M:256")
+    parser.add_argument(
+        "--who", nargs="+", help="only contestants whose names begin so, e.g. ours 'transformers eager'"
+    )
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batch-tokens", type=int, help=f"of a step; {BATCH_TOKENS:,}, on a GPU 16,384")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument(
+        "--clock", choices=["wall", "cpu"], default="wall", help="cpu, with --threads 1: for a machine with other work"
+    )
+    parser.add_argument("--peers", type=Path, help="a virtual environment with litgpt and the same torch")
+    parser.add_argument("--out", type=Path, help="the page to write")
+    options = parser.parse_args(words)
+    options.batch_tokens = options.batch_tokens or (16_384 if options.device == "cuda" else BATCH_TOKENS)
+    options.rounds = 2 if options.quick else options.rounds
+    return options
+
+
+def main(words: Sequence[str]) -> None:
+    options = arguments(words)
+    on_cuda = options.device == "cuda"
+    chosen = CUDA if on_cuda else QUICK if options.quick else CPU
+    if options.shapes:
+        chosen = [(shape, int(length)) for shape, length in (each.rsplit(":", 1) for each in options.shapes)]
+    pythons = {"ours": sys.executable, "transformers": sys.executable}
+    if options.peers and not options.quick:
+        pythons["litgpt"] = str(options.peers / "bin/python")
+    wanted = tuple(options.who or pythons)
+    pythons = {
+        name: path for name, path in pythons.items() if name == "ours" or any(w.startswith(name) for w in wanted)
+    }
+    libraries = {name: Library(path, options.device, options.threads) for name, path in pythons.items()}
+    machine = libraries["ours"].ask("about")
+    about: dict[str, Any] = {
+        "command": "python benchmarks/training.py " + " ".join(words),
+        "rounds": options.rounds,
+        "batch_tokens": options.batch_tokens,
+        "clock": {"wall": "seconds of the clock", "cpu": "seconds of the CPU"}[options.clock],
+        "machine": f"{machine['device']} ({platform.machine()}), torch {machine['torch']}",
+    }
+    peaks = find_peaks(libraries["ours"], options.device, about)
+    results: list[Result] = []
+    for shape, length in chosen:
+        names = ON_CUDA if on_cuda else [*OURS, *TRANSFORMERS[SHAPES[shape]["num_experts"] > 0], *LITGPT]
+        names = [name for name in names if name.startswith(wanted)]
+        start = time.perf_counter()
+        results += measure(libraries, names, shape, length, options)
+        print(f"{shape} at {length}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+    for library in libraries.values():
+        library.close()
+    about["load"] = os.getloadavg()[0]
+    text = page(results, peaks, about)
+    print(text)
+    if options.out:
+        options.out.write_text(text)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
