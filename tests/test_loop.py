@@ -24,7 +24,7 @@ from aquilamoe.config.messages import UserError
 from aquilamoe.config.schema import ClusterConfig, EvaluateStage, ModelConfig, PretrainStage
 from aquilamoe.data.loader import Batches
 from aquilamoe.data.tokens import TokenCounts, TokensRecord, write_record, write_token_file
-from aquilamoe.model import Decoder
+from aquilamoe.model import Attention, Decoder, Experts
 from aquilamoe.pipeline.stage import Context, Input
 from aquilamoe.stages import evaluate as evaluate_stage
 from aquilamoe.stages import pretrain as pretrain_stage
@@ -140,6 +140,8 @@ def make_job(tokens: Path, out: Path, model: dict[str, Any] = DENSE, **changes: 
         "checkpoint_every_tokens": 2 * BATCH,
         "compile": False,
         "flops_per_s": 1e9,
+        "attention": "auto",
+        "experts": "auto",
     }
     job: dict[str, Any] = {"name": "small", "source": None, "ancestor_tokens": 0, "ancestor_flops": 0}
     for key, value in changes.items():
@@ -284,6 +286,24 @@ def test_a_selection_bias_evens_the_load_without_any_balance_loss(
         published = load_model(job.out / "model")
         assert validation.validate(job, published, 60, Group(job.cluster))["val/loss"] == metrics["loss_end"]
     assert uneven[0.03] < uneven[0.0] / 2
+
+
+def test_the_kernels_that_the_cluster_names_compute_and_are_logged(
+    tokens: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: set[str] = set()
+    for module in (Attention, Experts):
+        original = module.forward
+
+        def forward(self: Any, *arguments: Any, original: Callable[..., Any] = original) -> Any:
+            used.add(f"{self.kernels.attention} {self.kernels.experts}")
+            return original(self, *arguments)
+
+        monkeypatch.setattr(module, "forward", forward)
+    with caplog.at_level("INFO", logger=loop.__name__):
+        train(make_job(tokens, tmp_path, MOE, total_tokens=BATCH, schedule=CONSTANT, attention="sdpa", experts="loop"))
+    assert used == {"sdpa loop"}
+    assert "attention sdpa (configured for cpu, 8 tokens), experts loop (configured for cpu)" in caplog.text
 
 
 def test_seconds_of_validating_and_saving_are_reported_and_no_part_of_the_speed(

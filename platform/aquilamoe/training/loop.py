@@ -1,5 +1,6 @@
 """The training loop: a plain function of a job. It knows nothing of Ray, MLflow or Hydra."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -22,6 +23,7 @@ from aquilamoe.training.validation import validate
 from aquilamoe.weights.allocator import keep_large_buffers
 
 LOG_POINTS = 200  # training points logged over a stage
+log = logging.getLogger(__name__)
 
 
 def train(job: Job, rank: Rank = FIRST) -> dict[str, Any]:
@@ -43,6 +45,9 @@ def train(job: Job, rank: Rank = FIRST) -> dict[str, Any]:
 def _train(job: Job, group: Group) -> dict[str, Any]:
     if not job.cluster.gpus_per_worker:
         torch.set_num_threads(job.cluster.cpus_per_worker)
+    if group.is_first:
+        kernels = group.kernels.describe(group.device.type, job.stage.sequence_length, job.model.is_moe)
+        log.info("stage %s: %s", job.name, kernels)
     batches = _batches(job, group)  # a mistake in the data shows before anything is built or exchanged
     back: Progress | None = None
     while True:

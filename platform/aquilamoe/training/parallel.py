@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from aquilamoe.config.messages import UserError
 from aquilamoe.config.schema import ClusterConfig, ModelConfig
+from aquilamoe.kernels.choice import Kernels
 from aquilamoe.model import Decoder
 from aquilamoe.training import expert_parallel
 from aquilamoe.training.job import FIRST, Rank
@@ -36,6 +37,7 @@ class Group:
     def __init__(self, cluster: ClusterConfig, rank: Rank = FIRST) -> None:
         self.cluster, self.rank, self.world_size = cluster, rank.rank, rank.world_size
         self.device = torch.device("cuda", rank.local_rank) if cluster.gpus_per_worker else torch.device("cpu")
+        self.kernels = Kernels(cluster.attention, cluster.experts)
         self.is_sharded = self.world_size > 1 and cluster.parallel != "ddp"
         self.shard_size = self.world_size if cluster.shard_size is None else cluster.shard_size
         if self.is_sharded:
@@ -55,6 +57,7 @@ class Group:
         """The model, or this process's part of it, without values (see `initialize`, `load_state`)."""
         with torch.device("meta"):
             model = Decoder(config)
+        model.use(self.kernels)
         for layer in model.model.layers:
             if self.cluster.activation_checkpointing:
                 layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
