@@ -361,13 +361,12 @@ def main(words: Sequence[str]) -> None:
         start = time.perf_counter()
         results += measure(libraries, names, shape, length, options)
         print(f"{shape} at {length}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+        about["load"] = os.getloadavg()[0]
+        if options.out:  # what there is so far, should the rest be interrupted
+            options.out.write_text(page(results, peaks, about))
     for library in libraries.values():
         library.close()
-    about["load"] = os.getloadavg()[0]
-    text = page(results, peaks, about)
-    print(text)
-    if options.out:
-        options.out.write_text(text)
+    print(page(results, peaks, about), end="")
 
 
 if __name__ == "__main__":
