@@ -16,10 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from aquilamoe.config.schema import ClusterConfig, ModelConfig, PretrainStage, RouterConfig
+from aquilamoe.kernels.experts import count_rows
 from aquilamoe.model import Decoder, Routing
 from aquilamoe.training import optimizer as optimizers
 from aquilamoe.training.job import Job, Rank
-from aquilamoe.training.objective import RouterObjective, balance_loss, cross_entropy, expert_counts, z_loss
+from aquilamoe.training.objective import RouterObjective, balance_loss, cross_entropy, z_loss
 from aquilamoe.training.parallel import Group
 from aquilamoe.training.step import Stepper
 
@@ -145,7 +146,8 @@ def assert_equal_gradients(ones: dict[str, Tensor], others: dict[str, Tensor], t
 
 
 def routing(logits_ne: Tensor, k: int) -> Routing:
-    return Routing(logits_ne, logits_ne.topk(k, dim=-1).indices)
+    experts_nk = logits_ne.topk(k, dim=-1).indices
+    return Routing(logits_ne, experts_nk, count_rows(experts_nk, logits_ne.shape[1]))
 
 
 def even_routing(experts: int, k: int, tokens_per_expert: int) -> Routing:
@@ -181,7 +183,7 @@ def test_cross_entropy_of_bfloat16_logits_is_computed_in_float32() -> None:
 @pytest.mark.parametrize(("experts", "k"), [(4, 1), (4, 2), (8, 2), (6, 3)])
 def test_the_balance_loss_is_one_at_perfect_balance(experts: int, k: int) -> None:
     even = even_routing(experts, k, 5)
-    assert abs(balance_loss(even, expert_counts(even)).item() - 1) < 1e-12
+    assert abs(balance_loss(even, even.counts_e).item() - 1) < 1e-12
 
 
 @pytest.mark.parametrize(("experts", "k"), [(4, 1), (4, 2), (8, 2), (6, 3)])
@@ -189,7 +191,7 @@ def test_the_balance_loss_is_experts_over_k_when_all_tokens_go_to_the_same_k(exp
     logits_ne = torch.full((20, experts), -100.0, dtype=torch.float64)
     logits_ne[:, :k] = 100.0
     collapsed = routing(logits_ne, k)
-    assert abs(balance_loss(collapsed, expert_counts(collapsed)).item() - experts / k) < 1e-12
+    assert abs(balance_loss(collapsed, collapsed.counts_e).item() - experts / k) < 1e-12
 
 
 @settings(derandomize=True, deadline=None, max_examples=40)
@@ -207,26 +209,27 @@ def test_the_router_losses_equal_the_formulas_written_out(tokens: int, experts: 
         for chosen in found.experts_nk[n].tolist():
             counts[chosen] += 1
     balance = experts * sum(c / (tokens * k) * p for c, p in zip(counts, probabilities, strict=True))
-    assert expert_counts(found).tolist() == counts
-    assert abs(balance_loss(found, expert_counts(found)).item() - balance) < 1e-12
+    assert found.counts_e.tolist() == counts
+    assert abs(balance_loss(found, found.counts_e).item() - balance) < 1e-12
     assert abs(z_loss(found).item() - squares / tokens) < 1e-10
 
 
 def test_the_gradients_of_the_router_losses_are_right() -> None:
     logits_ne = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
     experts_nk = logits_ne.detach().topk(2, dim=-1).indices
+    counts_e = count_rows(experts_nk, 4)
 
     def balance(logits: Tensor) -> Tensor:
-        return balance_loss(Routing(logits, experts_nk), expert_counts(Routing(logits, experts_nk)))
+        return balance_loss(Routing(logits, experts_nk, counts_e), counts_e)
 
     assert torch.autograd.gradcheck(balance, logits_ne)
-    assert torch.autograd.gradcheck(lambda logits: z_loss(Routing(logits, experts_nk)), logits_ne)
+    assert torch.autograd.gradcheck(lambda logits: z_loss(Routing(logits, experts_nk, counts_e)), logits_ne)
 
 
 def test_the_gradient_of_the_balance_loss_takes_probability_from_the_crowded_expert() -> None:
     logits_ne = torch.tensor([[2.0, 1.0, 0.0], [2.0, 0.0, 1.0], [3.0, 0.0, 0.0]], requires_grad=True)
     crowded = routing(logits_ne, 1)
-    balance_loss(crowded, expert_counts(crowded)).backward()
+    balance_loss(crowded, crowded.counts_e).backward()
     assert logits_ne.grad is not None
     assert (logits_ne.grad[:, 0] > 0).all() and (logits_ne.grad[:, 1:] < 0).all()
 
@@ -252,16 +255,16 @@ def test_the_load_counts_all_micro_batches_of_a_step(scope: str) -> None:
         objective.count([[first], [second]])
     for each in (first, second):
         objective([each])
-    assert torch.equal(objective.load(), (expert_counts(first) + expert_counts(second))[None])
+    assert torch.equal(objective.load(), (first.counts_e + second.counts_e)[None])
 
 
 def test_a_micro_batch_is_weighed_by_the_shares_that_its_scope_names() -> None:
     first, second = random_routings()
-    both = expert_counts(first) + expert_counts(second)
+    both = first.counts_e + second.counts_e
     shares = {
         "global_batch": (both, both),
-        "running": (expert_counts(first), both),
-        "micro_batch": (expert_counts(first), expert_counts(second)),
+        "running": (first.counts_e, both),
+        "micro_batch": (first.counts_e, second.counts_e),
     }
     for scope, (of_first, of_second) in shares.items():
         objective = RouterObjective(of_scope(scope), ALONE)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ import torch
 from torch import Tensor
 
 from aquilamoe.config.schema import ClusterConfig, ModelConfig, PretrainStage, RouterConfig
+from aquilamoe.kernels.experts import count_rows
 from aquilamoe.model import Decoder, MixtureOfExperts, Routing
 from aquilamoe.training import optimizer as optimizers
 from aquilamoe.training.job import Job
-from aquilamoe.training.objective import RouterObjective, expert_counts
+from aquilamoe.training.objective import RouterObjective
 from aquilamoe.training.parallel import Group
 from aquilamoe.training.router_bias import SelectionBias
 from aquilamoe.training.router_load import RouterLoad
@@ -90,7 +92,8 @@ def batch(seed: int) -> np.ndarray:
 
 
 def routing(logits_ne: Tensor, k: int) -> Routing:
-    return Routing(logits_ne, logits_ne.topk(k, dim=-1).indices)
+    experts_nk = logits_ne.topk(k, dim=-1).indices
+    return Routing(logits_ne, experts_nk, count_rows(experts_nk, logits_ne.shape[1]))
 
 
 # The selection bias
@@ -146,7 +149,7 @@ def test_a_step_moves_the_bias_by_the_load_of_its_whole_batch(network: Network, 
     trained = stepper(network("mixtral"), micro_batch_rows=1, router=router)
     with torch.no_grad():
         routings = trained.model.route(torch.from_numpy(batch(1)[:, :-1]))
-    counts_le = torch.stack([expert_counts(routing) for routing in routings]).float()
+    counts_le = torch.stack([routing.counts_e for routing in routings]).float()
     trained.step(1, batch(1))
     assert trained.selection_bias is not None
     expected_le = 0.01 * (counts_le.mean(dim=1, keepdim=True) - counts_le).sign()
@@ -162,7 +165,7 @@ def test_the_load_of_an_interval_is_that_of_all_its_passes() -> None:
     for routings in passes:
         load.add(routings)
     means, table = load.read_and_reset()
-    counts = [sum(expert_counts(routings[layer]) for routings in passes) for layer in range(2)]
+    counts = [sum(routings[layer].counts_e for routings in passes) for layer in range(2)]
     assert torch.allclose(torch.tensor(table["load"]), torch.stack([c / 28 for c in counts]), atol=1e-6)
     entropies = [
         torch.cat([torch.distributions.Categorical(logits=r[layer].logits_ne).entropy() for r in passes]).mean().item()
@@ -185,8 +188,8 @@ def test_a_router_that_does_not_care_has_the_entropy_of_all_experts() -> None:
 
 def test_a_choice_that_no_expert_got_is_counted_as_dropped() -> None:
     load = RouterLoad(1, 4, Group(CLUSTER))
-    load.add([routing(torch.randn(6, 4), 2)])
-    load.sums_lc[0, 1] -= 3
+    routed = routing(torch.randn(6, 4), 2)
+    load.add([replace(routed, counts_e=routed.counts_e - torch.tensor([0, 0, 3, 0]))])
     assert load.read_and_reset()[0]["router/dropped_tokens"] == 3
 
 

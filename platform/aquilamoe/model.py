@@ -28,6 +28,7 @@ class Routing:
 
     logits_ne: Tensor  # float32
     experts_nk: Tensor  # int64
+    counts_e: Tensor  # int64, rows that each expert was given
 
 
 class RMSNorm(nn.Module):
@@ -150,18 +151,19 @@ class MixtureOfExperts(nn.Module):
         top_nk, experts_nk = self._choose(logits_ne)
         among = top_nk if self.norm_topk_prob else logits_ne
         gates_nk = (top_nk - among.logsumexp(dim=-1, keepdim=True)).exp()
-        out_nd = self._mix(x_nd, experts_nk, gates_nk)
+        counts_e = count_rows(experts_nk, self.gate.out_features)
+        out_nd = self._mix(x_nd, experts_nk, gates_nk, counts_e)
         if self.shared_expert is not None:
             out_nd = out_nd + self.shared_expert_gate(x_nd).sigmoid() * self.shared_expert(x_nd)
-        return out_nd.view_as(x_btd), Routing(logits_ne, experts_nk)
+        return out_nd.view_as(x_btd), Routing(logits_ne, experts_nk, counts_e)
 
-    def _mix(self, x_nd: Tensor, experts_nk: Tensor, gates_nk: Tensor) -> Tensor:
+    def _mix(self, x_nd: Tensor, experts_nk: Tensor, gates_nk: Tensor, counts_e: Tensor) -> Tensor:
         """The outputs of each token's experts, weighed by its gates: one sort, one gather in, one weighted sum out."""
         device = x_nd.device.type
         precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_nd.dtype
         token_s, slots_nk = sort_rows(experts_nk)
         rows_sd = gather_rows(x_nd.to(precision), token_s, slots_nk)
-        rows_sd = self.experts(rows_sd, count_rows(experts_nk, self.gate.out_features))
+        rows_sd = self.experts(rows_sd, counts_e)
         return weigh_rows(rows_sd, gates_nk, token_s, slots_nk).to(x_nd.dtype)
 
     def _choose(self, logits_ne: Tensor) -> tuple[Tensor, Tensor]:

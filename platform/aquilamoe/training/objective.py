@@ -17,13 +17,6 @@ def cross_entropy(logits_btv: Tensor, targets_bt: Tensor) -> Tensor:
     return F.cross_entropy(logits_btv.flatten(0, 1).to(wide), targets_bt.flatten())
 
 
-def expert_counts(routing: Routing) -> Tensor:
-    """How many tokens each expert was given: int64 of shape (experts,)."""
-    chosen_s = routing.experts_nk.flatten()
-    counts_e = torch.zeros(routing.logits_ne.shape[1], dtype=torch.int64, device=chosen_s.device)
-    return counts_e.scatter_add_(0, chosen_s, torch.ones_like(chosen_s))  # bincount would make the host wait
-
-
 def balance_loss(routing: Routing, counts_e: Tensor) -> Tensor:
     """experts * sum_i f_i * P_i: 1 at perfect balance, `experts / k` when all tokens go to the same k.
 
@@ -91,4 +84,4 @@ class RouterObjective:
 
 
 def _counts(routings: Sequence[Routing]) -> Tensor:
-    return torch.stack([expert_counts(routing) for routing in routings])
+    return torch.stack([routing.counts_e for routing in routings])

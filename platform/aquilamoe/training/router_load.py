@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from aquilamoe.model import Routing
-from aquilamoe.training.objective import expert_counts
 from aquilamoe.training.parallel import Group
 
 DIGITS = 6  # of shares and entropies in the table
@@ -31,7 +30,7 @@ class RouterLoad:
         self.is_empty = False
         for routing, sums_c in zip(routings, self.sums_lc, strict=True):
             entropy = torch.special.entr(routing.logits_ne.softmax(dim=-1)).sum()
-            sums_c[: self.experts] += expert_counts(routing)
+            sums_c[: self.experts] += routing.counts_e
             sums_c[self.experts] += entropy
             sums_c[self.experts + 1] += routing.logits_ne.shape[0]
             sums_c[self.experts + 2] += routing.experts_nk.numel()
