@@ -165,8 +165,33 @@ def test_a_stage_of_two_names_is_foreseen_once(compose: Compose, tmp_path: Path)
 
 
 def test_the_figures_of_a_record_are_flat_and_survive_json() -> None:
-    entry = ledger.entry(Cost(1.0, 2.0, 3.0, 4.0), DIAMOND[1], DIAMOND, attempts=2)
+    entry = ledger.entry(Cost(1.0, 2.0, 3.0, 4.0), DIAMOND[1], DIAMOND, attempts=2, devices=8)
     found = ledger.figures(json.loads(json.dumps({"cost": entry})))
     assert found["cost.own.money"] == 4.0
     assert found["cost.lineage.device_seconds"] == 3.0  # its own, in the place of what was known of it, and the tokens'
     assert ledger.figures({}) == {}
+
+
+def test_how_fast_another_number_of_devices_was_says_nothing_about_this_one(compose: Compose, tmp_path: Path) -> None:
+    nodes, store = graph.build(graph.parse(compose())), Store(tmp_path)
+    planned = {each.name: each for each in planning.make(nodes, store, 1e9)}["prepare"]
+    record = {
+        "stage": "prepare",
+        "kind": "pretrain",
+        "fingerprint": "0123456789ab",
+        "recipe": planned.recipe,
+        "metrics": {"flops": 2e9},
+        "seconds": 1.0,
+        "finished": "2026-01-01",
+        "resumed": False,
+        "cost": ledger.entry(Cost(), {"fingerprint": "x"}, [], attempts=1, devices=1),
+    }
+    (partial := store.partial("prepare", "0123456789ab")).mkdir(parents=True)
+    store.publish(partial, record)
+
+    def seconds(devices: int) -> dict[str, float | None]:
+        return {each.name: each.seconds for each in planning.make(nodes, store, 1e9, devices)}
+
+    for name in ("prepare", "moe"):
+        assert seconds(1)[name] == pytest.approx(nodes[name].flops / 2e9)
+        assert seconds(256)[name] == pytest.approx(nodes[name].flops / 1e9)

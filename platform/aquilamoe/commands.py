@@ -14,6 +14,7 @@ from aquilamoe.evaluation import actions as evaluation
 from aquilamoe.lineage import actions as lineage
 from aquilamoe.pipeline import plan as planning
 from aquilamoe.pipeline import runner
+from aquilamoe.pipeline.ledger import training_devices
 from aquilamoe.pipeline.plan import Planned
 from aquilamoe.pipeline.stage import Input
 from aquilamoe.pipeline.store import METRICS, Store, read_points
@@ -40,7 +41,8 @@ def execute(values: Mapping[str, Any], command: str) -> None:
     if experiment.action in evaluation.ACTIONS:
         _examine(experiment, nodes, store)
         return
-    plan = planning.make(nodes, store, experiment.cluster.flops_per_s)
+    cluster = experiment.cluster
+    plan = planning.make(nodes, store, cluster.flops_per_s, training_devices(cluster))
     if experiment.action == "plan":
         _show_plan(experiment, plan, store)
     elif experiment.action == "status":
@@ -49,7 +51,7 @@ def execute(values: Mapping[str, Any], command: str) -> None:
         preflight.check(experiment, plan, store.root)
         with store.lock():
             # Planned again under the lock: what another run has finished meanwhile is cached now.
-            plan = planning.make(nodes, store, experiment.cluster.flops_per_s)
+            plan = planning.make(nodes, store, cluster.flops_per_s, training_devices(cluster))
             with watch.announced(store, experiment.name, plan):
                 _run(experiment, plan, store, command)
 
@@ -105,6 +107,7 @@ def _show_status(experiment: ExperimentConfig, plan: Sequence[Planned], store: S
         out.print(tables.final_table(records, dict.fromkeys(records, "complete"), out.width))
         out.print()
         out.print(tables.cost_table(costs.spent(records), out.width))
+        out.print()
     for planned in waiting:
         out.print(f"  {planned.name}: {planned.state}, {planned.reason}")
     report = _report_path(experiment, store)

@@ -52,9 +52,14 @@ class Rates:
         return Cost(flops, device_s, energy_kwh, device_s / HOUR_S * self.price_per_device_hour)
 
 
+def training_devices(cluster: ClusterConfig) -> int:
+    """How many devices a stage that trains holds."""
+    return cluster.workers * max(1, cluster.gpus_per_worker)
+
+
 def rates(node: Node, cluster: ClusterConfig) -> Rates:
     """Of a stage on a cluster."""
-    devices = cluster.workers * max(1, cluster.gpus_per_worker) if node.tokens else 1
+    devices = training_devices(cluster) if node.tokens else 1
     return Rates(devices, cluster.price_per_device_hour, cluster.device_watts)
 
 
@@ -90,19 +95,21 @@ def total(records: Iterable[Record]) -> Cost:
     return sum((own(record) for record in {str(each["fingerprint"]): each for each in records}.values()), Cost())
 
 
-def entry(spent: Cost, record: Record, known: Iterable[Record], attempts: int) -> dict[str, Any]:
-    """What a record carries: its own cost and that of its lineage, and how often it was started."""
+def entry(spent: Cost, record: Record, known: Iterable[Record], attempts: int, devices: int) -> dict[str, Any]:
+    """What a record carries: its own cost and that of its lineage, how often it was started, on how many devices."""
     itself = {"own": asdict(spent)}
-    return {**itself, "lineage": asdict(lineage({**record, "cost": itself}, known)), "attempts": attempts}
+    inherited = lineage({**record, "cost": itself}, known)
+    return {**itself, "lineage": asdict(inherited), "attempts": attempts, "devices": devices}
 
 
 def figures(record: Record) -> dict[str, float]:
-    """The cost in a record as flat figures, `cost.own.money`; empty for a record without one."""
+    """The cost in a record as flat figures, `cost.own.money`, those that are not 0; none of a record without one."""
     parts = record.get("cost") or {}
     return {
         f"cost.{part}.{name}": float(value)
         for part in ("own", "lineage")
         for name, value in parts.get(part, {}).items()
+        if value
     }
 
 

@@ -35,14 +35,18 @@ class Planned:
         return self.node.name
 
 
-def make(nodes: Mapping[str, Node], store: Store, flops_per_s: float) -> list[Planned]:
-    """Fingerprint every stage in order and compare with what the store holds."""
+def make(nodes: Mapping[str, Node], store: Store, flops_per_s: float, devices: int | None = None) -> list[Planned]:
+    """Fingerprint every stage in order and compare with what the store holds.
+
+    flops_per_s: of training, where the store has no record of one to learn the speed from. devices: how many train;
+    records of another number say nothing about the speed. None: all do.
+    """
     plan: dict[str, Planned] = {}
     made_by: dict[str, str] = {}
     for name, recipe in recipes(nodes).items():
         node = nodes[name]
         stage = module(node.stage.kind)
-        planned = _planned(node, recipe, stage.estimate(node), stage.RESUMES, store, plan, flops_per_s)
+        planned = _planned(node, recipe, stage.estimate(node), stage.RESUMES, store, plan, flops_per_s, devices)
         first = made_by.setdefault(planned.fingerprint, node.name)
         if first != node.name and planned.state != "cached":
             # Two names for one recipe: it is computed once.
@@ -69,6 +73,7 @@ def _planned(
     store: Store,
     done: Mapping[str, Planned],
     flops_per_s: float,
+    devices: int | None,
 ) -> Planned:
     digest = identity.fingerprint(recipe)
     found = store.find(node.name, digest)
@@ -77,7 +82,7 @@ def _planned(
         reason = f"in {directory.name}"
         return Planned(node, recipe, digest, "cached", reason, estimate, 0.0, directory, record)
     history = store.history(node.name)
-    seconds = _expected_seconds(node, estimate, history, store, flops_per_s)
+    seconds = _expected_seconds(node, estimate, history, store, flops_per_s, devices)
     directory, partial = store.directory(node.name, digest), store.partial(node.name, digest)
     if (partial / RECORD).is_file():
         reason = "interrupted when it was complete"
@@ -110,13 +115,15 @@ def _resume_point(partial: Path, node: Node) -> str:
 
 
 def _expected_seconds(
-    node: Node, estimate: Estimate, history: list[Record], store: Store, flops_per_s: float
+    node: Node, estimate: Estimate, history: list[Record], store: Store, flops_per_s: float, devices: int | None
 ) -> float | None:
     """By the speed of this stage's last run; of a training stage without one, by any training here, else as stated."""
     whole = [record for record in history if not record["resumed"]]
     if not node.flops:
         return float(whole[0]["seconds"]) if whole else estimate.seconds
-    records = [record for record in whole[:1] or _all_training(store) if record["metrics"].get("flops")]
+    comparable = [record for record in whole if _on(record, devices)][:1]
+    comparable = comparable or [record for record in _all_training(store) if _on(record, devices)]
+    records = [record for record in comparable if record["metrics"].get("flops")]
     if records:
         speed = sum(record["metrics"]["flops"] for record in records) / sum(record["seconds"] for record in records)
         return node.flops / speed
@@ -125,3 +132,8 @@ def _expected_seconds(
 
 def _all_training(store: Store) -> list[Record]:
     return [record for record in store.history() if record["kind"] == "pretrain" and not record["resumed"]]
+
+
+def _on(record: Record, devices: int | None) -> bool:
+    """Whether a stage ran on so many devices; a record without a ledger may have."""
+    return devices is None or record.get("cost", {}).get("devices", devices) == devices

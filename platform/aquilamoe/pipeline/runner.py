@@ -103,7 +103,8 @@ def _execute(
     for observer in observers:
         observer.stage_started(planned.name, planned.fingerprint, partial, planned.recipe, references)
     started = datetime.now(UTC)
-    attempts.begin(ledger.rates(planned.node, cluster))
+    rates = ledger.rates(planned.node, cluster)
+    attempts.begin(rates)
     with _following(partial / METRICS, planned.name, observers, attempts):
         metrics = stage.run(Context(planned.node, inputs, partial, cluster, store.root))
     finished = datetime.now(UTC)
@@ -124,7 +125,7 @@ def _execute(
     }
     spent = attempts.cost(seconds) + ledger.Cost(flops=planned.node.flops)
     known = [output.record for output in done.values()]
-    return {**record, "cost": ledger.entry(spent, record, known, len(attempts.read()))}
+    return {**record, "cost": ledger.entry(spent, record, known, len(attempts.read()), rates.devices)}
 
 
 def _reference(source: Input) -> dict[str, str]:

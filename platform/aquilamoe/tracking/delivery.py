@@ -84,7 +84,7 @@ class Delivery:
         if pipeline.status == "FINISHED":
             end_ms = max((milliseconds(record["finished"]) for record in records.values()), default=0)
             spent = asdict(ledger.total(records.values()))
-            metrics += [Metric(f"final.cost.{name}", value, end_ms, 0) for name, value in spent.items()]
+            metrics += [Metric(f"final.cost.{name}", value, end_ms, 0) for name, value in spent.items() if value]
         self.client.log_batch(run.info.run_id, metrics=metrics, tags=[RunTag(*_cut(*tag)) for tag in tags.items()])
         if pipeline.report and pipeline.report.stat().st_size < MAX_REPORT_BYTES:
             self.client.log_artifact(run.info.run_id, str(pipeline.report))
