@@ -2,6 +2,7 @@
 
 python benchmarks/training.py --peers VENV --out docs/benchmarks/training.md     about 20 minutes; --quick: 3
 python benchmarks/training.py --device cuda                                      one GPU: the share of its peak
+python benchmarks/training.py --profile                                          where the time of a step goes
 
 Everybody trains the same shapes on the same random tokens, with fused AdamW, clipping and this project's setting of the
 C library's allocator, in one process for each library. Contestants take turns, a few steps each, for several rounds;
@@ -291,6 +292,19 @@ Our best in bf16 against the best mode of each. What misses its goal is said.
 """
 
 
+def profiles(library: Library, chosen: Sequence[tuple[str, int]], batch_tokens: int) -> Iterator[str]:
+    """Where the time of `ours autocast` goes, a column for each shape and length."""
+    found: dict[str, dict[str, float]] = {}
+    for shape, length in chosen:
+        _make(library, Result(shape, length, OURS[0], batch_tokens))
+        found[f"{shape} at {length}"] = library.ask("profile", name=OURS[0])
+        library.ask("clear")
+    yield f"| | {' | '.join(found)} |"
+    yield "|---|" + "---|" * len(found)
+    for region in next(iter(found.values())):
+        yield f"| {region} | {' | '.join(f'{each[region]:.0%}' for each in found.values())} |"
+
+
 def page(results: Sequence[Result], peaks: dict[str, float], about: dict[str, Any]) -> str:
     values = about | {kind: peaks[kind] / 1e12 for kind in ("bfloat16", "float32")}
     return PAGE.format(**values, table="\n".join(table(results, peaks)), goals="\n".join(goals(results, peaks)))
@@ -320,6 +334,7 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch-tokens", type=int, help=f"of a step; {BATCH_TOKENS:,}, on a GPU 16,384")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--profile", action="store_true", help="where the time of our step goes, instead of a race")
     parser.add_argument(
         "--clock", choices=["wall", "cpu"], default="wall", help="cpu, with --threads 1: for a machine with other work"
     )
@@ -337,6 +352,11 @@ def main(words: Sequence[str]) -> None:
     chosen = CUDA if on_cuda else QUICK if options.quick else CPU
     if options.shapes:
         chosen = [(shape, int(length)) for shape, length in (each.rsplit(":", 1) for each in options.shapes)]
+    if options.profile:
+        library = Library(sys.executable, options.device, options.threads)
+        print("\n".join(profiles(library, chosen, options.batch_tokens)))
+        library.close()
+        return
     pythons = {"ours": sys.executable, "transformers": sys.executable}
     if options.peers and not options.quick:
         pythons["litgpt"] = str(options.peers / "bin/python")

@@ -22,6 +22,17 @@ from torch import Tensor, nn
 
 BALANCE, Z = 0.001, 0.001
 ALLOCATOR = Path(__file__).resolve().parents[1] / "platform/aquilamoe/weights/allocator.py"
+# Where the time of a step goes: the beginnings of the names of the profiler's events, whose inner ones count for them.
+REGIONS = {
+    "attention": ("aquilamoe::explicit_attention", "aten::scaled_dot_product", "aten::_scaled_dot_product"),
+    "head and loss": ("_HeadCrossEntropy",),
+    "norms": ("_RMSNorm", "aten::rms_norm"),
+    "optimizer": ("Optimizer.step",),
+    "experts": ("aquilamoe::loop_product", "aten::_grouped_mm"),
+    "products of the layers": ("aten::mm", "aten::addmm", "aten::bmm"),
+    "casts and copies": ("aten::copy_", "aten::cat", "aten::fill_", "aten::zero_"),
+}
+OTHER = "the rest: rotation, SwiGLU, residuals, clipping, dispatch"
 Loss = Callable[[Tensor, Tensor], Tensor]  # of tokens and the tokens that follow them, both (b, t)
 
 
@@ -56,7 +67,7 @@ def ours(shape: dict[str, Any], mode: Mode, device: str) -> tuple[nn.Module, Los
     """This project's network, as `precision` bf16, bf16_master or fp32 trains it."""
     from aquilamoe.config.network import ModelConfig
     from aquilamoe.model import Decoder
-    from aquilamoe.training.objective import balance_loss, expert_counts, z_loss
+    from aquilamoe.training.objective import balance_loss, z_loss
 
     config = ModelConfig.model_validate(
         shape | {"rope_theta": 1e4, "rms_norm_eps": 1e-5, "initializer_range": 0.02, "qkv_bias": False}
@@ -72,7 +83,7 @@ def ours(shape: dict[str, Any], mode: Mode, device: str) -> tuple[nn.Module, Los
     def loss_of(tokens_bt: Tensor, targets_bt: Tensor) -> Tensor:
         loss, routings = model(tokens_bt, targets_bt)
         if routings:
-            balance = torch.stack([balance_loss(each, expert_counts(each)) for each in routings]).mean()
+            balance = torch.stack([balance_loss(each, each.counts_e) for each in routings]).mean()
             loss = loss + BALANCE * balance + Z * torch.stack([z_loss(each) for each in routings]).mean()
         return loss
 
@@ -173,6 +184,16 @@ class Contestant:
             "loss": value,
         }
 
+    def profile(self) -> dict[str, float]:
+        """Share of each region in the time of a step."""
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            self.steps(3)
+        found = dict.fromkeys((*REGIONS, OTHER), 0.0)
+        for event in profiler.events():
+            found[_region(event)] += event.self_cpu_time_total
+        total = sum(found.values())
+        return {region: spent / total for region, spent in found.items()}
+
     def _step(self) -> Tensor:
         autocast: AbstractContextManager[Any] = nullcontext()
         if self.mode.autocast:
@@ -188,6 +209,17 @@ class Contestant:
         if self.master:
             self.master.round()
         return loss.detach()
+
+
+def _region(event: Any) -> str:
+    """The outermost region that an event is inside."""
+    region = OTHER
+    while event is not None:
+        for name, beginnings in REGIONS.items():
+            if event.name.startswith(beginnings):
+                region = name
+        event = event.cpu_parent
+    return region
 
 
 class _Master:
@@ -244,6 +276,9 @@ class Server:
 
     def steps(self, name: str, count: int) -> dict[str, float]:
         return self.contestants[name].steps(count) | {"memory": memory_bytes(self.device)}
+
+    def profile(self, name: str) -> dict[str, float]:
+        return self.contestants[name].profile()
 
     def clear(self) -> dict[str, float]:
         self.contestants.clear()

@@ -84,6 +84,13 @@ def test_ours_and_transformers_start_at_the_same_loss_with_as_many_parameters(
     assert made[0].steps(20)["loss"] < losses[0]
 
 
+def test_a_profile_divides_the_whole_step_among_its_regions(benchmark: ModuleType, contestants: ModuleType) -> None:
+    contestant = contestants.Contestant("ours autocast", benchmark.dense(64, 32, 48, 2, 4, 2), 2, 16, "cpu")
+    shares = contestant.profile()
+    assert sum(shares.values()) == pytest.approx(1.0)
+    assert all(shares[region] > 0 for region in shares if region != "experts")
+
+
 def test_the_whole_command_measures_and_writes_its_page(
     benchmark: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
