@@ -176,7 +176,7 @@ def test_an_upcycling_keeps_the_function_exactly_when_it_claims_to(
 
 
 @given(upcyclings())
-@settings(derandomize=True, deadline=None, max_examples=60)
+@settings(derandomize=True, deadline=None, max_examples=25)
 def test_transformers_finds_the_claims_of_random_upcyclings_true_in_float32(
     case: tuple[ModelConfig, ModelConfig, UpcyclingConfig],
 ) -> None:
@@ -430,7 +430,7 @@ def test_an_upcycling_that_cannot_be_done_is_refused_before_anything_is_written(
     family=st.sampled_from(sorted(FAMILIES)),
     normed=st.booleans(),
 )
-@settings(derandomize=True, deadline=None, max_examples=80)
+@settings(derandomize=True, deadline=None, max_examples=50)
 def test_more_experts_keep_the_function_exactly_when_tokens_choose_all_copies(
     number: int, chosen: int, copies: int, more: int, family: str, normed: bool
 ) -> None:

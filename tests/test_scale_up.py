@@ -175,7 +175,7 @@ def growths(draw: st.DrawFn, fewest_channels: int = 2) -> tuple[ModelConfig, Mod
 
 
 @given(growths())
-@settings(derandomize=True, deadline=None, max_examples=300)
+@settings(derandomize=True, deadline=None, max_examples=200)
 def test_a_growth_keeps_the_function_exactly_when_it_claims_to(
     case: tuple[ModelConfig, ModelConfig, GrowthConfig],
 ) -> None:
@@ -192,7 +192,7 @@ def test_a_growth_keeps_the_function_exactly_when_it_claims_to(
 
 # Of a few channels the mean square can be next to nothing, and what divides by it magnifies how float32 rounds.
 @given(growths(fewest_channels=12))
-@settings(derandomize=True, deadline=None, max_examples=40)
+@settings(derandomize=True, deadline=None, max_examples=25)
 def test_transformers_finds_the_claims_of_random_growths_true_in_float32(
     case: tuple[ModelConfig, ModelConfig, GrowthConfig],
 ) -> None:

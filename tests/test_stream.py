@@ -141,13 +141,13 @@ kind, grow = (GrowthConfig, scale_up) if "norm" in how else (UpcyclingConfig, sc
 grow(Path(source), Path(target), ModelConfig(**json.loads(config)), kind(**how), 0)
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """
-LARGE: dict[str, Any] = {"hidden_size": 1024, "intermediate_size": 4096, "vocab_size": 16384, "num_hidden_layers": 6}
+LARGE: dict[str, Any] = {"hidden_size": 1024, "intermediate_size": 4096, "vocab_size": 16384, "num_hidden_layers": 4}
 
 
 @pytest.mark.parametrize(
     ("how", "sizes"),
     [
-        (FPI, {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 8}),
+        (FPI, {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 6}),
         (upcycling("noise", noise=0.1), EXPERTS),
         (upcycling("copy"), EXPERTS),
     ],
