@@ -310,10 +310,10 @@ def page(results: Sequence[Result], peaks: dict[str, float], about: dict[str, An
     return PAGE.format(**values, table="\n".join(table(results, peaks)), goals="\n".join(goals(results, peaks)))
 
 
-def find_peaks(library: Library, device: str, about: dict[str, Any]) -> dict[str, float]:
+def find_peaks(library: Library, options: argparse.Namespace, about: dict[str, Any]) -> dict[str, float]:
     """FLOP/s of products, by type. On a known GPU, the stated figure for bf16: the share of it is the MFU."""
-    sizes = {"cpu": [1024, 2048], "cuda": [4096, 8192]}[device]
-    peaks = {each: library.ask("peak", dtype=each, sizes=sizes)["flops_per_s"] for each in ("bfloat16", "float32")}
+    values = {"sizes": {"cpu": [1024, 2048], "cuda": [4096, 8192]}[options.device], "clock": options.clock}
+    peaks = {each: library.ask("peak", dtype=each, **values)["flops_per_s"] for each in ("bfloat16", "float32")}
     about["stated"] = ""
     for part, stated in STATED_PEAKS.items():
         if part in about["machine"]:
@@ -373,7 +373,7 @@ def main(words: Sequence[str]) -> None:
         "clock": {"wall": "seconds of the clock", "cpu": "seconds of the CPU"}[options.clock],
         "machine": f"{machine['device']} ({platform.machine()}), torch {machine['torch']}",
     }
-    peaks = find_peaks(libraries["ours"], options.device, about)
+    peaks = find_peaks(libraries["ours"], options, about)
     results: list[Result] = []
     for shape, length in chosen:
         names = ON_CUDA if on_cuda else [*OURS, *TRANSFORMERS[SHAPES[shape]["num_experts"] > 0], *LITGPT]
