@@ -22,7 +22,7 @@ from aquilamoe.data.tokens import TokenCounts, TokensRecord, write_record, write
 from aquilamoe.model import Decoder
 from aquilamoe.training import optimizer as optimizers
 from aquilamoe.training import state
-from aquilamoe.training.job import Job, Rank
+from aquilamoe.training.job import FIRST, Job, Rank
 from aquilamoe.training.loop import train
 from aquilamoe.training.objective import RouterObjective
 from aquilamoe.training.parallel import Group, initialize
@@ -32,53 +32,47 @@ from aquilamoe.weights.parts import gather, own_part
 
 VOCABULARY, LENGTH, ROWS, STEPS = 50, 8, 8, 6
 BATCH = LENGTH * ROWS
-WORKERS, HANGS_AFTER_S = 4, 30.0
+WORKERS, HANGS_AFTER_S = 4, 60.0
 
 
-def work(rank: int, folder: Path) -> None:
-    """Be one of the workers: run what is read, in the world of its size, and answer with what it returns."""
+def work(rank: int, world_size: int, folder: Path) -> None:
+    """Be one of the workers: run what is read, together with the others, and answer with what it returns."""
     torch.set_num_threads(1)
     answers, sys.stdout = sys.stdout.buffer, sys.stderr
+    store = dist.FileStore(str(folder / "store"), world_size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
     while True:
-        number, world_size, name, arguments = pickle.load(sys.stdin.buffer)
+        name, arguments = pickle.load(sys.stdin.buffer)
         faulthandler.dump_traceback_later(HANGS_AFTER_S, exit=True)
-        if world_size > 1:
-            store = dist.FileStore(str(folder / f"store-{number}"), world_size)
-            dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
         try:
             answer = globals()[name](Rank(rank, world_size, rank), *arguments)
         except BaseException as error:
             answer = error.with_traceback(None)
-        if world_size > 1:
-            dist.destroy_process_group()
         faulthandler.cancel_dump_traceback_later()
         pickle.dump(answer, answers)
         answers.flush()
 
 
-class Workers:
-    """Processes that wait for something to do together, as one world of any size."""
+class World:
+    """Processes that wait for something to do together; for good, because torch forgets no group of processes."""
 
-    def __init__(self, folder: Path) -> None:
-        command = [sys.executable, __file__]
-        self.number = 0
+    def __init__(self, world_size: int, folder: Path) -> None:
         self.processes = [
-            subprocess.Popen([*command, str(rank), str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-            for rank in range(WORKERS)
+            subprocess.Popen(
+                [sys.executable, __file__, str(rank), str(world_size), str(folder)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+            )
+            for rank in range(world_size)
         ]
 
-    def run(self, world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """Call a function of this file on so many workers, its first argument the rank; return what each returns."""
-        self.number += 1
-        for process in self.processes[:world_size]:
+    def run(self, name: str, arguments: tuple[Any, ...]) -> list[Any]:
+        """What each process returns from a function of this file."""
+        for process in self.processes:
             assert process.stdin
-            pickle.dump((self.number, world_size, function.__name__, arguments), process.stdin)
+            pickle.dump((name, arguments), process.stdin)
             process.stdin.flush()
-        answers = [pickle.load(process.stdout) for process in self.processes[:world_size] if process.stdout]
-        for answer in answers:
-            if isinstance(answer, BaseException):
-                raise answer
-        return answers
+        return [pickle.load(process.stdout) for process in self.processes if process.stdout]
 
     def end(self) -> None:
         for process in self.processes:
@@ -90,10 +84,36 @@ class Workers:
             process.stdout.close()
 
 
+class Workers:
+    """Worlds of two and of four processes; this process is one alone."""
+
+    def __init__(self, folder: Path) -> None:
+        for size in (2, 4):
+            (folder / str(size)).mkdir()
+        self.worlds = {size: World(size, folder / str(size)) for size in (2, 4)}
+
+    def run(self, world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """Call a function of this file on so many processes, its first argument the rank; return what each returns."""
+        if world_size == 1:
+            return [function(FIRST, *arguments)]
+        answers = self.worlds[world_size].run(function.__name__, arguments)
+        for answer in answers:
+            if isinstance(answer, BaseException):
+                raise answer
+        return answers
+
+    def end(self) -> None:
+        for world in self.worlds.values():
+            world.end()
+
+
 @pytest.fixture(scope="module")
 def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:
     found = Workers(tmp_path_factory.mktemp("workers"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield found
+    torch.set_num_threads(threads)
     found.end()
 
 
@@ -414,4 +434,4 @@ def test_damage_that_one_process_reads_is_known_to_all(workers: Workers, tokens:
 
 
 if __name__ == "__main__":
-    work(int(sys.argv[1]), Path(sys.argv[2]))
+    work(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
