@@ -165,12 +165,14 @@ def size(count: int) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds as a reader says them: 4 s, 3 min, 5.2 h, 12 days."""
+    """Seconds as a reader says them: 0.3 s, 4 s, 3 min, 5.2 h, 12 days."""
     if seconds is None:
         return ABSENT
+    if 0 < seconds < 1:
+        return f"{max(seconds, 0.1):.1f} s"
     for limit, unit, name in ((100, 1, "s"), (6000, 60, "min"), (172_800, 3600, "h")):
         if seconds < limit:
-            return f"{seconds / unit:.3g} {name}" if seconds >= 1 or not seconds else "1 s"
+            return f"{seconds / unit:.3g} {name}"
     return f"{seconds / 86_400:,.0f} days"
 
 
