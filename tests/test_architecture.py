@@ -50,7 +50,10 @@ MAY_IMPORT = {
 ONLY_IN = {
     "hydra": ["workflows"],
     "omegaconf": ["workflows"],
-    "ray": ["aquilamoe/training/launch.py", "aquilamoe/ablation/trials.py"],
+    "ray": [
+        *(f"aquilamoe/training/{name}.py" for name in ("session", "crew", "launch")),
+        "aquilamoe/ablation/trials.py",
+    ],
     "mlflow": ["aquilamoe/tracking"],
     "torch": [
         f"aquilamoe/{room}"

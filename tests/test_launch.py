@@ -2,13 +2,14 @@
 
 import json
 import os
+import pickle
 import signal
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,11 @@ import torch
 from aquilamoe.config.messages import UserError
 from aquilamoe.config.schema import ClusterConfig, ModelConfig, PretrainStage
 from aquilamoe.data.tokens import TokenCounts, TokensRecord, write_record, write_token_file
-from aquilamoe.training import state
+from aquilamoe.training import crew, session, state
 from aquilamoe.training.environment import WORKER_ENVIRONMENT
-from aquilamoe.training.job import Job
-from aquilamoe.training.launch import _cause, _connect, _worker, launch, start_session
+from aquilamoe.training.job import Job, Rank
+from aquilamoe.training.launch import has_workers, launch, release
+from aquilamoe.training.loop import train
 
 # Ray Data, which Ray Train imports, warns of options of its own that nobody sets.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")
@@ -66,16 +68,17 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def session() -> Iterator[str]:
+def address() -> Iterator[str]:
     """The address of one Ray session for all tests; none of its processes is left after it."""
     threads, environment = torch.get_num_threads(), dict(os.environ)
-    start_session(cluster("ray", workers=2))
+    session.start_session(cluster("ray", workers=2))
     import ray
 
     started = descendants(os.getpid())
     assert len(started) > 3
     yield ray.get_runtime_context().gcs_address
     started |= descendants(os.getpid())
+    release()
     ray.shutdown()
     torch.set_num_threads(threads)
     os.environ.clear()
@@ -108,11 +111,11 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def workers_started(session: str) -> list[dict[str, Any]]:
+def workers_started(address: str) -> list[dict[str, Any]]:
     """What Ray knows of every training worker of the session at this address, dead ones included."""
     from ray.util.state import list_actors
 
-    actors = list_actors(session, limit=1000, detail=True)
+    actors = list_actors(address, limit=1000, detail=True)
     return [vars(actor) for actor in actors if actor.class_name.endswith("RayTrainWorker")]
 
 
@@ -168,7 +171,9 @@ def points(out: Path) -> list[dict[str, Any]]:
 
 
 def without_times(out: Path) -> list[dict[str, Any]]:
-    return [{key: point[key] for key in point.keys() - {"time", "train/tokens_per_s"}} for point in points(out)]
+    """What is measured again by another run is no part of it."""
+    measured = ("time", "tokens_per_s", "seconds", "wait_share")
+    return [{key: value for key, value in point.items() if not key.endswith(measured)} for point in points(out)]
 
 
 def result(out: Path) -> dict[str, bytes]:
@@ -201,13 +206,13 @@ class Disturbance(threading.Thread):
         assert self.in_the_middle
 
 
-def kill_the_worker(session: str) -> None:
-    (alive,) = [worker for worker in workers_started(session) if worker["state"] == "ALIVE"]
+def kill_the_worker(address: str) -> None:
+    (alive,) = [worker for worker in workers_started(address) if worker["state"] == "ALIVE"]
     os.kill(alive["pid"], signal.SIGKILL)
 
 
 def test_a_run_through_ctrl_c_and_a_killed_worker_ends_with_the_bytes_of_an_undisturbed_run_in_process(
-    tokens: Path, tmp_path: Path, session: str
+    tokens: Path, tmp_path: Path, address: str
 ) -> None:
     steps, out = 600, tmp_path / "small.partial"
     job = make_job(tokens, out, cluster("ray"), steps=steps)
@@ -217,17 +222,19 @@ def test_a_run_through_ctrl_c_and_a_killed_worker_ends_with_the_bytes_of_an_undi
     assert signal.getsignal(signal.SIGINT) is ctrl_c
     interrupted_at = state.step_of(state.checkpoints(out)[0])
     assert 10 <= interrupted_at < 500
-    with Disturbance(out, interrupted_at + 20, lambda: kill_the_worker(session)):
+    with Disturbance(out, interrupted_at + 20, lambda: kill_the_worker(address)):
         metrics = launch(job, tmp_path)
-    assert len(workers_started(session)) == 3
+    assert len(workers_started(address)) == 3
     expected = launch(make_job(tokens, tmp_path / "process", LOCAL_PROCESS, steps=steps), tmp_path)
     assert {**metrics, "tokens_per_s": 0} == {**expected, "tokens_per_s": 0}
     assert result(out) == result(tmp_path / "process") and len(result(out)) >= 4
     assert without_times(out) == without_times(tmp_path / "process")
+    release()
+    assert not has_workers()
     assert not list((tmp_path / "ray").iterdir())  # Ray's own notes
 
 
-def test_two_workers_give_the_loss_curve_of_one(tokens: Path, tmp_path: Path, session: str) -> None:
+def test_two_workers_give_the_loss_curve_of_one(tokens: Path, tmp_path: Path, address: str) -> None:
     metrics = launch(make_job(tokens, tmp_path / "two", cluster("ray", workers=2)), tmp_path)
     expected = launch(make_job(tokens, tmp_path / "one", LOCAL_PROCESS), tmp_path)
     assert metrics.keys() == expected.keys()
@@ -240,16 +247,17 @@ def test_two_workers_give_the_loss_curve_of_one(tokens: Path, tmp_path: Path, se
 
 
 def test_a_mistake_that_a_worker_finds_is_one_line_and_is_not_tried_again(
-    tokens: Path, tmp_path: Path, session: str
+    tokens: Path, tmp_path: Path, address: str
 ) -> None:
-    before = len(workers_started(session))
+    before = len(workers_started(address))
     with pytest.raises(UserError) as raised:
         launch(make_job(tokens, tmp_path / "out", cluster("ray", workers=2), mixture={"fr": 1.0}), tmp_path)
     assert str(raised.value).startswith("mixture.fr: ") and "\n" not in str(raised.value)
-    assert len(workers_started(session)) == before + 2
+    assert len(workers_started(address)) == before  # those that stood were asked, once
+    assert launch(make_job(tokens, tmp_path / "next", cluster("ray", workers=2), steps=1), tmp_path)["steps"] == 1
 
 
-def test_workers_have_the_settings_that_precede_torch(session: str) -> None:
+def test_workers_have_the_settings_that_precede_torch(address: str) -> None:
     import ray
 
     found = ray.get(ray.remote(lambda: {name: os.environ.get(name) for name in WORKER_ENVIRONMENT}).remote())
@@ -259,27 +267,13 @@ def test_workers_have_the_settings_that_precede_torch(session: str) -> None:
 # Without workers
 
 
-def run_as_a_worker(job: Job, barrier: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    import ray.train.collective
-
-    rank = SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 2, get_local_rank=lambda: 0)
-    monkeypatch.setattr(ray.train, "get_context", lambda: rank)
-    monkeypatch.setattr(ray.train.collective, "barrier", barrier)
-    return _worker({"job": job})
-
-
-def test_a_mistake_that_all_ranks_find_is_returned_and_one_that_a_rank_finds_alone_is_raised(
-    tmp_path: Path, session: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Raising makes Ray end the other ranks, who would wait in their next exchange for one that does not come."""
-
-    def wait_in_vain() -> None:
-        raise TimeoutError("the others did not come")
-
-    job = make_job(tmp_path / "not-shared", tmp_path / "out", cluster("ray", workers=2))
-    assert "no such file" in run_as_a_worker(job, lambda: None, monkeypatch)["user_error"]
-    with pytest.raises(UserError, match="no such file"):
-        run_as_a_worker(job, wait_in_vain, monkeypatch)
+def test_a_users_mistake_is_passed_on_and_an_error_of_ours_is_raised(tokens: Path, tmp_path: Path) -> None:
+    """Raising makes Ray try again."""
+    job = make_job(tokens, tmp_path, LOCAL_PROCESS, mixture={"fr": 1.0})
+    found = crew.perform(pickle.dumps(partial(train, job)), Rank())
+    assert found.mistake is not None and found.mistake.startswith("mixture.fr: ") and found.value is None
+    with pytest.raises(AttributeError):
+        crew.perform(pickle.dumps(partial(train, None)), Rank())
 
 
 class LostWorkerError(Exception):
@@ -288,17 +282,16 @@ class LostWorkerError(Exception):
     health_check_failure = OSError("The actor died\nunexpectedly.")
 
 
-def test_workers_that_are_lost_too_often_are_one_line_that_says_how_to_go_on(tokens: Path, tmp_path: Path) -> None:
-    job = make_job(tokens, tmp_path, cluster("ray", workers=2))
-    cause = _cause(job, {0: RuntimeError("Connection closed by peer"), 1: LostWorkerError()})
+def test_workers_that_are_lost_too_often_are_one_line_that_says_how_to_go_on() -> None:
+    cause = crew.cause("small", 2, {0: RuntimeError("Connection closed by peer"), 1: LostWorkerError()})
     assert isinstance(cause, UserError) and "\n" not in str(cause)
     assert str(cause).startswith("stage small: worker 1 was lost, and cluster.max_failures (2) ")
     assert "(The actor died unexpectedly.)" in str(cause)
 
 
-def test_an_error_in_a_worker_that_is_nobodys_mistake_keeps_its_type(tokens: Path, tmp_path: Path) -> None:
+def test_an_error_in_a_worker_that_is_nobodys_mistake_keeps_its_type() -> None:
     bug = AssertionError("ours")
-    assert _cause(make_job(tokens, tmp_path, cluster("ray")), {0: bug}) is bug
+    assert crew.cause("small", 2, {0: bug}) is bug
 
 
 def test_a_cluster_that_does_not_answer_is_one_line_at_once(tokens: Path, tmp_path: Path) -> None:
@@ -307,6 +300,6 @@ def test_a_cluster_that_does_not_answer_is_one_line_at_once(tokens: Path, tmp_pa
         address = f"127.0.0.1:{unused.getsockname()[1]}"
         for given in (address, f"ray://{address}"):
             with pytest.raises(UserError) as raised:
-                _connect(given)
+                session.start_session(cluster("ray", address=given))
             assert str(raised.value).startswith(f"cluster.address: no Ray cluster answers at '{given}' (")
             assert "ray start --head" in str(raised.value) and "\n" not in str(raised.value)

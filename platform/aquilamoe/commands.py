@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from aquilamoe.terminal import live, screen, tables, watch
 from aquilamoe.tracking.lineage import comparison_url, ui_command
 from aquilamoe.tracking.observer import Tracker
 from aquilamoe.training.environment import WORKER_ENVIRONMENT
+from aquilamoe.training.launch import workers_for
 
 LOCAL_MLFLOW = "http://127.0.0.1:5000"
 
@@ -63,7 +65,9 @@ def _answer(experiment: ExperimentConfig, nodes: Mapping[str, Node], store: Stor
     def run(plan: Sequence[Planned], scratch: Store) -> dict[str, Input]:
         preflight.check(experiment, plan, scratch.root)
         _set_environment()
-        return runner.run(plan, scratch, experiment.cluster, [live.LiveView(out, experiment.name, plan)])
+        view = live.LiveView(out, experiment.name, plan)
+        with _workers(experiment, plan, scratch):
+            return runner.run(plan, scratch, experiment.cluster, [view])
 
     lineage.answer(experiment, nodes, store, lambda line: out.print(line, soft_wrap=True), run)
 
@@ -127,7 +131,8 @@ def _run(experiment: ExperimentConfig, plan: Sequence[Planned], store: Store, co
         tracker.pipeline_started(experiment.name, experiment.description, resolved, store.root)
     report, succeeded, warning = None, False, None
     try:
-        done = runner.run(plan, store, experiment.cluster, [progress, *([tracker] if tracker else [])])
+        with _workers(experiment, plan, store):
+            done = runner.run(plan, store, experiment.cluster, [progress, *([tracker] if tracker else [])])
         report = _report(experiment, done, store, command)
         succeeded = True
     finally:
@@ -143,6 +148,12 @@ def _run(experiment: ExperimentConfig, plan: Sequence[Planned], store: Store, co
     if warning:
         out.print(warning, style="yellow")
     _where_to_look(out, experiment, report, store, tracker.experiment_id if tracker else None)
+
+
+def _workers(experiment: ExperimentConfig, plan: Sequence[Planned], store: Store) -> AbstractContextManager[None]:
+    """Workers for the stages that train; none for a run that has everything."""
+    will_train = any(planned.node.stage.kind == "pretrain" and planned.state != "cached" for planned in plan)
+    return workers_for(experiment.cluster, store.root, experiment.name, will_train)
 
 
 def _set_environment() -> None:

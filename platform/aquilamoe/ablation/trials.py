@@ -104,7 +104,7 @@ def _tune(ended: _Ended, root: Path, cluster: ClusterConfig, alone: ClusterConfi
         os.environ.setdefault(key, value)
     from ray import tune
 
-    from aquilamoe.training.launch import start_session
+    from aquilamoe.training.session import start_session
 
     start_session(cluster)
     trainable = tune.with_parameters(_trial, tasks=ended.tasks, root=root, cluster=alone, logs=ended.logs, reports=True)

@@ -1,5 +1,6 @@
 """What a training stage is told: the job, which can be sent to a worker, and the worker's place among the others."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,11 +30,15 @@ class Job:
 
 @dataclass(frozen=True)
 class Rank:
-    """This process among those that train together."""
+    """This process among those that train together.
+
+    is_save_due: asked at every step; True once after somebody has told this process that it will end soon.
+    """
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
+    is_save_due: Callable[[], bool] = bool
 
 
 FIRST = Rank()

@@ -1,173 +1,174 @@
-"""The only file that knows Ray Train: runs a training job on workers, or in this process."""
+"""Runs training, and whatever else wants workers, on Ray Train workers or in this process."""
 
-import logging
 import os
+import pickle
 import shutil
-import signal
-import socket
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aquilamoe.config.messages import UserError
 from aquilamoe.config.schema import ClusterConfig
-from aquilamoe.training.environment import WORKER_ENVIRONMENT
-from aquilamoe.training.job import Job, Rank
-from aquilamoe.training.loop import train
+from aquilamoe.training.crew import Crew, Outcome, cause
+from aquilamoe.training.session import Patience, start_session
 
 if TYPE_CHECKING:
-    from ray.train.torch import TorchTrainer
+    from ray.actor import ActorHandle
 
-# Read by Ray when it is imported: no telemetry, no token file in the home folder, no start-up chatter, quick polls.
-RAY_ENVIRONMENT = {
-    "RAY_AUTH_MODE": "disabled",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-    "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
-    "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "30",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-}
-CONNECT_TIMEOUT_S = 10.0
+    from aquilamoe.training.job import Job, Rank
+
+POLL_S, CLOSE_S = 1.0, 10.0
+
+Work = Callable[["Rank"], dict[str, Any]]
 
 
-def launch(job: Job, root: Path) -> dict[str, Any]:
+def launch(job: "Job", root: Path) -> dict[str, Any]:
     """Train the job as its cluster says; return the metrics of rank 0."""
-    if job.cluster.executor == "process":
-        return train(job)
-    start_session(job.cluster)
-    return _fit(job, root)
+    from aquilamoe.training.loop import train
+
+    return perform(job.name, partial(train, job), job.cluster, root)
 
 
-def start_session(cluster: ClusterConfig) -> None:
-    """Connect this driver to Ray once: to `cluster.address`, or to a session of its own on this machine."""
-    for key, value in {**RAY_ENVIRONMENT, **WORKER_ENVIRONMENT}.items():  # a session of our own inherits them
-        os.environ.setdefault(key, value)
-    import ray
+def perform(name: str, work: Work, cluster: ClusterConfig, root: Path) -> dict[str, Any]:
+    """Call the function where the cluster says, once on every rank; return what rank 0 returned.
 
-    if ray.is_initialized():
-        return
-    if cluster.address is not None:
-        _connect(cluster.address)
-        return
-    needed = cluster.workers * cluster.cpus_per_worker
-    ray.init(
-        address="local",
-        num_cpus=max(needed, os.cpu_count() or 1),
-        include_dashboard=True,
-        dashboard_host="127.0.0.1",
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
+    name: the stage, for messages and Ray's dashboard. work: can be pickled; goes on where it was when called again.
+    """
+    from aquilamoe.training.job import FIRST
+
+    if cluster.executor == "process":
+        return work(FIRST)
+    return foresee(cluster, root, name).do(name, work)
 
 
-def _connect(address: str) -> None:
-    import ray
+def foresee(cluster: ClusterConfig, root: Path, label: str) -> "Workers":
+    """Let the workers of this cluster begin to start, if they do not stand already; return them at once.
 
-    try:
-        _knock(address)
-        environment = {"env_vars": WORKER_ENVIRONMENT}
-        ray.init(address=address, runtime_env=environment, log_to_driver=False, logging_level=logging.ERROR)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"cluster.address: no Ray cluster answers at '{address}' ({reason}); start one with "
-            "`ray start --head`, or use cluster=local"
-        ) from None
-
-
-def _knock(address: str) -> None:
-    """OSError at once if nobody listens at `[ray://]host:port`: Ray itself tries for minutes, and noisily."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if host and port.isdecimal():
-        socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
-
-
-def _fit(job: Job, root: Path) -> dict[str, Any]:
-    from ray.train import WorkerGroupError
-
-    storage, name = root / "ray", f"{job.out.name}-{os.getpid()}"
-    try:
-        with _interruptible():
-            outcome = getattr(_trainer(job, storage, name).fit(), "return_value", None)
-    except WorkerGroupError as error:
-        raise _cause(job, error.worker_failures) from error
-    finally:
-        shutil.rmtree(storage / name, ignore_errors=True)  # Ray's own notes: nothing is resumed from them
-    assert isinstance(outcome, dict), "rank 0 returns a dictionary"
-    if "user_error" in outcome:
-        raise UserError(outcome["user_error"])
-    return outcome
+    label: what Ray calls them. Workers of another shape than those that stand take their place.
+    """
+    global _workers
+    if _workers is not None and (_workers.shape != _shape(cluster) or _workers.is_over):
+        release()
+    if _workers is None:
+        _workers = Workers(cluster, root, label)
+    return _workers
 
 
 @contextmanager
-def _interruptible() -> Iterator[None]:
-    """Let Ctrl-C be a KeyboardInterrupt: `fit` ends the run in order, but by `sys.exit(0)`, and leaves its handler."""
-    before = signal.getsignal(signal.SIGINT)
+def workers_for(cluster: ClusterConfig, root: Path, label: str, will_train: bool) -> Iterator[None]:
+    """For a whole run: let workers start beside whatever comes first, if it will train, and go when it ends."""
+    if will_train and cluster.executor == "ray":
+        foresee(cluster, root, label)
     try:
         yield
-    except SystemExit:
-        raise KeyboardInterrupt from None
     finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, before)
+        release()
 
 
-def _trainer(job: Job, storage: Path, name: str) -> "TorchTrainer":
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    cluster = job.cluster
-    resources: dict[str, float] = {"CPU": cluster.cpus_per_worker}
-    if cluster.gpus_per_worker:
-        resources["GPU"] = cluster.gpus_per_worker
-    return TorchTrainer(
-        _worker,  # type: ignore[arg-type]  # annotated to return nothing, documented to return rank 0's value
-        train_loop_config={"job": job},
-        scaling_config=ScalingConfig(
-            num_workers=cluster.workers, use_gpu=cluster.gpus_per_worker > 0, resources_per_worker=resources
-        ),
-        torch_config=TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo"),
-        run_config=RunConfig(
-            # Progress is resumed from our own checkpoints in the stage's directory, so that a run continues in the same
-            # way after a lost worker, a killed driver, and on another cluster; Ray only starts and restarts workers.
-            name=name,
-            storage_path=str(storage),
-            failure_config=FailureConfig(max_failures=cluster.max_failures),
-        ),
-    )
+def has_workers() -> bool:
+    """Whether there are workers, or they begin to start."""
+    return _workers is not None
 
 
-def _worker(config: dict[Any, Any]) -> dict[str, Any]:
-    """Runs on every rank. A mistake of the user is returned, not raised: raising would make Ray try again."""
-    from ray.train import get_context
-    from ray.train.collective import barrier
+def release() -> None:
+    """Let the workers go, if there are any: nothing stays reserved."""
+    global _workers
+    workers, _workers = _workers, None
+    if workers is not None:
+        workers.close()
 
-    context = get_context()
-    try:
-        return train(config["job"], Rank(context.get_world_rank(), context.get_world_size(), context.get_local_rank()))
-    except UserError as error:
+
+_workers: "Workers | None" = None
+
+
+def _shape(cluster: ClusterConfig) -> tuple[Any, ...]:
+    least = cluster.min_workers or cluster.workers
+    return (cluster.address, least, cluster.workers, cluster.cpus_per_worker, cluster.gpus_per_worker)
+
+
+class Workers:
+    """The driver's side of a crew, which starts in the background when this is made."""
+
+    def __init__(self, cluster: ClusterConfig, root: Path, label: str) -> None:
+        self.cluster, self.shape, self.is_over = cluster, _shape(cluster), False
+        self.storage, self.name = str(root / "ray"), f"{label}-{os.getpid()}-{time.monotonic_ns() // 1_000_000}"
+        self.crew: Future[ActorHandle[Crew]] = Future()
+        threading.Thread(target=self._start, daemon=True).start()
+
+    def _start(self) -> None:
         try:
-            barrier()
-        except Exception:  # this rank alone has the error, and the others would wait for it without end
-            raise error from None
-        return {"user_error": str(error)}
+            shutil.rmtree(self.storage, ignore_errors=True)  # what killed runs have left
+            start_session(self.cluster)
+            self.crew.set_result(_start_crew(self.cluster, self.storage, self.name))
+        except BaseException as error:
+            self.crew.set_exception(error)
+
+    def do(self, name: str, work: Work) -> dict[str, Any]:
+        """Have the workers do it; return what rank 0 returned.
+
+        UserError for what the work says is wrong, for workers that are lost too often, and for a cluster that has no
+        room for them. After any error nobody works any more.
+        """
+        import ray
+
+        self.is_over = True  # unless it ends well
+        try:
+            outcome = self._outcome(name, work)
+        except ray.exceptions.ActorDiedError as error:
+            raise UserError(
+                f"stage {name}: the process that starts Ray's workers was lost ({' '.join(str(error).split())[:300]}); "
+                "see what ended it - memory? - and run again: the stage continues from its last checkpoint"
+            ) from error
+        finally:
+            if self.is_over:
+                self.kill()
+        return outcome
+
+    def _outcome(self, name: str, work: Work) -> dict[str, Any]:
+        import ray
+
+        crew = self.crew.result()
+        pending: Any = crew.do.options(name=name).remote(pickle.dumps(work))
+        watch = Patience(self.cluster)
+        while not ray.wait([pending], timeout=POLL_S)[0]:
+            watch.look(ray.get(crew.is_standing.remote()))
+        outcome: Outcome = ray.get(pending)
+        if outcome.mistake is not None:
+            raise UserError(outcome.mistake)
+        if outcome.value is None:
+            raise cause(name, self.cluster.max_failures, outcome.failures or {0: RuntimeError("the workers went home")})
+        self.is_over = False
+        return outcome.value
+
+    def close(self) -> None:
+        """Let the workers go in order; end them if that takes too long."""
+        import ray
+
+        if not self.is_over and self.crew.done() and self.crew.exception() is None:
+            ray.wait([self.crew.result().close.remote()], timeout=CLOSE_S)
+        self.kill()
+
+    def kill(self) -> None:
+        """End the crew, and with it all that it started."""
+        self.is_over = True
+        self.crew.add_done_callback(self._kill)  # at once, or as soon as it has started
+
+    def _kill(self, started: "Future[ActorHandle[Crew]]") -> None:
+        import ray
+
+        if started.exception() is None and ray.is_initialized():
+            ray.kill(started.result())
+        shutil.rmtree(Path(self.storage, self.name), ignore_errors=True)
 
 
-def _cause(job: Job, failures: Mapping[int, BaseException]) -> BaseException:
-    """What to tell of the last failures of a run, by rank: a lost worker, or else what a worker raised."""
-    for rank, failure in sorted(failures.items()):
-        lost = getattr(failure, "health_check_failure", None)
-        if lost is not None:
-            reason = " ".join(str(lost).split())
-            return UserError(
-                f"stage {job.name}: worker {rank} was lost, and cluster.max_failures ({job.cluster.max_failures}) "
-                f"does not allow another restart ({reason[:300]}); see what ended it - memory? - and run again: "
-                "the stage continues from its last checkpoint"
-            )
-    return failures[min(failures)]
+def _start_crew(cluster: ClusterConfig, storage: str, name: str) -> "ActorHandle[Crew]":
+    import ray
+
+    crew: Any = ray.remote(Crew).options(num_cpus=0, max_concurrency=cluster.workers + 8).remote(cluster, storage, name)
+    crew.start.remote()
+    return crew

@@ -1,7 +1,7 @@
 """The training loop: a plain function of a job. It knows nothing of Ray, MLflow or Hydra."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -37,12 +37,12 @@ def train(job: Job, rank: Rank = FIRST) -> dict[str, Any]:
     with state.only_writer(job.out) if group.is_first else nullcontext():
         group.wait()  # nobody reads a checkpoint before the writer of this run is the only one
         try:
-            return _train(job, group)
+            return _train(job, group, rank)
         finally:
             state.wait()  # nothing is written here when another may be the only writer
 
 
-def _train(job: Job, group: Group) -> dict[str, Any]:
+def _train(job: Job, group: Group, rank: Rank) -> dict[str, Any]:
     if not job.cluster.gpus_per_worker:
         torch.set_num_threads(job.cluster.cpus_per_worker)
     if group.is_first:
@@ -51,7 +51,7 @@ def _train(job: Job, group: Group) -> dict[str, Any]:
     batches = _batches(job, group)  # a mistake in the data shows before anything is built or exchanged
     back: Progress | None = None
     while True:
-        run = _Run(job, group, back)
+        run = _Run(job, group, back, rank.is_save_due)
         try:
             return _finish(run, batches)
         except SpikeError as spike:
@@ -72,7 +72,7 @@ def _finish(run: "_Run", batches: Batches) -> dict[str, Any]:
             run.write(values | run.validate())
         elif step % log_every == 0:
             run.write(values)
-        if step < last and _due(step, job.cluster.checkpoint_every_tokens, job):
+        if step < last and (_due(step, job.cluster.checkpoint_every_tokens, job) or run.is_save_due()):
             run.save_checkpoint()
     return run.save()
 
@@ -81,10 +81,11 @@ class _Run:
     """A stage in progress: what changes with every step, and what is written about it.
 
     back: how far the stage was when it was rolled back, None if it was not.
+    told: whether this process has been told that it will end soon.
     """
 
-    def __init__(self, job: Job, group: Group, back: Progress | None) -> None:
-        self.job, self.group = job, group
+    def __init__(self, job: Job, group: Group, back: Progress | None, told: Callable[[], bool]) -> None:
+        self.job, self.group, self.told = job, group, told
         saved, self.passed_over = state.newest_intact(job.out, group)
         self.model, self.optimizer, step, extra = _restore(job, group, saved)
         self.progress = Progress.of(step, extra if step else {})
@@ -118,6 +119,10 @@ class _Run:
         damaged = {"checkpoint/passed_over": self.passed_over} if self.passed_over else {}
         self.passed_over = 0
         self.journal.write(self.progress.step, values | counts | damaged, self.stepper.router_load)
+
+    def is_save_due(self) -> bool:
+        """Whether any of the processes has been told that it will end soon: then all save together."""
+        return self.group.any_(self.told())
 
     def save_checkpoint(self) -> None:
         if self.progress.step == self.progress.skipped_steps:

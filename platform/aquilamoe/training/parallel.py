@@ -125,6 +125,12 @@ class Group:
             dist.all_reduce(tensor)
         return tensor
 
+    def any_(self, flag: bool) -> bool:
+        """Whether it is true in any of the processes."""
+        if self.world_size == 1:
+            return flag
+        return bool(self.sum_(torch.tensor(int(flag), device=self.device)).item())
+
     def clip(self, model: nn.Module, max_norm: float) -> Tensor:
         """Scale the gradients of all parameters to an L2 norm of at most `max_norm`; return the norm before, 0-dim."""
         if not self.is_sharded:

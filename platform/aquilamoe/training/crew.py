@@ -1,0 +1,268 @@
+"""Ray Train workers that do one piece of work after the other: what runs in Ray's processes.
+
+Starting workers costs seconds (processes, imports, a process group), a call to a worker that stands milliseconds.
+Therefore `fit` is called once for many stages, in an actor of its own: the crew. Its train function asks the crew for
+work until there is no more. Whoever ends the crew ends everything that it started. A lost worker makes Ray Train start
+the group again, which asks again, is given the work at hand and resumes it from that work's own checkpoints.
+"""
+
+import asyncio
+import os
+import pickle
+import shutil
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Thread
+from typing import TYPE_CHECKING, Any
+
+from aquilamoe.config.messages import UserError
+from aquilamoe.config.schema import ClusterConfig
+from aquilamoe.training import notice
+from aquilamoe.training.session import resources_per_worker
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
+    from ray.train import RunConfig, ScalingConfig, UserCallback
+    from ray.train.torch import TorchConfig
+
+# Read by Ray Train in the process that calls `fit`, and by it handed on to the controller and to the workers.
+TRAIN_ENVIRONMENT = {
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+WATCH_S = 5.0  # as often as Ray Train itself asks
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a piece of work ended: with a value, a mistake of the user, or failures of workers by rank."""
+
+    value: dict[str, Any] | None = None
+    mistake: str | None = None
+    failures: Mapping[int, BaseException] | None = None
+
+
+class Crew:
+    """An actor: runs `fit`, hands out one piece of work at a time and takes back how it ended.
+
+    cluster: how many workers, and of what. storage, name: where Ray Train keeps its own notes; nothing is resumed from
+    them.
+    """
+
+    def __init__(self, cluster: ClusterConfig, storage: str, name: str) -> None:
+        self.cluster, self.storage, self.name = cluster, storage, name
+        self.number, self.work, self.failures_left = 0, b"", cluster.max_failures
+        self.outcome: Outcome | None = None  # of the work at hand
+        self.end: Outcome | None = None  # of the whole crew
+        self.at_hand, self.stands, self.closed = False, False, False
+        self.news = asyncio.Condition()
+
+    async def start(self) -> None:
+        """Start the workers and stay with them until they have ended."""
+        import ray
+
+        os.environ.update(TRAIN_ENVIRONMENT)
+        if self.cluster.address is None:  # nobody takes away this machine, and the watcher is a process
+            os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
+        me = ray.get_runtime_context().current_actor
+        end = Outcome()
+        try:
+            await asyncio.to_thread(_fit, self.cluster, self.storage, self.name, me)
+        except Exception as error:
+            end = Outcome(failures={0: error})
+        async with self.news:
+            self.end, self.stands = end, False
+            self.news.notify_all()
+
+    async def do(self, work: bytes) -> Outcome:
+        """Have every worker call the pickled function with its `Rank`; return what came out, for the first rank."""
+        async with self.news:
+            self.number, self.work, self.failures_left = self.number + 1, work, self.cluster.max_failures
+            self.outcome, self.at_hand = None, True
+            self.news.notify_all()
+            await self.news.wait_for(lambda: self.outcome or self.end)
+            self.at_hand = False
+            found = self.outcome or self.end
+            assert found is not None
+            return found
+
+    async def is_standing(self) -> bool:
+        """Whether workers are there and have asked for work."""
+        return self.stands
+
+    async def close(self) -> None:
+        """Let the workers go; return when they have gone."""
+        async with self.news:
+            self.closed = True
+            self.news.notify_all()
+            await self.news.wait_for(lambda: self.end)
+
+    async def next(self, after: int) -> tuple[int, bytes] | None:
+        """For workers: the next work after the number that this one has done, or None: go home."""
+        async with self.news:
+            self.stands = True
+            await self.news.wait_for(lambda: self.closed or self._is_open(after))
+            return None if self.closed else (self.number, self.work)
+
+    def _is_open(self, after: int) -> bool:
+        return self.at_hand and self.outcome is None and self.number > after
+
+    async def done(self, number: int, outcome: Outcome) -> None:
+        """For workers: how the work of this number ended. The first word counts."""
+        async with self.news:
+            if self._is_open(number - 1) and number == self.number:
+                self.outcome = outcome
+                self.news.notify_all()
+
+    async def lost(self, failures: Mapping[int, BaseException]) -> None:
+        """For Ray Train's controller: these ranks failed, and all are started again."""
+        async with self.news:
+            self.stands = False
+            if any(getattr(_lost(failure), "preempted", False) for failure in failures.values()):
+                return  # the cluster took a machine back, as it had announced
+            self.failures_left -= 1
+            if self.failures_left < 0:
+                self.outcome = self.end = Outcome(failures=failures)
+                self.news.notify_all()
+
+
+def _lost(failure: BaseException) -> BaseException | None:
+    """What ended a worker, None if it lives and its function raised `failure`."""
+    return getattr(failure, "health_check_failure", None)
+
+
+def cause(name: str, max_failures: int, failures: Mapping[int, BaseException]) -> BaseException:
+    """What to tell of the last failures of a work, by rank: a lost worker, or else what a worker raised."""
+    for rank, failure in sorted(failures.items()):
+        if (lost := _lost(failure)) is not None:
+            reason = " ".join(str(lost).split())
+            return UserError(
+                f"stage {name}: worker {rank} was lost, and cluster.max_failures ({max_failures}) "
+                f"does not allow another restart ({reason[:300]}); see what ended it - memory? - and run again: "
+                "the stage continues from its last checkpoint"
+            )
+    return failures[min(failures)]
+
+
+def _fit(cluster: ClusterConfig, storage: str, name: str, crew: "ActorHandle[Crew]") -> None:
+    from ray.train.torch import TorchTrainer
+
+    try:
+        TorchTrainer(
+            _serve,
+            train_loop_config={"crew": crew, "watch": cluster.address is not None},
+            scaling_config=_scaling(cluster),
+            torch_config=_torch_config(cluster),
+            run_config=_run_config(storage, name, crew),
+        ).fit()
+    finally:
+        shutil.rmtree(Path(storage, name), ignore_errors=True)
+
+
+def _scaling(cluster: ClusterConfig) -> "ScalingConfig":
+    from ray.train import ScalingConfig
+
+    fewest = cluster.min_workers or cluster.workers
+    return ScalingConfig(
+        num_workers=cluster.workers if fewest == cluster.workers else (fewest, cluster.workers),  # type: ignore[arg-type]
+        use_gpu=cluster.gpus_per_worker > 0,
+        resources_per_worker=resources_per_worker(cluster),
+    )
+
+
+def _torch_config(cluster: ClusterConfig) -> "TorchConfig":
+    """Ray's process group; and workers that notice when they are told to end (in the main thread, as signals want)."""
+    from ray.train.torch import TorchConfig
+
+    class Backend(TorchConfig().backend_cls):  # type: ignore[misc]
+        def on_training_start(self, worker_group: Any, backend_config: Any) -> None:
+            super().on_training_start(worker_group, backend_config)
+            worker_group.execute(notice.listen)
+
+    class Config(TorchConfig):
+        @property
+        def backend_cls(self) -> type[Backend]:
+            return Backend
+
+    return Config(backend="nccl" if cluster.gpus_per_worker else "gloo")
+
+
+def _run_config(storage: str, name: str, crew: "ActorHandle[Crew]") -> "RunConfig":
+    from ray.train import FailureConfig, RunConfig
+
+    # How often workers may fail is counted by the crew, for each work anew.
+    return RunConfig(
+        name=name,
+        storage_path=storage,
+        failure_config=FailureConfig(max_failures=-1),
+        callbacks=[_teller(crew)],  # type: ignore[list-item]
+    )
+
+
+def _teller(crew: "ActorHandle[Crew]") -> "UserCallback":
+    """Tells the crew, from Ray Train's controller, which workers failed and of what."""
+    import ray
+    from ray.train import UserCallback
+
+    class Teller(UserCallback):
+        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:  # noqa: ARG002
+            ray.get(crew.lost.remote({rank: _portable(error) for rank, error in worker_exceptions.items()}))
+
+    return Teller()
+
+
+def _portable(error: BaseException) -> BaseException:
+    """The error, or what it says if it cannot be sent to another process."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
+
+
+def _serve(config: dict[str, Any]) -> None:
+    """Runs on every rank until the crew is closed."""
+    import ray
+    from ray.train import get_context
+
+    import aquilamoe.training.loop  # noqa: F401  # what every work needs, while none is there yet
+    from aquilamoe.training.job import Rank
+
+    crew, context, number = config["crew"], get_context(), 0
+    rank = Rank(context.get_world_rank(), context.get_world_size(), context.get_local_rank(), notice.is_due)
+    if config["watch"]:
+        Thread(target=_watch, daemon=True).start()
+    while (found := ray.get(crew.next.remote(number))) is not None:
+        number, work = found
+        outcome = perform(work, rank)
+        if rank.rank == 0 or outcome.mistake is not None:
+            ray.get(crew.done.remote(number, outcome))
+
+
+def _watch() -> None:
+    """Pass on that the cluster takes back a machine of these workers; all ranks ask together."""
+    from ray.train import get_preemption_info
+
+    known = None
+    with suppress(Exception):  # the group ends
+        while True:
+            if (info := get_preemption_info()) is not None and info != known:
+                known = info
+                notice.tell()
+            time.sleep(WATCH_S)
+
+
+def perform(work: bytes, rank: Any) -> Outcome:
+    """Do one work. A mistake of the user is returned, not raised: raising would make Ray try again."""
+    try:
+        with notice.at_work():
+            return Outcome(value=pickle.loads(work)(rank))
+    except UserError as error:
+        return Outcome(mistake=str(error))
