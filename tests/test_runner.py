@@ -335,3 +335,28 @@ def test_a_resumed_stage_tells_again_what_its_file_already_holds(pipeline: Pipel
 def write(path: Path, steps: range) -> None:
     with path.open("a") as file:
         file.writelines(json.dumps({"step": step}) + "\n" for step in steps)
+
+
+def test_a_record_carries_what_its_stage_cost_with_what_failed_before_and_with_its_ancestors(
+    pipeline: Pipeline,
+) -> None:
+    stage = pipeline.stages["words"]
+    stage.during = lambda _: time.sleep(0.3)
+    original, stage.run = stage.run, raising_after(stage.run)  # type: ignore[method-assign]
+    pipeline.fail()
+    stage.run = original  # type: ignore[method-assign]
+    done = pipeline.run()
+    cost = {name: output.record["cost"] for name, output in done.items()}
+    assert {name: each["attempts"] for name, each in cost.items()} == {"text": 1, "words": 2, "out": 1}
+    own = {name: each["own"]["device_seconds"] for name, each in cost.items()}
+    assert own["words"] > done["words"].record["seconds"] + 0.25
+    assert cost["out"]["lineage"]["device_seconds"] == pytest.approx(sum(own.values()))
+    assert not (pipeline.store.root / "attempts").exists()
+
+
+def raising_after(run: Callable[[Context], Metrics]) -> Callable[[Context], Metrics]:
+    def ran(context: Context) -> Metrics:
+        run(context)
+        raise RuntimeError("broken")
+
+    return ran
