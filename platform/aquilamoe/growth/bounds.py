@@ -13,7 +13,7 @@ LOGIT_ROWS, LOGIT_COLUMNS = 256, 2048
 # Rows of an embedding that are looked up at once: each brings its neighbours in the file into memory.
 LOOKUPS = 128
 # Every layer is compared on so many tokens, if there are as many.
-COMPARED_TOKENS = 2048
+COMPARED_TOKENS = 1024
 
 # By safetensors' name of a dtype. A trained model of 30 layers was grown by 1.25 and 1.75 in width, with exact norms
 # or padding, by 4/3 in depth, with noise and without: logits differed by up to 3.3e-5 of their spread in F32, 0.022 in
