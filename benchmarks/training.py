@@ -25,7 +25,7 @@ from typing import Any
 from aquilamoe.config.network import ModelConfig
 
 HERE = Path(__file__).resolve().parent
-BATCH_TOKENS = 4096
+BATCH_TOKENS, CUDA_BATCH_TOKENS = 4096, 8192  # on 80 GB, 1.8B parameters leave room for so many
 TURN_S = 0.7  # of a contestant, at least
 REST = {"rope_theta": 1e4, "rms_norm_eps": 1e-5, "initializer_range": 0.02, "qkv_bias": False}
 # Dense FLOP/s in bf16 that the makers state, by a part of the device's name.
@@ -332,7 +332,7 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
         "--who", nargs="+", help="only contestants whose names begin so, e.g. ours 'transformers eager'"
     )
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--batch-tokens", type=int, help=f"of a step; {BATCH_TOKENS:,}, on a GPU 16,384")
+    parser.add_argument("--batch-tokens", type=int, help=f"of a step; {BATCH_TOKENS:,}, on a GPU {CUDA_BATCH_TOKENS:,}")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--profile", action="store_true", help="where the time of our step goes, instead of a race")
     parser.add_argument(
@@ -341,7 +341,7 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--peers", type=Path, help="a virtual environment with litgpt and the same torch")
     parser.add_argument("--out", type=Path, help="the page to write")
     options = parser.parse_args(words)
-    options.batch_tokens = options.batch_tokens or (16_384 if options.device == "cuda" else BATCH_TOKENS)
+    options.batch_tokens = options.batch_tokens or (CUDA_BATCH_TOKENS if options.device == "cuda" else BATCH_TOKENS)
     options.rounds = 2 if options.quick else options.rounds
     return options
 

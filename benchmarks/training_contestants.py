@@ -72,10 +72,9 @@ def ours(shape: dict[str, Any], mode: Mode, device: str) -> tuple[nn.Module, Los
     config = ModelConfig.model_validate(
         shape | {"rope_theta": 1e4, "rms_norm_eps": 1e-5, "initializer_range": 0.02, "qkv_bias": False}
     )
-    model = Decoder(config).to(device)
+    model = Decoder(config)
     model.initialize(0)
-    if mode.bf16:
-        model = model.to(torch.bfloat16)
+    model = model.to(device, torch.bfloat16 if mode.bf16 else torch.float32)
     if mode.has("compiled"):
         for layer in model.model.layers:
             layer.compile()
