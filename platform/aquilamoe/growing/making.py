@@ -90,11 +90,8 @@ class Making:
 
     def _grow_tensors(self) -> dict[str, str]:
         """SHA-256 of every tensor that the engine wrote."""
-        from aquilamoe.growth.scale_out import scale_out
-        from aquilamoe.growth.scale_up import scale_up
-
         request = self.request
-        grow: Any = scale_up if request.kind == "scale_up" else scale_out
+        grow = _engine(request.kind)
         with screen.Bar(self.out, "grow", "tensors", plan.target_bytes(request)) as bar:
             source, target = request.source.directory, self.place.partial
             tensors = grow(source, target, request.model, request.growth, request.seed, bar.update)
@@ -132,3 +129,14 @@ class Making:
             "tensors": note["tensors"],
             "versions": {package: version(package) for package in ("aquilamoe", "torch")},
         }
+
+
+def _engine(kind: str) -> Any:
+    """What grows by `scale_up` or by `scale_out`. Only one is imported: the latter may do without torch."""
+    if kind == "scale_up":
+        from aquilamoe.growth.scale_up import scale_up
+
+        return scale_up
+    from aquilamoe.growth.scale_out import scale_out
+
+    return scale_out
