@@ -71,6 +71,8 @@ class Group:
         return model
 
     def _shard(self, model: Decoder, precision: str) -> None:
+        if self.device.type == "cuda":  # FSDP2 gathers on the current device
+            torch.cuda.set_device(self.device)
         policy = MixedPrecisionPolicy()
         if precision == MASTER_IN_FLOAT32:
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
