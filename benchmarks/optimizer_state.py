@@ -44,7 +44,6 @@ from aquilamoe.growth.stream import silent
 from aquilamoe.reports import canvas
 from aquilamoe.training.job import Job
 from aquilamoe.training.loop import train
-from aquilamoe.training.objective import cross_entropy
 from aquilamoe.training.state import MOMENTS, TRAINING
 from aquilamoe.weights.huggingface import load_model
 
@@ -235,7 +234,7 @@ def mean_gradient(bench: Bench, checkpoint: Path) -> dict[str, Tensor]:
     batches = Batches(bench.tokens, mixture, 128, BATCH // 128, seed=0)
     for _, rows in zip(range(GRADIENT_BATCHES), batches.iterate(0), strict=False):
         tokens_bt = torch.from_numpy(rows)
-        (cross_entropy(model(tokens_bt[:, :-1])[0], tokens_bt[:, 1:]) / GRADIENT_BATCHES).backward()
+        (model(tokens_bt[:, :-1], tokens_bt[:, 1:])[0] / GRADIENT_BATCHES).backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 

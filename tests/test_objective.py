@@ -20,7 +20,7 @@ from aquilamoe.kernels.experts import count_rows
 from aquilamoe.model import Decoder, Routing
 from aquilamoe.training import optimizer as optimizers
 from aquilamoe.training.job import Job, Rank
-from aquilamoe.training.objective import RouterObjective, balance_loss, cross_entropy, z_loss
+from aquilamoe.training.objective import RouterObjective, balance_loss, z_loss
 from aquilamoe.training.parallel import Group
 from aquilamoe.training.step import Stepper
 
@@ -154,27 +154,6 @@ def even_routing(experts: int, k: int, tokens_per_expert: int) -> Routing:
     """Every expert is chosen equally often, and every expert's mean probability is the same."""
     rolled = torch.stack([torch.arange(experts).roll(shift) for shift in range(experts)])
     return routing(rolled.double().repeat(tokens_per_expert, 1), k)
-
-
-# Cross-entropy
-
-
-def test_cross_entropy_is_the_mean_negative_log_probability_of_the_targets() -> None:
-    logits_btv, targets_bt = torch.randn(3, 5, 11, dtype=torch.float64), torch.randint(0, 11, (3, 5))
-    picked = [
-        torch.log(logits_btv[b, t].exp()[targets_bt[b, t]] / logits_btv[b, t].exp().sum())
-        for b in range(3)
-        for t in range(5)
-    ]
-    assert torch.allclose(cross_entropy(logits_btv, targets_bt), -torch.stack(picked).mean(), atol=1e-12)
-
-
-def test_cross_entropy_of_bfloat16_logits_is_computed_in_float32() -> None:
-    logits_btv = torch.randn(2, 3, 500).bfloat16()
-    targets_bt = torch.randint(0, 500, (2, 3))
-    loss = cross_entropy(logits_btv, targets_bt)
-    assert loss.dtype == torch.float32
-    assert torch.equal(loss, cross_entropy(logits_btv.float(), targets_bt))
 
 
 # The router's losses

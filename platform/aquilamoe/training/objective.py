@@ -1,20 +1,13 @@
-"""What is minimised: next-token cross-entropy, plus the router's balance loss and z-loss (METHODS section 5)."""
+"""What is minimised beside next-token cross-entropy: the router's balance loss and z-loss (METHODS section 5)."""
 
 from collections.abc import Iterable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from aquilamoe.config.schema import RouterConfig
 from aquilamoe.model import Routing
 from aquilamoe.training.parallel import Group
-
-
-def cross_entropy(logits_btv: Tensor, targets_bt: Tensor) -> Tensor:
-    """Mean negative log-likelihood in nats per token, at least in float32."""
-    wide = torch.promote_types(logits_btv.dtype, torch.float32)
-    return F.cross_entropy(logits_btv.flatten(0, 1).to(wide), targets_bt.flatten())
 
 
 def balance_loss(routing: Routing, counts_e: Tensor) -> Tensor:
