@@ -3,7 +3,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
@@ -145,6 +145,17 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         "stages.evaluate.sequence_length": 32,
     }
     return [f"{key}={value}" for key, value in values.items()]
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """torch computes on one thread: small tensors gain nothing by more, and sums are in one order."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -45,12 +45,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 TOKENS_BT = torch.arange(52).view(4, 13) * 7 % 48
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def save(directory: Path, family: str, seed: int) -> Any:

@@ -4,7 +4,7 @@ import json
 import subprocess
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,6 @@ from aquilamoe.model import Decoder
 from aquilamoe.pipeline.stage import module
 from aquilamoe.training import optimizer as optimizers
 from aquilamoe.training import state as training_state
-from aquilamoe.training.objective import cross_entropy
 from aquilamoe.weights import names
 from aquilamoe.weights.configuration import read_config
 from aquilamoe.weights.huggingface import load_model, save_model
@@ -43,12 +42,7 @@ def silent(done: int, total: int) -> None:
     """Progress that nobody watches."""
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def model(**changes: Any) -> ModelConfig:
@@ -108,7 +102,7 @@ def gradient(directory: Path, seed: int = 0, rows: int = 2) -> Gradients:
     """Of the mean cross-entropy of a batch, by parameter, in float64."""
     decoder = load_model(directory, torch.float64)
     tokens_bt = torch.randint(0, 24, (rows, 10), generator=torch.Generator().manual_seed(seed))
-    cross_entropy(decoder(tokens_bt[:, :-1])[0], tokens_bt[:, 1:]).backward()
+    decoder(tokens_bt[:, :-1], tokens_bt[:, 1:])[0].backward()
     return {
         name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         for name, parameter in decoder.named_parameters()

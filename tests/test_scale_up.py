@@ -1,7 +1,6 @@
 """Scale-Up on files: which growths keep the function, which do not, and what a growth leaves in its directory."""
 
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +28,7 @@ METHODS = plugins.names("growth/methods")
 SAME, DIFFERENT = 1e-10, 1e-6  # of logits around 1, in float64
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def model(**changes: Any) -> ModelConfig:

@@ -1,7 +1,6 @@
 """Growing tensors in width: norms, heads, tokens, and noise that cancels."""
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,7 @@ from aquilamoe.weights.store import Reader
 SAME = 1e-10  # of logits around 1, in float64
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def model(**changes: Any) -> ModelConfig:
