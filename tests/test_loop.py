@@ -76,12 +76,7 @@ ADAMW = {
 TIMES = ("time", "train/tokens_per_s", "train/data_wait_share", "val/seconds", "checkpoint/seconds")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

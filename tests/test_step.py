@@ -1,7 +1,7 @@
 """What a step does besides minimising: what routers are biased by and counted, and parameters that are rounded."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -48,12 +48,7 @@ ROUTER = RouterConfig(balance_loss_coeff=0.1, balance_scope="global_batch", z_lo
 Network = Callable[..., ModelConfig]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def stepper(config: ModelConfig, micro_batch_rows: int = ROWS, **changes: Any) -> Stepper:
