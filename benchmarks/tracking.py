@@ -1,6 +1,6 @@
 """What tracking costs a training: seconds of the same training without MLflow, with it, and with MLflow in trouble.
 
-python benchmarks/tracking.py [--rounds N] [--tokens N]
+python benchmarks/tracking.py [--rounds N] [--tokens N] [--threads N]
 
 A stage is trained in this process (where the thread that talks to MLflow shares the interpreter with the training:
 the worst case; Ray's workers have interpreters of their own), without tracking and then with a database, a server, a
@@ -75,15 +75,16 @@ class Bench:
         return float(done["prepare"].record["seconds"]), tracker.cpu_s if tracker is not None else 0.0, end_s
 
 
-def configuration(root: Path, tokens: int) -> dict[str, Any]:
+def configuration(root: Path, tokens: int, threads: int) -> dict[str, Any]:
     """The embedded experiment up to its first training."""
     import hydra
     from hydra.core.global_hydra import GlobalHydra
     from omegaconf import OmegaConf
 
+    overrides = ["cluster=local_process", f"cluster.cpus_per_worker={threads}"]
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(HERE.parent / "conf"), version_base="1.3"):
-        composed: Any = OmegaConf.to_container(hydra.compose("config", ["cluster=local_process"]), resolve=True)
+        composed: Any = OmegaConf.to_container(hydra.compose("config", overrides), resolve=True)
     composed["stages"] = {name: composed["stages"][name] for name in STAGES}
     composed["stages"]["prepare"] |= {"total_tokens": tokens, "validate_every_tokens": tokens // 2}
     composed["report"] = {"chain": ["prepare"], "control": None}
@@ -227,11 +228,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=327_680, help="of each training")
+    parser.add_argument("--threads", type=int, default=1, help="of the training")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no server is left
     folder = Path(tempfile.mkdtemp(prefix="tracking-"))
     try:
         with ExitStack() as stack:
-            bench = Bench(folder, configuration(folder / "runs", arguments.tokens), servers(stack, folder))
+            values = configuration(folder / "runs", arguments.tokens, arguments.threads)
+            bench = Bench(folder, values, servers(stack, folder))
             began = time.thread_time()
             bench.train("database", 0)  # imports, tables, corpus and tokens: once, and not measured
             print(f"warm ({time.thread_time() - began:.1f} s of CPU)", flush=True)

@@ -254,13 +254,14 @@ def test_a_mistake_that_a_worker_finds_is_one_line_and_is_not_tried_again(
         launch(make_job(tokens, tmp_path / "out", cluster("ray", workers=2), mixture={"fr": 1.0}), tmp_path)
     assert str(raised.value).startswith("mixture.fr: ") and "\n" not in str(raised.value)
     assert len(workers_started(address)) == before  # those that stood were asked, once
-    assert launch(make_job(tokens, tmp_path / "next", cluster("ray", workers=2), steps=1), tmp_path)["steps"] == 1
+    assert launch(make_job(tokens, tmp_path / "next", cluster("ray", workers=2), steps=4), tmp_path)["steps"] == 4
 
 
 def test_workers_have_the_settings_that_precede_torch(address: str) -> None:
     import ray
 
-    found = ray.get(ray.remote(lambda: {name: os.environ.get(name) for name in WORKER_ENVIRONMENT}).remote())
+    asked = ray.remote(num_cpus=0)(lambda: {name: os.environ.get(name) for name in WORKER_ENVIRONMENT})
+    found = ray.get(asked.remote())
     assert found == WORKER_ENVIRONMENT
 
 

@@ -107,7 +107,15 @@ def rewrite(entry: Entry, **changes: Any) -> None:
 def test_an_output_is_found_by_stage_directory_content_fingerprint_and_sha256(shelf: Shelf, line: list[Entry]) -> None:
     dense, shard = line[-1], next(iter(line[-1].weights.values()))
     paths = [dense.directory, dense.directory / "model", dense.directory / "model" / "model-00001-of-00002.safetensors"]
-    identities = [dense.fingerprint, dense.fingerprint[:8].upper(), shard, shard[:16], dense.weights_sha256 or ""]
+    prefixes = [dense.fingerprint[:digits] for digits in range(6, 13)]
+    identities = [
+        *prefixes,
+        dense.fingerprint,
+        dense.fingerprint[:8].upper(),
+        shard,
+        shard[:16],
+        dense.weights_sha256 or "",
+    ]
     for text in ["dense", dense.directory.name, *map(str, paths), *identities]:
         assert find(shelf.library, wanted(*line), text).directory == dense.directory, text
 
@@ -175,6 +183,8 @@ def test_an_unknown_output_is_one_line(shelf: Shelf, line: list[Entry], text: st
     [
         (lambda path: path.write_text("{"), r"record.json: cannot be read \(.*\); restore it, or remove"),
         (lambda path: path.write_text('{"recipe": {"kind": "x"}}'), "record.json: has no fingerprint; it is no record"),
+        (lambda path: path.write_text("[]"), "record.json: has no fields; it is no record"),
+        (lambda path: path.write_text(path.read_text().replace('"version": 1', '"version": "1"')), "no recipe.version"),
         (lambda path: path.unlink(), "(record.json: is missing|has no record.json)"),
     ],
 )

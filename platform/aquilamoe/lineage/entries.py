@@ -12,7 +12,10 @@ from aquilamoe.pipeline.fingerprint import Recipe
 from aquilamoe.pipeline.store import RECORD, Record
 
 WEIGHTS = ".safetensors"
-FIELDS = ("fingerprint", "recipe", "files")  # what both tools write
+# What both tools write, and what a recipe has.
+FIELDS = {"fingerprint": str, "recipe": dict, "files": dict}
+RECIPE_FIELDS = {"kind": str, "version": int, "config": dict, "inputs": dict}
+STAGE_FIELDS = {"inputs": dict, "metrics": dict}
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,19 @@ def read_entry(directory: Path) -> Entry:
         raise UserError(
             f"{path}: cannot be read ({reason}); restore it, or remove {directory} and make it anew"
         ) from None
-    missing = [field for field in FIELDS if not isinstance(record, dict) or field not in record]
-    if missing or "kind" not in record["recipe"]:
-        raise UserError(f"{path}: has no {missing[0] if missing else 'recipe.kind'}; it is no record of this platform")
+    missing = _missing(record)
+    if missing is not None:
+        raise UserError(f"{path}: has no {missing}; it is no record of this platform, or was changed by hand")
     return Entry(directory, record)
+
+
+def _missing(record: Any) -> str | None:
+    """The first field that a record should have and has not, or not of the right type."""
+    if not isinstance(record, dict):
+        return "fields"
+    own = {**FIELDS, **(STAGE_FIELDS if "stage" in record else {})}
+    for where, values, fields in (("", record, own), ("recipe.", record.get("recipe", {}), RECIPE_FIELDS)):
+        for field, kind in fields.items():
+            if not isinstance(values.get(field), kind):
+                return f"{where}{field}"
+    return None

@@ -32,10 +32,10 @@ def start_session(cluster: ClusterConfig) -> None:
     logging.getLogger("ray").setLevel(logging.ERROR)  # in a background thread it warns that it cannot have SIGTERM
     import ray
 
-    if ray.is_initialized():
-        return
     if cluster.address is not None:
         _connect(cluster.address)
+        return
+    if ray.is_initialized():
         return
     needed = cluster.workers * cluster.cpus_per_worker
     _in_a_thread_that_stays(
@@ -75,6 +75,8 @@ def _connect(address: str) -> None:
 
     try:
         _knock(address)
+        if ray.is_initialized():
+            return
         environment = {"env_vars": WORKER_ENVIRONMENT}
         ray.init(address=address, runtime_env=environment, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, ValueError) as error:
