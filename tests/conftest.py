@@ -15,6 +15,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from aquilamoe.config.schema import ModelConfig
+from browser import Browser, missing
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SYLLABLES = {
@@ -156,6 +157,15 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """One Chromium for all pages that tests look at."""
+    if reason := missing():
+        pytest.skip(reason)
+    with Browser() as found:
+        yield found
 
 
 @pytest.fixture(scope="session")

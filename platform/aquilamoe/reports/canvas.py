@@ -1,10 +1,13 @@
-"""Matplotlib without its side effects: a figure in a fixed style, out as one small deterministic SVG."""
+"""Matplotlib without its side effects: a figure in a fixed style, out as small deterministic SVGs and as a PNG."""
 
 import io
 import logging
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -13,7 +16,15 @@ if TYPE_CHECKING:
 # Okabe-Ito, told apart with any colour vision; one colour a trained stage, grey for what it is compared with.
 PALETTE = ("#0072B2", "#009E73", "#D55E00", "#CC79A7", "#E69F00", "#56B4E9")
 CONTROL = "#6B7280"
-INK, MUTED, GRID = "#1F2937", "#6B7280", "#E5E7EB"
+INK, MUTED, GRID, RULE, HAIRLINE = "#1F2937", "#6B7280", "#E5E7EB", "#9CA3AF", "#D1D5DB"
+SHADE, PAPER = "#F3F4F6", "#FFFFFF"
+# The variables of style.css that take the colours' places in a page, which may be dark.
+NAMED = {INK: "ink", MUTED: "muted", GRID: "line", RULE: "rule", HAIRLINE: "hairline", SHADE: "shade", PAPER: "paper"}
+VARIABLES = {
+    colour.lower(): name
+    for colour, name in (*NAMED.items(), *((each, f"series-{i}") for i, each in enumerate(PALETTE)))
+}
+DPI = 160  # of PNG files
 FONTS = "'Inter', 'Helvetica Neue', 'Segoe UI', 'Noto Sans', 'DejaVu Sans', Arial, sans-serif"
 STYLE: dict[str, Any] = {
     "svg.hashsalt": "aquilamoe",
@@ -22,7 +33,7 @@ STYLE: dict[str, Any] = {
     "font.size": 9.0,
     "text.color": INK,
     "text.parse_math": False,
-    "axes.edgecolor": "#9CA3AF",
+    "axes.edgecolor": RULE,
     "axes.labelcolor": MUTED,
     "axes.labelsize": 9.0,
     "axes.linewidth": 0.8,
@@ -53,25 +64,71 @@ CSS = (
 )
 
 
-def svg(draw: Callable[["Figure"], None], size: tuple[float, float], title: str, name: str) -> str:
-    """Return what `draw` draws as an SVG of `size` inches; `name` keeps its ids apart from other figures' in a page.
+@dataclass(frozen=True)
+class Drawing:
+    """A figure that can be drawn: `draw` gets a figure of a size and whether it is the one for a narrow page.
 
-    The bytes depend only on the drawing. Text stays text; the file names no font but by a list of fallbacks.
+    name: of its files, and what keeps its ids apart from other figures' in a page. title: what it shows, for those who
+    cannot see it. wide, narrow: sizes in inches; without a narrow one the wide one serves everywhere.
     """
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # or a first import tells of its font cache
-    from matplotlib import style
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
 
-    out = io.StringIO()
-    with style.context(["default", STYLE]), warnings.catch_warnings():
-        # The font that measures text lacks Chinese; the browser's fonts draw it.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        figure = Figure(figsize=size)
-        FigureCanvasSVG(figure)
-        draw(figure)
-        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
-    return _tidy(out.getvalue(), title, name)
+    name: str
+    title: str
+    draw: Callable[["Figure", bool], None]
+    wide: tuple[float, float]
+    narrow: tuple[float, float] | None = None
+
+    def svg(self, narrow: bool = False) -> str:
+        """A standalone SVG. The bytes depend only on the drawing; text stays text, in a list of usual fonts."""
+        from matplotlib.backends.backend_svg import FigureCanvasSVG
+
+        out = io.StringIO()
+        with self._drawn(narrow) as figure:
+            FigureCanvasSVG(figure)
+            figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+        return _tidy(out.getvalue(), self.title, self.name + ("-narrow" if narrow else ""))
+
+    def png(self) -> bytes:
+        """The same on white, as a picture."""
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+        out = io.BytesIO()
+        with self._drawn(narrow=False) as figure:
+            FigureCanvasAgg(figure)
+            figure.savefig(out, format="png", dpi=DPI, facecolor=PAPER, metadata={"Software": None})
+        return out.getvalue()
+
+    def save(self, folder: Path) -> None:
+        """Write `<name>.svg` and `<name>.png`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{self.name}.svg").write_text(self.svg(), encoding="utf-8", newline="\n")
+        (folder / f"{self.name}.png").write_bytes(self.png())
+
+    def shown(self) -> "Shown":
+        """What a page shows of it."""
+        return Shown(self.name, embedded(self.svg()), embedded(self.svg(narrow=True)) if self.narrow else "")
+
+    @contextmanager
+    def _drawn(self, narrow: bool) -> Iterator["Figure"]:
+        logging.getLogger("matplotlib").setLevel(logging.ERROR)  # or a first import tells of its font cache
+        from matplotlib import style
+        from matplotlib.figure import Figure
+
+        with style.context(["default", STYLE]), warnings.catch_warnings():
+            # The font that measures text lacks Chinese; the browser's fonts draw it.
+            warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+            figure = Figure(figsize=self.narrow if narrow and self.narrow else self.wide)
+            self.draw(figure, narrow)
+            yield figure
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A figure in a page: SVG for a wide window, and for a narrow one, empty where the wide one serves."""
+
+    name: str
+    wide: str
+    narrow: str
 
 
 def _tidy(text: str, title: str, name: str) -> str:
@@ -94,5 +151,15 @@ def _tidy(text: str, title: str, name: str) -> str:
 
 
 def embedded(text: str) -> str:
-    """Return an SVG for use inside HTML, where it needs no namespace."""
-    return text.replace(' xmlns="http://www.w3.org/2000/svg"', "", 1)
+    """Return an SVG for use inside a page, which has the namespace, the style and the colours."""
+    text = text.replace(' xmlns="http://www.w3.org/2000/svg"', "", 1)
+    return themed(re.sub(r"<style>.*?</style>", "", text, flags=re.S))
+
+
+def themed(text: str) -> str:
+    """Let the page choose the colours of a drawing: `#1F2937` becomes `var(--ink, #1F2937)`."""
+    return re.sub(
+        r"#[0-9a-fA-F]{6}\b",
+        lambda found: f"var(--{name}, {found[0]})" if (name := VARIABLES.get(found[0].lower())) else found[0],
+        text,
+    )

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from aquilamoe.reports import canvas
+from aquilamoe.reports.canvas import Drawing
 from aquilamoe.reports.curves import Jump, Series, Trained, smoothed, thinned
 from aquilamoe.reports.rows import count
 from aquilamoe.reports.view import (
@@ -21,9 +22,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-LOSS_SIZE = (10.0, 6.0)  # inches; at 72 points an inch the drawing is 720 units wide
-LOSS_BOX = Box(0.068, 0.108, 0.842, 0.768)
-TRAIN_SIZE = (10.0, 3.1)
+# Inches; at 72 points an inch a drawing is 720 units wide, that for a narrow page 360.
+LOSS_SIZE, LOSS_NARROW = (10.0, 6.0), (5.0, 5.4)
+LOSS_BOX, LOSS_NARROW_BOX = Box(0.068, 0.108, 0.842, 0.768), Box(0.115, 0.115, 0.735, 0.745)
+TRAIN_SIZE, TRAIN_NARROW = (10.0, 3.1), (5.0, 3.1)
+TICK = 62.0  # points that a number below the axis needs
 LINE = 11.5  # points between lines of a label
 MOST_POINTS = 400
 LONGEST = 14  # characters of a stage's name
@@ -34,10 +37,10 @@ def colours(stages: Sequence[Trained]) -> dict[str, str]:
     return {stage.stage: canvas.PALETTE[i % len(canvas.PALETTE)] for i, stage in enumerate(stages)}
 
 
-def loss_figure(stages: Sequence[Trained], jumps: Sequence[Jump], control: Trained | None) -> str | None:
-    """Draw held-out loss over log10 cumulative FLOPs: the chain, its growths, the control. None without any point.
+def loss_figure(stages: Sequence[Trained], jumps: Sequence[Jump], control: Trained | None) -> Drawing | None:
+    """Held-out loss over log10 cumulative FLOPs: the chain, its growths, the control. None without any point.
 
-    A standalone SVG. It shows the part where the stages differ; an inset shows where in the whole run that lies.
+    It shows the part where the stages differ; an inset shows where in the whole run that lies.
     """
     drawn = [stage for stage in stages if stage.validation.x]
     control = control if control and control.validation.x else None
@@ -48,8 +51,9 @@ def loss_figure(stages: Sequence[Trained], jumps: Sequence[Jump], control: Train
     title = "Held-out loss against cumulative model FLOPs of " + ", ".join(stage.stage for stage in everything)
     tints = colours(stages)
 
-    def draw(figure: "Figure") -> None:
-        axes = figure.add_axes(LOSS_BOX.bounds)
+    def draw(figure: "Figure", narrow: bool) -> None:
+        box = LOSS_NARROW_BOX if narrow else LOSS_BOX
+        axes = figure.add_axes(box.bounds)
         _loss_axes(axes, view)
         _loss_curves(axes, drawn, control, tints)
         _bands(axes, drawn, tints, view)
@@ -57,16 +61,16 @@ def loss_figure(stages: Sequence[Trained], jumps: Sequence[Jump], control: Train
         _ends(axes, drawn, control, tints, view)
         full = whole([stage.validation for stage in everything])
         if full.height > 1.25 * view.height:
-            _inset(figure, drawn, control, tints, view, full)
+            _inset(figure, box, drawn, control, tints, view, full)
 
-    return canvas.svg(draw, LOSS_SIZE, title, "loss")
+    return Drawing("loss", title, draw, LOSS_SIZE, LOSS_NARROW)
 
 
 def _loss_axes(axes: "Axes", view: View) -> None:
     axes.set_xscale("log")
     axes.set_xlim(view.x_low, view.x_high)
     axes.set_ylim(view.y_low, view.y_high)
-    ticks = flops_ticks(view.x_low, view.x_high)
+    ticks = flops_ticks(view.x_low, view.x_high, int(_points(axes)[0] // TICK))
     axes.set_xticks(ticks, [superscript(tick) for tick in ticks])
     axes.set_xticks([], minor=True)
     axes.grid(visible=False, axis="x")
@@ -122,11 +126,11 @@ def _growths(
     curves = [stage.validation for stage in [*stages, *([control] if control else [])]]
     for jump in jumps:
         top = min(jump.after, view.y_high)
-        axes.axvline(jump.flops, color="#D1D5DB", linewidth=0.8, zorder=0.9)
+        axes.axvline(jump.flops, color=canvas.HAIRLINE, linewidth=0.8, zorder=0.9)
         if abs(jump.after - jump.before) > 0.008 * view.height:
             axes.plot([jump.flops] * 2, [jump.before, top], color=canvas.INK, linewidth=1.2, linestyle=(0, (1, 1.6)))
         axes.plot([jump.flops], [jump.before], "o", markersize=5, color=canvas.INK, markeredgewidth=0)
-        axes.plot([jump.flops], [jump.after], "o", markersize=5, color="white", markeredgecolor=canvas.INK)
+        axes.plot([jump.flops], [jump.after], "o", markersize=5, color=canvas.PAPER, markeredgecolor=canvas.INK)
         _growth_label(axes, jump, curves, view)
 
 
@@ -161,7 +165,7 @@ def _ends(axes: "Axes", stages: Sequence[Trained], control: Trained | None, tint
     wanted = [view.up(stage.validation.y[-1]) * height - LINE for stage, _ in ends]
     for (stage, colour), place in zip(ends, spread(wanted, [2.3 * LINE] * len(ends), -14.0, height), strict=True):
         x, y = stage.validation.x[-1], stage.validation.y[-1]
-        axes.plot([x], [y], "o", markersize=6, color=colour, markeredgecolor="white", clip_on=False, zorder=5)
+        axes.plot([x], [y], "o", markersize=6, color=colour, markeredgecolor=canvas.PAPER, clip_on=False, zorder=5)
         left = view.across(x) + 8 / width
         label: dict[str, Any] = {"transform": axes.transAxes, "color": colour, "va": "center"}
         axes.text(left, (place + 1.5 * LINE) / height, f"{y:.2f}", fontweight="bold", fontsize=12, **label)
@@ -169,7 +173,13 @@ def _ends(axes: "Axes", stages: Sequence[Trained], control: Trained | None, tint
 
 
 def _inset(
-    figure: "Figure", stages: Sequence[Trained], control: Trained | None, tints: dict[str, str], view: View, full: View
+    figure: "Figure",
+    within: Box,
+    stages: Sequence[Trained],
+    control: Trained | None,
+    tints: dict[str, str],
+    view: View,
+    full: View,
 ) -> None:
     """Show the whole run, small, with a frame around the part that the figure shows."""
     from matplotlib.patches import Rectangle
@@ -178,8 +188,8 @@ def _inset(
     lowest, highest = extent(curves, view.x_low, view.along(0.3))
     if view.up(lowest) < 0.4 and view.up(highest) > 0.6:
         return  # the curves take both corners
-    box = LOSS_BOX.part(0.035, 0.055 if view.up(lowest) >= 0.4 else 0.68, 0.235, 0.27)
-    axes = figure.add_axes(box.bounds, facecolor="white")
+    box = within.part(0.035, 0.055 if view.up(lowest) >= 0.4 else 0.68, 0.235, 0.27)
+    axes = figure.add_axes(box.bounds, facecolor=canvas.PAPER)
     _loss_curves(axes, stages, control, tints)
     for line in axes.lines:
         line.set_linewidth(1.2)
@@ -191,7 +201,7 @@ def _inset(
     axes.set_xticks([], minor=True)
     axes.set_yticks([])
     low, high = max(view.y_low, full.y_low), min(view.y_high, full.y_high)
-    frame: dict[str, Any] = {"facecolor": "#F3F4F6", "edgecolor": "#9CA3AF", "linewidth": 0.7, "zorder": 0}
+    frame: dict[str, Any] = {"facecolor": canvas.SHADE, "edgecolor": canvas.RULE, "linewidth": 0.7, "zorder": 0}
     axes.add_patch(Rectangle((view.x_low, low), view.x_high - view.x_low, high - low, **frame))
     axes.text(0.08, 0.97, "the whole run", transform=axes.transAxes, fontsize=8, color=canvas.MUTED)
 
@@ -204,23 +214,18 @@ def _points(axes: "Axes") -> tuple[float, float]:
     return float(box.width * width * 72), float(box.height * height * 72)
 
 
-def training_figure(stages: Sequence[Trained], control: Trained | None) -> str | None:
-    """Draw training loss over tokens and, for an MoE, the load of the fullest expert. None without any point."""
+def training_figure(stages: Sequence[Trained], control: Trained | None) -> Drawing | None:
+    """Training loss over tokens. None without any point."""
     drawn = [stage for stage in [*stages, *([control] if control else [])] if stage.train.x]
-    routed = [stage for stage in [*stages, *([control] if control else [])] if stage.router_load.x]
-    if not drawn and not routed:
+    if not drawn:
         return None
     tints = colours(stages) | ({control.stage: canvas.CONTROL} if control else {})
 
-    def draw(figure: "Figure") -> None:
-        panels = figure.subplots(1, len([panel for panel in (drawn, routed) if panel]), squeeze=False)[0]
-        if drawn:
-            _train_panel(panels[0], drawn, tints)
-        if routed:
-            _router_panel(panels[-1], routed, tints)
-        figure.subplots_adjust(left=0.068, right=0.985, bottom=0.19, top=0.87, wspace=0.2)
+    def draw(figure: "Figure", narrow: bool) -> None:
+        _train_panel(figure.subplots(), drawn, tints)
+        figure.subplots_adjust(left=0.12 if narrow else 0.068, right=0.985, bottom=0.19, top=0.87)
 
-    return canvas.svg(draw, TRAIN_SIZE, "Training loss and router load over tokens", "training")
+    return Drawing("training", "Training loss over tokens", draw, TRAIN_SIZE, TRAIN_NARROW)
 
 
 def _train_panel(axes: "Axes", stages: Sequence[Trained], tints: dict[str, str]) -> None:
@@ -236,16 +241,6 @@ def _train_panel(axes: "Axes", stages: Sequence[Trained], tints: dict[str, str])
     margin = 0.06 * (max(late) - min(lowest)) or 0.1
     axes.set_ylim(min(lowest) - margin, max(late) + margin)
     _panel(axes, "training loss, nats per token", "tokens, ancestors included")
-    _key(axes, stages, tints)
-
-
-def _router_panel(axes: "Axes", stages: Sequence[Trained], tints: dict[str, str]) -> None:
-    axes.axhline(1.0, color=canvas.MUTED, linewidth=0.8, dashes=(4, 2.5))
-    for stage in stages:
-        curve = thinned(stage.router_load, MOST_POINTS)
-        axes.plot(curve.x, curve.y, color=tints[stage.stage], linewidth=1.6)
-    axes.set_ylim(bottom=min(0.95, *(min(stage.router_load.y) for stage in stages)))
-    _panel(axes, "load of the fullest expert / mean load", "tokens of the stage")
     _key(axes, stages, tints)
 
 

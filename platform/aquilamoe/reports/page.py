@@ -2,12 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
-from typing import Any
 
-from aquilamoe.reports import canvas, costs, figure, finding, lineage
-from aquilamoe.reports.curves import Points, Trained, chain_of, trained
+from aquilamoe.reports import canvas, costs, figure, finding, lineage, template
+from aquilamoe.reports.curves import Points, chain_of, trained
 from aquilamoe.reports.rows import (
     ABSENT,
     GROWTH_KINDS,
@@ -72,8 +70,8 @@ def render(
     control_record = records.get(control) if control else None
     compared = trained(str(control), control_record, curves.get(str(control), ())) if control_record else None
     tints = figure.colours(stages) | ({compared.stage: canvas.CONTROL} if compared else {})
-    loss_svg = figure.loss_figure(stages, jumps, compared)
-    training_svg = figure.training_figure(stages, compared)
+    loss = figure.loss_figure(stages, jumps, compared)
+    training = figure.training_figure(stages, compared)
     points = finding.checkpoints(records)
     context = {
         "experiment": experiment,
@@ -82,10 +80,9 @@ def render(
         "scale_note": finding.scale_note(records, chain),
         "finding": finding.find(records, chain, control),
         "facts": _facts(records, chain),
-        "loss_svg": loss_svg and canvas.embedded(loss_svg),
-        "training_svg": training_svg and canvas.embedded(training_svg),
+        "loss": loss.shown() if loss else None,
+        "training": training.shown() if training else None,
         "has_jumps": bool(jumps),
-        "routed": any(stage.router_load.x for stage in _all(stages, compared)),
         "compared": compared,
         "control_source": input_stages(control_record).get("source") if control_record else None,
         "rows": stage_rows(records),
@@ -94,39 +91,14 @@ def render(
         "languages": sorted({lang for point in points for lang in {**point.lang_nats, **point.lang_bits}}),
         "best": _best(points),
         "certificates": [_certificate(name, r) for name, r in records.items() if r.get("kind") in GROWTH_KINDS],
-        "graph": lineage.graph_svg(records, chain, tints),
+        "graph": canvas.themed(lineage.graph_svg(records, chain, tints)),
         "provenance": [_provenance(name, record) for name, record in records.items()],
         "versions": _versions(records),
         "commits": sorted({str(record["git_commit"]) for record in records.values() if record.get("git_commit")}),
         "command": command,
         "tints": tints,
     }
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(_fill(context), encoding="utf-8", errors="xmlcharrefreplace", newline="\n")
-
-
-def loss_svg(
-    records: Mapping[str, Record], curves: Mapping[str, Points], chain: Sequence[str], control: str | None
-) -> str | None:
-    """Return the loss figure as a standalone SVG file's text, e.g. for a README; None without any point."""
-    stages, jumps = chain_of(records, curves, chain)
-    record = records.get(control) if control else None
-    return figure.loss_figure(
-        stages, jumps, trained(str(control), record, curves.get(str(control), ())) if record else None
-    )
-
-
-def _all(stages: Sequence[Trained], control: Trained | None) -> list[Trained]:
-    return [*stages, *([control] if control else [])]
-
-
-def _fill(context: Mapping[str, Any]) -> str:
-    from jinja2 import Environment, StrictUndefined
-
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"count": count, "power": power, "decimal": decimal, "seconds": seconds}
-    template = resources.files("aquilamoe.reports").joinpath("page.html.jinja").read_text("utf-8")
-    return environment.from_string(template).render(context)
+    template.write(target, "page.html.jinja", context)
 
 
 def _facts(records: Mapping[str, Record], chain: Sequence[str]) -> list[tuple[str, str]]:

@@ -130,16 +130,16 @@ def spread(wanted: Sequence[float], sizes: Sequence[float], low: float, high: fl
     return places
 
 
-def flops_ticks(low: float, high: float) -> list[float]:
-    """Round values of a logarithmic axis: the densest choice with at most eight."""
+def flops_ticks(low: float, high: float, most: int = 8) -> list[float]:
+    """Round values of a logarithmic axis: the densest choice with at most `most`."""
     exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     ticks: list[float] = []
     for mantissas in ((1, 2, 3, 4, 5, 6, 8), (1, 2, 3, 5), (1, 2, 5), (1, 3), (1,)):
         values = [mantissa * 10.0**exponent for exponent in exponents for mantissa in mantissas]
         ticks = [tick for tick in values if low <= tick <= high]
-        if len(ticks) <= 8:
+        if len(ticks) <= most:
             return ticks
-    return ticks[:: -(-len(ticks) // 8)]
+    return ticks[:: -(-len(ticks) // most)]
 
 
 def superscript(value: float) -> str:

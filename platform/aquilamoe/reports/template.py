@@ -1,0 +1,33 @@
+"""Pages from templates: one file each that needs nothing else. A page extends `shell.html.jinja` and uses `parts`."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from aquilamoe.reports import canvas
+from aquilamoe.reports.rows import count, decimal, power, seconds
+
+Link = tuple[str, str, bool]  # what it says, where it leads, whether it is the page itself
+
+
+def write(target: Path, template: str, context: Mapping[str, Any], pages: list[Link] | None = None) -> None:
+    """Fill a template of this folder and write it to `target`. The same context gives the same bytes."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(fill(template, context, pages), encoding="utf-8", errors="xmlcharrefreplace", newline="\n")
+
+
+def fill(template: str, context: Mapping[str, Any], pages: list[Link] | None = None) -> str:
+    """The text of a page. `pages` are the pages beside it, for its head; every name in a template must be given."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("aquilamoe", "reports"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "count": count, "power": power, "decimal": decimal, "seconds": seconds, "themed": canvas.themed,
+    }  # fmt: skip
+    return environment.get_template(template).render(pages=pages or [], **context)
