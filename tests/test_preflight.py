@@ -60,6 +60,30 @@ def test_gpus_that_are_there_are_enough(check: Callable[..., str | None], gpus: 
     assert check("cluster.workers=4", "cluster.gpus_per_worker=1") is None
 
 
+@pytest.mark.parametrize(
+    ("flags", "overrides", "warns"),
+    [
+        ("fma avx2", ["precision=bf16"], True),
+        ("fma avx2", ["stages.moe.precision=bf16_master"], True),
+        ("fma avx2", [], False),
+        ("fma avx2 avx512bw", ["precision=bf16"], False),
+        ("fma avx2", ["precision=bf16", "cluster.gpus_per_worker=1"], False),
+        ("fma avx2", ["precision=bf16", "cluster.address=auto"], False),
+    ],
+)
+def test_bfloat16_on_a_cpu_that_cannot_is_a_warning_that_names_the_stages(
+    compose: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str, overrides: list[str], warns: bool
+) -> None:
+    read = Path.read_text
+    info = f"processor\t: 0\nflags\t\t: {flags}\n"
+    monkeypatch.setattr(Path, "read_text", lambda p, **k: info if str(p) == "/proc/cpuinfo" else read(p, **k))
+    experiment = graph.parse(compose(*overrides))
+    found = preflight.slow_precision(experiment, planning.make(graph.build(experiment), Store(tmp_path), 1e9))
+    assert (found is not None) == warns
+    if found is not None:
+        assert "moe" in found and "precision=fp32" in found and "\n" not in found
+
+
 def test_a_cluster_elsewhere_is_not_judged_by_this_machine(
     check: Callable[..., str | None], gpus: Callable[[int], None]
 ) -> None:

@@ -123,6 +123,8 @@ def _run(experiment: ExperimentConfig, plan: Sequence[Planned], store: Store, co
     _set_environment()
     out = screen.console()
     out.print(f"{experiment.name}: {experiment.description}")
+    if hint := preflight.slow_precision(experiment, plan):
+        out.print(hint, style="yellow", soft_wrap=True)
     started = time.monotonic()
     progress = live.LiveView(out, experiment.name, plan)
     tracker = Tracker(experiment.tracking.uri, store.root) if experiment.tracking.enabled else None

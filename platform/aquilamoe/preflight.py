@@ -37,6 +37,38 @@ def local_gpus() -> list[Path]:
     return sorted(Path("/dev").glob("nvidia[0-9]*"))
 
 
+# As /proc/cpuinfo spells them: any of these lets a CPU of this family multiply in bfloat16 as fast as in float32.
+BF16_FLAGS = {"avx512bw", "amx_bf16", "avx_ne_convert"}
+
+
+def slow_precision(experiment: ExperimentConfig, plan: Sequence[Planned]) -> str | None:
+    """A warning where training on the CPU of this machine would be many times slower than it has to be."""
+    cluster = experiment.cluster
+    rounded = [
+        planned.name
+        for planned in plan
+        if planned.state != "cached"
+        and isinstance(planned.node.stage, PretrainStage)
+        and planned.node.stage.precision != "fp32"
+    ]
+    if not rounded or cluster.gpus_per_worker or cluster.address is not None or has_bf16_products():
+        return None
+    return (
+        f"precision: stages {', '.join(rounded)} compute in bfloat16, about 20 times slower than float32 on this CPU, "
+        "which has neither AVX-512 nor AMX; precision=fp32 is faster"
+    )
+
+
+def has_bf16_products() -> bool:
+    """Whether the CPU of this machine multiplies in bfloat16; so it is assumed where an x86 does not say."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return True
+    found = next((line.split() for line in text.splitlines() if line.startswith("flags")), None)
+    return found is None or not BF16_FLAGS.isdisjoint(found)
+
+
 def _check_workers(experiment: ExperimentConfig) -> None:
     workers = experiment.cluster.workers
     if experiment.cluster.executor == "process" and workers > 1:

@@ -25,6 +25,7 @@ from aquilamoe.config.network import (
 from aquilamoe.config.steps import OptimizerConfig, RouterConfig, ScheduleConfig, SpikesConfig
 
 DepthRule = Literal["interpolate", "stack", "stack_top"]
+Precision = Literal["bf16", "bf16_master", "fp32"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]  # it names files
 
 
@@ -174,7 +175,7 @@ class PretrainStage(StageConfig):
     sequence_length: Annotated[Int, Field(ge=2)]
     mixture: dict[str, PositiveFloat]
     learning_rate: PositiveFloat
-    precision: Literal["bf16", "bf16_master", "fp32"]
+    precision: Precision
     optimizer_state: Literal["reset", "keep"]
     seed: NonNegativeInt
     optimizer: OptimizerConfig
@@ -353,6 +354,7 @@ class ExperimentConfig(Config):
     evaluation: EvaluationConfig = EvaluationConfig()
     other: str | None = None
     seed: NonNegativeInt
+    precision: Precision
     model: ModelConfig
     data: DataConfig
     growth: GrowthConfig
