@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from aquilamoe.config.messages import UserError, first_problem, nearest
+from aquilamoe.config.scaling import scaled
 from aquilamoe.config.schema import (
     CorpusStage,
     EvaluateStage,
@@ -55,7 +56,8 @@ class Node:
 
 
 def parse(values: Mapping[str, Any]) -> ExperimentConfig:
-    """Validate a composed configuration; UserError with one line for the first problem."""
+    """Validate a composed configuration at its `scale`; UserError with one line for the first problem."""
+    values = scaled(values)
     try:
         return ExperimentConfig.model_validate(values)
     except ValidationError as error:
