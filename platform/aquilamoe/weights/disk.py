@@ -1,10 +1,11 @@
-"""Bytes to the disk at its own speed: reused buffers, direct writes around the page cache, threads that work in order.
+"""Bytes to the disk at its own speed: reused buffers, direct writes around the page cache, several under way at once.
 
 A buffered write copies every byte into the page cache and is throttled once that fills; a direct one goes from the
 buffer to the disk, holds nothing in memory, and is durable soon after. Where a file system refuses it, the same bytes
 go through the cache.
 """
 
+import ctypes
 import errno
 import mmap
 import os
@@ -85,7 +86,7 @@ class Lane:
 
 
 class OutputFile:
-    """A file of known size that grows in any order; one thread writes it.
+    """A file of known size whose bytes come in any order, from several threads.
 
     It is opened by the first write and, when all its bytes have come, made durable and closed.
     """
@@ -96,6 +97,8 @@ class OutputFile:
         self._header = header
         self._remaining = size
         self._descriptor = self._direct = -1
+        self._refuses_direct = False
+        self._lock = Lock()
 
     def finish(self) -> None:
         """Make sure that the file is there, also when nothing had to be written to it."""
@@ -106,10 +109,11 @@ class OutputFile:
     def write(self, data: memoryview, phase: int, offset: int) -> None:
         """Put `data`, whose memory begins `phase` bytes after a page's beginning, at `offset` of the file."""
         try:
-            if self._remaining == self._size:
-                self._open()
+            with self._lock:
+                if self._descriptor < 0:
+                    self._open()
             head = body = 0
-            if self._direct >= 0 and (offset - phase) % PAGE == 0:
+            if self._direct >= 0 and not self._refuses_direct and (offset - phase) % PAGE == 0:
                 head = min(-offset % PAGE, len(data))
                 body = (len(data) - head) // PAGE * PAGE
             if body >= DIRECT_BYTES:
@@ -118,8 +122,10 @@ class OutputFile:
                 _write_all(self._descriptor, data[head + body :], offset + head + body)
             else:
                 _write_all(self._descriptor, data, offset)
-            self._remaining -= len(data)
-            if self._remaining == 0:
+            with self._lock:
+                self._remaining -= len(data)
+                is_last = self._remaining == 0
+            if is_last:
                 os.fsync(self._descriptor)
                 self.close()
         except OSError as error:
@@ -134,7 +140,7 @@ class OutputFile:
 
     def _open(self) -> None:
         self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
-        os.truncate(self._descriptor, self._size)
+        _allocate(self._descriptor, self._size)
         _write_all(self._descriptor, memoryview(self._header), 0)
         self._remaining -= len(self._header)
         if DIRECT:
@@ -151,9 +157,21 @@ class OutputFile:
         except OSError as error:
             if error.errno not in REFUSALS:
                 raise
-            os.close(self._direct)
-            self._direct, written = -1, 0
+            self._refuses_direct, written = True, 0
         _write_all(self._descriptor, data[written:], offset + written)
+
+
+def _allocate(descriptor: int, size: int) -> None:
+    """Give the file its size, and blocks on the disk where the file system can: then it takes several writes at once.
+
+    Not `os.posix_fallocate`, which writes to every block where the file system cannot.
+    """
+    os.truncate(descriptor, size)
+    fallocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
+    if fallocate is None or fallocate(descriptor, 0, ctypes.c_int64(0), ctypes.c_int64(size)) == 0:
+        return
+    if ctypes.get_errno() in FULL:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
 def _write_all(descriptor: int, data: memoryview, offset: int) -> None:

@@ -1,12 +1,13 @@
 """A safetensors directory written a block at a time, in any order, with constant memory (no torch unless it is given).
 
-Three things happen at once: the caller fills buffers, one thread writes them, two hash them. The library's own
+Three things happen at once: the caller fills buffers, some threads write them, two hash them. The library's own
 `save_file` wants the whole model in memory.
 """
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from itertools import count
 from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 PARTIAL = ".partial"
 FILES = ("model-*-of-*.safetensors", SINGLE_FILE, INDEX_FILE)  # what a checkpoint's weights can be called
 NUM_BUFFERS = 8
+NUM_WRITING = 4  # direct writes under way: a disk is faster when it knows what comes next
 NUM_HASHING = 2
 
 
@@ -80,9 +82,9 @@ class Writer:
         self._free: SimpleQueue[Buffer] = SimpleQueue()
         for _ in range(NUM_BUFFERS):
             self._free.put(Buffer(self._free))
-        self.writing = Lane("writing")
+        self._writing = [Lane(f"writing-{number}") for number in range(NUM_WRITING)]
         self._hashing = [Lane(f"hashing-{number}") for number in range(NUM_HASHING)]
-        self._turns = 0
+        self._hashing_turns, self._writing_turns = count(), count()
         return self
 
     def __exit__(
@@ -90,9 +92,7 @@ class Writer:
     ) -> None:
         try:
             complete = error is None and not self._missing
-            for file in self._files if complete else ():
-                self.writing.put(file.finish)
-            for lane in (self.writing, *self._hashing):
+            for lane in self._lanes():
                 if not complete:
                     lane.stop()
                 lane.join()
@@ -102,6 +102,8 @@ class Writer:
                     raise ValueError(
                         f"tensor '{next(iter(self._missing))}' is missing: {len(self._missing)} never came"
                     )
+                for file in self._files:
+                    file.finish()
                 self._publish()
         finally:
             for file in self._files:
@@ -180,8 +182,11 @@ class Writer:
         for name in names:
             del self._missing[name]
 
+    def _lanes(self) -> list[Lane]:
+        return [*self._writing, *self._hashing]
+
     def _raise_errors(self) -> None:
-        for lane in (self.writing, *self._hashing):
+        for lane in self._lanes():
             if lane.error is not None:
                 raise lane.error
 
@@ -193,8 +198,11 @@ class Writer:
 
     def _next_hashing(self) -> Lane:
         """The thread whose turn it is to hash a tensor."""
-        self._turns += 1
-        return self._hashing[self._turns % NUM_HASHING]
+        return self._hashing[next(self._hashing_turns) % NUM_HASHING]
+
+    def next_writing(self) -> Lane:
+        """The thread whose turn it is to write a buffer to one place."""
+        return self._writing[next(self._writing_turns) % NUM_WRITING]
 
     def places(self, names: Sequence[str]) -> list[tuple[OutputFile, int]]:
         """File and first byte of tensors."""
@@ -278,16 +286,14 @@ class _Flow:
         assert self._buffer is not None
         buffer, self._buffer = self._buffer, None
         data = memoryview(buffer.memory)[self._begin : self._end]
-        buffer.lend(2 if self._hashing else 1)
+        buffer.lend(len(self._places) + (1 if self._hashing else 0))
         if self._hashing:
             self._hashing.put(partial(self._hash.update, data), buffer)
-        self._writer.writing.put(partial(self._write, data, self._begin, self._written), buffer)
+        for file, start in self._places:
+            job = partial(file.write, data, self._begin, start + self._written)
+            self._writer.next_writing().put(job, buffer)
         self._written += len(data)
         self._begin = self._end = 0
-
-    def _write(self, data: memoryview, phase: int, position: int) -> None:
-        for file, start in self._places:
-            file.write(data, phase, start + position)
 
     def _digest(self) -> None:
         self._writer.digests |= dict.fromkeys(self._names, self._hash.hexdigest())
