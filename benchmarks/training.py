@@ -71,7 +71,14 @@ CPU: list[tuple[str, int]] = [
 ]
 QUICK = [("0.7M", 128), ("0.7M x8", 128), ("8M", 256)]
 CUDA = [("1.8B", 2048), ("0.6B x8", 2048)]
-OURS = ["ours autocast", "ours autocast compiled", "ours bf16 master", "ours bf16 master compiled", "ours fp32"]
+OURS = [
+    "ours autocast",
+    "ours autocast compiled",
+    "ours bf16 master",
+    "ours bf16 master compiled",
+    "ours fp32",
+    "ours fp32 compiled",
+]
 TRANSFORMERS = {
     False: [
         *("transformers sdpa fp32", "transformers sdpa autocast", "transformers eager autocast"),
@@ -81,14 +88,16 @@ TRANSFORMERS = {
             "transformers sdpa bf16 compiled",
             "transformers eager bf16 compiled",
         ),
+        *("transformers eager fp32", "transformers sdpa fp32 compiled", "transformers eager fp32 compiled"),
     ],
     True: [
         *("transformers eager autocast loop", "transformers eager autocast grouped"),
         *("transformers eager bf16 loop", "transformers eager bf16 grouped"),
         *("transformers eager autocast grouped compiled", "transformers eager bf16 grouped compiled"),
+        *("transformers sdpa fp32 loop", "transformers sdpa fp32 grouped", "transformers sdpa fp32 grouped compiled"),
     ],
 }
-LITGPT = ["litgpt autocast", "litgpt bf16", "litgpt bf16 compiled"]
+LITGPT = ["litgpt autocast", "litgpt bf16", "litgpt bf16 compiled", "litgpt fp32", "litgpt fp32 compiled"]
 ON_CUDA = [*OURS[:4], "transformers sdpa bf16", "transformers sdpa bf16 compiled"]
 LARGE = 100_000_000  # parameters, from which on one contestant at a time is in memory
 
@@ -121,7 +130,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Goal:
-    """The best of ours in bf16 has to be `factor` times as fast as the best whose name begins with `against`."""
+    """The best of ours has to be `factor` times as fast as the best whose name begins with `against`."""
 
     what: str
     against: str
@@ -237,7 +246,10 @@ def table(results: Sequence[Result], peaks: dict[str, float]) -> Iterator[str]:
 
 
 def goals(results: Sequence[Result], peaks: dict[str, float]) -> Iterator[str]:
-    """One line for each goal of each shape and length; what misses its goal is said."""
+    """One line for each goal of each shape and length; what misses its goal is said.
+
+    Ratios to float32 are for machines that compute faster in bf16.
+    """
     yield "| shape | tokens | our best | against | ratio | goal |"
     yield "|---|---|---|---|---|---|"
     for shape, length in dict.fromkeys((each.shape, each.length) for each in results):
@@ -247,6 +259,8 @@ def goals(results: Sequence[Result], peaks: dict[str, float]) -> Iterator[str]:
             continue
         start = f"| {shape} | {length} | {ours.name.removeprefix('ours ')} |"
         for goal in GOALS:
+            if goal.against.endswith("fp32") and "bfloat16" not in peaks:
+                continue
             found = ratio(group, goal)
             if goal.is_sparse == ours.config.is_moe and found is not None:
                 yield f"{start} {goal.what} | {found:.2f}x | {_judged(found, goal.factor)} |"
@@ -255,7 +269,7 @@ def goals(results: Sequence[Result], peaks: dict[str, float]) -> Iterator[str]:
             found = ours.flops_per_s / twin.flops_per_s
             yield f"{start} our dense {twin.shape}, per active FLOP | {found:.2f}x | {_judged(found, 0.8)} |"
         if shape in FRACTIONS:
-            found = ours.flops_per_s / peaks["bfloat16"]
+            found = ours.flops_per_s / peaks.get("bfloat16", peaks["float32"])
             yield f"{start} the machine's peak | {found:.0%} | {_judged(found, FRACTIONS[shape])} |"
 
 
@@ -280,13 +294,13 @@ dense feed-forward.
 - `autocast`: float32 weights, products in bf16. `bf16`: weights, gradients and optimizer in bf16, which trains worse;
   `bf16 master` (ours only): bf16 weights, float32 in the optimizer. `compiled`: every layer through torch.compile.
 - `eager`, `sdpa`: how transformers computes attention. `loop`, `grouped`: how it computes experts.
-- Peak: the fastest square matrix product of this machine, measured first: {bfloat16:.2f} TFLOP/s in bf16, {float32:.2f}
-  in float32{stated}. FLOPs are those of the model (`ModelConfig.flops_per_token`).
+- Peak: the fastest square matrix product of this machine, measured first: {peaks}.
+  FLOPs are those of the model (`ModelConfig.flops_per_token`).
 - Warm-up: three steps and making the network, compilation included.
 
 {table}
 
-Our best in bf16 against the best mode of each. What misses its goal is said.
+Our best against the best mode of each. What misses its goal is said.
 
 {goals}
 """
@@ -306,19 +320,20 @@ def profiles(library: Library, chosen: Sequence[tuple[str, int]], batch_tokens: 
 
 
 def page(results: Sequence[Result], peaks: dict[str, float], about: dict[str, Any]) -> str:
-    values = about | {kind: peaks[kind] / 1e12 for kind in ("bfloat16", "float32")}
-    return PAGE.format(**values, table="\n".join(table(results, peaks)), goals="\n".join(goals(results, peaks)))
+    return PAGE.format(**about, table="\n".join(table(results, peaks)), goals="\n".join(goals(results, peaks)))
 
 
 def find_peaks(library: Library, options: argparse.Namespace, about: dict[str, Any]) -> dict[str, float]:
     """FLOP/s of products, by type. On a known GPU, the stated figure for bf16: the share of it is the MFU."""
     values = {"sizes": {"cpu": [1024, 2048], "cuda": [4096, 8192]}[options.device], "clock": options.clock}
-    peaks = {each: library.ask("peak", dtype=each, **values)["flops_per_s"] for each in ("bfloat16", "float32")}
-    about["stated"] = ""
+    kinds = ("bfloat16", "float32") if about["has_bf16"] else ("float32",)
+    peaks = {each: library.ask("peak", dtype=each, **values)["flops_per_s"] for each in kinds}
+    about["peaks"] = ", ".join(f"{peak / 1e12:.2f} TFLOP/s in {kind}" for kind, peak in peaks.items())
+    if "bfloat16" not in peaks:
+        about["peaks"] += "; it has no instructions for products in bfloat16, so that everybody trains in float32"
     for part, stated in STATED_PEAKS.items():
         if part in about["machine"]:
-            about["stated"] = f"; its maker states {stated / 1e12:.0f} in bf16, of which shares are (MFU)"
-            about["measured_bfloat16"] = peaks["bfloat16"]
+            about["peaks"] += f"; its maker states {stated / 1e12:.0f} in bfloat16, of which shares are (MFU)"
             peaks["bfloat16"] = stated
     return peaks
 
@@ -371,13 +386,14 @@ def main(words: Sequence[str]) -> None:
         "rounds": options.rounds,
         "batch_tokens": options.batch_tokens,
         "clock": {"wall": "seconds of the clock", "cpu": "seconds of the CPU"}[options.clock],
+        "has_bf16": machine["has_bf16"],
         "machine": f"{machine['device']} ({platform.machine()}), torch {machine['torch']}",
     }
     peaks = find_peaks(libraries["ours"], options, about)
     results: list[Result] = []
     for shape, length in chosen:
         names = ON_CUDA if on_cuda else [*OURS, *TRANSFORMERS[SHAPES[shape]["num_experts"] > 0], *LITGPT]
-        names = [name for name in names if name.startswith(wanted)]
+        names = [name for name in names if name.startswith(wanted) and (about["has_bf16"] or "fp32" in name)]
         start = time.perf_counter()
         results += measure(libraries, names, shape, length, options)
         print(f"{shape} at {length}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)

@@ -240,15 +240,16 @@ class _Master:
 
 def product_peak(device: str, dtype: torch.dtype, sizes: tuple[int, ...], clock: Callable[[], float]) -> float:
     """FLOP/s of the fastest square matrix product."""
-    best = 0.0
+    best, work = 0.0, 4e9
     for size in sizes:
+        count = max(1, int(work / size**3))
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         for _ in range(8):
             start = clock()
-            for _ in range(max(1, int(2e10 / size**3))):
+            for _ in range(count):
                 product = a @ b
             product[0, 0].item()
-            best = max(best, 2 * size**3 * max(1, int(2e10 / size**3)) / (clock() - start))
+            best = max(best, 2 * size**3 * count / (clock() - start))
     return best
 
 
@@ -291,9 +292,14 @@ class Server:
         read = time.process_time if clock == "cpu" else time.perf_counter
         return {"flops_per_s": product_peak(self.device, getattr(torch, dtype), tuple(sizes), read)}
 
-    def about(self) -> dict[str, str]:
-        name = torch.cuda.get_device_name() if self.device == "cuda" else f"{torch.get_num_threads()} threads"
-        return {"torch": torch.__version__, "device": name}
+    def about(self) -> dict[str, Any]:
+        """has_bf16: whether products in bfloat16 are computed by instructions for it, and not 20 times as slowly."""
+        on_cuda = self.device == "cuda"
+        return {
+            "torch": torch.__version__,
+            "device": torch.cuda.get_device_name() if on_cuda else f"{torch.get_num_threads()} threads",
+            "has_bf16": on_cuda or torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+        }
 
 
 def main() -> None:
