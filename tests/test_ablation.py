@@ -305,7 +305,27 @@ def test_a_mean_curve_is_taken_where_all_seeds_were_measured() -> None:
     assert statistics.mean_curve([[(0, 4.0), (1, 3.0)], [(0, 2.0), (1, 2.0), (2, 1.0)]]) == [(0, 3.0), (1, 2.5)]
 
 
-def test_the_saving_is_scratchs_cost_over_the_lines_at_the_same_loss() -> None:
+def test_the_saving_is_scratchs_cost_over_the_lines_to_the_loss_that_scratch_ends_with() -> None:
     scratch = [(0.0, 8.0), (100.0, 4.0), (200.0, 3.0)]
-    assert statistics.saving(scratch, loss=3.5, flops=50.0) == 3.0
-    assert statistics.saving(scratch, loss=2.9, flops=50.0) is None
+    assert statistics.saving(scratch, [(20.0, 5.0), (50.0, 3.5), (70.0, 2.5)]) == 200 / 60
+    assert statistics.saving(scratch, [(20.0, 5.0), (50.0, 3.5)]) is None
+
+
+@pytest.mark.parametrize(
+    ("freedom", "quantile"), [(1, 12.7062), (2, 4.30265), (3, 3.18245), (10, 2.22814), (60, 2.00030)]
+)
+def test_the_quantile_of_students_t_is_the_tables(freedom: int, quantile: float) -> None:
+    assert math.isclose(statistics.t_quantile(freedom), quantile, rel_tol=1e-5)
+
+
+def test_a_curve_is_read_between_its_points_and_not_outside_of_them() -> None:
+    curve = [(0.0, 4.0), (10.0, 3.0), (20.0, 3.5)]
+    assert statistics.value_at(curve, 5.0) == 3.5 and statistics.value_at(curve, 20.0) == 3.5
+    assert statistics.value_at(curve, 21.0) is None
+    assert statistics.first_at(curve, 3.25) == 7.5 and statistics.first_at(curve, 2.9) is None
+    assert statistics.first_at(curve, 9.0) == 0.0
+
+
+def test_the_leader_is_who_is_lowest_from_where_on() -> None:
+    curves = {"a": [(1.0, 3.0), (2.0, 2.5), (3.0, 2.4)], "b": [(1.0, 3.5), (2.0, 2.6), (3.0, 2.0), (4.0, 1.0)]}
+    assert statistics.leaders(curves) == [(1.0, "a"), (3.0, "b")]

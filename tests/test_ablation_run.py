@@ -56,8 +56,15 @@ def finished(process: "subprocess.Popen[str]") -> str:
 
 
 def results(root: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((root / "runs" / "ablations" / "ablation_scale_up.json").read_text())
-    return found
+    folder = root / "runs" / "ablations" / "ablation_scale_up"
+    found: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    return {key: value for key, value in found.items() if key != "command"}
+
+
+def losses(root: Path) -> dict[str, dict[str, float]]:
+    """The objective of every variant by seed."""
+    entries = [entry for entry in results(root)["entries"] if entry["control"] is None]
+    return {e["name"]: {seed: found["value"] for seed, found in e["seeds"].items()} for e in entries}
 
 
 def outputs(root: Path) -> dict[str, list[str]]:
@@ -75,19 +82,27 @@ def test_shared_stages_run_once_a_second_run_finds_all_and_a_failed_variant_cost
     out = finished(start("seeds=2"))
     made = outputs(tmp_path)
     assert len(made["tokens"]) == 1 and len(made["prepare"]) == 2 and len(made["dense"]) == 4
-    found = results(tmp_path)
-    assert found["variants"].keys() == {"fpi, stack", "aki, stack"} and found["missing"] == {}
-    assert len(found["controls"]) == 4
-    losses = {name: variant["values"] for name, variant in found["variants"].items()}
-    for name, by_seed in losses.items():
+    found, measured = results(tmp_path), losses(tmp_path)
+    assert measured.keys() == {"fpi, stack", "aki, stack"}
+    assert len(found["entries"]) == 2 + 4 and all(entry["missing"] == {} for entry in found["entries"])
+    for entry in found["entries"][:2]:
+        for seed in entry["seeds"].values():
+            assert {"loss_jump", "kl", "rank_grown", "rank_end"} <= seed["figures"].keys()
+            assert 0 < seed["figures"]["rank_end"] <= 1 and len(seed["curve"]) >= 2
+    for name, by_seed in measured.items():
         assert f"{sum(by_seed.values()) / 2:.4f}" in next(line for line in out.splitlines() if f" {name} " in line)
     again = finished(start("seeds=2"))
     assert re.search(r"^(\d+) stages, \1 of them there", again, re.MULTILINE)
     assert outputs(tmp_path) == made and results(tmp_path) == found
     # A rate at which nothing stays finite.
     spoiled = finished(start("seeds=2", "+ablation.axes.method.values.broken=['stages.dense.learning_rate=1e30']"))
-    assert results(tmp_path)["missing"] == {"broken, stack": [1, 2]}
-    assert {name: results(tmp_path)["variants"][name]["values"] for name in losses} == losses
+    assert losses(tmp_path) == measured | {"broken, stack": {}}
+    (broken,) = [entry for entry in results(tmp_path)["entries"] if entry["name"] == "broken, stack"]
+    assert set(broken["missing"]) == {"1", "2"} and "is nan at step" in broken["missing"]["1"]
+    page = re.search(r"^report +(\S+)", spoiled, re.MULTILINE)
+    assert page and "'broken, stack' has no result for seed 1 and 2" in (tmp_path / page[1]).read_text()
+    status = finished(start("seeds=2", "action=status"))
+    assert "not running; 12 of 12 results are there" in status and page[0].split()[1] in status
     failed = [line for line in spoiled.splitlines() if line.startswith("failed: ")]
     assert len(failed) == 2 and all("is nan at step" in line or "is inf at step" in line for line in failed)
 

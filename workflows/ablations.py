@@ -10,6 +10,6 @@ from aquilamoe.ablation.command import execute
 if __name__ == "__main__":
     run(
         "ablations",
-        lambda values, _: execute(values, options("ablation"), recompose("ablations")),
+        lambda values, command: execute(values, options("ablation"), recompose("ablations"), command),
         optional_groups=("ablation",),
     )

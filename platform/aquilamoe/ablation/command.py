@@ -1,6 +1,5 @@
 """What the actions of `workflows/ablations.py` do."""
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +9,8 @@ from pydantic import ValidationError
 
 from aquilamoe.ablation import plan as planning
 from aquilamoe.ablation import screen, trials
-from aquilamoe.ablation.results import check_objective, collect, summary
+from aquilamoe.ablation.results import check_objective, collect
+from aquilamoe.ablation.trials import Failure
 from aquilamoe.ablation.union import Union, build
 from aquilamoe.ablation.variants import Compose
 from aquilamoe.config import graph
@@ -19,15 +19,18 @@ from aquilamoe.config.messages import UserError, first_problem
 from aquilamoe.config.schema import ExperimentConfig
 from aquilamoe.pipeline import runner
 from aquilamoe.pipeline.store import Store, write_atomically
+from aquilamoe.reports import comparison
+from aquilamoe.reports.study import SUMMARY, Study
+from aquilamoe.reports.study import text as study_text
 from aquilamoe.terminal.screen import console
 
 OWN_KEYS = ("seeds", "scheduler", "trial_cpus")  # beside `ablation`, for short commands
 
 
-def execute(values: Mapping[str, Any], known: list[str], compose: Compose) -> None:
+def execute(values: Mapping[str, Any], known: list[str], compose: Compose, command: str) -> None:
     """Validate a composed ablation and do its action; UserError for anything that the user can repair.
 
-    known: the ablations there are. compose: how a variant's experiment comes to be.
+    known: the ablations there are. compose: how a variant's experiment comes to be. command: what the user typed.
     """
     if not isinstance(values.get("ablation"), dict):
         raise UserError(f"ablation: none is chosen; choose one with +ablation=NAME (valid: {', '.join(known)})")
@@ -41,10 +44,11 @@ def execute(values: Mapping[str, Any], known: list[str], compose: Compose) -> No
     if experiment.action == "plan":
         _show_plan(experiment, union, store, config)
     elif experiment.action == "status":
-        screen.show_results(console(), collect(union, store, config), config)
+        _show_status(experiment, store, collect(union, store, config, experiment, command))
     else:
         with store.lock():
-            _run(experiment, union, store, config)
+            failures = _run(experiment, union, store, config)
+            _tell(experiment, store, collect(union, store, config, experiment, command), failures)
 
 
 def _show_plan(experiment: ExperimentConfig, union: Union, store: Store, config: AblationConfig) -> None:
@@ -55,8 +59,46 @@ def _show_plan(experiment: ExperimentConfig, union: Union, store: Store, config:
     out.print(f"\n{screen.plan_summary(union, planning.totals(tasks), _at_once(config))}")
 
 
-def _run(experiment: ExperimentConfig, union: Union, store: Store, config: AblationConfig) -> None:
-    """Data, then what several variants grow from, then variants and controls; and what they say."""
+def _show_status(experiment: ExperimentConfig, store: Store, study: Study) -> None:
+    """What is there so far, while it runs too."""
+    out, holder, page = console(), store.holder(), folder_of(experiment, store) / comparison.PAGE
+    leaves = [entry for entry in study.entries for _ in (*entry.seeds, *entry.missing)]
+    done = sum(len(entry.seeds) for entry in study.entries)
+    state = f"running, {holder}" if holder else "not running"
+    out.print(f"{experiment.name}: {state}; {done} of {len(leaves)} results are there\n", soft_wrap=True)
+    screen.show_results(out, study)
+    if page.exists():
+        out.print(f"\nreport  {os.path.relpath(page)}", soft_wrap=True)
+
+
+def _tell(experiment: ExperimentConfig, store: Store, study: Study, failures: Mapping[str, Failure]) -> None:
+    """Show what was found, and write it: the summary, and from this alone the page and its figures."""
+    out, folder = console(), folder_of(experiment, store)
+    page = _written(study, folder)
+    screen.show_results(out, study)
+    for failure in failures.values():
+        out.print(f"failed: {failure.message} ({os.path.relpath(failure.log)})", style="red", soft_wrap=True)
+    out.print(f"\nreport   {os.path.relpath(page)}   (open it in a browser)", soft_wrap=True)
+    out.print(f"figures  {os.path.relpath(folder / comparison.FIGURES)}", soft_wrap=True)
+    out.print(f"numbers  {os.path.relpath(folder / SUMMARY)}", soft_wrap=True)
+
+
+def folder_of(experiment: ExperimentConfig, store: Store) -> Path:
+    """Where an ablation's summary, page and figures are."""
+    return store.root / "ablations" / experiment.name
+
+
+def _written(study: Study, folder: Path) -> Path:
+    """The page, made anew only for other numbers: drawing takes seconds."""
+    summary, page, text = folder / SUMMARY, folder / comparison.PAGE, study_text(study)
+    if not page.exists() or not summary.exists() or summary.read_text(encoding="utf-8") != text:
+        comparison.write(study, folder)
+        write_atomically(summary, text)
+    return page
+
+
+def _run(experiment: ExperimentConfig, union: Union, store: Store, config: AblationConfig) -> dict[str, Failure]:
+    """Data, then what several variants grow from, then variants and controls; what failed, by task."""
     out, cluster = console(), experiment.cluster
     tasks = planning.tasks(union, store, cluster.flops_per_s)
     out.print(f"{experiment.name}: {experiment.description}\n")
@@ -70,14 +112,8 @@ def _run(experiment: ExperimentConfig, union: Union, store: Store, config: Ablat
         failures |= trials.run(variants, store, cluster, config.trial_cpus, early_stopping=True, told=told)
         tasks = [task for task in tasks if task.leaf.control is not None]
     failures |= trials.run(tasks, store, cluster, config.trial_cpus, early_stopping=False, told=told)
-    results = collect(union, store, config)
-    path = store.root / "ablations" / f"{experiment.name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(summary(results, config), indent=1))
     out.print()
-    screen.show_results(out, results, config)
-    for failure in failures.values():
-        out.print(f"failed: {failure.message} ({os.path.relpath(failure.log)})", style="red", soft_wrap=True)
+    return failures
 
 
 def _at_once(config: AblationConfig) -> int:

@@ -1,86 +1,29 @@
-"""What an ablation found: the objective of every variant and control by seed, and what may be said of it."""
+"""Reads what every leaf of an ablation left in the store, and makes the study of it."""
 
-import statistics as stdlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
-from aquilamoe.ablation.statistics import Curve, Interval, Ranked, crossings, mean_curve, paired_difference, ranking
+from aquilamoe.ablation import measures
+from aquilamoe.ablation.controls import Control as ControlLeaf
+from aquilamoe.ablation.judgement import horizon_of, judge, leaders_of
 from aquilamoe.ablation.union import Leaf, Union
 from aquilamoe.ablation.variants import baseline
 from aquilamoe.config.ablation import AblationConfig
 from aquilamoe.config.messages import UserError, nearest
 from aquilamoe.config.schema import ExperimentConfig, PretrainStage
 from aquilamoe.pipeline.store import METRICS, Record, Store, read_points
-
-
-@dataclass
-class Result:
-    """Of a variant or a control: what each seed gave.
-
-    values: the objective. records: of the compared stage. curves: held-out loss against tokens of the stage.
-    """
-
-    values: dict[int, float] = field(default_factory=dict)
-    records: dict[int, Record] = field(default_factory=dict)
-    curves: dict[int, Curve] = field(default_factory=dict)
-
-    @property
-    def mean(self) -> float:
-        return stdlib.fmean(self.values.values())
-
-
-@dataclass(frozen=True)
-class Compared:
-    """A control, of the learning rate that served it best, against the baseline (control minus baseline)."""
-
-    kind: str
-    learning_rate_ratio: float
-    mean: float
-    to_baseline: Interval
-
-
-@dataclass(frozen=True)
-class Results:
-    """variants: by name. controls: of the baseline's variant, by name. missing: leaves without an output, by name."""
-
-    variants: Mapping[str, Result]
-    controls: Mapping[str, Result]
-    missing: Mapping[str, list[int]]
-    baseline: str
-
-    def ranked(self) -> list[Ranked]:
-        """The variants that have results of seeds in common with the baseline, best first."""
-        reference = self.variants[self.baseline].values
-        paired = {name: found.values for name, found in self.variants.items() if found.values.keys() & reference.keys()}
-        return ranking(paired, self.baseline) if paired else []
-
-    def crossings(self) -> dict[str, list[float]]:
-        """Where the mean curves of variants cross the baseline's (tokens of the stage), for those that do."""
-        reference = mean_curve(list(self.variants[self.baseline].curves.values()))
-        found = {
-            name: crossings(mean_curve(list(result.curves.values())), reference)
-            for name, result in self.variants.items()
-            if result.curves and name != self.baseline
-        }
-        return {name: places for name, places in found.items() if places}
-
-    def compared(self) -> list[Compared]:
-        """Every kind of control at its best."""
-        best: dict[str, Compared] = {}
-        reference = self.variants[self.baseline].values
-        for name, result in self.controls.items():
-            kind, _, ratio = name.rpartition("_x")
-            if not result.values.keys() & reference.keys():
-                continue
-            found = Compared(kind, float(ratio), result.mean, paired_difference(result.values, reference))
-            if kind not in best or found.mean < best[kind].mean:
-                best[kind] = found
-        return list(best.values())
-
+from aquilamoe.reports.rows import GROWTH_KINDS, metric
+from aquilamoe.reports.study import Ancestor, Control, Entry, Point, Seed, Study
 
 # What a training stage reports of itself beside its losses by language.
 METRICS_OF_TRAINING = ("loss_end", "recovery_tokens", "recovery_flops")
+# What the study keeps of a record, by its own name.
+OF_GROWTH = {"source_loss": "loss_source", "target_loss": "loss_grown", "kl": "kl"}
+OF_TRAINING = ("recovery_tokens", "recovery_flops")
+OF_LAST_POINT = {"router/load_max_over_mean": "load_end", "router/entropy": "router_entropy_end"}
+LOGS = "logs"  # of failed trials, by the name of their stage
 
 
 def check_objective(config: AblationConfig, experiment: ExperimentConfig) -> None:
@@ -95,53 +38,181 @@ def check_objective(config: AblationConfig, experiment: ExperimentConfig) -> Non
         )
 
 
-def collect(union: Union, store: Store, config: AblationConfig) -> Results:
-    """Read every leaf's record and curve; what is not there, or does not report the objective, is missing."""
+def collect(union: Union, store: Store, config: AblationConfig, experiment: ExperimentConfig, command: str) -> Study:
+    """Every leaf's record and curve, and what follows from them; what is not there is missing, with its reason.
+
+    command: what reproduces it. What records do not have is measured on the weights, as `measures` keeps it.
+    """
+    reader = _Reader(store, config.objective.metric)
     reference = baseline(config).name
-    variants: dict[str, Result] = {}
-    controls: dict[str, Result] = {}
-    missing: dict[str, list[int]] = {}
+    entries = judge([*_variants(union, reader), *_controls(union, reader)], reference)
+    variants = [entry for entry in entries if entry.control is None]
+    return Study(
+        name=experiment.name,
+        description=experiment.description,
+        command=command,
+        objective={"stage": config.objective.stage, "metric": config.objective.metric},
+        axes={axis: list(spec.values) for axis, spec in config.axes.items()},
+        baseline=reference,
+        seeds=list(config.seeds),
+        horizon=horizon_of(variants, reference),
+        ancestors=reader.ancestors,
+        entries=entries,
+        leaders=leaders_of(variants),
+        versions=reader.versions,
+        commits=sorted(reader.commits),
+    )
+
+
+def _variants(union: Union, reader: "_Reader") -> Iterable[Entry]:
+    groups: dict[str, list[Leaf]] = {}
     for leaf in union.leaves:
         if leaf.control is None:
-            _add(leaf, leaf.variant.name, variants, missing, store, config)
-        elif leaf.variant.name == reference:
-            _add(leaf, leaf.control.name, controls, missing, store, config)
-    return Results(variants, controls, missing, reference)
+            groups.setdefault(leaf.variant.name, []).append(leaf)
+    for name, leaves in groups.items():
+        yield reader.entry(name, leaves, dict(leaves[0].variant.values), None)
 
 
-def _add(
-    leaf: Leaf,
-    name: str,
-    results: dict[str, Result],
-    missing: dict[str, list[int]],
-    store: Store,
-    config: AblationConfig,
-) -> None:
-    result = results.setdefault(name, Result())
-    found = store.find(leaf.stage, leaf.fingerprint)
-    value = found[1]["metrics"].get(config.objective.metric) if found else None
-    if found is None or value is None:
-        missing.setdefault(name, []).append(leaf.seed)
-        return
-    directory, record = found
-    points = [point for point in read_points(directory / METRICS) if "val/loss" in point]
-    result.values[leaf.seed] = float(value)
-    result.records[leaf.seed] = record
-    result.curves[leaf.seed] = [(point["tokens"], point["val/loss"]) for point in points]
+def _controls(union: Union, reader: "_Reader") -> Iterable[Entry]:
+    """Every distinct control, with the variants that it stands for: those for which the same stages are computed."""
+    by_variant: dict[tuple[str, str], list[Leaf]] = {}
+    for leaf in union.leaves:
+        if leaf.control is not None:
+            by_variant.setdefault((leaf.control.name, leaf.variant.name), []).append(leaf)
+    groups: dict[tuple[str, ...], tuple[list[Leaf], list[str]]] = {}
+    for (name, variant), leaves in by_variant.items():
+        key = (name, *(leaf.fingerprint for leaf in leaves))
+        groups.setdefault(key, (leaves, []))[1].append(variant)
+    names = [key[0] for key in groups]
+    for (name, *_), (leaves, variants) in groups.items():
+        control = leaves[0].control
+        assert control is not None
+        shown = name if names.count(name) == 1 else f"{name} of {variants[0]}"
+        yield reader.entry(shown, leaves, {}, _plain(control, variants))
 
 
-def summary(results: Results, config: AblationConfig) -> dict[str, Any]:
-    """The results as plain data, for a file."""
-    return {
-        "objective": config.objective.model_dump(),
-        "seeds": list(config.seeds),
-        "baseline": results.baseline,
-        "variants": {name: _plain(result) for name, result in results.variants.items()},
-        "controls": {name: _plain(result) for name, result in results.controls.items()},
-        "missing": dict(results.missing),
-    }
+def _plain(control: ControlLeaf, variants: list[str]) -> Control:
+    return Control(
+        kind=control.kind,
+        of=control.of,
+        equal=control.equal,
+        learning_rate_ratio=control.learning_rate_ratio,
+        best=False,
+        stands_for=variants,
+        differences={},
+    )
 
 
-def _plain(result: Result) -> dict[str, Any]:
-    flops = {seed: record["metrics"]["lineage_flops"] for seed, record in result.records.items()}
-    return {"values": result.values, "lineage_flops": flops, "curves": result.curves}
+@dataclass
+class _Reader:
+    """Reads records, each once; keeps what it met on the way."""
+
+    store: Store
+    metric: str
+    ancestors: dict[str, Ancestor] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    commits: set[str] = field(default_factory=set)
+    found: dict[str, tuple[Path, Record] | None] = field(default_factory=dict)
+
+    def find(self, stage: str, fingerprint: str) -> tuple[Path, Record] | None:
+        if fingerprint not in self.found:
+            self.found[fingerprint] = self.store.find(stage, fingerprint)
+        return self.found[fingerprint]
+
+    def entry(self, name: str, leaves: Sequence[Leaf], axes: dict[str, str], control: Control | None) -> Entry:
+        """A variant or a control, of its leaves: one for each seed."""
+        seeds: dict[int, Seed] = {}
+        missing: dict[int, str] = {}
+        for leaf in leaves:
+            output = self.find(leaf.stage, leaf.fingerprint)
+            value = metric(output[1], self.metric) if output else None
+            if output is None or value is None:
+                missing[leaf.seed] = self._reason(leaf, output is not None)
+            else:
+                seeds[leaf.seed] = self._seed(*output, value)
+        node = leaves[0].nodes[leaves[0].stage]
+        return Entry(
+            name=name,
+            axes=axes,
+            control=control,
+            params_total=node.model.num_params if node.model else None,
+            params_active=node.model.num_active_params if node.model else None,
+            learning_rate=cast(PretrainStage, node.stage).learning_rate,
+            seeds=seeds,
+            missing=missing,
+        )
+
+    def _reason(self, leaf: Leaf, is_there: bool) -> str:
+        if is_there:
+            return f"{self.metric} was not reached"
+        log = self.store.root / LOGS / f"{leaf.stage}-{leaf.fingerprint}.log"
+        return log.read_text(encoding="utf-8").split("\n")[0] if log.exists() else "no result yet"
+
+    def _seed(self, directory: Path, record: Record, value: float) -> Seed:
+        self.versions |= record.get("versions") or {}
+        self.commits |= {str(record["git_commit"])} if record.get("git_commit") else set()
+        points = read_points(directory / METRICS)
+        return Seed(
+            value=value,
+            loss=record["metrics"]["loss_end"],
+            tokens=record["metrics"]["tokens"],
+            flops=record["metrics"]["flops"],
+            lineage_tokens=record["metrics"]["lineage_tokens"],
+            lineage_flops=record["metrics"]["lineage_flops"],
+            ancestors=self._line(record),
+            figures=self._figures(directory, record, points),
+            curve=_curve(points),
+            load=[(p["tokens"], p["router/load_max_over_mean"]) for p in points if "router/load_max_over_mean" in p],
+        )
+
+    def _line(self, record: Record) -> list[str]:
+        """Fingerprints of the trained stages before this one, first to last; each is kept among the ancestors."""
+        source = record["inputs"].get("source")
+        output = self.find(source["stage"], source["fingerprint"]) if source else None
+        if output is None:
+            return []
+        directory, own = output
+        before = self._line(own)
+        if own["kind"] != "pretrain":
+            return before
+        metrics = own["metrics"]
+        self.ancestors[own["fingerprint"]] = Ancestor(
+            stage=own["stage"],
+            params=metrics["params_total"],
+            tokens=metrics["lineage_tokens"],
+            flops=metrics["lineage_flops"],
+            loss=metrics["loss_end"],
+            curve=[(flops, loss) for _, flops, loss in _curve(read_points(directory / METRICS))],
+        )
+        return [*before, own["fingerprint"]]
+
+    def _figures(self, directory: Path, record: Record, points: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+        """What `study.FIGURES` names, as far as it is there."""
+        found = {name: value for name in OF_TRAINING if (value := metric(record, name)) is not None}
+        for key, name in OF_LAST_POINT.items():
+            values = [point[key] for point in points if key in point]
+            found |= {name: values[-1]} if values else {}
+        found |= {f"{name}_end": value for name, value in self._measured(directory, record).items()}
+        source = record["inputs"].get("source")
+        output = self.find(source["stage"], source["fingerprint"]) if source else None
+        if output is not None and output[1]["kind"] in GROWTH_KINDS:
+            growth = output[1]
+            found |= {name: v for key, name in OF_GROWTH.items() if (v := metric(growth, key)) is not None}
+            if "loss_grown" in found and "loss_source" in found:
+                found["loss_jump"] = found["loss_grown"] - found["loss_source"]
+            found |= {f"{name}_grown": value for name, value in self._measured(*output).items()}
+        return found
+
+    def _measured(self, directory: Path, record: Record) -> dict[str, float]:
+        """Of the weights, if they are there still."""
+        kept = self.store.root / "ablations" / "measures" / f"{record['fingerprint']}.json"
+        try:
+            return measures.of_checkpoint(directory / "model", kept)
+        except UserError:
+            return {}
+
+
+def _curve(points: Iterable[Mapping[str, Any]]) -> list[Point]:
+    """Tokens of the stage, cumulative FLOPs and held-out loss; of a step that was measured twice the last counts."""
+    found = {p["tokens"]: (p["tokens"], p["lineage_flops"], p["val/loss"]) for p in points if "val/loss" in p}
+    return [found[tokens] for tokens in sorted(found)]

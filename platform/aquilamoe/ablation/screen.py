@@ -6,13 +6,13 @@ from rich.console import Console
 from rich.table import Table
 
 from aquilamoe.ablation.plan import Task, Totals, by_variant
-from aquilamoe.ablation.results import Results
-from aquilamoe.ablation.statistics import Interval
 from aquilamoe.ablation.trials import Failure
 from aquilamoe.ablation.union import Leaf, Union
 from aquilamoe.config.ablation import AblationConfig
 from aquilamoe.reports import rows
+from aquilamoe.reports.comparison_findings import findings
 from aquilamoe.reports.rows import duration, size
+from aquilamoe.reports.study import Interval, Study
 from aquilamoe.terminal.tables import make_table
 
 
@@ -79,41 +79,35 @@ class Progress:
         self.out.print(f"{place}  {what}, seed {leaf.seed}  {end}", soft_wrap=True)
 
 
-def show_results(out: Console, results: Results, config: AblationConfig) -> None:
-    """The ranking, and what has to be said beside it."""
-    out.print(ranking_table(results, config))
-    for line in remarks(results, config):
-        out.print(line, soft_wrap=True)
+def show_results(out: Console, study: Study) -> None:
+    """The ranking, and what the numbers say."""
+    if study.ranked():
+        out.print(ranking_table(study))
+    for sentence in findings(study):
+        out.print(sentence.text, soft_wrap=True, style="yellow" if sentence.kind == "warning" else None)
 
 
-def ranking_table(results: Results, config: AblationConfig) -> Table:
-    """Ranks, means, and differences to the baseline with their intervals; controls below."""
-    metric = f"{config.objective.stage} {config.objective.metric}"
+def ranking_table(study: Study) -> Table:
+    """Ranks, means, and differences to the baseline with their intervals; controls, less the best variant, below."""
+    metric = f"{study.objective['stage']} {study.objective['metric']}"
     table = make_table(">rank", "", f">{metric}", ">minus baseline", ">95 % interval", ">seeds")
-    for entry in results.ranked():
-        values = results.variants[entry.name].values
-        _result_row(table, str(entry.rank), entry.name, entry.mean, entry.to_baseline, len(values))
+    for entry in study.ranked():
+        _result_row(table, str(entry.rank), entry.name, entry.mean, entry.to_baseline, len(entry.seeds))
     table.add_section()
-    for found in sorted(results.compared(), key=lambda control: control.mean):
-        name, pairs = f"{found.kind} (LR x{found.learning_rate_ratio:g})", found.to_baseline.pairs
-        _result_row(table, "", name, found.mean, found.to_baseline, pairs)
+    controls = [entry for entry in study.controls if entry.mean is not None and entry.control is not None]
+    for entry in sorted(controls, key=lambda entry: entry.mean or 0.0):
+        assert entry.control is not None
+        name = f"{entry.name.partition('_x')[0]} (LR x{entry.control.learning_rate_ratio:g})"
+        _result_row(table, "", name, entry.mean, entry.control.differences.get(study.baseline), len(entry.seeds))
     return table
 
 
-def _result_row(table: Table, rank: str, name: str, mean: float, difference: Interval, seeds: int) -> None:
-    width = difference.half_width
-    interval = "" if width is None else f"{difference.mean - width:+.4f} to {difference.mean + width:+.4f}"
-    table.add_row(rank, name, f"{mean:.4f}", f"{difference.mean:+.4f}", interval, str(seeds))
-
-
-def remarks(results: Results, config: AblationConfig) -> list[str]:
-    """What has to be said beside the table: the horizon, how ranks are made, crossings, what is missing."""
-    lines = [
-        f"Equal ranks: {len(config.seeds)} seeds do not tell them apart (paired, 95 %, each pair by itself). "
-        f"Baseline: {results.baseline}."
-    ]
-    for name, places in results.crossings().items():
-        where = ", ".join(rows.count(round(place)) for place in places)
-        lines.append(f"{name} crosses the baseline's held-out loss at {where} tokens: ranks depend on the budget.")
-    lines += [f"{name}: no result for seeds {', '.join(map(str, seeds))}" for name, seeds in results.missing.items()]
-    return lines
+def _result_row(
+    table: Table, rank: str, name: str, mean: float | None, difference: Interval | None, seeds: int
+) -> None:
+    interval = ""
+    if difference is not None and difference.half_width:
+        low, high = difference.mean - difference.half_width, difference.mean + difference.half_width
+        interval = f"{low:+.4f} to {high:+.4f}"
+    shown = "" if difference is None else f"{difference.mean:+.4f}"
+    table.add_row(rank, name, rows.decimal(mean, 4), shown, interval, str(seeds))

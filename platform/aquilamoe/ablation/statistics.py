@@ -4,23 +4,13 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
+
+from aquilamoe.reports.study import Interval
 
 CONFIDENCE = 0.95
 Curve = Sequence[tuple[float, float]]  # (tokens or FLOPs, loss), rising in the first
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean with its 95 % confidence interval; `half_width` is None for a single pair, from which none follows."""
-
-    mean: float
-    half_width: float | None
-    pairs: int
-
-    @property
-    def excludes_zero(self) -> bool:
-        return self.half_width is not None and abs(self.mean) > self.half_width
 
 
 def paired_difference(ones: Mapping[int, float], others: Mapping[int, float]) -> Interval:
@@ -31,18 +21,37 @@ def paired_difference(ones: Mapping[int, float], others: Mapping[int, float]) ->
     seeds = sorted(ones.keys() & others.keys())
     if not seeds:
         raise ValueError("the two have no seed in common")
-    differences = [ones[seed] - others[seed] for seed in seeds]
-    mean = statistics.fmean(differences)
-    if len(differences) == 1:
-        return Interval(mean, None, 1)
-    error = statistics.stdev(differences) / math.sqrt(len(differences))
-    return Interval(mean, _t_quantile(len(differences) - 1) * error, len(differences))
+    return mean_interval([ones[seed] - others[seed] for seed in seeds])
 
 
-def _t_quantile(freedom: int) -> float:
-    from scipy.stats import t
+def mean_interval(values: Sequence[float]) -> Interval:
+    """The mean of one figure for each seed, with its interval by Student's t."""
+    mean = statistics.fmean(values)
+    if len(values) == 1:
+        return Interval(mean=mean, half_width=None, pairs=1)
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    return Interval(mean=mean, half_width=t_quantile(len(values) - 1) * error, pairs=len(values))
 
-    return float(t.ppf((1 + CONFIDENCE) / 2, freedom))
+
+@cache
+def t_quantile(freedom: int) -> float:
+    """How many standard errors hold a mean with 95 %, by halving; SciPy would take a second to be imported."""
+    low, high = 0.0, 1000.0
+    while high - low > 1e-10 * high:
+        middle = (low + high) / 2
+        low, high = (middle, high) if _t_inside(middle, freedom) < CONFIDENCE else (low, middle)
+    return high
+
+
+def _t_inside(t: float, freedom: int) -> float:
+    """The probability that Student's t lies between -t and t (Abramowitz and Stegun 26.7.3 and 26.7.4)."""
+    angle = math.atan(t / math.sqrt(freedom))
+    term, total = (math.cos(angle), 0.0) if freedom % 2 else (1.0, 0.0)
+    for power in range(1 + freedom % 2, freedom, 2):
+        total += term
+        term *= math.cos(angle) ** 2 * power / (power + 1)
+    inside = total * math.sin(angle)
+    return 2 / math.pi * (angle + inside) if freedom % 2 else inside
 
 
 @dataclass(frozen=True)
@@ -89,13 +98,70 @@ def crossings(one: Curve, other: Curve) -> list[float]:
     return found
 
 
-def saving(scratch: Curve, loss: float, flops: float) -> float | None:
-    """Scratch's FLOPs to a loss over the line's FLOPs to the same (METHODS section 6); None where scratch never has it.
+@dataclass(frozen=True)
+class Crossing:
+    """Where two mean curves cross. is_shown: with the seeds' intervals on both sides of it, not by the means alone."""
 
-    scratch: its losses against cumulative FLOPs. loss: what the line ends with. flops: what that has cost.
-    """
-    for (before, loss_before), (after, loss_after) in pairwise(scratch):
-        if loss_after <= loss:
-            share = min(1.0, max(0.0, (loss_before - loss) / (loss_before - loss_after))) if loss_before > loss else 0.0
-            return (before + share * (after - before)) / flops
+    place: float
+    is_shown: bool
+
+
+def shown_crossings(ones: Mapping[int, Curve], others: Mapping[int, Curve]) -> list[Crossing]:
+    """The crossings of the mean curves of seeds that both have, and which of them the seeds tell from noise."""
+    seeds = sorted(ones.keys() & others.keys())
+    if not seeds:
+        return []
+    found = crossings(mean_curve([ones[seed] for seed in seeds]), mean_curve([others[seed] for seed in seeds]))
+    ours, theirs = ({seed: dict(curves[seed]) for seed in seeds} for curves in (ones, others))
+    places = set.intersection(*(set(curve) for curves in (ours, theirs) for curve in curves.values()))
+    apart = [
+        place
+        for place in places
+        if mean_interval([ours[seed][place] - theirs[seed][place] for seed in seeds]).excludes_zero
+    ]
+    edges = [-math.inf, *found, math.inf]
+    return [
+        Crossing(place, any(before < at < place for at in apart) and any(place < at < after for at in apart))
+        for before, place, after in zip(edges, found, edges[2:], strict=False)
+    ]
+
+
+def leaders(curves: Mapping[str, Curve]) -> list[tuple[float, str]]:
+    """Which of several mean curves is lowest, from where on; places that not all of them have are left out."""
+    if not curves:
+        return []
+    by_place = {name: dict(curve) for name, curve in curves.items()}
+    found: list[tuple[float, str]] = []
+    for place in sorted(set.intersection(*(set(curve) for curve in by_place.values()))):
+        best = min(by_place, key=lambda name: by_place[name][place])
+        if not found or found[-1][1] != best:
+            found.append((place, best))
+    return found
+
+
+def value_at(curve: Curve, place: float) -> float | None:
+    """A curve at a place between two of its points, on the line between them; None outside of it."""
+    for (before, loss_before), (after, loss_after) in pairwise(curve):
+        if before <= place <= after:
+            return loss_before + (place - before) / (after - before) * (loss_after - loss_before)
     return None
+
+
+def first_at(curve: Curve, loss: float) -> float | None:
+    """Where a curve is first at a loss or below, interpolated; None if it never is."""
+    for index, (place, value) in enumerate(curve):
+        if value <= loss:
+            if index == 0:
+                return place
+            before, above = curve[index - 1]
+            return before + (above - loss) / (above - value) * (place - before)
+    return None
+
+
+def saving(scratch: Curve, line: Curve) -> float | None:
+    """Scratch's FLOPs to its final loss over the line's to the same (METHODS 6); None if the line never has it.
+
+    Both are losses against cumulative FLOPs, the line's ancestors included.
+    """
+    reached = first_at(line, scratch[-1][1])
+    return None if reached is None else scratch[-1][0] / reached
