@@ -204,6 +204,7 @@ def invent() -> Callable[..., Study]:
                 curve.append((float(at), flops, end + (start - end) * share + shift))
             jump = {"loss_source": 3.6, "loss_grown": start, "loss_jump": start - 3.6, "kl": 0.1, "rank_grown": 0.6}
             return Seed(
+                fingerprint=f"{draw.getrandbits(48):012x}",
                 value=curve[-1][2],
                 loss=curve[-1][2],
                 tokens=tokens,
@@ -266,7 +267,13 @@ def invent() -> Callable[..., Study]:
             horizon=horizon_of(variants, baseline or names[0]),
             ancestors={
                 "source": Ancestor(
-                    stage="prepare", params=params, tokens=length, flops=length * 2.7e6, loss=start[-1][1], curve=start
+                    stage="prepare",
+                    params=params,
+                    learning_rate=3e-3,
+                    tokens=length,
+                    flops=length * 2.7e6,
+                    loss=start[-1][1],
+                    curve=start,
                 )
             },
             entries=judged,

@@ -36,6 +36,7 @@ def start(environment: dict[str, str], tiny: list[str], tmp_path: Path) -> Start
             "+ablation=scale_up",
             TWO_METHODS,
             ONE_RATIO,
+            "tracking.enabled=false",
         ]
         return subprocess.Popen(
             [*command, *kept, *words],
@@ -50,7 +51,7 @@ def start(environment: dict[str, str], tiny: list[str], tmp_path: Path) -> Start
 
 
 def finished(process: "subprocess.Popen[str]") -> str:
-    out, error = process.communicate(timeout=300)
+    out, error = process.communicate(timeout=900)
     assert process.returncode == 0, error
     return out
 

@@ -21,12 +21,10 @@ from aquilamoe.pipeline.stage import Input
 from aquilamoe.pipeline.store import METRICS, Store, read_points
 from aquilamoe.reports import costs, rows
 from aquilamoe.terminal import live, screen, tables, watch
-from aquilamoe.tracking.lineage import comparison_url, ui_command
+from aquilamoe.tracking.lineage import LOCAL_MLFLOW, comparison_url, ui_command
 from aquilamoe.tracking.observer import Tracker
 from aquilamoe.training.environment import WORKER_ENVIRONMENT
 from aquilamoe.training.launch import workers_for
-
-LOCAL_MLFLOW = "http://127.0.0.1:5000"
 
 
 def execute(values: Mapping[str, Any], command: str) -> None:

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from aquilamoe.ablation import plan as planning
 from aquilamoe.ablation import screen, trials
 from aquilamoe.ablation.results import check_objective, collect
+from aquilamoe.ablation.tracked import compared
 from aquilamoe.ablation.trials import Failure
 from aquilamoe.ablation.union import Union, build
 from aquilamoe.ablation.variants import Compose
@@ -23,6 +24,8 @@ from aquilamoe.reports import comparison
 from aquilamoe.reports.study import SUMMARY, Study
 from aquilamoe.reports.study import text as study_text
 from aquilamoe.terminal.screen import console
+from aquilamoe.tracking import studies
+from aquilamoe.tracking.lineage import LOCAL_MLFLOW, comparison_url, ui_command
 
 OWN_KEYS = ("seeds", "scheduler", "trial_cpus")  # beside `ablation`, for short commands
 
@@ -81,6 +84,20 @@ def _tell(experiment: ExperimentConfig, store: Store, study: Study, failures: Ma
     out.print(f"\nreport   {os.path.relpath(page)}   (open it in a browser)", soft_wrap=True)
     out.print(f"figures  {os.path.relpath(folder / comparison.FIGURES)}", soft_wrap=True)
     out.print(f"numbers  {os.path.relpath(folder / SUMMARY)}", soft_wrap=True)
+    if experiment.tracking.enabled:
+        _track(experiment, store, study, folder)
+
+
+def _track(experiment: ExperimentConfig, store: Store, study: Study, folder: Path) -> None:
+    """Let MLflow have the study, and say where to look at it."""
+    out, uri = console(), experiment.tracking.uri
+    told = studies.tell(uri, store.root, compared(study, folder))
+    out.print(f"MLflow   {ui_command(uri, store.root)}", soft_wrap=True)
+    if told.experiment_id is not None:
+        server = uri if uri is not None and uri.startswith("http") else LOCAL_MLFLOW
+        out.print(f"         compare: {comparison_url(server, told.experiment_id)}", soft_wrap=True)
+    if told.problem:
+        out.print(told.problem, style="yellow", soft_wrap=True)
 
 
 def folder_of(experiment: ExperimentConfig, store: Store) -> Path:

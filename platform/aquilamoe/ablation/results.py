@@ -153,6 +153,7 @@ class _Reader:
         self.commits |= {str(record["git_commit"])} if record.get("git_commit") else set()
         points = read_points(directory / METRICS)
         return Seed(
+            fingerprint=record["fingerprint"],
             value=value,
             loss=record["metrics"]["loss_end"],
             tokens=record["metrics"]["tokens"],
@@ -179,6 +180,7 @@ class _Reader:
         self.ancestors[own["fingerprint"]] = Ancestor(
             stage=own["stage"],
             params=metrics["params_total"],
+            learning_rate=own["recipe"]["config"].get("learning_rate"),
             tokens=metrics["lineage_tokens"],
             flops=metrics["lineage_flops"],
             loss=metrics["loss_end"],

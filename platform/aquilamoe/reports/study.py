@@ -38,6 +38,7 @@ class Ancestor(Config):
 
     stage: str
     params: int
+    learning_rate: float | None
     tokens: int
     flops: float
     loss: float
@@ -51,11 +52,13 @@ class Ancestor(Config):
 class Seed(Config):
     """What one seed of a variant or control gave.
 
-    value: the objective; loss: at the end. tokens, flops: of the compared stage; lineage_*: with all ancestors.
+    fingerprint: of the compared stage. value: the objective; loss: at the end.
+    tokens, flops: of the compared stage; lineage_*: with all ancestors.
     ancestors: keys of the study's, first to last. figures: what else was measured, see `FIGURES`.
     curve: of the compared stage. load: tokens of the stage, and the fullest expert's load over the mean.
     """
 
+    fingerprint: str
     value: float
     loss: float
     tokens: int

@@ -11,6 +11,8 @@ from aquilamoe.config.messages import UserError
 from aquilamoe.tracking.connection import connect, shown, tracking_uri
 from aquilamoe.tracking.view import VIEW
 
+LOCAL_MLFLOW = "http://127.0.0.1:5000"  # where `ui_command` serves a database
+
 
 @dataclass(frozen=True)
 class Checkpoint:

@@ -6,11 +6,13 @@ parent runs, and the curves far down.
 
 import colorsys
 import json
+from collections.abc import Sequence
 from typing import Any
 
 VIEW = "curves"
 VIEW_TAG = f"mlflow.sharedViewState.{VIEW}"
 COLUMNS = ("val/loss", "lineage_flops", "tokens", "final.params_total", "final.params_active", "final.recovery_tokens")
+FIGURES = ("objective", "minus_baseline", "loss_jump", "recovery_tokens", "lineage_flops")  # of an ablation's runs
 # "Model metrics" is MLflow's name for metrics without a slash; sections that are not listed follow.
 SECTIONS = ("Loss against compute", "val/loss", "train", "Model metrics")
 
@@ -34,6 +36,38 @@ def saved_view() -> str:
     return json.dumps(state)
 
 
+def comparison_view(axes: Sequence[str]) -> str:
+    """Of an ablation: curves by tokens and by FLOPs, a line a variant (the mean over its seeds), and what decides.
+
+    axes: the parameters that are varied, the first axes of the parallel coordinates.
+    """
+    first, *others = [
+        {"uuid": name, "name": name, "display": True, "isReordered": True, "deleted": False, "isGenerated": False}
+        for name in ("Comparison", "Model metrics")
+    ]
+    charts = [
+        _chart("step", "loss_by_tokens", "held-out loss, x: tokens of the stage"),
+        _chart("step", "loss_by_gflops", "held-out loss, x: cumulative GFLOPs"),
+        {**_card("PARALLEL", "what decides"), "selectedParams": [*axes, "seed"], "selectedMetrics": ["objective"]},
+        {**_card("BAR", "objective"), "metricKey": "objective"},
+    ]
+    state = {
+        "searchFilter": "tags.kind != 'ablation'",
+        "orderByKey": "metrics.`objective`",
+        "orderByAsc": True,
+        "runsHiddenMode": "SHOW_ALL",
+        "groupBy": {
+            "aggregateFunction": "average",
+            "groupByKeys": [{"mode": "param", "groupByData": "variant"}],
+        },
+        "selectedColumns": [*(f"params.`{axis}`" for axis in axes), *(f"metrics.`{key}`" for key in FIGURES)],
+        "compareRunCharts": [{**chart, "metricSectionId": first["uuid"]} for chart in charts],
+        "compareRunSections": [first | {"columns": 2}, *others],
+        "isAccordionReordered": True,
+    }
+    return json.dumps(state)
+
+
 def run_color(position: int, pipeline: int) -> str:
     """A color for a stage's curves: hues far apart by its position, the same in every pipeline, in another lightness.
 
@@ -43,15 +77,27 @@ def run_color(position: int, pipeline: int) -> str:
     return "#" + "".join(f"{round(255 * part):02x}" for part in colorsys.hls_to_rgb(hue, lightness, 0.7))
 
 
-def _chart(x: str) -> dict[str, Any]:
+def _card(kind: str, name: str) -> dict[str, Any]:
     return {
-        "uuid": f"loss-by-{x}",
+        "uuid": name.replace(" ", "-"),
+        "type": kind,
+        "displayName": name,
+        "runsCountToCompare": 100,
+        "deleted": False,
+        "isGenerated": False,
+    }
+
+
+def _chart(x: str, metric: str = "val/loss", name: str | None = None) -> dict[str, Any]:
+    """A line chart of a metric against another one, or against its own steps."""
+    return {
+        "uuid": f"{metric.removeprefix('val/')}-by-{x}",
         "type": "LINE",
-        "metricKey": "val/loss",
-        "displayName": f"val/loss by {x}",
+        "metricKey": metric,
+        "displayName": name or f"{metric} by {x}",
         "metricSectionId": SECTIONS[0],
-        "xAxisKey": "metric",
-        "selectedXAxisMetricKey": x,
+        "xAxisKey": "step" if x == "step" else "metric",
+        "selectedXAxisMetricKey": "" if x == "step" else x,
         "xAxisScaleType": "linear",
         "yAxisKey": "metric",
         "yAxisExpressions": [],

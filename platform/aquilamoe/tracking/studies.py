@@ -1,0 +1,186 @@
+"""Writes an ablation into MLflow: a parent run for the study, a child for every variant or control and seed.
+
+Names are chosen for MLflow's own views: what is varied is a parameter, so that runs can be grouped by it and parallel
+coordinates drawn; the curve is there twice, its steps in tokens and in billions of cumulative FLOPs. Everything may be
+repeated: what is there is found by its fingerprint.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from aquilamoe.tracking.connection import answers, connect, is_away, shown, tracking_uri
+from aquilamoe.tracking.receipts import Receipt, database_file, still_known
+from aquilamoe.tracking.view import VIEW_TAG, comparison_view
+
+MAX_NOTE = 60_000  # characters
+BATCH = 900
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A variant or control with one seed.
+
+    fingerprint: of its last stage. curves: by metric, (step, value). colour: of its curves.
+    """
+
+    name: str
+    fingerprint: str
+    params: Mapping[str, str]
+    tags: Mapping[str, str]
+    metrics: Mapping[str, float]
+    curves: Mapping[str, Sequence[tuple[int, float]]]
+    colour: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A study as MLflow is told of it.
+
+    note: Markdown for the page of the parent run. axes: the parameters that are varied. files: artifacts, by the folder
+    that they go to ("" is the top).
+    """
+
+    name: str
+    description: str
+    note: str
+    axes: Sequence[str]
+    params: Mapping[str, str]
+    metrics: Mapping[str, float]
+    trials: Sequence[Trial]
+    files: Mapping[str, Sequence[Path]]
+
+    @property
+    def digest(self) -> str:
+        """Of all that MLflow is told, but for files, which are made from the same numbers."""
+        told = json.dumps({key: value for key, value in asdict(self).items() if key != "files"}, sort_keys=True)
+        return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Told:
+    """How telling went. experiment_id: MLflow's, if it is known. problem: one line about what MLflow did not get."""
+
+    experiment_id: str | None
+    problem: str | None
+
+
+def tell(uri: str | None, root: Path, comparison: Comparison) -> Told:
+    """Let MLflow have a study; never fails, and imports MLflow only for one that it does not have yet.
+
+    uri: as `tracking.uri`; None is the database in `root`. What could not be told is told by the next run.
+    """
+    address = tracking_uri(uri, root)
+    receipt = Receipt(root, f"ablation-{comparison.name}", address)
+    if receipt["digest"] == comparison.digest and still_known(address, receipt["run_id"]):
+        return Told(receipt["experiment_id"], None)
+    try:
+        if not answers(address):
+            raise ConnectionError(address)
+        experiment_id, run_id = _Delivery(connect(address), address, root).bring(comparison)
+    except Exception as error:  # nothing that MLflow raises is the end of an ablation
+        first_line = next(iter(str(error).splitlines()), type(error).__name__)[:200]
+        problem = f"{shown(address)} does not answer" if is_away(error) else first_line
+        return Told(None, f"tracking: MLflow did not get this study ({problem}); the next run sends it")
+    receipt.update(digest=comparison.digest, run_id=run_id, experiment_id=experiment_id)
+    return Told(experiment_id, None)
+
+
+class _Delivery:
+    """One study on its way into MLflow."""
+
+    def __init__(self, client: Any, uri: str, root: Path) -> None:
+        self.client, self.uri, self.root = client, uri, root
+
+    def bring(self, comparison: Comparison) -> tuple[str, str]:
+        """Returns MLflow's names of the experiment and of the parent run."""
+        experiment_id = self._experiment(comparison)
+        parent, children = self._parent(comparison, experiment_id)
+        runs = {}
+        for trial in comparison.trials:
+            run = children.get(trial.fingerprint)
+            runs[trial.name] = run.info.run_id if run is not None else self._create(trial, parent, experiment_id)
+            self._update(runs[trial.name], trial.metrics, trial.tags, run.data if run is not None else None)
+        links = [f"[{name}](#/experiments/{experiment_id}/runs/{run_id})" for name, run_id in runs.items()]
+        note = f"{comparison.note}\n\n**Runs:** {', '.join(links)}"[:MAX_NOTE]
+        own = self.client.get_run(parent).data
+        self._update(parent, comparison.metrics, {"mlflow.note.content": note}, own)
+        for folder, files in comparison.files.items():
+            for path in files:
+                self.client.log_artifact(parent, str(path), folder or None)
+        self.client.set_terminated(parent, "FINISHED")
+        return experiment_id, parent
+
+    def _experiment(self, comparison: Comparison) -> str:
+        view = comparison_view(comparison.axes)
+        found = self.client.get_experiment_by_name(comparison.name)
+        if found is None:
+            tags = {"mlflow.note.content": comparison.description, VIEW_TAG: view}
+            tags["mlflow.experimentKind"] = "custom_model_development"
+            location = (self.root / "mlartifacts").absolute().as_uri() if database_file(self.uri) else None
+            return str(self.client.create_experiment(comparison.name, artifact_location=location, tags=tags))
+        if found.lifecycle_stage == "deleted":
+            self.client.restore_experiment(found.experiment_id)
+        if found.tags.get(VIEW_TAG) != view:
+            self.client.set_experiment_tag(found.experiment_id, VIEW_TAG, view)
+        return str(found.experiment_id)
+
+    def _parent(self, comparison: Comparison, experiment_id: str) -> tuple[str, dict[str, Any]]:
+        """The newest run of this study, none of whose trials another recipe has computed since; and its children."""
+        runs = self.client.search_runs([experiment_id], "tags.kind = 'ablation'", order_by=["start_time DESC"])
+        wanted = {trial.name: trial.fingerprint for trial in comparison.trials}
+        for run in runs:
+            children = self._children(experiment_id, run.info.run_id)
+            names = {child.info.run_name: fingerprint for fingerprint, child in children.items()}
+            if run.data.params == dict(comparison.params) and all(
+                wanted.get(name, fingerprint) == fingerprint for name, fingerprint in names.items()
+            ):
+                return run.info.run_id, children
+        tags = {"kind": "ablation", "number": str(len(runs) + 1)}
+        run = self.client.create_run(experiment_id, _now_ms(), tags, run_name=f"{comparison.name} #{len(runs) + 1}")
+        self._log_params(run.info.run_id, comparison.params)
+        return run.info.run_id, {}
+
+    def _children(self, experiment_id: str, parent: str) -> dict[str, Any]:
+        """By fingerprint."""
+        query, found, token = f"tags.`mlflow.parentRunId` = '{parent}'", {}, None
+        while token != "":
+            page = self.client.search_runs([experiment_id], query, page_token=token)
+            found |= {run.data.tags.get("fingerprint", ""): run for run in page}
+            token = page.token or ""
+        return found
+
+    def _create(self, trial: Trial, parent: str, experiment_id: str) -> str:
+        """A child with its parameters and curves, which never change."""
+        from mlflow.entities import Metric
+
+        tags = {"mlflow.parentRunId": parent, "mlflow.runColor": trial.colour, "fingerprint": trial.fingerprint}
+        run_id = str(self.client.create_run(experiment_id, _now_ms(), tags, run_name=trial.name).info.run_id)
+        self._log_params(run_id, trial.params)
+        now_ms = _now_ms()
+        points = [Metric(key, v, now_ms, step) for key, curve in trial.curves.items() for step, v in curve]
+        for start in range(0, len(points), BATCH):
+            self.client.log_batch(run_id, metrics=points[start : start + BATCH])
+        self.client.set_terminated(run_id, "FINISHED")
+        return run_id
+
+    def _log_params(self, run_id: str, params: Mapping[str, str]) -> None:
+        from mlflow.entities import Param
+
+        self.client.log_batch(run_id, params=[Param(key, value) for key, value in params.items()])
+
+    def _update(self, run_id: str, metrics: Mapping[str, float], tags: Mapping[str, str], known: Any) -> None:
+        """Figures and tags that depend on the other trials: those that are new or have changed."""
+        from mlflow.entities import Metric, RunTag
+
+        before = known.metrics if known is not None else {}
+        figures = [Metric(key, value, _now_ms(), 0) for key, value in metrics.items() if before.get(key) != value]
+        self.client.log_batch(run_id, metrics=figures, tags=[RunTag(key, value) for key, value in tags.items()])
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
