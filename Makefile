@@ -16,7 +16,7 @@ plan: $(INSTALLED)
 	$(BIN)/python workflows/efficientscale.py action=plan
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
