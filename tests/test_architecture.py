@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "training": {"config", "kernels", "model", "weights", "data"},
     "pipeline": {"config"},
     # Of training only the session that trials run in; of weights only what files say of themselves.
-    "ablation": {"config", "pipeline", "reports", "terminal", "tracking", "training", "weights"},
+    "ablation": {"config", "lineage", "pipeline", "reports", "terminal", "tracking", "training", "weights"},
     "stages": {"config", "model", "weights", "growth", "data", "training", "evaluation", "pipeline"},
     "lineage": {"config", "weights", "pipeline"},
     "evaluation": {"config", "model", "weights", "data", "pipeline", "lineage"},

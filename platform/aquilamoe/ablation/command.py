@@ -7,8 +7,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from aquilamoe.ablation import advising, screen, trials
 from aquilamoe.ablation import plan as planning
-from aquilamoe.ablation import screen, trials
 from aquilamoe.ablation.results import check_objective, collect
 from aquilamoe.ablation.tracked import compared
 from aquilamoe.ablation.trials import Failure
@@ -30,11 +30,15 @@ from aquilamoe.tracking.lineage import LOCAL_MLFLOW, comparison_url, ui_command
 OWN_KEYS = ("seeds", "scheduler", "trial_cpus")  # beside `ablation`, for short commands
 
 
-def execute(values: Mapping[str, Any], known: list[str], compose: Compose, command: str) -> None:
+def execute(values: Mapping[str, Any], known: list[str], compose: Compose, command: str, shipped: Path) -> None:
     """Validate a composed ablation and do its action; UserError for anything that the user can repair.
 
     known: the ablations there are. compose: how a variant's experiment comes to be. command: what the user typed.
+    shipped: the folder of the studies that come with the platform.
     """
+    if values["action"] == "advise":
+        advising.answer(values, _experiment(values), shipped)
+        return
     if not isinstance(values.get("ablation"), dict):
         raise UserError(f"ablation: none is chosen; choose one with +ablation=NAME (valid: {', '.join(known)})")
     config = _parse({**values["ablation"], **{key: values[key] for key in OWN_KEYS}})
@@ -139,7 +143,7 @@ def _at_once(config: AblationConfig) -> int:
 
 def _experiment(values: Mapping[str, Any]) -> dict[str, Any]:
     """The experiment in a composed ablation."""
-    return {key: value for key, value in values.items() if key not in (*OWN_KEYS, "ablation")}
+    return {key: value for key, value in values.items() if key not in (*OWN_KEYS, *advising.KEYS, "ablation")}
 
 
 def _parse(values: Mapping[str, Any]) -> AblationConfig:

@@ -1,0 +1,319 @@
+"""Whether to grow, how, from where and with which learning rate: what recorded studies and published rules say of it.
+
+A sentence is said only with its evidence. Evidence counts for a question that is like it: sizes, growth, tokens per
+parameter and budget within a factor of two of what was recorded. Otherwise the answer is that there is none.
+"""
+
+import json
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Literal
+
+from pydantic import TypeAdapter
+
+from aquilamoe.ablation.question import Question
+from aquilamoe.ablation.statistics import mean_curve, mean_interval, value_at
+from aquilamoe.config.network import Config
+from aquilamoe.reports import study as studies
+from aquilamoe.reports.comparison_findings import horizon, listed, shown
+from aquilamoe.reports.rows import count
+from aquilamoe.reports.study import Control, Entry, Interval, Study
+
+LIKE = 2.0  # within this factor something is like what was recorded
+Topic = Literal["whether", "how", "start", "rate"]
+TITLES: Mapping[Topic, str] = {
+    "whether": "Whether to grow",
+    "how": "How",
+    "start": "From where",
+    "rate": "Learning rate after growth",
+}
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """evidence: where it is from; empty for the statement that there is none."""
+
+    topic: Topic
+    text: str
+    evidence: str = ""
+
+
+class Rule(Config):
+    """A published finding and where it holds.
+
+    source: parameters. growth: how many times as many. budget_of_source_tokens: the budget over the source's tokens.
+    """
+
+    topic: Topic
+    kind: Literal["scale_up", "scale_out"]
+    source: tuple[float, float]
+    growth: tuple[float, float]
+    budget_of_source_tokens: tuple[float, float] | None = None
+    says: str
+    citation: str
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A study and where its file is."""
+
+    study: Study
+    where: str
+
+
+@dataclass(frozen=True)
+class Case:
+    """A variant of a study as a precedent: what was grown, after which training, for how long."""
+
+    recorded: Recorded
+    entry: Entry
+    kind: str
+    source: float
+    growth: float
+    tokens_per_parameter: float
+    tokens: float
+
+
+def load(folders: Sequence[Path]) -> list[Recorded]:
+    """Every study below some folders; UserError for a file that is none."""
+    paths = [path for folder in folders for path in sorted(folder.glob(f"*/{studies.SUMMARY}"))]
+    return [Recorded(studies.read(path), str(path)) for path in paths]
+
+
+def rules() -> list[Rule]:
+    text = resources.files("aquilamoe.ablation").joinpath("published.json").read_text("utf-8")
+    return TypeAdapter(list[Rule]).validate_python(json.loads(text))
+
+
+def advise(question: Question, recorded: Sequence[Recorded], published: Sequence[Rule]) -> list[Sentence]:
+    """An answer to each of the four questions, the recorded evidence first."""
+    cases = [case for each in recorded for case in _cases(each) if case.kind == question.kind]
+    like = [case for case in cases if _is_like(case, question)]
+    found: list[Sentence] = []
+    said: set[str] = set()
+    for topic, own in (
+        ("whether", list(_whether(question, like))),
+        ("how", list(_how(question, like))),
+        ("start", list(_start(question, cases))),
+        ("rate", list(_rate(like))),
+    ):
+        if not own:
+            reason = _why(topic, question, cases, like)
+            own = [Sentence(topic, f"No recorded evidence{', as above' if reason in said else f': {reason}'}.")]
+            said.add(reason)
+        found += [*own, *_published(topic, question, published)]
+    return found
+
+
+def _cases(recorded: Recorded) -> Iterator[Case]:
+    for entry in recorded.study.variants:
+        source, seed = recorded.study.source_of(entry), next(iter(entry.seeds.values()), None)
+        if source is None or seed is None or entry.params_total is None:
+            continue
+        sparse = entry.params_active != entry.params_total
+        yield Case(
+            recorded,
+            entry,
+            "scale_out" if sparse else "scale_up",
+            source.params,
+            entry.params_total / source.params,
+            source.tokens_per_parameter,
+            seed.tokens,
+        )
+
+
+def _near(ours: float | None, theirs: float) -> bool:
+    return ours is not None and theirs / LIKE <= ours <= theirs * LIKE
+
+
+def _is_like(case: Case, question: Question) -> bool:
+    return (
+        _of_size(case, question)
+        and _near(question.source.tokens_per_parameter, case.tokens_per_parameter)
+        and _near(question.budget, case.tokens)
+    )
+
+
+def _of_size(case: Case, question: Question) -> bool:
+    return _near(question.source.params, case.source) and _near(question.growth, case.growth)
+
+
+def _whether(question: Question, like: Sequence[Case]) -> Iterator[Sentence]:
+    """Of every like study, its best variant against each control of equal FLOPs."""
+    for recorded in dict.fromkeys(case.recorded.where for case in like):
+        own = [case for case in like if case.recorded.where == recorded]
+        best = min(own, key=lambda case: case.entry.mean if case.entry.mean is not None else float("inf"))
+        for control in best.recorded.study.controls:
+            known = control.control
+            difference = known.differences.get(best.entry.name) if known else None
+            if known is not None and difference is not None and known.equal == "flops":
+                yield Sentence("whether", _verdict(known, difference), _evidence(best, difference, question))
+
+
+def _verdict(control: Control, difference: Interval) -> str:
+    other = "train the target from scratch" if control.of is None else f"continue the source ({control.of})"
+    if not difference.excludes_zero:
+        return f"Undecided against the choice to {other}: the recorded seeds do not tell the two apart at equal FLOPs."
+    if difference.mean > 0:
+        return f"Grow rather than {other}: it ends {difference.mean:.3f} nats/token lower at equal FLOPs."
+    return f"Do not grow; {other}: it ends {-difference.mean:.3f} nats/token lower at equal FLOPs."
+
+
+def _evidence(case: Case, difference: Interval, question: Question) -> str:
+    return (
+        f"{case.recorded.where}: '{case.entry.name}', control less variant {shown(difference)}, {difference.pairs} "
+        f"seeds, source {count(case.source)} at {case.tokens_per_parameter:.3g} tokens per parameter, "
+        f"{count(case.tokens)} tokens after growth (you ask for {count(question.budget)})"
+    )
+
+
+def _how(question: Question, like: Sequence[Case]) -> Iterator[Sentence]:
+    """Of every like study that varies a way of growing, those that lead at the budget, if it is within the horizon."""
+    for where in dict.fromkeys(case.recorded.where for case in like):
+        own = [case for case in like if case.recorded.where == where]
+        study = own[0].recorded.study
+        ranked = [entry for entry in study.ranked() if any(case.entry.name == entry.name for case in own)]
+        if len(ranked) < 2:
+            continue
+        first = [entry.name for entry in ranked if entry.rank == ranked[0].rank]
+        reach = f"after {horizon(study)}"
+        yield Sentence(
+            "how",
+            f"{listed([repr(name) for name in first])} {'lead' if len(first) > 1 else 'leads'} {reach}"
+            f"{'; the seeds do not tell them apart' if len(first) > 1 else ''}.",
+            f"{where}: {len(ranked)} variants, {len(study.seeds)} seeds",
+        )
+        shorter = _leader_at(ranked, question.budget)
+        if shorter is not None and shorter not in first:
+            yield Sentence(
+                "how",
+                f"At your {count(question.budget)} tokens the lowest mean loss was that of {shorter!r}: the order "
+                "depends on the budget.",
+                f"{where}: the curves before their cooldown",
+            )
+
+
+def _leader_at(entries: Sequence[Entry], tokens: float) -> str | None:
+    """Who was lowest there; None beyond the curves."""
+    losses = {
+        entry.name: loss
+        for entry in entries
+        if (loss := value_at(mean_curve([seed.by_tokens() for seed in entry.seeds.values()]), tokens)) is not None
+    }
+    return min(losses, key=losses.__getitem__) if len(losses) > 1 else None
+
+
+def _start(question: Question, cases: Sequence[Case]) -> Iterator[Sentence]:
+    """Whether longer training of the source has made growing better than continuing it, in one study."""
+    for where in dict.fromkeys(case.recorded.where for case in cases):
+        own = [case for case in cases if case.recorded.where == where and _of_size(case, question)]
+        lengths = sorted({case.tokens_per_parameter for case in own})
+        if len(lengths) < 2:
+            continue
+        known: dict[float, Interval] = {}
+        for length in lengths:
+            best = _best_against_continuing([case for case in own if case.tokens_per_parameter == length])
+            known |= {length: best} if best is not None else {}
+        better = [length for length, found in known.items() if found.excludes_zero and found.mean > 0]
+        told = ", ".join(f"{length:.3g}: {shown(found)}" for length, found in known.items())
+        if better:
+            text = f"From {min(better):.3g} tokens per parameter on growing beat continuing the source at equal FLOPs."
+        else:
+            tried = listed([f"{length:.3g}" for length in known])
+            text = f"At none of {tried} tokens per parameter did growing beat continuing the source at equal FLOPs."
+        if known:
+            yield Sentence("start", text, f"{where}: control less variant by tokens per parameter, {told}")
+
+
+def _best_against_continuing(cases: Sequence[Case]) -> Interval | None:
+    found = [
+        difference
+        for case in cases
+        for control in case.recorded.study.controls
+        if control.control is not None and control.control.of is not None and control.control.equal == "flops"
+        if (difference := control.control.differences.get(case.entry.name)) is not None
+    ]
+    return max(found, key=lambda difference: difference.mean, default=None)
+
+
+def _rate(like: Sequence[Case]) -> Iterator[Sentence]:
+    """Of every like study that varies the learning rate, the best one, all else being equal, over the source's."""
+    for where in dict.fromkeys(case.recorded.where for case in like):
+        own = [case.entry for case in like if case.recorded.where == where and case.entry.learning_rate is not None]
+        rates = sorted({entry.learning_rate or 0.0 for entry in own})
+        values = {rate: _by_the_rest(own, rate) for rate in rates}
+        shared = set.intersection(*(set(found) for found in values.values())) if values else set()
+        if len(rates) < 2 or not shared:
+            continue
+        means = {rate: statistics.fmean(values[rate][key] for key in shared) for rate in rates}
+        best, second = sorted(rates, key=means.__getitem__)[:2]
+        gap = mean_interval([values[second][key] - values[best][key] for key in shared])
+        certain = "" if gap.excludes_zero else f"; the seeds do not tell it from {second:g}"
+        edge = "; it is at the edge of what was tried" if best in (rates[0], rates[-1]) else ""
+        source = like[0].recorded.study.source_of(own[0])
+        over = f", {best / source.learning_rate:.2g} of the source's peak" if source and source.learning_rate else ""
+        told = ", ".join(f"{rate:g}: {mean:.3f}" for rate, mean in means.items())
+        yield Sentence("rate", f"{best:g}{over}{certain}{edge}.", f"{where}: mean objective by rate, {told}")
+
+
+def _by_the_rest(entries: Sequence[Entry], rate: float) -> dict[tuple[str, ...], float]:
+    """The objective of entries of a rate, by all that tells them and their seeds apart but the rate."""
+    found: dict[tuple[str, ...], float] = {}
+    for entry in entries:
+        if entry.learning_rate == rate:
+            others = [value for value in entry.axes.values() if not _names_rate(value, entries, entry)]
+            found |= {(*others, str(number)): seed.value for number, seed in entry.seeds.items()}
+    return found
+
+
+def _names_rate(value: str, entries: Sequence[Entry], entry: Entry) -> bool:
+    """Whether an axis' value is that of the learning rate: all entries that have it have one rate, others others."""
+    with_it = {each.learning_rate for each in entries if value in each.axes.values()}
+    return with_it == {entry.learning_rate}
+
+
+def _published(topic: Topic, question: Question, published: Sequence[Rule]) -> Iterator[Sentence]:
+    for rule in published:
+        if rule.topic != topic or rule.kind != question.kind:
+            continue
+        inside = rule.source[0] <= question.source.params <= rule.source[1]
+        inside = inside and rule.growth[0] <= question.growth <= rule.growth[1]
+        if inside and rule.budget_of_source_tokens is not None:
+            low, high = rule.budget_of_source_tokens
+            tokens = question.source.tokens
+            inside = tokens is not None and low <= question.budget / tokens <= high
+        if inside:
+            yield Sentence(topic, f"Published: {rule.says}.", rule.citation)
+
+
+def _why(topic: Topic, question: Question, cases: Sequence[Case], like: Sequence[Case]) -> str:
+    """What is missing for an answer: the study, or its range."""
+    if not cases:
+        return f"no recorded study is of a {question.kind.replace('_', '-')}"
+    if like:
+        varied = {"rate": "the learning rate", "how": "the way of growing", "whether": "a control at equal FLOPs"}
+        return f"no recorded study like this one varies or has {varied.get(topic, 'the training of the source')}"
+    if question.source.tokens is None and any(_of_size(case, question) for case in cases):
+        return "how many tokens the source was trained on is not known; say it with source_tokens=N"
+    if topic == "start" and any(_of_size(case, question) for case in cases):
+        return "no recorded study of this size varies the training of the source"
+    return (
+        f"you ask about {count(question.source.params)} -> {count(question.target_params)} at "
+        f"{_plain(question.source.tokens_per_parameter)} tokens per parameter with {count(question.budget)} tokens; "
+        f"recorded are sources of {_span([case.source for case in cases], count)}, grown "
+        f"{_span([case.growth for case in cases], _plain)} times, at "
+        f"{_span([case.tokens_per_parameter for case in cases], _plain)} tokens per parameter, with "
+        f"{_span([case.tokens for case in cases], count)} tokens after growth"
+    )
+
+
+def _plain(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.3g}"
+
+
+def _span(values: Sequence[float], write: Callable[[float], str]) -> str:
+    low, high = write(min(values)), write(max(values))
+    return low if low == high else f"{low} to {high}"
