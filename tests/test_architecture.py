@@ -37,10 +37,14 @@ MAY_IMPORT = {
     "tracking": {"config", "pipeline", "lineage"},
     "reports": {"config", "pipeline"},
     "preflight": {"config", "pipeline"},
-    "terminal": {"config", "pipeline", "reports"},
+    # Of kernels and weights what is known without torch: which kernel, how large chunks, shapes of tensors.
+    "estimates": {"config", "kernels", "weights"},
+    "dryrun": {"config", "model", "weights", "growth"},
+    "terminal": {"config", "pipeline", "reports", "estimates"},
     # Of training only what must be in the environment before torch is imported.
     "commands": {
         *("config", "pipeline", "lineage", "tracking", "reports", "preflight", "terminal", "evaluation", "training"),
+        *("estimates", "dryrun"),
     },
     # The growth tool: from headers to a published directory, of the pipeline only recipes and how files become durable.
     "growing": {"config", "weights", "growth", "pipeline", "reports", "terminal"},
@@ -59,7 +63,13 @@ ONLY_IN = {
         f"aquilamoe/{room}"
         for room in (
             *("kernels", "model.py", "weights", "growth", "training", "stages"),
-            *("data/loader.py", "growing/comparison.py", "evaluation/generation.py", "evaluation/harness.py"),
+            *(
+                "data/loader.py",
+                "dryrun/shapes.py",
+                "growing/comparison.py",
+                "evaluation/generation.py",
+                "evaluation/harness.py",
+            ),
         )
     ],
     "rich": ["aquilamoe/terminal", "aquilamoe/ablation/screen.py", "aquilamoe/growing/screen.py"],

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aquilamoe.config.schema import ModelConfig
-from aquilamoe.kernels import cross_entropy
-from aquilamoe.kernels.cross_entropy import chunk_rows, head_cross_entropy
+from aquilamoe.kernels import chunks
+from aquilamoe.kernels.chunks import chunk_rows
+from aquilamoe.kernels.cross_entropy import head_cross_entropy
 from aquilamoe.model import Decoder
 
 TOKENS, HIDDEN, VOCABULARY = 50, 8, 37
@@ -20,8 +21,8 @@ TOKENS, HIDDEN, VOCABULARY = 50, 8, 37
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of 17, 17 and 16 tokens."""
-    monkeypatch.setattr(cross_entropy, "FEWEST_ROWS", 1)
-    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", {"cpu": 20 * 4 * VOCABULARY, "cuda": 0})
+    monkeypatch.setattr(chunks, "FEWEST_ROWS", 1)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", {"cpu": 20 * 4 * VOCABULARY, "cuda": 0})
 
 
 def inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

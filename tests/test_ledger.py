@@ -122,7 +122,7 @@ def test_what_is_forgotten_leaves_nothing_behind(attempts: Attempts, tmp_path: P
 
 
 def plan(experiment: ExperimentConfig, root: Path) -> list[planning.Planned]:
-    return planning.make(graph.build(experiment), Store(root), experiment.cluster.flops_per_s)
+    return planning.make(graph.build(experiment), Store(root), planning.stated_speed(experiment.cluster))
 
 
 def test_a_plan_foresees_what_the_papers_line_costs_before_anything_runs(compose: Compose, tmp_path: Path) -> None:
@@ -130,7 +130,7 @@ def test_a_plan_foresees_what_the_papers_line_costs_before_anything_runs(compose
     table = costs.foreseen(plan(experiment, tmp_path), experiment.cluster)
     by_name = {row.name: row for row in table.rows}
     stages, cluster = graph.build(experiment), experiment.cluster
-    hours = stages["prepare"].flops / cluster.flops_per_s / 3600
+    hours = stages["prepare"].flops / planning.stated_speed(cluster) / 3600
     assert by_name["prepare"].own.money == pytest.approx(hours * 256 * cluster.price_per_device_hour)
     moe = by_name["moe"].lineage
     assert moe is not None

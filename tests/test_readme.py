@@ -11,15 +11,17 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+COSTS = (ROOT / "docs" / "what-it-costs.md").read_text(encoding="utf-8")
 
 
-def code_blocks(language: str = "") -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+def code_blocks(language: str = "", page: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
 
 
-def workflow_commands() -> list[str]:
-    lines = [line.split("#")[0].strip() for block in code_blocks() for line in block.splitlines()]
-    return [line for line in lines if line.startswith("python workflows/efficientscale.py")]
+def workflow_commands(*pages: str) -> list[str]:
+    blocks = [block for page in pages or (README, COSTS) for block in code_blocks(page=page)]
+    lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
+    return [line for line in dict.fromkeys(lines) if line.startswith("python workflows/efficientscale.py")]
 
 
 # In one process, because most of a plan's time is what Python imports.
@@ -60,6 +62,12 @@ def test_every_workflow_command_of_the_readme_has_a_plan(command: str, plans: di
     code, text = plans[command]
     assert code == 0, (code, text)
     assert "stages run" in text
+
+
+def test_the_page_on_costs_shows_what_its_commands_print(plans: dict[str, tuple[int | str, str]]) -> None:
+    for command, shown in zip(workflow_commands(COSTS), code_blocks("text", COSTS), strict=False):
+        said = {line.rstrip() for line in plans[command][1].splitlines()}
+        assert [line for line in shown.splitlines() if line not in said] == []
 
 
 def test_every_make_target_of_the_readme_exists() -> None:

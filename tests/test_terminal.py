@@ -153,7 +153,7 @@ def test_a_spark_line_of_falling_values_falls() -> None:
 
 def test_a_narrow_terminal_gets_whole_tables_with_fewer_columns(compose: Compose, tmp_path: Path) -> None:
     experiment = graph.parse(compose("cluster=gpu_256"))
-    plan = planning.make(graph.build(experiment), Store(tmp_path), experiment.cluster.flops_per_s)
+    plan = planning.make(graph.build(experiment), Store(tmp_path), planning.stated_speed(experiment.cluster))
     for width in (80, 100, 120, 160):
         out = Console(file=io.StringIO(), width=width)
         out.print(tables.plan_table(plan, width))

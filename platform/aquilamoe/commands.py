@@ -5,12 +5,15 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from aquilamoe import preflight
 from aquilamoe.config import graph
 from aquilamoe.config.graph import Node
 from aquilamoe.config.schema import ExperimentConfig
+from aquilamoe.dryrun.small import shrunk
+from aquilamoe.estimates import layouts
 from aquilamoe.evaluation import actions as evaluation
 from aquilamoe.lineage import actions as lineage
 from aquilamoe.pipeline import plan as planning
@@ -20,7 +23,7 @@ from aquilamoe.pipeline.plan import Planned
 from aquilamoe.pipeline.stage import Input
 from aquilamoe.pipeline.store import METRICS, Store, read_points
 from aquilamoe.reports import costs, rows
-from aquilamoe.terminal import live, screen, tables, watch
+from aquilamoe.terminal import capacity, live, screen, tables, watch
 from aquilamoe.tracking.lineage import LOCAL_MLFLOW, comparison_url, ui_command
 from aquilamoe.tracking.observer import Tracker
 from aquilamoe.training.environment import WORKER_ENVIRONMENT
@@ -41,8 +44,11 @@ def execute(values: Mapping[str, Any], command: str) -> None:
     if experiment.action in evaluation.ACTIONS:
         _examine(experiment, nodes, store)
         return
+    if experiment.action == "dryrun":
+        _rehearse(values, experiment, nodes)
+        return
     cluster = experiment.cluster
-    plan = planning.make(nodes, store, cluster.flops_per_s, training_devices(cluster))
+    plan = planning.make(nodes, store, planning.stated_speed(cluster), training_devices(cluster))
     if experiment.action == "plan":
         _show_plan(experiment, plan, store)
     elif experiment.action == "status":
@@ -51,7 +57,7 @@ def execute(values: Mapping[str, Any], command: str) -> None:
         preflight.check(experiment, plan, store.root)
         with store.lock():
             # Planned again under the lock: what another run has finished meanwhile is cached now.
-            plan = planning.make(nodes, store, cluster.flops_per_s, training_devices(cluster))
+            plan = planning.make(nodes, store, planning.stated_speed(cluster), training_devices(cluster))
             with watch.announced(store, experiment.name, plan):
                 _run(experiment, plan, store, command)
 
@@ -83,13 +89,53 @@ def _examine(experiment: ExperimentConfig, nodes: Mapping[str, Node], store: Sto
     out.print(f"\nresults  {_relative(path)}")
 
 
+def _rehearse(values: Mapping[str, Any], experiment: ExperimentConfig, nodes: Mapping[str, Node]) -> None:
+    """Check every tensor at full size without values, then run the graph small; nothing is left of it."""
+    _set_environment()
+    from aquilamoe.dryrun.shapes import check_growth, check_model
+
+    out, started = screen.console(), time.monotonic()
+    out.print(f"{experiment.name}: {experiment.description}\n")
+    for node in nodes.values():
+        planning.estimate(node)  # what it refuses is refused here, too
+        if node.model is not None and node.stage.kind != "export":
+            said = f"{check_model(node):,} tensors, {node.model.num_params:,} parameters"
+            if node.source_model is not None and node.model != node.source_model:
+                said += f"; the growth makes all {check_growth(node):,} of its files, each in its shape"
+            out.print(f"{node.name}: {said}", soft_wrap=True)
+    with TemporaryDirectory(prefix=f"{experiment.name}-dryrun-") as scratch:
+        small, width = shrunk(values, Path(scratch))
+        rehearsed, store = graph.parse(small), Store(Path(scratch))
+        plan = planning.make(graph.build(rehearsed), store, planning.stated_speed(rehearsed.cluster))
+        out.print(f"\nThe graph with widths divided by {width}, a batch for every stage, and invented text:")
+        done = runner.run(plan, store, rehearsed.cluster, [live.LiveView(out, rehearsed.name, plan)])
+    out.print(f"\nAll {len(done)} stages ran, in {rows.duration(time.monotonic() - started)}; nothing of it is kept.")
+
+
 def _show_plan(experiment: ExperimentConfig, plan: Sequence[Planned], store: Store) -> None:
     out = screen.console()
     out.print(f"{experiment.name}: {experiment.description}\n")
     out.print(tables.plan_table(plan, out.width))
     out.print()
     out.print(tables.cost_table(costs.foreseen(plan, experiment.cluster), out.width))
+    _show_devices(out, experiment, plan)
     out.print(f"\nOutputs go to {_relative(store.root)}; nothing was started.")
+
+
+def _show_devices(out: Any, experiment: ExperimentConfig, plan: Sequence[Planned]) -> None:
+    """What training takes of every device, and of a GPU also which layouts have room."""
+    cluster, stages = experiment.cluster, layouts.training(planned.node for planned in plan)
+    if not stages:
+        return
+    out.print(f"\n{capacity.speed(cluster)}\n")
+    out.print(capacity.training_table(plan, stages, cluster))
+    out.print()
+    out.print(capacity.memory_table(stages, cluster))
+    if cluster.gpus_per_worker and cluster.gpu_memory_bytes and (now := layouts.choice(stages, cluster, {})):
+        out.print()
+        out.print(capacity.layout_table(layouts.ladder(stages, cluster), now))
+        out.print()
+        out.print(capacity.verdict(now, None if now.fits else layouts.nearest(stages, cluster)), soft_wrap=True)
 
 
 def _show_status(experiment: ExperimentConfig, plan: Sequence[Planned], store: Store) -> None:

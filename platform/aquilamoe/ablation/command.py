@@ -19,6 +19,7 @@ from aquilamoe.config.ablation import AblationConfig
 from aquilamoe.config.messages import UserError, first_problem
 from aquilamoe.config.schema import ExperimentConfig
 from aquilamoe.pipeline import runner
+from aquilamoe.pipeline.plan import stated_speed
 from aquilamoe.pipeline.store import Store, write_atomically
 from aquilamoe.reports import comparison
 from aquilamoe.reports.study import SUMMARY, Study
@@ -59,7 +60,7 @@ def execute(values: Mapping[str, Any], known: list[str], compose: Compose, comma
 
 
 def _show_plan(experiment: ExperimentConfig, union: Union, store: Store, config: AblationConfig) -> None:
-    tasks = planning.tasks(union, store, experiment.cluster.flops_per_s)
+    tasks = planning.tasks(union, store, stated_speed(experiment.cluster))
     out = console()
     out.print(f"{experiment.name}: {experiment.description}\n")
     out.print(screen.plan_table(union, tasks, config))
@@ -121,7 +122,7 @@ def _written(study: Study, folder: Path) -> Path:
 def _run(experiment: ExperimentConfig, union: Union, store: Store, config: AblationConfig) -> dict[str, Failure]:
     """Data, then what several variants grow from, then variants and controls; what failed, by task."""
     out, cluster = console(), experiment.cluster
-    tasks = planning.tasks(union, store, cluster.flops_per_s)
+    tasks = planning.tasks(union, store, stated_speed(cluster))
     out.print(f"{experiment.name}: {experiment.description}\n")
     out.print(f"{screen.plan_summary(union, planning.totals(tasks), _at_once(config))}\n")
     runner.run(planning.data_stages(tasks), store, cluster, [])

@@ -286,7 +286,9 @@ class ClusterConfig(Config):
     micro_batch_tokens: PositiveInt
     checkpoint_every_tokens: PositiveInt
     compile: bool
-    flops_per_s: PositiveFloat
+    flops_per_s: PositiveFloat | None
+    device_flops_per_s: PositiveFloat | None = None
+    mfu: Annotated[Float, Field(gt=0.0, le=1.0)] | None = None
     price_per_device_hour: NonNegativeFloat = 0.0
     device_watts: NonNegativeFloat = 0.0
     parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"
@@ -345,7 +347,7 @@ class ExperimentConfig(Config):
 
     name: Name
     description: str
-    action: Literal["run", "plan", "status", "lineage", "why", "verify", "rebuild", "generate", "evaluate"]
+    action: Literal["run", "plan", "dryrun", "status", "lineage", "why", "verify", "rebuild", "generate", "evaluate"]
     watch: bool = False
     checkpoint: str | None = None
     prompt: str | None = None

@@ -38,11 +38,11 @@ def scale_out(
     """
     source_config = configuration.read_config(source)
     rules.check(source_config, target_config, upcycling)
-    grow = partial(_grow, source=source_config, target=target_config, upcycling=upcycling, seed=seed)
+    grow = partial(recipes, source=source_config, target=target_config, upcycling=upcycling, seed=seed)
     return rewrite(source, target, (source_config, target_config), grow, progress)
 
 
-def _grow(
+def recipes(
     reader: Reader, source: ModelConfig, target: ModelConfig, upcycling: UpcyclingConfig, seed: int
 ) -> Iterator[Recipe]:
     """Yield what every tensor of the target is made of."""

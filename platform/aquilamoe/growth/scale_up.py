@@ -32,11 +32,11 @@ def scale_up(
     """
     source_config = configuration.read_config(source)
     rules.check(source_config, target_config, growth)
-    grow = partial(_grow, source=source_config, target=target_config, growth=growth, seed=seed)
+    grow = partial(recipes, source=source_config, target=target_config, growth=growth, seed=seed)
     return rewrite(source, target, (source_config, target_config), grow, progress)
 
 
-def _grow(
+def recipes(
     reader: Reader, source: ModelConfig, target: ModelConfig, growth: GrowthConfig, seed: int
 ) -> Iterator[Recipe]:
     """Yield what every tensor of the target is made of: what is outside the layers, then a source layer at a time."""

@@ -14,12 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Bytes of a chunk's float32 logits. A CPU keeps such a chunk in its cache, and its C library keeps the buffer: one of
-# tens of MB is mapped and zeroed page by page at every step where training runs in a thread. An accelerator wants
-# large products.
-CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 1 << 30}
-# Every chunk reads the head and adds to its gradient, which few tokens would not pay for.
-FEWEST_ROWS = 256
+from aquilamoe.kernels.chunks import chunk_rows
 
 
 def head_cross_entropy(hidden_nd: Tensor, head_vd: Tensor, targets_n: Tensor) -> Tensor:
@@ -34,12 +29,6 @@ def head_cross_entropy(hidden_nd: Tensor, head_vd: Tensor, targets_n: Tensor) ->
     differentiated = torch.is_grad_enabled() and (hidden_nd.requires_grad or head_vd.requires_grad)
     loss: Tensor = _HeadCrossEntropy.apply(hidden_nd, head_vd, targets_n, dtype, differentiated)
     return loss
-
-
-def chunk_rows(num_rows: int, vocab_size: int, device_type: str) -> int:
-    """Tokens of a chunk: within CHUNK_BYTES, but for FEWEST_ROWS, and about equal chunks, whose products repeat."""
-    most = max(FEWEST_ROWS, CHUNK_BYTES.get(device_type, CHUNK_BYTES["cuda"]) // (4 * vocab_size))
-    return -(-num_rows // -(-num_rows // most))
 
 
 class _HeadCrossEntropy(torch.autograd.Function):

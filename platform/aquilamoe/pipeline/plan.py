@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Literal
 
 from aquilamoe.config.graph import Node
+from aquilamoe.config.messages import UserError
+from aquilamoe.config.schema import ClusterConfig
 from aquilamoe.pipeline import fingerprint as identity
 from aquilamoe.pipeline.fingerprint import Recipe
 from aquilamoe.pipeline.stage import Estimate, module
@@ -53,6 +55,23 @@ def make(nodes: Mapping[str, Node], store: Store, flops_per_s: float, devices: i
             planned = replace(planned, state="runs", reason=f"as {first}", estimate=Estimate(), seconds=0.0)
         plan[node.name] = planned
     return list(plan.values())
+
+
+def stated_speed(cluster: ClusterConfig) -> float:
+    """FLOP/s of a training on all devices, before one here has measured it; UserError where nobody states it."""
+    if cluster.flops_per_s is not None:
+        return cluster.flops_per_s
+    if cluster.device_flops_per_s is None or cluster.mfu is None:
+        raise UserError(
+            "cluster.flops_per_s: null, and so are device_flops_per_s or mfu; set it, or both of these: plans say how "
+            "long training takes"
+        )
+    return cluster.workers * max(1, cluster.gpus_per_worker) * cluster.device_flops_per_s * cluster.mfu
+
+
+def estimate(node: Node) -> Estimate:
+    """What is known of a stage before it runs; UserError if it cannot be done."""
+    return module(node.stage.kind).estimate(node)
 
 
 def recipes(nodes: Mapping[str, Node]) -> dict[str, Recipe]:

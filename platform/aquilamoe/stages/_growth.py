@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 CERTIFICATE = "certificate.json"
 SEQUENCE_LENGTH = 128
 BYTES_PER_PARAMETER = 4
+SECONDS, DISK_BYTES_PER_S = 4.0, 1e9  # of a small growth, certificate included; read and written on a usual disk
 
 
 def estimate(node: Node, growth: GrowthConfig | UpcyclingConfig) -> Estimate:
@@ -28,7 +29,9 @@ def estimate(node: Node, growth: GrowthConfig | UpcyclingConfig) -> Estimate:
         # A rule's message begins with the field: of the model, or of the growth itself.
         inside = "" if str(error).startswith(("growth", "upcycling")) else "model."
         raise UserError(f"stages.{node.name}.{inside}{error}") from None
-    return Estimate(disk_bytes=BYTES_PER_PARAMETER * node.model.num_params, seconds=4.0)
+    moved = BYTES_PER_PARAMETER * (node.source_model.num_params + node.model.num_params)
+    seconds = SECONDS + moved / DISK_BYTES_PER_S
+    return Estimate(disk_bytes=BYTES_PER_PARAMETER * node.model.num_params, seconds=seconds)
 
 
 def run(context: Context, growth: GrowthConfig | UpcyclingConfig, grow: Callable[..., dict[str, str]]) -> Metrics:

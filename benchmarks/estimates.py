@@ -1,0 +1,170 @@
+"""How far a plan's estimates are from what is measured: time and memory of training, as ratios, estimate to measured.
+
+python benchmarks/estimates.py                   about a minute on one core
+
+Time: one training calibrates the speed, as the first record of a store does (`pipeline.plan`), and foretells the
+others, which have other shapes. Seconds are those of this process on one thread, which other processes hardly change.
+Memory: what torch's allocator counts in a step against `estimates.memory`.
+"""
+
+import gc
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from aquilamoe.config.network import ModelConfig
+from aquilamoe.config.schema import ClusterConfig, PretrainStage
+from aquilamoe.estimates import memory
+from aquilamoe.training import optimizer as optimizers
+from aquilamoe.training.job import Job
+from aquilamoe.training.parallel import Group, initialize
+from aquilamoe.training.step import Stepper
+from aquilamoe.weights.allocator import keep_large_buffers
+
+STEPS, TOKENS = 3, 512
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is trained."""
+
+    hidden: int
+    neurons: int
+    layers: int
+    length: int = 128
+    experts: int = 0
+    vocabulary: int = 2048
+
+    def job(self) -> Job:
+        model = ModelConfig(
+            vocab_size=self.vocabulary,
+            hidden_size=self.hidden,
+            intermediate_size=self.neurons,
+            num_hidden_layers=self.layers,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            head_dim=self.hidden // 8,
+            max_position_embeddings=1024,
+            rope_theta=1e4,
+            rms_norm_eps=1e-5,
+            initializer_range=0.02,
+            qkv_bias=True,
+            tie_word_embeddings=False,
+            num_experts=self.experts,
+            num_experts_per_tok=2 if self.experts else 0,
+            moe_intermediate_size=self.neurons if self.experts else 0,
+        )
+        stage = PretrainStage.model_validate(
+            {
+                "kind": "pretrain",
+                "inputs": {"tokens": "tokens"},
+                "model": model.model_dump(),
+                "total_tokens": 10**6,
+                "equal_flops": None,
+                "batch_tokens": TOKENS,
+                "sequence_length": self.length,
+                "mixture": {"en": 1.0},
+                "learning_rate": 1e-3,
+                "precision": "fp32",
+                "optimizer_state": "reset",
+                "seed": 0,
+                "optimizer": {
+                    "name": "adamw",
+                    "betas": (0.9, 0.95),
+                    "momentum": 0.95,
+                    "eps": 1e-8,
+                    "weight_decay": 0.1,
+                    "max_grad_norm": 1.0,
+                },
+                "schedule": {"name": "constant", "warmup_tokens": 0, "decay_tokens": 0, "min_lr_ratio": 1.0},
+                "router": {"balance_loss_coeff": 0.001, "balance_scope": "global_batch", "z_loss_coeff": 0.01},
+                "validate_every_tokens": 10**6,
+                "validation_tokens": 1024,
+            }
+        )
+        cluster = ClusterConfig(
+            executor="process",
+            address=None,
+            workers=1,
+            cpus_per_worker=1,
+            gpus_per_worker=0,
+            gpu_memory_bytes=0,
+            max_failures=0,
+            micro_batch_tokens=TOKENS,
+            checkpoint_every_tokens=10**9,
+            compile=False,
+            flops_per_s=1e9,
+        )
+        return Job("benchmark", stage, model, Path(), None, Path(), 0, 0, cluster)
+
+
+CALIBRATION = Shape(128, 352, 4)
+SHAPES = {
+    "wider": Shape(256, 704, 4),
+    "deeper": Shape(128, 352, 10),
+    "longer sequences": Shape(128, 352, 4, length=512),
+    "a larger vocabulary": Shape(128, 352, 4, vocabulary=8192),
+    "8 experts": Shape(128, 352, 4, experts=8),
+}
+
+
+def stepper(job: Job) -> tuple[Stepper, np.ndarray]:
+    """What takes steps, and the tokens of one."""
+    group = Group(job.cluster)
+    model = group.build(job.model, job.stage.precision)
+    initialize(model, 0)
+    rows = job.stage.batch_tokens // job.stage.sequence_length
+    tokens = np.random.default_rng(0).integers(0, job.model.vocab_size, (rows, job.stage.sequence_length + 1))
+    return Stepper(job, model, optimizers.build(model, job.stage.optimizer, 1e-3), group), tokens
+
+
+def seconds(job: Job) -> float:
+    """Of a step: the median of STEPS, after one that warms up."""
+    steps, tokens = stepper(job)
+    times = []
+    for step in range(STEPS + 1):
+        started = time.process_time()
+        steps.step(step + 1, tokens)
+        times.append(time.process_time() - started)
+    return statistics.median(times[1:])
+
+
+def peak_bytes(job: Job) -> int:
+    """The most that torch's allocator has handed out in two steps, the model among them."""
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        steps, tokens = stepper(job)
+        for step in (1, 2):
+            steps.step(step, tokens)
+        del steps
+    assert profiled.profiler is not None
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return int(np.cumsum([event.nbytes() for event in events]).max())
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    keep_large_buffers()
+    calibration = CALIBRATION.job()
+    speed = flops(calibration) / seconds(calibration)
+    print(f"{'':22}{'time':>8}{'memory':>8}   estimate to measured; calibrated at {speed:.3g} FLOP/s")
+    for name, shape in SHAPES.items():
+        job = shape.job()
+        of_time = flops(job) / speed / seconds(job)
+        of_memory = memory.estimate(job.model, job.stage, job.cluster).peak / peak_bytes(job)
+        print(f"{name:22}{of_time:8.2f}{of_memory:8.2f}", flush=True)
+
+
+def flops(job: Job) -> float:
+    """Model FLOPs of a step."""
+    return job.model.flops_per_token(job.stage.sequence_length) * job.stage.batch_tokens
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""An experiment made so small that its whole graph runs in a minute or so: the same stages, growths and layers.
+
+Widths are divided by up to 64 (`config.scaling`), layers are all there, every stage trains one batch, and the corpus is
+a few invented words in each of its languages.
+"""
+
+import json
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from aquilamoe.config import graph, scaling
+from aquilamoe.config.messages import UserError
+
+Values = dict[str, Any]
+WIDTHS = (64, 32, 16, 8, 4, 2, 1)
+NARROWEST = 16  # channels of the residual stream
+LENGTH, ROWS, VOCABULARY = 32, 4, 320  # tokens of a sequence; sequences of the one batch; tokens of the vocabulary
+DOCUMENTS, WORDS = 24, 80
+BATCH = LENGTH * ROWS
+TRAINING: Mapping[str, Any] = {
+    "total_tokens": BATCH,
+    "equal_flops": None,
+    "batch_tokens": BATCH,
+    "sequence_length": LENGTH,
+    "validate_every_tokens": BATCH,
+    "validation_tokens": LENGTH,
+    "precision": "fp32",  # which any CPU computes as fast as it can
+}
+CLUSTER: Mapping[str, Any] = {
+    "executor": "process",
+    "address": None,
+    "workers": 1,
+    "min_workers": None,
+    "gpus_per_worker": 0,
+    "gpu_memory_bytes": 0,
+    "micro_batch_tokens": BATCH // 2,
+    "parallel": "ddp",
+    "shard_size": None,
+    "expert_parallel": 1,
+    "compile": False,
+}
+
+
+def shrunk(values: Mapping[str, Any], scratch: Path) -> tuple[Values, int]:
+    """The values of the small experiment, and what its widths were divided by. It writes into `scratch` alone.
+
+    UserError, that of the experiment at its own size, if no division of it can be built.
+    """
+    one_batch = _one_batch(scaling.scaled(values), _invent(values, scratch), scratch)
+    for width in WIDTHS:
+        small = {**one_batch, scaling.KEY: {"width": width}}
+        try:
+            nodes = graph.build(graph.parse(small))
+        except UserError:
+            if width == 1:
+                raise
+            continue
+        if width == 1 or all(node.model is None or node.model.hidden_size >= NARROWEST for node in nodes.values()):
+            return small, width
+    raise AssertionError("a width of 1 returns or raises")
+
+
+def _one_batch(values: Values, sources: Values, scratch: Path) -> Values:
+    stages = {name: _stage(stage, sources) for name, stage in values["stages"].items()}
+    return {
+        **values,
+        "stages": stages,
+        "model": _model(values["model"]),
+        "data": {**values["data"], "sources": sources},
+        "cluster": {**values["cluster"], **CLUSTER, "cpus_per_worker": min(2, values["cluster"]["cpus_per_worker"])},
+        "paths": {"root": str(scratch)},
+        "tracking": {**values["tracking"], "enabled": False},
+    }
+
+
+def _stage(stage: Any, sources: Values) -> Any:
+    if not isinstance(stage, Mapping):
+        return stage
+    found = dict(stage)
+    if isinstance(stage.get("model"), Mapping):
+        found["model"] = _model(stage["model"])
+    if stage["kind"] == "corpus":
+        found["sources"] = sources
+    elif stage["kind"] == "tokenizer":
+        found["vocab_size"] = VOCABULARY
+    elif stage["kind"] == "pretrain":
+        found |= {**TRAINING, "schedule": {**stage["schedule"], "warmup_tokens": 0, "decay_tokens": 0}}
+    elif stage["kind"] in ("scale_up", "scale_out"):
+        found["certificate_tokens"] = BATCH
+    elif stage["kind"] == "evaluate":
+        prompts = {language: texts[:1] for language, texts in (stage.get("prompts") or {}).items()}
+        found |= {"sequence_length": LENGTH, "precision": "fp32"}
+        found |= {"prompts": prompts, "generation": {"max_new_tokens": 2}}
+    return found
+
+
+def _model(model: Mapping[str, Any]) -> Values:
+    return {**model, **({"vocab_size": VOCABULARY} if model.get("vocab_size") is not None else {})}
+
+
+def _invent(values: Mapping[str, Any], scratch: Path) -> Values:
+    """A file of invented documents for every language of the corpus."""
+    draw, folder = random.Random(0), scratch / "corpus"
+    folder.mkdir(parents=True, exist_ok=True)
+    sources = {}
+    for language in values["data"]["sources"]:
+        words = ["".join(draw.choices("aeiounrst", k=draw.randint(2, 6))) for _ in range(VOCABULARY)]
+        documents = [
+            {"text": " ".join(draw.choices(words, k=WORDS)), "split": "train" if number % 4 else "validation"}
+            for number in range(DOCUMENTS)
+        ]
+        path = folder / f"{language}.jsonl"
+        path.write_text("".join(json.dumps(document) + "\n" for document in documents), encoding="utf-8")
+        sources[language] = {"path": str(path), "sha256": None}
+    return sources
