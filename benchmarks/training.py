@@ -23,13 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from aquilamoe.config.network import ModelConfig
+from aquilamoe.training.peak import STATED_PEAKS
 
 HERE = Path(__file__).resolve().parent
 BATCH_TOKENS, CUDA_BATCH_TOKENS = 4096, 8192  # on 80 GB, 1.8B parameters leave room for so many
 TURN_S = 0.7  # of a contestant, at least
 REST = {"rope_theta": 1e4, "rms_norm_eps": 1e-5, "initializer_range": 0.02, "qkv_bias": False}
-# Dense FLOP/s in bf16 that the makers state, by a part of the device's name.
-STATED_PEAKS = {"H100": 989.4e12, "H200": 989.4e12, "A100": 312e12}
 
 
 def dense(vocabulary: int, hidden: int, ffn: int, layers: int, heads: int, kv_heads: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@ import json
 import math
 import os
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -304,3 +305,31 @@ def command(environment: dict[str, str]) -> Command:
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def plain_query() -> Callable[[str], str]:
+    """A query of a board as Prometheus knows it: with what Grafana puts in the place of its variables."""
+    return lambda query: re.sub(r"\$\w+", ".*", query.replace("$__rate_interval", "1m"))
+
+
+@pytest.fixture(scope="session")
+def metrics_of(plain_query: Callable[[str], str]) -> Callable[[str], set[str]]:
+    """The names of the metrics in a query: what is left without labels, ranges, functions and their words."""
+
+    def names(query: str) -> set[str]:
+        text = re.sub(r"\{.*?\}|\[.*?\]", " ", plain_query(query))
+        text = re.sub(r"\b(by|without|on|ignoring|group_left|group_right)\s*(\(.*?\))?", " ", text)
+        return set(re.findall(r"\b[a-z_][a-z0-9_]*\b(?!\s*\()", text))
+
+    return names
+
+
+@pytest.fixture(scope="session")
+def queried_metrics(metrics_of: Callable[[str], set[str]]) -> set[str]:
+    """The names of all metrics that Grafana's boards ask for."""
+    boards = [
+        json.loads(path.read_text()) for path in (REPOSITORY / "dashboards" / "grafana" / "boards").glob("*.json")
+    ]
+    targets = [target for board in boards for panel in board["panels"] for target in panel.get("targets", [])]
+    return set[str]().union(*(metrics_of(target["expr"]) for target in targets))

@@ -55,7 +55,7 @@ ONLY_IN = {
     "hydra": ["workflows"],
     "omegaconf": ["workflows"],
     "ray": [
-        *(f"aquilamoe/training/{name}.py" for name in ("session", "crew", "launch")),
+        *(f"aquilamoe/training/{name}.py" for name in ("session", "crew", "launch", "gauges")),
         "aquilamoe/ablation/trials.py",
     ],
     "mlflow": ["aquilamoe/tracking"],

@@ -7,7 +7,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 from aquilamoe.config.messages import UserError
 from aquilamoe.config.schema import ClusterConfig, ModelConfig, PretrainStage
 from aquilamoe.data.tokens import TokenCounts, TokensRecord, write_record, write_token_file
-from aquilamoe.training import crew, session, state
+from aquilamoe.training import crew, gauges, session, state
 from aquilamoe.training.environment import WORKER_ENVIRONMENT
 from aquilamoe.training.job import Job, Rank
 from aquilamoe.training.launch import has_workers, launch, release
@@ -266,6 +266,50 @@ def test_workers_have_the_settings_that_precede_torch(address: str) -> None:
 
 
 # Without workers
+
+
+class Told:
+    """Keeps what a training tells."""
+
+    def __init__(self) -> None:
+        self.began: list[int] = []
+        self.parts: set[str] = set()
+        self.steps: list[tuple[int, float]] = []
+        self.points: list[tuple[int, Mapping[str, float], Mapping[str, Any] | None]] = []
+
+    def begins(self, *of: Any) -> None:
+        self.began.append(of[-1])  # the step
+
+    def spent(self, part: str, seconds: float) -> None:
+        assert seconds > 0
+        self.parts.add(part)
+
+    def stepped(self, step: int, values: Mapping[str, float]) -> None:
+        self.steps.append((step, values["train/loss"]))
+
+    def measured(self, step: int, values: Mapping[str, float], router: Mapping[str, Any] | None) -> None:
+        self.points.append((step, values, router))
+
+
+def test_a_meter_is_told_every_step_and_every_point_of_the_journal_and_changes_no_byte(
+    tokens: Path, tmp_path: Path
+) -> None:
+    told = Told()
+    train(make_job(tokens, tmp_path / "told", LOCAL_PROCESS), Rank(meter=told))
+    train(make_job(tokens, tmp_path / "untold", LOCAL_PROCESS))
+    assert result(tmp_path / "told") == result(tmp_path / "untold")
+    assert told.began == [0] and told.parts == {"wait", "step", "validation", "checkpoint"}
+    assert [step for step, _ in told.steps] == list(range(1, 21))
+    journal = points(tmp_path / "told")
+    assert [(step, values.get("train/loss")) for step, values, _ in told.points] == [
+        (point["step"], point.get("train/loss")) for point in journal
+    ]
+    assert told.steps == [(point["step"], point["train/loss"]) for point in journal[1:]]
+    assert all(router and len(router["load"]) == 2 for step, _, router in told.points if step)
+
+
+def test_outside_of_rays_workers_nobody_is_told() -> None:
+    assert gauges.meter("embedded") is None
 
 
 def test_a_users_mistake_is_passed_on_and_an_error_of_ours_is_raised(tokens: Path, tmp_path: Path) -> None:

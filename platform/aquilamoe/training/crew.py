@@ -53,11 +53,11 @@ class Crew:
     """An actor: runs `fit`, hands out one piece of work at a time and takes back how it ended.
 
     cluster: how many workers, and of what. storage, name: where Ray Train keeps its own notes; nothing is resumed from
-    them.
+    them. label: of the metrics that the workers tell Ray.
     """
 
-    def __init__(self, cluster: ClusterConfig, storage: str, name: str) -> None:
-        self.cluster, self.storage, self.name = cluster, storage, name
+    def __init__(self, cluster: ClusterConfig, storage: str, name: str, label: str) -> None:
+        self.cluster, self.storage, self.name, self.label = cluster, storage, name, label
         self.number, self.work, self.failures_left = 0, b"", cluster.max_failures
         self.outcome: Outcome | None = None  # of the work at hand
         self.end: Outcome | None = None  # of the whole crew
@@ -74,7 +74,7 @@ class Crew:
         me = ray.get_runtime_context().current_actor
         end = Outcome()
         try:
-            await asyncio.to_thread(_fit, self.cluster, self.storage, self.name, me)
+            await asyncio.to_thread(_fit, self.cluster, self.storage, self.name, self.label, me)
         except Exception as error:
             end = Outcome(failures={0: error})
         async with self.news:
@@ -151,13 +151,13 @@ def cause(name: str, max_failures: int, failures: Mapping[int, BaseException]) -
     return failures[min(failures)]
 
 
-def _fit(cluster: ClusterConfig, storage: str, name: str, crew: "ActorHandle[Crew]") -> None:
+def _fit(cluster: ClusterConfig, storage: str, name: str, label: str, crew: "ActorHandle[Crew]") -> None:
     from ray.train.torch import TorchTrainer
 
     try:
         TorchTrainer(
             _serve,
-            train_loop_config={"crew": crew, "watch": cluster.address is not None},
+            train_loop_config={"crew": crew, "label": label, "watch": cluster.address is not None},
             scaling_config=_scaling(cluster),
             torch_config=_torch_config(cluster),
             run_config=_run_config(storage, name, crew),
@@ -233,10 +233,12 @@ def _serve(config: dict[str, Any]) -> None:
     from ray.train import get_context
 
     import aquilamoe.training.loop  # noqa: F401  # what every work needs, while none is there yet
+    from aquilamoe.training import gauges
     from aquilamoe.training.job import Rank
 
     crew, context, number = config["crew"], get_context(), 0
-    rank = Rank(context.get_world_rank(), context.get_world_size(), context.get_local_rank(), notice.is_due)
+    place = context.get_world_rank(), context.get_world_size(), context.get_local_rank()
+    rank = Rank(*place, notice.is_due, gauges.meter(config["label"]))
     if config["watch"]:
         Thread(target=_watch, daemon=True).start()
     while (found := ray.get(crew.next.remote(number))) is not None:

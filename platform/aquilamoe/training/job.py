@@ -1,10 +1,14 @@
 """What a training stage is told: the job, which can be sent to a worker, and the worker's place among the others."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 from aquilamoe.config.schema import ClusterConfig, ModelConfig, PretrainStage
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -28,17 +32,31 @@ class Job:
     cluster: ClusterConfig
 
 
+class Meter(Protocol):
+    """Somebody who is told, on every rank, how a training goes: at every step, therefore in no time."""
+
+    def begins(self, job: Job, rank: "Rank", device: "torch.device", step: int) -> None: ...
+
+    def spent(self, part: str, seconds: float) -> None: ...
+
+    def stepped(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def measured(self, step: int, values: Mapping[str, float], router: Mapping[str, Any] | None) -> None: ...
+
+
 @dataclass(frozen=True)
 class Rank:
     """This process among those that train together.
 
     is_save_due: asked at every step; True once after somebody has told this process that it will end soon.
+    meter: is told how the training goes, besides its journal.
     """
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
     is_save_due: Callable[[], bool] = bool
+    meter: Meter | None = None
 
 
 FIRST = Rank()

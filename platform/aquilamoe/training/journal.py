@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from aquilamoe.training.job import Job
+from aquilamoe.training.job import FIRST, Job, Rank
 from aquilamoe.training.metrics import MetricsFile, PointsFile
 from aquilamoe.training.parallel import Group
 from aquilamoe.training.router_load import RouterLoad
@@ -17,8 +17,8 @@ WAIT, STEP, VALIDATION, CHECKPOINT = "wait", "step", "validation", "checkpoint"
 class Journal:
     """metrics.jsonl, router.jsonl of a Mixture of Experts, and a stopwatch between two points of them."""
 
-    def __init__(self, job: Job, group: Group, resume_step: int) -> None:
-        """resume_step: what was written after it is forgotten, see `PointsFile`."""
+    def __init__(self, job: Job, group: Group, resume_step: int, rank: Rank = FIRST) -> None:
+        """resume_step: what was written after it is forgotten, see `PointsFile`. rank: its meter is told as well."""
         self.batch_tokens, enabled = job.stage.batch_tokens, group.is_first
         self.metrics = MetricsFile(
             job.out / "metrics.jsonl",
@@ -34,24 +34,37 @@ class Journal:
             self.router = PointsFile(job.out / "router.jsonl", resume_step, self.batch_tokens, enabled)
         self.seconds: dict[str, float] = defaultdict(float)
         self.steps = 0
+        self.meter = rank.meter
+        if self.meter:
+            self.meter.begins(job, rank, group.device, resume_step)
 
     @contextmanager
     def measure(self, part: str) -> Iterator[None]:
         """Count the seconds of a `with` block to a part."""
         started = time.perf_counter()
         yield
-        self.seconds[part] += time.perf_counter() - started
+        seconds = time.perf_counter() - started
+        self.seconds[part] += seconds
         self.steps += part == STEP
+        if self.meter:
+            self.meter.spent(part, seconds)
+
+    def stepped(self, step: int, values: Mapping[str, float]) -> None:
+        """The values of a step, which the host has: for the meter alone."""
+        if self.meter:
+            self.meter.stepped(step, values)
 
     def write(self, step: int, values: Mapping[str, float], router_load: RouterLoad | None) -> None:
         """Add a point: the values of this step, and what was measured since the point before."""
-        point = {**values, **self._speeds()}
+        point, table = {**values, **self._speeds()}, None
         if router_load and not router_load.is_empty:
             assert self.router is not None
             means, table = router_load.read_and_reset()
             point |= means
             self.router.write(step, table)
         self.metrics.write(step, point)
+        if self.meter:
+            self.meter.measured(step, point, table)
         self.seconds.clear()
         self.steps = 0
 

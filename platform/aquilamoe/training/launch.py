@@ -39,17 +39,18 @@ def perform(name: str, work: Work, cluster: ClusterConfig, root: Path) -> dict[s
 
     name: the stage, for messages and Ray's dashboard. work: can be pickled; goes on where it was when called again.
     """
-    from aquilamoe.training.job import FIRST
+    from aquilamoe.training import gauges
+    from aquilamoe.training.job import Rank
 
     if cluster.executor == "process":
-        return work(FIRST)
+        return work(Rank(meter=gauges.meter("trials")))
     return foresee(cluster, root, name).do(name, work)
 
 
 def foresee(cluster: ClusterConfig, root: Path, label: str) -> "Workers":
     """Let the workers of this cluster begin to start, if they do not stand already; return them at once.
 
-    label: what Ray calls them. Workers of another shape than those that stand take their place.
+    label: what Ray calls them, and their metrics. Workers of another shape than those that stand take their place.
     """
     global _workers
     if _workers is not None and (_workers.shape != _shape(cluster) or _workers.is_over):
@@ -96,7 +97,11 @@ class Workers:
 
     def __init__(self, cluster: ClusterConfig, root: Path, label: str) -> None:
         self.cluster, self.shape, self.is_over = cluster, _shape(cluster), False
-        self.storage, self.name = str(root / "ray"), f"{label}-{os.getpid()}-{time.monotonic_ns() // 1_000_000}"
+        self.label, self.storage, self.name = (
+            label,
+            str(root / "ray"),
+            f"{label}-{os.getpid()}-{time.monotonic_ns() // 1_000_000}",
+        )
         self.crew: Future[ActorHandle[Crew]] = Future()
         threading.Thread(target=self._start, daemon=True).start()
 
@@ -104,7 +109,7 @@ class Workers:
         try:
             shutil.rmtree(self.storage, ignore_errors=True)  # what killed runs have left
             start_session(self.cluster)
-            self.crew.set_result(_start_crew(self.cluster, self.storage, self.name))
+            self.crew.set_result(_start_crew(self.cluster, self.storage, self.name, self.label))
         except BaseException as error:
             self.crew.set_exception(error)
 
@@ -166,9 +171,10 @@ class Workers:
         shutil.rmtree(Path(self.storage, self.name), ignore_errors=True)
 
 
-def _start_crew(cluster: ClusterConfig, storage: str, name: str) -> "ActorHandle[Crew]":
+def _start_crew(cluster: ClusterConfig, storage: str, name: str, label: str) -> "ActorHandle[Crew]":
     import ray
 
-    crew: Any = ray.remote(Crew).options(num_cpus=0, max_concurrency=cluster.workers + 8).remote(cluster, storage, name)
+    actor = ray.remote(Crew).options(num_cpus=0, max_concurrency=cluster.workers + 8)
+    crew: Any = actor.remote(cluster, storage, name, label)
     crew.start.remote()
     return crew

@@ -1,7 +1,7 @@
 """The training loop: a plain function of a job. It knows nothing of Ray, MLflow or Hydra."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ def _train(job: Job, group: Group, rank: Rank) -> dict[str, Any]:
     batches = _batches(job, group)  # a mistake in the data shows before anything is built or exchanged
     back: Progress | None = None
     while True:
-        run = _Run(job, group, back, rank.is_save_due)
+        run = _Run(job, group, back, rank)
         try:
             return _finish(run, batches)
         except SpikeError as spike:
@@ -81,17 +81,17 @@ class _Run:
     """A stage in progress: what changes with every step, and what is written about it.
 
     back: how far the stage was when it was rolled back, None if it was not.
-    told: whether this process has been told that it will end soon.
+    rank: this process, which may be told that it will end soon.
     """
 
-    def __init__(self, job: Job, group: Group, back: Progress | None, told: Callable[[], bool]) -> None:
-        self.job, self.group, self.told = job, group, told
+    def __init__(self, job: Job, group: Group, back: Progress | None, rank: Rank) -> None:
+        self.job, self.group, self.told = job, group, rank.is_save_due
         saved, self.passed_over = state.newest_intact(job.out, group)
         self.model, self.optimizer, step, extra = _restore(job, group, saved)
         self.progress = Progress.of(step, extra if step else {})
         if back:
             self.progress = back.at(step, job.stage.batch_tokens // job.stage.sequence_length)
-        self.journal = Journal(job, group, step)
+        self.journal = Journal(job, group, step, rank)
         self.stepper = Stepper(job, self.model, self.optimizer, group, self.progress)
         self.stepper.restore(extra)
 
@@ -107,7 +107,9 @@ class _Run:
             rows = next(ahead)
         self.progress.step = step
         with self.journal.measure(STEP):
-            return self.stepper.step(step, rows)
+            values = self.stepper.step(step, rows)
+        self.journal.stepped(step, values)
+        return values
 
     def validate(self) -> dict[str, float]:
         """Held-out losses of the model as it would be published."""
