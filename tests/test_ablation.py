@@ -15,12 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from aquilamoe.ablation import statistics
+from aquilamoe.ablation import costs, statistics
+from aquilamoe.ablation import plan as planning
 from aquilamoe.ablation.union import Union, build
 from aquilamoe.ablation.variants import Values, baseline, variants
+from aquilamoe.config import graph
 from aquilamoe.config.ablation import AblationConfig
 from aquilamoe.config.messages import UserError
 from aquilamoe.config.schema import PretrainStage
+from aquilamoe.pipeline.store import Store
 
 Composed = Callable[..., dict[str, Any]]
 REPOSITORY = Path(__file__).parent.parent
@@ -236,6 +239,27 @@ def test_a_mistake_is_told_in_one_line_before_anything_runs(
 
 
 # What the numbers say
+
+
+def test_an_ablation_costs_what_its_variants_and_controls_need_alone_and_once_what_they_share(
+    compose: Composed, expand: Callable[..., Union], tmp_path: Path
+) -> None:
+    words = ("cluster.price_per_device_hour=2", "cluster.device_watts=100", "cluster.workers=2")
+    cluster = graph.parse(compose(*words)).cluster
+    union = expand(*words, seeds=1, exclude=[{"method": "aki"}, {"method": "random"}])
+    found = costs.table(union, planning.tasks(union, Store(tmp_path), 1e9), cluster)
+    *lines, shared = found.rows
+    assert [row.name for row in lines[:2]] == ["fpi, interpolate", "fpi, stack"] and len(lines) > 4
+    whole = found.total.own
+    assert whole.flops == union.flops and whole.flops == pytest.approx(sum(row.own.flops for row in found.rows))
+    assert whole.money == pytest.approx(sum(row.own.money for row in found.rows))
+    assert whole.device_seconds == pytest.approx(2 * union.flops / 1e9, rel=1e-3)  # of two workers; growing is quick
+    assert whole.money == pytest.approx(2 * whole.device_seconds / 3600)
+    assert whole.energy_kwh == pytest.approx(0.1 * whole.device_seconds / 3600)
+    for row in lines:
+        assert row.lineage is not None and row.own.flops <= row.lineage.flops <= row.own.flops + shared.own.flops
+    assert all(row.lineage and row.own.flops < row.lineage.flops for row in lines[:4])  # the variants have a source
+    assert found.figures == ("FLOPs", "device time", "energy", "money")
 
 
 def test_the_interval_of_paired_differences_is_students() -> None:

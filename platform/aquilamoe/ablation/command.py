@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from aquilamoe.ablation import advising, screen, trials
+from aquilamoe.ablation import advising, costs, screen, trials
 from aquilamoe.ablation import plan as planning
 from aquilamoe.ablation.results import check_objective, collect
 from aquilamoe.ablation.tracked import compared
@@ -25,6 +25,7 @@ from aquilamoe.reports import comparison
 from aquilamoe.reports.study import SUMMARY, Study
 from aquilamoe.reports.study import text as study_text
 from aquilamoe.terminal.screen import console
+from aquilamoe.terminal.tables import cost_table
 from aquilamoe.tracking import studies
 from aquilamoe.tracking.lineage import LOCAL_MLFLOW, comparison_url, ui_command
 
@@ -64,7 +65,8 @@ def _show_plan(experiment: ExperimentConfig, union: Union, store: Store, config:
     out = console()
     out.print(f"{experiment.name}: {experiment.description}\n")
     out.print(screen.plan_table(union, tasks, config))
-    out.print(f"\n{screen.plan_summary(union, planning.totals(tasks), _at_once(config))}")
+    out.print(f"\n{screen.plan_summary(union, planning.totals(tasks), _at_once(config))}\n")
+    out.print(cost_table(costs.table(union, tasks, experiment.cluster), out.width))
 
 
 def _show_status(experiment: ExperimentConfig, store: Store, study: Study) -> None:
@@ -134,6 +136,9 @@ def _run(experiment: ExperimentConfig, union: Union, store: Store, config: Ablat
         failures |= trials.run(variants, store, cluster, config.trial_cpus, early_stopping=True, told=told)
         tasks = [task for task in tasks if task.leaf.control is not None]
     failures |= trials.run(tasks, store, cluster, config.trial_cpus, early_stopping=False, told=told)
+    paid = planning.tasks(union, store, cluster.flops_per_s)
+    out.print()
+    out.print(cost_table(costs.table(union, paid, cluster), out.width))
     out.print()
     return failures
 
