@@ -26,6 +26,8 @@ from aquilamoe.pipeline import plan as planning
 from aquilamoe.pipeline import runner
 from aquilamoe.pipeline.stage import Input
 from aquilamoe.pipeline.store import Store
+from aquilamoe.stages._routing import expert_cosines
+from aquilamoe.weights.huggingface import load_model
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -93,6 +95,46 @@ def test_transformers_finds_in_the_exported_directory_the_losses_that_the_evalua
     for language in PROMPTS:
         batches = list(validation_batches(tokens, language, 32, None, 8))
         assert loss_of(theirs, batches) == pytest.approx(metrics[f"{stage}/{language}/nats_per_token"], abs=1e-5)
+
+
+def test_transformers_chooses_the_experts_that_the_evaluation_counted(made: Made) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(made.model("export_scale_out"), dtype=torch.float32)
+    evaluation = made.done["evaluate"]
+    (role, table), *others = json.loads((evaluation.directory / "routing.json").read_text()).items()
+    assert (role, others) == ("scale_out", []), "a dense checkpoint has no routers"
+    distances = []
+    for language in PROMPTS:
+        rows = torch.from_numpy(
+            np.concatenate(list(validation_batches(made.done["tokens"].directory, language, 32, None, 8)))
+        )
+        with torch.no_grad():
+            logits = model(rows[:, :-1], output_router_logits=True).router_logits
+        assert len(logits) == len(table["layers"]) == 2
+        found = table["languages"][language]
+        for layer_ne, load, entropy in zip(logits, found["load"], found["entropy"], strict=True):
+            chosen = layer_ne.topk(2).indices.flatten()
+            torch.testing.assert_close(
+                torch.tensor(load), chosen.bincount(minlength=4) / len(chosen), atol=2e-6, rtol=0
+            )
+            probabilities = layer_ne.softmax(-1)
+            assert entropy == pytest.approx(-(probabilities * probabilities.log()).sum(-1).mean().item(), abs=1e-5)
+        distances.append(torch.tensor(table["languages"][language]["load"]))
+    expected = (distances[0] - distances[1]).abs().sum(1).mean().item() / 2
+    assert evaluation.metrics["scale_out/language_distance"] == pytest.approx(expected, abs=1e-6)
+    assert 0 < expected < 1
+    assert evaluation.metrics["scale_out/expert_cosine"] == pytest.approx(1, abs=1e-5), "copies are alike"
+
+
+def test_cosines_between_experts_are_those_of_all_their_weights(made: Made) -> None:
+    mlp = load_model(made.model("scale_out")).model.layers[0].mlp
+    with torch.no_grad():
+        for weights in mlp.experts.parameters():
+            weights[1] = -2 * weights[0]
+            weights[2] = torch.randn(weights[2].shape, generator=torch.Generator().manual_seed(0))
+    flat = torch.cat([weights.detach().flatten(1) for weights in mlp.experts.parameters()], 1)
+    wanted = torch.nn.functional.cosine_similarity(flat[:, None], flat[None], dim=-1)
+    torch.testing.assert_close(expert_cosines(mlp), wanted, atol=1e-6, rtol=0)
+    assert wanted[0, 1] == pytest.approx(-1)
 
 
 def test_transformers_continues_a_prompt_with_the_same_tokens(made: Made, stage: str, theirs: Any) -> None:

@@ -1,18 +1,24 @@
-"""Held-out loss of every checkpoint, by language, on the whole validation split, and samples of its text."""
+"""Held-out loss of every checkpoint, by language, on the whole validation split, and samples of its text.
 
+Of a Mixture of Experts also which experts the tokens of each language choose, and how alike the experts are.
+"""
+
+import json
 import math
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from aquilamoe.config.graph import Node
 from aquilamoe.config.schema import ClusterConfig, EvaluateStage
 from aquilamoe.pipeline.stage import Context, Estimate, Metrics
+from aquilamoe.stages._routing import Choices, figures
 
 if TYPE_CHECKING:
     from aquilamoe.model import Decoder
 
-VERSION = 2
-SAMPLES = "samples.md"
+VERSION = 3
+SAMPLES, ROUTING = "samples.md", "routing.json"
 RESUMES = False
 
 
@@ -35,19 +41,29 @@ def run(context: Context) -> Metrics:
     checkpoints = {role: source.directory for role, source in context.inputs.items() if role != "tokens"}
     metrics: Metrics = {}
     written: dict[str, list[str]] = {}
+    routing: dict[str, dict[str, Any]] = {}
     for index, (role, directory) in enumerate(checkpoints.items()):
         context.progress(index, len(checkpoints), "checkpoints")
         writer = Writer.open(directory / "model") if prompts else None  # who writes nothing needs no tokenizer
-        losses = _losses(stage, context.cluster, writer.model if writer else load_model(directory / "model"), tokens)
-        metrics |= {f"{role}/{key}": value for key, value in losses.items()}
+        model = writer.model if writer else load_model(directory / "model")
+        choices = Choices(model)
+        found = _losses(stage, context.cluster, model, tokens, choices)
+        if choices.sparse:
+            routing[role] = choices.table()
+            found |= figures(routing[role])
+        metrics |= {f"{role}/{key}": value for key, value in found.items()}
         written[role] = writer.continue_texts(prompts, stage.generation) if writer else []
     if prompts:
         (context.out / SAMPLES).write_text(page(stage.prompts, written, stage.generation), encoding="utf-8")
+    if routing:
+        (context.out / ROUTING).write_text(json.dumps(routing), encoding="utf-8")
     context.progress(len(checkpoints), len(checkpoints), "checkpoints")
     return metrics
 
 
-def _losses(stage: EvaluateStage, cluster: ClusterConfig, model: "Decoder", tokens: Path) -> dict[str, float]:
+def _losses(
+    stage: EvaluateStage, cluster: ClusterConfig, model: "Decoder", tokens: Path, choices: Choices
+) -> dict[str, float]:
     """Nats per token and bits per UTF-8 byte for each language, and their mean over the languages."""
     from aquilamoe.data.loader import validation_batches
     from aquilamoe.data.tokens import read_record
@@ -57,7 +73,8 @@ def _losses(stage: EvaluateStage, cluster: ClusterConfig, model: "Decoder", toke
     length, rows = stage.sequence_length, validation_rows(cluster, stage.sequence_length)
     losses: dict[str, float] = {}
     for name, splits in sources.items():
-        nats = evaluate(model, validation_batches(tokens, name, length, None, rows), stage.precision)
+        batches = validation_batches(tokens, name, length, None, rows)
+        nats = evaluate(model, batches, stage.precision, watch=partial(choices.add, name))
         split = splits["validation"]
         losses[f"{name}/nats_per_token"] = nats
         losses[f"{name}/bits_per_byte"] = nats / math.log(2) * split.tokens / split.bytes

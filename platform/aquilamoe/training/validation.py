@@ -1,13 +1,13 @@
 """Held-out losses."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
 
 from aquilamoe.config.schema import ClusterConfig
 from aquilamoe.data.loader import validation_batches
-from aquilamoe.model import Decoder
+from aquilamoe.model import Decoder, Routing
 from aquilamoe.training.job import Job, micro_batch_rows
 from aquilamoe.training.parallel import Group
 from aquilamoe.training.spikes import require_finite
@@ -41,11 +41,18 @@ def validate(job: Job, model: Decoder, step: int, group: Group) -> dict[str, flo
 
 
 @torch.no_grad()
-def evaluate(model: Decoder, batches: Iterable[np.ndarray], precision: str, group: Group | None = None) -> float:
+def evaluate(
+    model: Decoder,
+    batches: Iterable[np.ndarray],
+    precision: str,
+    group: Group | None = None,
+    watch: Callable[[Sequence[Routing]], None] | None = None,
+) -> float:
     """Mean next-token loss in nats over batches, at least one, of (rows, length + 1) token ids.
 
     group: the processes that have the same batches and divide the rows of each among them. All make as many passes;
-    who has no row of a batch goes through its first one and does not count it.
+    who has no row of a batch goes through its first one and does not count it. watch: is shown what the routers of a
+    Mixture of Experts did in every pass.
     """
     device = next(model.parameters()).device
     rank, world_size = (group.rank, group.world_size) if group else (0, 1)
@@ -54,7 +61,9 @@ def evaluate(model: Decoder, batches: Iterable[np.ndarray], precision: str, grou
         mine = rows[rank::world_size]
         tokens_bt = torch.from_numpy(mine if len(mine) else rows[:1]).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision != "fp32"):
-            loss, _ = model(tokens_bt[:, :-1], tokens_bt[:, 1:])
+            loss, routings = model(tokens_bt[:, :-1], tokens_bt[:, 1:])
+        if watch and routings:
+            watch(routings)
         counted = tokens_bt[:, 1:].numel() if len(mine) else 0
         sums += torch.stack([loss.double() * counted, torch.full_like(sums[1], counted)])
     if group:
