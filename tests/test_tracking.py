@@ -232,8 +232,10 @@ def everything(uri: str) -> dict[str, Any]:
 def test_a_pipeline_is_a_parent_run_and_every_stage_a_child_with_its_curves(root: Path) -> None:
     driver = Driver(root)
     driver.run_all()
-    report = root / "report.html"
-    report.write_text("<html></html>")
+    report = root / "report" / "index.html"
+    report.parent.mkdir()
+    for name in ("index.html", "lineage.html", "loss.png", "loss.svg"):
+        (report.parent / name).write_text("<html></html>")
     assert driver.end(report=report) is None
 
     runs = runs_by_stage(driver.tracker.uri)
@@ -255,10 +257,13 @@ def test_a_pipeline_is_a_parent_run_and_every_stage_a_child_with_its_curves(root
     expected = {"kind": "pretrain", "git_commit": "0123abc", "result.note": "as expected"}
     assert expected.items() <= prepare.data.tags.items()
     assert parent.data.tags["stage.prepare"] == prepare.data.tags["fingerprint"]
-    assert DESCRIPTION in parent.data.tags["mlflow.note.content"]
+    note = parent.data.tags["mlflow.note.content"]
+    assert DESCRIPTION in note
+    assert f"(get-artifact?path=loss.png&run_uuid={parent.info.run_id})" in note
+    assert "`index.html`, `lineage.html`" in note
     assert parent.data.metrics["final.loss_end.prepare"] == 7.7
     artifacts = client_of(driver.tracker.uri).list_artifacts(parent.info.run_id)
-    assert {file.path for file in artifacts} == {"recipe.json", "report.html"}
+    assert {file.path for file in artifacts} == {"recipe.json", "index.html", "lineage.html", "loss.png"}
 
 
 def test_checkpoints_are_models_that_point_to_directories_and_nothing_is_copied(root: Path) -> None:

@@ -75,7 +75,7 @@ class Delivery:
         records = pipeline.records()
         runs = {name: self._receipt(directory)["run_id"] for name, directory in pipeline.stages.items()}
         tags = {f"stage.{name}": fingerprint_of(directory) for name, directory in pipeline.stages.items()}
-        tags["mlflow.note.content"] = notes.pipeline(pipeline, records, runs)
+        tags["mlflow.note.content"] = notes.pipeline(pipeline, records, runs, _pages_of(pipeline.report))
         metrics = [
             Metric(_name(f"final.loss_end.{name}"), value, milliseconds(record["finished"]), 0)
             for name, record in records.items()
@@ -86,8 +86,8 @@ class Delivery:
             spent = asdict(ledger.total(records.values()))
             metrics += [Metric(f"final.cost.{name}", value, end_ms, 0) for name, value in spent.items() if value]
         self.client.log_batch(run.info.run_id, metrics=metrics, tags=[RunTag(*_cut(*tag)) for tag in tags.items()])
-        if pipeline.report and pipeline.report.stat().st_size < MAX_REPORT_BYTES:
-            self.client.log_artifact(run.info.run_id, str(pipeline.report))
+        for page in _pages_of(pipeline.report):
+            self.client.log_artifact(run.info.run_id, str(page))
         if pipeline.status == "RUNNING":
             self.client.update_run(run.info.run_id, status="RUNNING")
         else:
@@ -297,6 +297,14 @@ class Delivery:
                 found.append(Metric(_dotted(f"heldout.{rest}"), value, time_ms, step, model_id=models[role], **about))
         seconds = Metric("final.seconds", float(record["seconds"]), time_ms, 0, run_id=run_id)
         return [metric for metric in [*found, seconds] if metric.key not in self.sent[stage.key]]
+
+
+def _pages_of(report: Path | None) -> list[Path]:
+    """A report's pages and the figure that describes its run, as far as they are not too large."""
+    if report is None:
+        return []
+    found = [*sorted(report.parent.glob("*.html")), report.with_name(notes.FIGURE)]
+    return [path for path in found if path.exists() and path.stat().st_size < MAX_REPORT_BYTES]
 
 
 def _measured_on(stage: Stage, figure: str) -> dict[str, str]:

@@ -1,10 +1,12 @@
 """The descriptions that people read on a run's page, in Markdown."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from aquilamoe.tracking.receipts import Pipeline, Stage, fingerprint_of
 
+FIGURE = "loss.png"  # of a report
 COLUMNS = ("stage", "kind", "parameters", "tokens", "loss at start", "at end", "seconds", "run")
 
 
@@ -19,9 +21,21 @@ def stage(stage: Stage) -> str:
     return "\n".join(lines)
 
 
-def pipeline(pipeline: Pipeline, records: Mapping[str, dict[str, Any]], runs: Mapping[str, str]) -> str:
-    """A table of the finished stages, each with a link to its run, wherever that is filed."""
-    lines = [pipeline.receipt["description"], "", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+def pipeline(
+    pipeline: Pipeline, records: Mapping[str, dict[str, Any]], runs: Mapping[str, str], pages: Sequence[Path]
+) -> str:
+    """The figure of its losses, and a table of the finished stages, each with a link to its run, wherever it is filed.
+
+    pages: of its report, and the figure, which are artifacts of the pipeline's run.
+    """
+    lines = [pipeline.receipt["description"], ""]
+    if any(page.name == FIGURE for page in pages):
+        # Relative to MLflow's page, so that it is found under whatever address the server is reached.
+        address = f"get-artifact?path={FIGURE}&run_uuid={pipeline.receipt['run_id']}"
+        lines += [f"![Held-out loss against cumulative FLOPs]({address})", ""]
+        names = ", ".join(f"`{page.name}`" for page in pages if page.suffix == ".html")
+        lines += [f"The report is among the artifacts: {names}.", ""]
+    lines += [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
     for name, record in records.items():
         figures = [record["metrics"].get(key) for key in ("params_total", "tokens", "loss_start", "loss_end")]
         link = f"#/experiments/{pipeline.receipt['experiment_id']}/runs/{runs[name]}"
