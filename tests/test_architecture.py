@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "lineage": {"config", "weights", "pipeline"},
     "evaluation": {"config", "model", "weights", "data", "pipeline", "lineage"},
     "tracking": {"config", "pipeline", "lineage"},
-    "reports": {"config", "pipeline"},
+    "reports": {"config", "pipeline", "lineage"},
     "preflight": {"config", "pipeline"},
     # Of kernels and weights what is known without torch: which kernel, how large chunks, shapes of tensors.
     "estimates": {"config", "kernels", "weights"},

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from markupsafe import escape
 
-from aquilamoe.reports import page
-from aquilamoe.reports.curves import chain_of
+from aquilamoe.reports import lineage_page, page, paper
+from aquilamoe.reports.curves import Series, chain_of
 from aquilamoe.reports.figure import loss_figure
 from aquilamoe.reports.finding import checkpoints, find, scale_note, story
 from aquilamoe.reports.lineage import graph_svg
@@ -232,13 +233,14 @@ def test_the_page_has_everything_a_reader_looks_for_in_order(tmp_path: Path) -> 
         "700k \N{RIGHTWARDS ARROW} 2.12M",
         "scale-out",
         "the whole run",
+        "Beside the paper",
+        "8x16B",
+        "the paper, as published 4.12 3.35 2.39",
+        "the paper, computed again 4.12",
         "Stages",
         "Evaluation",
         "Growth certificates",
-        "Lineage",
         "python workflows/efficientscale.py",
-        "4f1c2e7a9b3d5c6f8e0a1b2c3d4e5f6a7b8c9d0e",
-        "torch 2.13.0",
         "6 per matrix parameter",
         "Bits per byte",
         "Recovery tokens",
@@ -253,9 +255,8 @@ def test_the_numbers_of_the_tables_are_the_numbers_of_the_records(tmp_path: Path
     records, curves = example()
     records["dense"]["metrics"] |= {"loss_start": 4.5712, "loss_end": 3.8126, "tokens_per_s": 7321.9}
     reader = Reader(html_of(tmp_path, records, curves))
-    stage, lineage = reader.section("dense")[0], reader.section("dense")[-1]
+    stage = reader.section("dense")[0]
     assert stage == ["dense", "2.12M", "2.12M", "1.2M", "1.74e13", "4.57", "3.81", "246k", "84", "7.32k"]
-    assert lineage[1:4] == ["pretrain", records["dense"]["fingerprint"][:12], "source: scale_up, tokens"]
     assert reader.section("moe")[0][7] == NOT_REACHED
     assert [reader.section(name)[0][7] for name in ("prepare", "control", "scale_up", "corpus")] == [DASH] * 4
     evaluated = records["evaluate"]["metrics"]
@@ -391,9 +392,15 @@ def test_hostile_names_are_text_and_nothing_else(tmp_path: Path) -> None:
     assert "<script" not in html
     assert reader.section(evil), "the name is shown as it is"
     assert evil in reader.words
+    lineage_page.render(evil, renamed, chain, {}, evil, tmp_path / "lineage.html")
+    html = (tmp_path / "lineage.html").read_text("utf-8")
+    assert html.count("<script") == 1
+    assert html.count(str(escape(evil))) >= 6, "its name, its parents' links, versions and the command"
 
 
-@pytest.mark.parametrize("missing", [[], *([name] for name in example()[0]), ["moe", "control"], list(example()[0])])
+@pytest.mark.parametrize(
+    "missing", [[], ["corpus"], ["prepare"], ["scale_up"], ["evaluate"], ["moe", "control"], list(example()[0])]
+)
 def test_a_page_is_written_whatever_stage_is_missing(tmp_path: Path, missing: list[str]) -> None:
     records, curves = example()
     for name in missing:
@@ -416,6 +423,30 @@ def test_a_page_is_written_without_metrics_curves_or_details(tmp_path: Path) -> 
     points = {name: [dict(point, **{"val/loss": math.inf}) for point in values] for name, values in curves.items()}
     words = Reader(html_of(tmp_path, broken, points)).words
     assert not re.search(r"\b(nan|inf|None)\b", words)
+
+
+def test_the_published_factors_follow_from_the_published_numbers_but_for_the_one_whose_inputs_are_not() -> None:
+    again = paper.recomputed()
+    assert again.time == pytest.approx((5345 / 25) / (3600 / 279 + 1200 / 70 + 545 / 25))
+    assert (round(again.time or 0, 2), again.devices, round(again.flops or 0, 2)) == (4.12, None, 2.39)
+    assert paper.PUBLISHED == (4.12, 3.35, 2.39)
+
+
+def test_the_same_factors_of_a_run_are_computed_from_its_records() -> None:
+    records, curves = example()
+    for name, rate, spent in (("prepare", 400.0, 10.0), ("dense", 200.0, 20.0), ("moe", 100.0, 10.0)):
+        records[name]["metrics"]["tokens_per_s"] = rate
+        records[name]["seconds"] = spent
+        records[name]["cost"] = {"own": {"flops": 0.0, "device_seconds": spent, "energy_kwh": 0.0, "money": 0.0}}
+    tokens, active = (3_300_000, 1_200_000, 400_000), (699_776, 2_118_144, 2_904_064)
+    found = paper.of_run(records, CHAIN, Series((1.0, 4.0), (5.0, 3.0)), Series((1.0, 3.0), (4.0, 2.0)))
+    assert found.time == pytest.approx(49e5 / 100 / sum(n / r for n, r in zip(tokens, (400, 200, 100), strict=True)))
+    assert found.devices == pytest.approx(49e5 * 10 / 4e5 / 40)
+    assert found.flops == pytest.approx(49e5 * active[2] / sum(n * a for n, a in zip(tokens, active, strict=True)))
+    assert found.saving == pytest.approx(2 / 4), "the control is at 3.0 after 2, the line after 4"
+    del records["dense"]["metrics"]["tokens_per_s"]
+    assert paper.of_run(records, CHAIN, Series((), ()), None).time is None
+    assert curves
 
 
 def test_jumps_join_the_end_of_a_stage_and_the_first_validation_of_the_next() -> None:

@@ -110,7 +110,7 @@ def test_a_run_leaves_every_stage_complete_and_a_report(base: Path) -> None:
         "export",
     }
     assert not list((base / "runs" / "stages").glob("*.partial"))
-    report = (base / "runs" / "reports" / "embedded.html").read_text()
+    report = (base / "runs" / "reports" / "embedded" / "index.html").read_text()
     assert all(stage in report for stage in stages)
 
 
@@ -125,7 +125,7 @@ def test_a_run_warns_of_nothing(base: Path) -> None:
 
 def test_a_run_says_where_to_look(base: Path) -> None:
     stdout = (base / "stdout").read_text()
-    assert "runs/reports/embedded.html" in stdout
+    assert "runs/reports/embedded/index.html" in stdout
     assert "mlflow ui --backend-store-uri sqlite:///runs/mlflow.db" in stdout
 
 

@@ -94,10 +94,11 @@ class Browser:
         ]
 
     def requests(self) -> list[str]:
-        """The addresses that were asked for, the page itself first."""
+        """The addresses that were asked for, the page itself first; what a page carries itself is none."""
         events = [json.loads(entry["message"])["message"] for entry in self._driver.get_log("performance")]
         asked = [event["params"] for event in events if event["method"] == "Network.requestWillBeSent"]
-        return [str(each["request"]["url"]) for each in asked]
+        addresses = [str(each["request"]["url"]) for each in asked]
+        return [address for address in addresses if not address.startswith("data:")]
 
     def screenshot(self, target: Path, whole: bool = True) -> None:
         """Save a PNG of the whole page, or of what the window shows."""

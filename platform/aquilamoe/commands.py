@@ -21,7 +21,7 @@ from aquilamoe.pipeline import runner
 from aquilamoe.pipeline.ledger import training_devices
 from aquilamoe.pipeline.plan import Planned
 from aquilamoe.pipeline.stage import Input
-from aquilamoe.pipeline.store import METRICS, Store, read_points
+from aquilamoe.pipeline.store import Store
 from aquilamoe.reports import costs, rows
 from aquilamoe.terminal import capacity, live, screen, tables, watch
 from aquilamoe.tracking.lineage import LOCAL_MLFLOW, comparison_url, ui_command
@@ -209,24 +209,22 @@ def _set_environment() -> None:
 
 
 def _report(experiment: ExperimentConfig, done: Mapping[str, Input], store: Store, command: str) -> Path:
-    """Render the page unless it shows these very outputs already."""
+    """Write the pages unless they show these very outputs already."""
     path = _report_path(experiment, store)
     made = [f"{output.record['fingerprint']} {output.record['finished']}" for output in done.values()]
     stamp = "\n".join([command, experiment.description, *made])
-    marker = path.with_suffix(".stages")
+    marker = path.parent.with_suffix(".stages")
     if path.exists() and marker.exists() and marker.read_text() == stamp:
         return path
-    from aquilamoe.reports.page import render
+    from aquilamoe.reports import report
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    render(
+    report.write(
         experiment=experiment.name,
         description=experiment.description,
-        records={name: output.record for name, output in done.items()},
-        curves={name: read_points(output.directory / METRICS) for name, output in done.items()},
+        done=done,
         chain=experiment.report.chain,
         control=experiment.report.control,
-        target=path,
+        folder=path.parent,
         command=command,
     )
     marker.write_text(stamp)
@@ -234,7 +232,7 @@ def _report(experiment: ExperimentConfig, done: Mapping[str, Input], store: Stor
 
 
 def _report_path(experiment: ExperimentConfig, store: Store) -> Path:
-    return store.root / "reports" / f"{experiment.name}.html"
+    return store.root / "reports" / experiment.name / "index.html"
 
 
 def _where_to_look(

@@ -52,6 +52,13 @@ def _parent_title(parent: Parent) -> str:
 
 def facts(entry: Entry, ancestors: list[Entry]) -> Iterator[str]:
     """What an output is, cost and reached, a line each; recipes against the nearest ancestor of its kind."""
+    lines = textwrap.wrap("; ".join(recipe_changes(entry, ancestors)), WIDTH)
+    yield from (f"{'' if index else 'recipe':<{LABEL}}{line}" for index, line in enumerate(lines))
+    yield from (f"{label:<{LABEL}}{text}" for label, text in figures(entry).items())
+
+
+def figures(entry: Entry) -> dict[str, str]:
+    """What an output is, cost and reached, in words, by what they are about."""
     metrics = entry.metrics
     parts = {
         "parameters": _parameters(metrics),
@@ -63,9 +70,7 @@ def facts(entry: Entry, ancestors: list[Entry]) -> Iterator[str]:
         "SHA-256": _sha256(entry),
         "made": _made(entry) if metrics.get("params_total") else "",
     }
-    lines = textwrap.wrap("; ".join(recipe_changes(entry, ancestors)), WIDTH)
-    yield from (f"{'' if index else 'recipe':<{LABEL}}{line}" for index, line in enumerate(lines))
-    yield from (f"{label:<{LABEL}}{text}" for label, text in parts.items() if text)
+    return {label: text for label, text in parts.items() if text}
 
 
 def recipe_changes(entry: Entry, ancestors: list[Entry]) -> list[str]:

@@ -1,12 +1,12 @@
 """The figures: held-out loss against cumulative model FLOPs (the paper's Figure 3), and what training looked like."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from aquilamoe.reports import canvas
 from aquilamoe.reports.canvas import Drawing
-from aquilamoe.reports.curves import Jump, Series, Trained, smoothed, thinned
-from aquilamoe.reports.rows import count
+from aquilamoe.reports.curves import Jump, Points, Series, Trained, chain_of, smoothed, thinned
+from aquilamoe.reports.rows import Record, count
 from aquilamoe.reports.view import (
     Box,
     View,
@@ -35,6 +35,14 @@ LONGEST = 14  # characters of a stage's name
 def colours(stages: Sequence[Trained]) -> dict[str, str]:
     """Return a colour for each trained stage, the same in every figure."""
     return {stage.stage: canvas.PALETTE[i % len(canvas.PALETTE)] for i, stage in enumerate(stages)}
+
+
+def tints(
+    records: Mapping[str, Record], curves: Mapping[str, Points], chain: Sequence[str], control: str | None
+) -> dict[str, str]:
+    """The same for pages, with what the line is compared with."""
+    found = colours(chain_of(records, curves, chain)[0])
+    return found | ({control: canvas.CONTROL} if control in records and control else {})
 
 
 def loss_figure(stages: Sequence[Trained], jumps: Sequence[Jump], control: Trained | None) -> Drawing | None:

@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from aquilamoe.reports import canvas, costs, figure, finding, lineage, template
+from aquilamoe.reports import costs, figure, finding, paper, paper_figure, template
+from aquilamoe.reports.canvas import Drawing
 from aquilamoe.reports.curves import Points, chain_of, trained
 from aquilamoe.reports.rows import (
     ABSENT,
@@ -19,6 +20,7 @@ from aquilamoe.reports.rows import (
     seconds,
     stage_rows,
 )
+from aquilamoe.reports.template import Link
 
 COMMAND = "python workflows/efficientscale.py"
 
@@ -38,18 +40,6 @@ class Certificate:
     verdict: str
 
 
-@dataclass(frozen=True)
-class Provenance:
-    """Where a stage's output came from."""
-
-    stage: str
-    kind: str
-    fingerprint: str
-    reads: str
-    files: str
-    finished: str
-
-
 def render(
     experiment: str,
     description: str,
@@ -59,8 +49,9 @@ def render(
     control: str | None,
     target: Path,
     command: str = COMMAND,
-) -> None:
-    """Write the report page to `target`.
+    pages: list[Link] | None = None,
+) -> list[Drawing]:
+    """Write the page of a pipeline to `target` and return its figures.
 
     records: stage name -> record.json; curves: stage name -> points of metrics.jsonl; chain: the training and growth
     stages of the main line in order; control: the stage that continues the small model to the same FLOPs; command: what
@@ -69,9 +60,10 @@ def render(
     stages, jumps = chain_of(records, curves, chain)
     control_record = records.get(control) if control else None
     compared = trained(str(control), control_record, curves.get(str(control), ())) if control_record else None
-    tints = figure.colours(stages) | ({compared.stage: canvas.CONTROL} if compared else {})
+    tints = figure.tints(records, curves, chain, control)
     loss = figure.loss_figure(stages, jumps, compared)
     training = figure.training_figure(stages, compared)
+    beside = paper_figure.beside_the_paper(stages, compared)
     points = finding.checkpoints(records)
     context = {
         "experiment": experiment,
@@ -82,6 +74,12 @@ def render(
         "facts": _facts(records, chain),
         "loss": loss.shown() if loss else None,
         "training": training.shown() if training else None,
+        "beside": beside.shown() if beside else None,
+        "efficiency": [
+            paper.Efficiency("the paper, as published", *paper.PUBLISHED),
+            paper.recomputed(),
+            paper.of_run(records, chain, paper.line_of(stages), compared.validation if compared else None),
+        ],
         "has_jumps": bool(jumps),
         "compared": compared,
         "control_source": input_stages(control_record).get("source") if control_record else None,
@@ -91,14 +89,11 @@ def render(
         "languages": sorted({lang for point in points for lang in {**point.lang_nats, **point.lang_bits}}),
         "best": _best(points),
         "certificates": [_certificate(name, r) for name, r in records.items() if r.get("kind") in GROWTH_KINDS],
-        "graph": canvas.themed(lineage.graph_svg(records, chain, tints)),
-        "provenance": [_provenance(name, record) for name, record in records.items()],
-        "versions": _versions(records),
-        "commits": sorted({str(record["git_commit"]) for record in records.values() if record.get("git_commit")}),
         "command": command,
         "tints": tints,
     }
-    template.write(target, "page.html.jinja", context)
+    template.write(target, "page.html.jinja", context, pages)
+    return [drawing for drawing in (loss, beside, training) if drawing]
 
 
 def _facts(records: Mapping[str, Record], chain: Sequence[str]) -> list[tuple[str, str]]:
@@ -177,30 +172,3 @@ def _small(value: float | None) -> str:
     if value is None:
         return ABSENT
     return f"{value:.1e}" if 0 < abs(value) < 0.001 else f"{value:.3g}"
-
-
-def _provenance(name: str, record: Record) -> Provenance:
-    sizes = [number(entry.get("bytes")) or 0.0 for entry in (record.get("files") or {}).values()]
-    reads = ", ".join(role if role == stage else f"{role}: {stage}" for role, stage in input_stages(record).items())
-    return Provenance(
-        stage=name,
-        kind=str(record.get("kind", ABSENT)),
-        fingerprint=str(record.get("fingerprint") or ABSENT)[:12],
-        reads=reads or ABSENT,
-        files=f"{len(sizes)} file{'s' if len(sizes) > 1 else ''}, {_bytes(sum(sizes))}" if sizes else ABSENT,
-        finished=str(record.get("finished") or ABSENT)[:19].replace("T", " "),
-    )
-
-
-def _bytes(size: float) -> str:
-    text = count(size)
-    return f"{text} B" if text[-1].isdigit() else f"{text[:-1]} {text[-1].replace('B', 'G')}B"
-
-
-def _versions(records: Mapping[str, Record]) -> list[tuple[str, str]]:
-    """Every version that a record names; several where cached stages were made with others."""
-    found: dict[str, set[str]] = {}
-    for record in records.values():
-        for name, version in (record.get("versions") or {}).items():
-            found.setdefault(str(name), set()).add(str(version))
-    return [(name, ", ".join(sorted(values))) for name, values in sorted(found.items())]

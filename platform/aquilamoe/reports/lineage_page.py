@@ -1,0 +1,109 @@
+"""The lineage page: a graph of stages to choose from, and what each is, cost and changed; without scripts a list."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from aquilamoe.lineage import tree
+from aquilamoe.lineage.entries import Entry
+from aquilamoe.reports import canvas, lineage, template
+from aquilamoe.reports.rows import ABSENT, Record, count, input_stages, number
+from aquilamoe.reports.template import Link
+
+NEEDED = ("fingerprint", "recipe", "metrics", "files")
+
+
+@dataclass(frozen=True)
+class Details:
+    """One stage. parents: (role, stage, its position). changes: of its recipe, to its parent's. facts: in words."""
+
+    stage: str
+    kind: str
+    fingerprint: str
+    parents: list[tuple[str, str, int]]
+    changes: list[str]
+    facts: dict[str, str]
+    files: str
+    finished: str
+
+
+def render(
+    experiment: str,
+    records: Mapping[str, Record],
+    chain: Sequence[str],
+    tints: Mapping[str, str],
+    command: str,
+    target: Path,
+    pages: list[Link] | None = None,
+) -> None:
+    """Write the page to `target`. Stages, and fields of records, may be missing."""
+    stages = [details(name, records) for name in records]
+    shown = next((name for name in reversed(chain) if name in records), next(iter(records), ""))
+    context = {
+        "experiment": experiment,
+        "graph": canvas.themed(lineage.graph_svg(records, chain, tints)),
+        "stages": stages,
+        "first": [stage.stage for stage in stages].index(shown) if stages else 0,
+        "tints": tints,
+        "command": command,
+        "versions": _versions(records),
+        "commits": sorted({str(record["git_commit"]) for record in records.values() if record.get("git_commit")}),
+    }
+    template.write(target, "lineage.html.jinja", context, pages)
+
+
+def details(name: str, records: Mapping[str, Record]) -> Details:
+    """All that a page says of a stage."""
+    record, positions = records[name], {stage: index for index, stage in enumerate(records)}
+    changes: list[str] = []
+    facts: dict[str, str] = {}
+    if _is_whole(record):
+        changes = tree.recipe_changes(_entry(name, record), _ancestors(name, records))
+        facts = tree.figures(_entry(name, record))
+    sizes = [number(entry.get("bytes")) or 0.0 for entry in (record.get("files") or {}).values()]
+    return Details(
+        stage=name,
+        kind=str(record.get("kind", ABSENT)),
+        fingerprint=str(record.get("fingerprint") or ABSENT)[:12],
+        parents=[(role, stage, positions[stage]) for role, stage in input_stages(record).items() if stage in positions],
+        changes=changes,
+        facts=facts,
+        files=f"{len(sizes)} file{'s' if len(sizes) > 1 else ''}, {_bytes(sum(sizes))}" if sizes else "",
+        finished=str(record.get("finished") or "")[:19].replace("T", " "),
+    )
+
+
+def _is_whole(record: Record) -> bool:
+    return all(key in record for key in NEEDED) and "config" in record["recipe"]
+
+
+def _entry(name: str, record: Record) -> Entry:
+    return Entry(Path(name), {**record, "stage": name})
+
+
+def _ancestors(name: str, records: Mapping[str, Record]) -> list[Entry]:
+    """What a stage was made from, nearest first."""
+    found: dict[str, Entry] = {}
+    waiting = [name]
+    while waiting:
+        for stage in input_stages(records[waiting.pop(0)]).values():
+            if stage in records and stage not in found and _is_whole(records[stage]):
+                found[stage] = _entry(stage, records[stage])
+                waiting.append(stage)
+    return list(found.values())
+
+
+def _bytes(size: float) -> str:
+    text = count(size)
+    return f"{text} B" if text[-1].isdigit() else f"{text[:-1]} {text[-1].replace('B', 'G')}B"
+
+
+def _versions(records: Mapping[str, Record]) -> list[tuple[str, str]]:
+    """Every version that a record names; several where cached stages were made with others."""
+    found: dict[str, set[str]] = {}
+    for record in records.values():
+        versions: Mapping[str, Any] = record.get("versions") or {}
+        for name, version in versions.items():
+            found.setdefault(str(name), set()).add(str(version))
+    return [(name, ", ".join(sorted(values))) for name, values in sorted(found.items())]

@@ -1,0 +1,61 @@
+"""The report of an experiment: pages that lead to each other, and every figure as SVG and PNG beside them."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from aquilamoe.pipeline.stage import Input
+from aquilamoe.pipeline.store import METRICS, read_points
+from aquilamoe.reports import figure, lineage_page, page, router_page
+from aquilamoe.reports.template import Link
+
+INDEX, LINEAGE, ROUTER = "index.html", "lineage.html", "router.html"
+LABELS = {INDEX: "Pipeline", LINEAGE: "Lineage", ROUTER: "Routers"}
+ROUTER_POINTS, ROUTING = "router.jsonl", "routing.json"
+
+
+def write(
+    experiment: str,
+    description: str,
+    done: Mapping[str, Input],
+    chain: Sequence[str],
+    control: str | None,
+    folder: Path,
+    command: str,
+) -> Path:
+    """Write all pages and figures into `folder`; return the first page. What it shows is read from finished outputs."""
+    records = {name: output.record for name, output in done.items()}
+    curves = {name: read_points(output.directory / METRICS) for name, output in done.items()}
+    routers = {
+        name: points for name, output in done.items() if (points := read_points(output.directory / ROUTER_POINTS))
+    }
+    routing = _routing(done)
+    addresses = [INDEX, LINEAGE, *([ROUTER] if routers or routing else [])]
+    tints = figure.tints(records, curves, chain, control)
+    first = folder / INDEX
+    drawings = page.render(
+        experiment, description, records, curves, chain, control, first, command, _links(addresses, INDEX)
+    )
+    lineage_page.render(experiment, records, chain, tints, command, folder / LINEAGE, _links(addresses, LINEAGE))
+    if ROUTER in addresses:
+        drawings += router_page.render(
+            experiment, records, routers, routing, folder / ROUTER, _links(addresses, ROUTER)
+        )
+    for drawing in drawings:
+        drawing.save(folder)
+    return first
+
+
+def _links(addresses: Sequence[str], here: str) -> list[Link]:
+    return [(LABELS[address], address, address == here) for address in addresses]
+
+
+def _routing(done: Mapping[str, Input]) -> dict[str, Any]:
+    """By stage, what evaluations saw routers do; the last evaluation counts."""
+    found: dict[str, Any] = {}
+    for output in done.values():
+        path = output.directory / ROUTING
+        if output.record.get("kind") == "evaluate" and path.exists():
+            found |= router_page.by_stage(output.record, json.loads(path.read_text(encoding="utf-8")))
+    return found
