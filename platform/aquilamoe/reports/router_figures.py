@@ -83,7 +83,7 @@ def _key(figure: "Figure", image: Any, label: str, rows: int, narrow: bool) -> N
         orientation="horizontal",
     )  # fmt: skip
     bar.set_label(label if not narrow else label.split(" (")[0], color=canvas.MUTED, fontsize=8.5)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
 
 
 def _whole_numbers(axes: "Axes", experts: int) -> None:
@@ -162,7 +162,7 @@ def language_figure(stage: str, table: Mapping[str, Any]) -> Drawing:
             orientation="horizontal",
         )  # fmt: skip
         bar.set_label("share of the tokens / that of balance", color=canvas.MUTED, fontsize=8.5)
-        bar.outline.set_visible(False)  # type: ignore[operator]
+        bar.outline.set_visible(False)
 
     height = _language_height(len(table["layers"]))
     title = f"Which experts the tokens of {' and '.join(shares)} choose in {stage}"
