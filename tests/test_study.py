@@ -102,6 +102,29 @@ def test_a_variant_without_a_result_is_told_with_its_reason_and_costs_no_other_a
     assert nothing.horizon is None and "no result yet that could be compared" in said(nothing)
 
 
+def test_two_names_for_one_computation_are_told(invent: Invent) -> None:
+    found = invent(ends={"fpi": 3.3, "aki": 3.2})
+    twin = found.find("aki").model_copy(update={"name": "twin"})
+    assert "two names" not in said(found)
+    told = said(found.model_copy(update={"entries": [*found.entries, twin]}), "warning")
+    assert "'aki' and 'twin' gave the same numbers in every seed" in told
+
+
+def test_only_what_was_compared_with_scratch_is_said_to_fall_short_of_it(invent: Invent) -> None:
+    found = invent(ends={"fpi": 3.2, "aki": 3.9}, scratch={1.0: 3.5})
+    narrowed = [
+        entry.model_copy(
+            update={
+                "control": entry.control.model_copy(update={"differences": {"fpi": entry.control.differences["fpi"]}})
+            }
+        )
+        if entry.control
+        else entry
+        for entry in found.entries
+    ]
+    assert "does not reach" not in said(found.model_copy(update={"entries": narrowed}))
+
+
 def test_at_equal_flops_lines_are_compared_where_all_have_cost_the_same(invent: Invent) -> None:
     found = invent(ends={"fpi": 3.3, "aki": 3.25}, tokens={"aki": 2_000_000})
     assert found.horizon is not None and found.horizon.equal_flops == found.horizon.lineage_flops

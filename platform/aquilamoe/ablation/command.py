@@ -28,6 +28,7 @@ from aquilamoe.terminal.screen import console
 from aquilamoe.terminal.tables import cost_table
 from aquilamoe.tracking import studies
 from aquilamoe.tracking.lineage import LOCAL_MLFLOW, comparison_url, ui_command
+from aquilamoe.tracking.view import PARAMETERS
 
 OWN_KEYS = ("seeds", "scheduler", "trial_cpus")  # beside `ablation`, for short commands
 
@@ -102,7 +103,8 @@ def _track(experiment: ExperimentConfig, store: Store, study: Study, folder: Pat
     out.print(f"MLflow   {ui_command(uri, store.root)}", soft_wrap=True)
     if told.experiment_id is not None:
         server = uri if uri is not None and uri.startswith("http") else LOCAL_MLFLOW
-        out.print(f"         compare: {comparison_url(server, told.experiment_id)}", soft_wrap=True)
+        out.print(f"         curves: {comparison_url(server, told.experiment_id)}", soft_wrap=True)
+        out.print(f"         parameters: {comparison_url(server, told.experiment_id, PARAMETERS)}", soft_wrap=True)
     if told.problem:
         out.print(told.problem, style="yellow", soft_wrap=True)
 

@@ -9,7 +9,7 @@ from aquilamoe.reports import comparison_curves as curves
 from aquilamoe.reports import comparison_dots as dots
 from aquilamoe.reports import template
 from aquilamoe.reports.canvas import Drawing
-from aquilamoe.reports.comparison_findings import findings, horizon, shown
+from aquilamoe.reports.comparison_findings import findings, horizon, shown, signed
 from aquilamoe.reports.rows import ABSENT, count, decimal, power
 from aquilamoe.reports.study import Entry, Study
 
@@ -76,7 +76,7 @@ def _ranking_row(entry: Entry, tints: dict[str, str]) -> Row:
     difference = entry.to_baseline
     if difference is not None and difference.half_width:
         low, high = difference.mean - difference.half_width, difference.mean + difference.half_width
-        interval = f"{low:+.3f} to {high:+.3f}"
+        interval = f"{signed(low)} to {signed(high)}"
     spent = next(iter(entry.seeds.values())).lineage_flops
     saving = ABSENT
     if entry.saving is not None:
@@ -86,7 +86,7 @@ def _ranking_row(entry: Entry, tints: dict[str, str]) -> Row:
     cells = (
         str(entry.rank),
         decimal(entry.mean, 4) if (entry.mean or 0) < 1000 else count(entry.mean),
-        f"{difference.mean:+.4f}" if difference else ABSENT,
+        signed(difference.mean, 4) if difference else ABSENT,
         interval,
         power(spent),
         str(entry.equal_flops_rank) if entry.equal_flops_rank is not None else ABSENT,
@@ -121,7 +121,7 @@ def _growth_row(entry: Entry, tints: dict[str, str], routed: bool) -> Row:
     cells = [
         mean("loss_source", three),
         mean("loss_grown", three),
-        mean("loss_jump", lambda value: f"{value:+.3f}"),
+        mean("loss_jump", signed),
         mean("kl", lambda value: f"{value:.2g}"),
         three(statistics.fmean(seed.loss for seed in entry.seeds.values())),
         mean("recovery_tokens", count) if entry.figure("recovery_tokens") else "not reached",

@@ -22,6 +22,7 @@ DASHES: tuple[tuple[float, ...], ...] = ((), (5, 2), (1.2, 1.6), (6, 2, 1.2, 2))
 CONTROL_DASHES = {"flops": (4.0, 2.5), "tokens": (1.2, 1.8)}
 # Of what lies above the curves' ends: how many times the distance of their middle from the lowest is shown, in nats.
 SHOWN, AT_LEAST = 5.0, 0.12
+MANY = 8  # lines whose bands would hide each other
 
 Reading = Callable[[Any], Sequence[tuple[float, float]]]
 
@@ -94,7 +95,7 @@ def called(entry: Entry) -> str:
 def tokens_figure(study: Study) -> Drawing | None:
     """Held-out loss against tokens of the compared stage; controls that continue a checkpoint beside it."""
     by_tokens: Reading = lambda seed: seed.by_tokens()  # noqa: E731
-    continued = [entry for entry in study.controls if entry.control and entry.control.of]
+    continued = [e for e in study.controls if e.control and e.control.of and e.control.equal == "tokens"]
     lines = _lines(study, [*study.variants, *continued], by_tokens)
     variants = [line for line in lines if line.look.colour != canvas.CONTROL]
     if not variants:
@@ -112,7 +113,7 @@ def tokens_figure(study: Study) -> Drawing | None:
     def draw(figure: "Figure", narrow: bool) -> None:
         axes = _axes(figure, narrow, lines)
         axes.set_xlim(0, longest)
-        _set_height(axes, variants, longest * 0.06)
+        _set_height(axes, lines, longest * 0.06)
         _draw(axes, lines)
         for tokens, line in marks:
             axes.plot([tokens], [_at(line, tokens)], "o", markersize=7, color=canvas.PAPER, markeredgecolor=canvas.INK)
@@ -140,7 +141,7 @@ def flops_figure(study: Study) -> Drawing | None:
         axes.set_xscale("log")
         # What comes before the first growth takes a third of the axis at most.
         axes.set_xlim(max(start * (start / end) ** 0.5, 1.0), end)
-        _set_height(axes, variants, start * (end / start) ** 0.15, [curve[-1] for curve in before])
+        _set_height(axes, lines, start * (end / start) ** 0.15, [curve[-1] for curve in before])
         for curve in before:
             axes.plot(*zip(*curve, strict=True), color=canvas.INK, linewidth=1.6)
             axes.plot(*curve[-1], "o", markersize=5, color=canvas.INK, markeredgewidth=0)
@@ -212,10 +213,11 @@ def _axes(figure: "Figure", narrow: bool, lines: Sequence[Line]) -> "Axes":
 
 def _set_height(axes: "Axes", lines: Sequence[Line], first: float, others: Sequence[tuple[float, float]] = ()) -> None:
     """Show how the lines end: of what is above, so much that the middle of them is still told from the lowest."""
-    ends = sorted(line.mean[-1] for line in lines)
-    floor = min(min(line.low) for line in lines)
+    variants = [line for line in lines if line.look.colour != canvas.CONTROL]
+    ends = sorted(line.mean[-1] for line in variants)
+    floor = min([*(min(line.low) for line in variants), *(min(line.mean) for line in lines)])
     highest = max(
-        [value for line in lines for x, value in zip(line.x, line.high, strict=True) if x >= first]
+        [value for line in variants for x, value in zip(line.x, line.high, strict=True) if x >= first]
         + [loss for _, loss in others]
     )
     span = max(SHOWN * (statistics.median(ends) - floor), SHOWN * (ends[0] - floor), AT_LEAST)
@@ -224,10 +226,11 @@ def _set_height(axes: "Axes", lines: Sequence[Line], first: float, others: Seque
 
 
 def _draw(axes: "Axes", lines: Sequence[Line]) -> None:
+    pale = 0.13 if len(lines) <= MANY else 0.06
     for line in lines:
         control = line.look.colour == canvas.CONTROL
         if not control:
-            axes.fill_between(line.x, line.low, line.high, color=line.look.colour, alpha=0.13, linewidth=0)
+            axes.fill_between(line.x, line.low, line.high, color=line.look.colour, alpha=pale, linewidth=0)
         axes.plot(
             line.x,
             line.mean,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from aquilamoe.reports import canvas
 from aquilamoe.reports.canvas import Drawing
 from aquilamoe.reports.comparison_curves import LETTER, called, looks
+from aquilamoe.reports.comparison_findings import signed
 from aquilamoe.reports.rows import count
 from aquilamoe.reports.study import Entry, Interval, Study
 
@@ -190,8 +191,8 @@ def _dot(axes: "Axes", dot: Dot, row: int, limits: tuple[float, float], counts: 
         axes.plot([before], [row], "o", markersize=5, color=canvas.PAPER, markeredgecolor=dot.colour)
     axes.plot([place], [row], "o", markersize=6, color=dot.colour, markeredgewidth=0, clip_on=False)
     beyond = dot.value.mean > high or dot.value.mean < low
-    signed = "" if counts or dot.before is not None else "+"
-    number = count(dot.value.mean) if counts else f"{dot.value.mean:{signed}.3f}"
+    plain = count(dot.value.mean) if counts else f"{dot.value.mean:.3f}"
+    number = plain if counts or dot.before is not None else signed(dot.value.mean)
     axes.annotate(
         f"{number}{' →' if beyond else ''}",
         (1.0, row),

@@ -27,9 +27,10 @@ def findings(study: Study) -> list[Sentence]:
         *_controls(study, ranked),
         *_starts(ranked),
         *_recoveries(study, ranked),
-        *_savings(ranked),
+        *_savings(study, ranked),
         *_structure(ranked),
         *_changes(study, ranked),
+        *_equals(ranked),
         *_missing(study),
     ]
 
@@ -46,13 +47,18 @@ def horizon(study: Study) -> str:
     )
 
 
+def signed(value: float, places: int = 3) -> str:
+    """A difference; what rounds to nothing is +0."""
+    return f"{round(value, places) + 0.0:+.{places}f}"
+
+
 def shown(interval: Interval, places: int = 3) -> str:
     """A difference with its interval: +0.052 (+0.031 to +0.073)."""
-    text = f"{interval.mean:+.{places}f}"
+    text = signed(interval.mean, places)
     if interval.half_width is None:
         return f"{text} (one seed, no interval)"
     low, high = interval.mean - interval.half_width, interval.mean + interval.half_width
-    return f"{text} ({low:+.{places}f} to {high:+.{places}f})"
+    return f"{text} ({signed(low, places)} to {signed(high, places)})"
 
 
 def measure(study: Study) -> str:
@@ -144,8 +150,8 @@ def _starts(ranked: Sequence[Entry]) -> Iterator[Sentence]:
     order = sorted(jumps, key=jumps.__getitem__)
     least, most = order[0], order[-1]
     text = (
-        f"At the moment of growth '{least}' changes the loss least ({jumps[least]:+.3f} nats/token) and '{most}' most "
-        f"({jumps[most]:+.3f})"
+        f"At the moment of growth '{least}' changes the loss least ({signed(jumps[least])} nats/token) and '{most}' "
+        f"most ({signed(jumps[most])})"
     )
     if len({entry.rank for entry in ranked}) < 2:
         yield Sentence(f"{text}.")
@@ -172,7 +178,9 @@ def _recoveries(study: Study, ranked: Sequence[Entry]) -> Iterator[Sentence]:
     yield Sentence(f"{text}{span}.")
 
 
-def _savings(ranked: Sequence[Entry]) -> Iterator[Sentence]:
+def _savings(study: Study, ranked: Sequence[Entry]) -> Iterator[Sentence]:
+    scratch = [entry.control for entry in study.controls if entry.control and entry.control.kind == "scratch_flops"]
+    compared = {name for control in scratch for name in control.differences}
     saved = [entry for entry in ranked if entry.saving is not None]
     if saved:
         best = max(saved, key=lambda entry: entry.saving.mean if entry.saving else 0.0)
@@ -184,7 +192,7 @@ def _savings(ranked: Sequence[Entry]) -> Iterator[Sentence]:
             f"Most is saved by '{best.name}': training from scratch costs {best.saving.mean:.2f} times{inside} the "
             "FLOPs of its whole line to the loss that scratch ends with."
         )
-    short = [entry for entry in ranked if entry.saving is None and entry.figure("loss_source")]
+    short = [entry for entry in ranked if entry.saving is None and entry.name in compared]
     if short:
         yield Sentence(
             f"{_quoted(short)} {'do' if len(short) > 1 else 'does'} not reach, in every seed, the loss that training "
@@ -247,6 +255,21 @@ def _leaders(study: Study, ranked: Sequence[Entry]) -> Iterator[Sentence]:
         "What is best holds at this horizon.",
         "warning",
     )
+
+
+def _equals(ranked: Sequence[Entry]) -> Iterator[Sentence]:
+    """Variants that gave the same numbers, seed by seed: two names for one computation."""
+    groups: dict[tuple[tuple[int, float], ...], list[Entry]] = {}
+    for entry in ranked:
+        key = tuple(sorted((number, seed.value) for number, seed in entry.seeds.items()))
+        groups.setdefault(key, []).append(entry)
+    for group in groups.values():
+        if len(group) > 1:
+            yield Sentence(
+                f"{_quoted(group)} gave the same numbers in every seed: here they are two names for one computation, "
+                "not two results.",
+                "warning",
+            )
 
 
 def _missing(study: Study) -> Iterator[Sentence]:

@@ -68,7 +68,10 @@ def ui_command(uri: str | None, root: Path) -> str:
     return f"MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false {command}"  # two processes instead of thirteen
 
 
-def comparison_url(server: str, experiment_id: str) -> str:
-    """The page that overlays the loss of an experiment's training stages against the FLOPs of their lineage."""
-    query = f"viewStateShareKey={VIEW}&compareRunsMode=CHART&workflowType=machine_learning"
+def comparison_url(server: str, experiment_id: str, view: str = VIEW) -> str:
+    """The page that overlays the loss of an experiment's training stages against the FLOPs of their lineage.
+
+    view: of an ablation also PARAMETERS, parallel coordinates from what is varied to the objective.
+    """
+    query = f"viewStateShareKey={view}&compareRunsMode=CHART&workflowType=machine_learning"
     return f"{server.rstrip('/')}/#/experiments/{experiment_id}/runs?{query}"

@@ -15,7 +15,7 @@ from typing import Any
 
 from aquilamoe.tracking.connection import answers, connect, is_away, shown, tracking_uri
 from aquilamoe.tracking.receipts import Receipt, database_file, still_known
-from aquilamoe.tracking.view import VIEW_TAG, comparison_view
+from aquilamoe.tracking.view import comparison_views
 
 MAX_NOTE = 60_000  # characters
 BATCH = 900
@@ -116,17 +116,18 @@ class _Delivery:
         return experiment_id, parent
 
     def _experiment(self, comparison: Comparison) -> str:
-        view = comparison_view(comparison.axes)
+        views = comparison_views(comparison.axes)
         found = self.client.get_experiment_by_name(comparison.name)
         if found is None:
-            tags = {"mlflow.note.content": comparison.description, VIEW_TAG: view}
+            tags = {"mlflow.note.content": comparison.description, **views}
             tags["mlflow.experimentKind"] = "custom_model_development"
             location = (self.root / "mlartifacts").absolute().as_uri() if database_file(self.uri) else None
             return str(self.client.create_experiment(comparison.name, artifact_location=location, tags=tags))
         if found.lifecycle_stage == "deleted":
             self.client.restore_experiment(found.experiment_id)
-        if found.tags.get(VIEW_TAG) != view:
-            self.client.set_experiment_tag(found.experiment_id, VIEW_TAG, view)
+        for tag, view in views.items():
+            if found.tags.get(tag) != view:
+                self.client.set_experiment_tag(found.experiment_id, tag, view)
         return str(found.experiment_id)
 
     def _parent(self, comparison: Comparison, experiment_id: str) -> tuple[str, dict[str, Any]]:

@@ -11,6 +11,8 @@ from typing import Any
 
 VIEW = "curves"
 VIEW_TAG = f"mlflow.sharedViewState.{VIEW}"
+PARAMETERS = "parameters"
+PARAMETERS_TAG = f"mlflow.sharedViewState.{PARAMETERS}"
 COLUMNS = ("val/loss", "lineage_flops", "tokens", "final.params_total", "final.params_active", "final.recovery_tokens")
 FIGURES = ("objective", "minus_baseline", "loss_jump", "recovery_tokens", "lineage_flops")  # of an ablation's runs
 # "Model metrics" is MLflow's name for metrics without a slash; sections that are not listed follow.
@@ -36,33 +38,45 @@ def saved_view() -> str:
     return json.dumps(state)
 
 
-def comparison_view(axes: Sequence[str]) -> str:
-    """Of an ablation: curves by tokens and by FLOPs, a line a variant (the mean over its seeds), and what decides.
+def comparison_views(axes: Sequence[str]) -> dict[str, str]:
+    """Two views of an ablation, by their tags.
 
-    axes: the parameters that are varied, the first axes of the parallel coordinates.
+    Curves by tokens and by FLOPs and the objective, a line or bar for each variant: the mean over its seeds. And
+    parallel coordinates of every run, which MLflow does not draw of groups. axes: the parameters that are varied.
     """
+    curves = [
+        _chart("step", "loss_by_tokens", "held-out loss, x: tokens of the stage"),
+        _chart("step", "loss_by_gflops", "held-out loss, x: cumulative GFLOPs"),
+        {**_card("BAR", "objective"), "metricKey": "objective"},
+    ]
+    parallel = _card("PARALLEL", "what decides") | {
+        "selectedParams": [*axes, "learning_rate", "seed"],
+        "selectedMetrics": ["objective"],
+        "showAllRuns": True,
+    }
+    groups = {"aggregateFunction": "average", "groupByKeys": [{"mode": "param", "groupByData": "variant"}]}
+    return {
+        VIEW_TAG: _comparison(axes, curves, "tags.kind != 'ablation'", groups),
+        PARAMETERS_TAG: _comparison(axes, [parallel], "tags.kind = 'variant'", None),
+    }
+
+
+def _comparison(
+    axes: Sequence[str], charts: Sequence[dict[str, Any]], search: str, groups: dict[str, Any] | None
+) -> str:
     first, *others = [
         {"uuid": name, "name": name, "display": True, "isReordered": True, "deleted": False, "isGenerated": False}
         for name in ("Comparison", "Model metrics")
     ]
-    charts = [
-        _chart("step", "loss_by_tokens", "held-out loss, x: tokens of the stage"),
-        _chart("step", "loss_by_gflops", "held-out loss, x: cumulative GFLOPs"),
-        {**_card("PARALLEL", "what decides"), "selectedParams": [*axes, "seed"], "selectedMetrics": ["objective"]},
-        {**_card("BAR", "objective"), "metricKey": "objective"},
-    ]
     state = {
-        "searchFilter": "tags.kind != 'ablation'",
+        "searchFilter": search,
         "orderByKey": "metrics.`objective`",
         "orderByAsc": True,
         "runsHiddenMode": "SHOW_ALL",
-        "groupBy": {
-            "aggregateFunction": "average",
-            "groupByKeys": [{"mode": "param", "groupByData": "variant"}],
-        },
+        "groupBy": groups,
         "selectedColumns": [*(f"params.`{axis}`" for axis in axes), *(f"metrics.`{key}`" for key in FIGURES)],
         "compareRunCharts": [{**chart, "metricSectionId": first["uuid"]} for chart in charts],
-        "compareRunSections": [first | {"columns": 2}, *others],
+        "compareRunSections": [first | {"columns": min(2, len(charts))}, *others],
         "isAccordionReordered": True,
     }
     return json.dumps(state)
