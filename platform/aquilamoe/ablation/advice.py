@@ -92,14 +92,15 @@ def advise(question: Question, recorded: Sequence[Recorded], published: Sequence
     """An answer to each of the four questions, the recorded evidence first."""
     cases = [case for each in recorded for case in _cases(each) if case.kind == question.kind]
     like = [case for case in cases if _is_like(case, question)]
+    answers: dict[Topic, list[Sentence]] = {
+        "whether": list(_whether(question, like)),
+        "how": list(_how(question, like)),
+        "start": list(_start(question, cases)),
+        "rate": list(_rate(like)),
+    }
     found: list[Sentence] = []
     said: set[str] = set()
-    for topic, own in (
-        ("whether", list(_whether(question, like))),
-        ("how", list(_how(question, like))),
-        ("start", list(_start(question, cases))),
-        ("rate", list(_rate(like))),
-    ):
+    for topic, own in answers.items():
         if not own:
             reason = _why(topic, question, cases, like)
             own = [Sentence(topic, f"No recorded evidence{', as above' if reason in said else f': {reason}'}.")]

@@ -148,7 +148,9 @@ class _Delivery:
 
     def _children(self, experiment_id: str, parent: str) -> dict[str, Any]:
         """By fingerprint."""
-        query, found, token = f"tags.`mlflow.parentRunId` = '{parent}'", {}, None
+        query = f"tags.`mlflow.parentRunId` = '{parent}'"
+        found: dict[str, Any] = {}
+        token: str | None = None
         while token != "":
             page = self.client.search_runs([experiment_id], query, page_token=token)
             found |= {run.data.tags.get("fingerprint", ""): run for run in page}
