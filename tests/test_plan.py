@@ -48,12 +48,20 @@ def publish(store: Store, *stages: Planned, seconds: float = 8.0, resumed: bool 
             "kind": planned.node.stage.kind,
             "fingerprint": planned.fingerprint,
             "recipe": planned.recipe,
-            "metrics": {"flops": planned.node.flops} if planned.node.flops else {},
+            "metrics": trained(planned.node),
             "finished": f"2026-01-01T00:00:{number:02}",
             "seconds": seconds,
             "resumed": resumed,
         }
         store.publish(partial, record)
+
+
+def trained(node: Node) -> dict[str, int]:
+    """What a training says of itself; nothing of another stage."""
+    if not node.flops or node.model is None:
+        return {}
+    params = {"params_total": node.model.num_params, "params_active": node.model.num_active_params}
+    return {"flops": node.flops, "tokens": node.tokens, **params}
 
 
 def those_that_run(plan: Plan) -> set[str]:
@@ -247,6 +255,16 @@ def test_a_training_that_never_ran_is_expected_at_the_speed_of_the_others(
     publish(store, prepare, seconds=10.0)
     dense = plan()["dense"]
     assert dense.seconds == pytest.approx(10.0 * dense.node.flops / prepare.node.flops)
+
+
+def test_of_several_trainings_the_most_alike_says_how_fast_another_is(plan: Callable[..., Plan], store: Store) -> None:
+    publish(store, plan()["prepare"], seconds=10.0)
+    publish(store, plan()["moe"], seconds=1000.0)
+    small, dense = plan()["prepare"], plan()["dense"]
+    assert dense.seconds == pytest.approx(10.0 * dense.node.flops / small.node.flops)
+    publish(store, dense, seconds=50.0)
+    control = plan()["control"]  # the small model: nearer to prepare, however many tokens it has
+    assert control.seconds == pytest.approx(10.0 * control.node.flops / small.node.flops)
 
 
 def test_another_stage_is_expected_to_take_what_it_took(plan: Callable[..., Plan], store: Store) -> None:

@@ -33,6 +33,7 @@ CLUSTER: Mapping[str, Any] = {
     "address": None,
     "workers": 1,
     "min_workers": None,
+    "cpus_per_worker": 1,  # so little work is not worth dividing
     "gpus_per_worker": 0,
     "gpu_memory_bytes": 0,
     "micro_batch_tokens": BATCH // 2,
@@ -69,7 +70,7 @@ def _one_batch(values: Values, sources: Values, scratch: Path) -> Values:
         "stages": stages,
         "model": _model(values["model"]),
         "data": {**values["data"], "sources": sources},
-        "cluster": {**values["cluster"], **CLUSTER, "cpus_per_worker": min(2, values["cluster"]["cpus_per_worker"])},
+        "cluster": {**values["cluster"], **CLUSTER},
         "paths": {"root": str(scratch)},
         "tracking": {**values["tracking"], "enabled": False},
     }

@@ -1,5 +1,6 @@
 """What a run would do, and why, without doing it."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -136,12 +137,14 @@ def _resume_point(partial: Path, node: Node) -> str:
 def _expected_seconds(
     node: Node, estimate: Estimate, history: list[Record], store: Store, flops_per_s: float, devices: int | None
 ) -> float | None:
-    """By the speed of this stage's last run; of a training stage without one, by any training here, else as stated."""
+    """By the speed of this stage's last run; of a training without one, by that most like it here; else as stated."""
     whole = [record for record in history if not record["resumed"]]
     if not node.flops:
         return float(whole[0]["seconds"]) if whole else estimate.seconds
     comparable = [record for record in whole if _on(record, devices)][:1]
-    comparable = comparable or [record for record in _all_training(store) if _on(record, devices)]
+    if not comparable:
+        others = [record for record in _all_training(store) if _on(record, devices)]
+        comparable = _most_alike(node, others) or others
     records = [record for record in comparable if record["metrics"].get("flops")]
     if records:
         speed = sum(record["metrics"]["flops"] for record in records) / sum(record["seconds"] for record in records)
@@ -151,6 +154,22 @@ def _expected_seconds(
 
 def _all_training(store: Store) -> list[Record]:
     return [record for record in store.history() if record["kind"] == "pretrain" and not record["resumed"]]
+
+
+def _most_alike(node: Node, records: Iterable[Record]) -> list[Record]:
+    """The training of a model with experts as this one, or without as this one, that is nearest in FLOPs a token.
+
+    Experts make another speed of the same device, and so do sizes: small products leave it idle.
+    """
+    assert node.model is not None
+    per_token, found = node.flops / node.tokens, []
+    for record in records:
+        known = record["metrics"]
+        if not known.get("flops") or not known.get("tokens"):
+            continue
+        if (known.get("params_total") != known.get("params_active")) == node.model.is_moe:
+            found.append((abs(math.log(known["flops"] / known["tokens"] / per_token)), record))
+    return [min(found, key=lambda pair: pair[0])[1]] if found else []
 
 
 def _on(record: Record, devices: int | None) -> bool:
