@@ -85,7 +85,8 @@ def _stage(stage: Any, sources: Values) -> Any:
     if stage["kind"] == "corpus":
         found["sources"] = sources
     elif stage["kind"] == "tokenizer":
-        found["vocab_size"] = VOCABULARY
+        # Learned from what was invented, also where the experiment has one from elsewhere.
+        found |= {"vocab_size": VOCABULARY} | {key: None for key in ("path", "sha256") if key in stage}
     elif stage["kind"] == "pretrain":
         found |= {**TRAINING, "schedule": {**stage["schedule"], "warmup_tokens": 0, "decay_tokens": 0}}
     elif stage["kind"] in ("scale_up", "scale_out"):
