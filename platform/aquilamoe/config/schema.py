@@ -54,8 +54,12 @@ class SourceConfig(Config):
 
 
 class DataConfig(Config):
-    """The corpus by language, and the share of each language in training (`mixture`, normalised to a sum of 1)."""
+    """The corpus by language, and the share of each language in training (`mixture`, normalised to a sum of 1).
 
+    folder: what the paths of some corpora are composed of; nothing else reads it.
+    """
+
+    folder: str | None = None
     sources: Annotated[dict[str, SourceConfig], Field(min_length=1)]
     mixture: dict[str, PositiveFloat]
     validation_fraction: Annotated[Float, Field(gt=0.0, lt=0.5)]
