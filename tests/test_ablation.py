@@ -7,6 +7,7 @@ import statistics as stdlib
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from aquilamoe.ablation import costs, statistics
+from aquilamoe.ablation import costs, statistics, trials
 from aquilamoe.ablation import plan as planning
+from aquilamoe.ablation.trials import Failure, Field, Stopped
 from aquilamoe.ablation.union import Union, build
 from aquilamoe.ablation.variants import Values, baseline, variants
 from aquilamoe.config import graph
@@ -28,6 +30,8 @@ from aquilamoe.pipeline.store import Store
 Composed = Callable[..., dict[str, Any]]
 REPOSITORY = Path(__file__).parent.parent
 METHODS = {name: (f"growth={name}",) for name in ("fpi", "aki", "aki_pro", "random")}
+# Fewer variants to compose.
+ONE_METHOD = ["ablation.exclude=[{method:random},{method:aki},{method:aki_pro},{method:lemon},{method:hypercloning}]"]
 DEPTHS = {name: (f"growth.depth={name}",) for name in ("interpolate", "stack")}
 
 
@@ -73,6 +77,11 @@ def test_excluded_combinations_are_left_out() -> None:
     names = [variant.name for variant in variants(config)]
     assert "random, stack" in names and "random, interpolate" not in names and "aki_pro, stack" not in names
     assert len(names) == 5
+
+
+def test_one_at_a_time_leaves_what_differs_from_the_baseline_in_one_axis() -> None:
+    names = [variant.name for variant in variants(configured(combinations="one_at_a_time"))]
+    assert names == ["fpi, interpolate", "fpi, stack", "aki, stack", "aki_pro, stack", "random, stack"]
 
 
 def test_every_seeds_source_is_trained_once_and_the_data_once_for_all(expand: Callable[..., Union]) -> None:
@@ -128,6 +137,79 @@ def test_a_scale_out_is_also_compared_with_both_dense_models_trained_on(expand: 
     assert {"continued_prepare_flops", "continued_dense_flops", "continued_dense_tokens", "scratch_flops"} <= kinds
 
 
+def test_what_is_grown_twice_without_training_between_is_compared_with_the_first_growth_trained_on(
+    expand: Callable[..., Union],
+) -> None:
+    union = expand(
+        "stages.scale_out.inputs.source=scale_up",
+        axes={"init": {"values": {name: (f"upcycling={name}",) for name in ("copy", "drop")}, "baseline": "copy"}},
+        objective={"stage": "moe", "metric": "loss_end"},
+        seeds=[1],
+    )
+    found = [leaf for leaf in union.leaves if leaf.control and leaf.control.of == "scale_up"]
+    assert {leaf.control.equal for leaf in found if leaf.control} == {"flops", "tokens"}
+    for leaf in found:
+        stage, target = leaf.nodes[leaf.stage].stage, leaf.nodes[leaf.stage]
+        assert isinstance(stage, PretrainStage)
+        assert stage.optimizer_state == "reset" and stage.schedule.warmup_tokens > 0
+        assert target.model == leaf.nodes["scale_up"].model and target.ancestor_tokens == leaf.nodes["prepare"].tokens
+
+
+@pytest.mark.parametrize(("scratch_of", "sizes"), [("all", 2), ("baseline", 1), ("none", 0)])
+def test_controls_from_scratch_are_those_of_all_variants_of_the_baseline_or_of_none(
+    expand: Callable[..., Union], scratch_of: str, sizes: int
+) -> None:
+    experts = {n: (f"stages.scale_out.model.num_experts={n}",) for n in ("4", "8")}
+    controls = {
+        "scratch_of": scratch_of,
+        "scratch_learning_rate_ratios": [1.0],
+        "continued_learning_rate_ratios": [1.0],
+    }
+    union = expand(
+        axes={"experts": {"values": experts, "baseline": "8"}},
+        objective={"stage": "moe", "metric": "loss_end"},
+        controls=controls,
+        seeds=[1],
+    )
+    models = {leaf.nodes[leaf.stage].model for leaf in union.leaves if leaf.control and leaf.control.of is None}
+    assert len(models) == sizes
+    assert any(leaf.control.of == "dense" for leaf in union.leaves if leaf.control)
+
+
+def test_an_ablation_that_is_cut_has_whole_comparisons_of_its_first_seeds(
+    expand: Callable[..., Union], tmp_path: Path
+) -> None:
+    found = planning.tasks(expand(seeds=[5, 2]), Store(tmp_path), 1e9)
+    seeds = [task.leaf.seed for task in found]
+    assert seeds == sorted(seeds, reverse=True) and seeds.count(5) == seeds.count(2) == 8 + 6
+
+
+def test_what_needs_a_source_that_failed_is_not_tried(expand: Callable[..., Union], tmp_path: Path) -> None:
+    tasks = planning.tasks(expand(seeds=[1, 2]), Store(tmp_path), 1e9)
+    sources = planning.sources(tasks)
+    broken = next(source for source in sources if source.leaf.seed == 2)
+    told: list[str] = []
+    left, lost = trials.without_source(
+        tasks, sources, {broken.name: Failure("no", tmp_path / "log")}, lambda task, _: told.append(task.name)
+    )
+    assert {task.leaf.seed for task in left if "prepare" in task.leaf.nodes} == {1}
+    assert {task.leaf.seed for task in left} == {1, 2}, "what starts from scratch has no source"
+    assert told == list(lost) and len(lost) == 8 + 2
+    assert all(each.log.read_text().startswith("what it would grow from failed: no") for each in lost.values())
+
+
+def test_what_early_stopping_ended_is_remembered_among_the_same_trials_only(
+    expand: Callable[..., Union], tmp_path: Path
+) -> None:
+    tasks = planning.tasks(expand(seeds=[1]), Store(tmp_path), 1e9)
+    field = Field(tasks, Store(tmp_path), lambda *_: None)
+    field.ended(tasks[0].name, stopped=Stopped(4096, 3.5))
+    again = Field(tasks, Store(tmp_path), lambda *_: None)
+    assert again.stopped == {tasks[0].name: Stopped(4096, 3.5)}
+    assert again.waiting() == [task.name for task in tasks[1:]]
+    assert len(Field(tasks[:-1], Store(tmp_path), lambda *_: None).waiting()) == len(tasks) - 1
+
+
 def test_the_budget_is_that_of_the_compared_stage_in_tokens_or_flops(expand: Callable[..., Union]) -> None:
     for leaf in expand(budget={"tokens": 204_800, "flops": None}, seeds=[1]).leaves:
         if leaf.control is None:
@@ -158,6 +240,10 @@ def test_the_budget_is_that_of_the_compared_stage_in_tokens_or_flops(expand: Cal
             "'scale_up' is a scale_up stage and trains no",
         ),
         ({"budget": {"tokens": 8192, "flops": None}}, "ablation.budget: stage dense: warmup_tokens + decay_tokens = "),
+        (
+            {"objective": {"stage": "prepare", "metric": "recovery_tokens"}},
+            "ablation.objective.metric: 'prepare' reports no recovery_tokens, it does not continue a growth",
+        ),
     ],
 )
 def test_what_compares_nothing_is_refused(expand: Callable[..., Union], changes: dict[str, Any], message: str) -> None:
@@ -200,18 +286,49 @@ def ablate(environment: dict[str, str], tmp_path: Path) -> Callable[..., "subpro
     return run
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in (REPOSITORY / "conf" / "ablation").glob("*.yaml")))
-def test_the_plan_of_every_ablation_is_a_table_of_variants_and_controls(
-    ablate: Callable[..., "subprocess.CompletedProcess[str]"], name: str, tmp_path: Path
+def test_the_plan_is_a_table_of_variants_and_controls_and_says_what_sharing_saves(
+    ablate: Callable[..., "subprocess.CompletedProcess[str]"], tmp_path: Path
 ) -> None:
-    result = ablate(f"+ablation={name}", "action=plan", "seeds=[3,5]")
+    result = ablate("+ablation=scale_up", "seeds=5", "scheduler=asha", "action=plan")
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
-    assert lines[0].startswith(f"ablation_{name}: ")
-    assert sum(line.startswith("variant ") and line.endswith("0 of 2") for line in lines) >= 2
-    assert sum(line.startswith("control  scratch_") for line in lines) >= 2
-    assert "shared ancestors run once" in result.stdout
+    assert lines[0].startswith("ablation_scale_up: ")
+    assert sum(line.startswith("variant ") and line.endswith("0 of 5") for line in lines) == 11
+    assert sum(line.startswith("control  scratch_") for line in lines) == 4
+    assert sum(line.startswith("control  continued_prepare_") for line in lines) == 2
+    found = re.search(r"shared ancestors run once: \S+ FLOPs in all, (0\.\d\d) of", result.stdout)
+    assert found and float(found[1]) <= 0.35
+    assert re.search(r"left: \S+ FLOPs, \S+ [MG]B, about \S+ (s|min|h|days) with \d+ at a time", result.stdout)
     assert list(tmp_path.iterdir()) == [], "a plan writes nothing"
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (REPOSITORY / "conf" / "ablation").glob("*.yaml")))
+def test_every_ablation_of_the_platform_compares_what_differs(compose: Composed, name: str) -> None:
+    """Its baseline, and what differs from that in the last value of every axis: all other words are of their kinds."""
+    values = compose(f"+ablation={name}")["ablation"]
+    config = AblationConfig.model_validate({**values, "seeds": 1, "scheduler": "none", "trial_cpus": 1})
+    found = {}
+    for pick in ("baseline", "last"):
+        chosen = [axis.baseline if pick == "baseline" else list(axis.values)[-1] for axis in config.axes.values()]
+        words = [word for axis, value in zip(config.axes.values(), chosen, strict=True) for word in axis.values[value]]
+        axes = {
+            axis: {"values": {value: ()}, "baseline": value} for axis, value in zip(config.axes, chosen, strict=True)
+        }
+        one = config.model_copy(update={"axes": configured(axes=axes).axes, "exclude": ()})
+        composed = [_without_ablation(compose(f"+ablation={name}", *words))]
+        union = build(one, partial(_given, composed))
+        found[pick] = union.leaves[0].fingerprint
+        kinds = {leaf.control.kind for leaf in union.leaves if leaf.control}
+        assert any(kind.startswith("continued_") and kind.endswith("_flops") for kind in kinds)
+    assert len(set(found.values())) == 2
+
+
+def _given(composed: list[Values], *_: object) -> list[Values]:
+    return composed
+
+
+def _without_ablation(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key != "ablation"}
 
 
 @pytest.mark.parametrize(
@@ -226,6 +343,10 @@ def test_the_plan_of_every_ablation_is_a_table_of_variants_and_controls(
         (
             ["ablation=scale_up", "ablation.objective.stage=prep"],
             "error: ablation.objective.stage: there is no stage",
+        ),
+        (
+            ["ablation=restart_lr", "ablation.objective.metric=loss_edn", *ONE_METHOD],
+            "error: ablation.objective.metric: stage 'dense' reports no 'loss_edn'; did you mean 'loss_end'?",
         ),
     ],
 )

@@ -56,7 +56,7 @@ ONLY_IN = {
     "omegaconf": ["workflows"],
     "ray": [
         *(f"aquilamoe/training/{name}.py" for name in ("session", "crew", "launch", "gauges")),
-        "aquilamoe/ablation/trials.py",
+        "aquilamoe/ablation/tuning.py",
     ],
     "mlflow": ["aquilamoe/tracking"],
     "torch": [

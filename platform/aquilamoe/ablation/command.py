@@ -11,13 +11,13 @@ from aquilamoe.ablation import advising, costs, screen, trials
 from aquilamoe.ablation import plan as planning
 from aquilamoe.ablation.results import check_objective, collect
 from aquilamoe.ablation.tracked import compared
-from aquilamoe.ablation.trials import Failure
+from aquilamoe.ablation.trials import Failure, Stopping
 from aquilamoe.ablation.union import Union, build
 from aquilamoe.ablation.variants import Compose
 from aquilamoe.config import graph
 from aquilamoe.config.ablation import AblationConfig
 from aquilamoe.config.messages import UserError, first_problem
-from aquilamoe.config.schema import ExperimentConfig
+from aquilamoe.config.schema import ClusterConfig, ExperimentConfig
 from aquilamoe.pipeline import runner
 from aquilamoe.pipeline.plan import stated_speed
 from aquilamoe.pipeline.store import Store, write_atomically
@@ -62,12 +62,13 @@ def execute(values: Mapping[str, Any], known: list[str], compose: Compose, comma
 
 
 def _show_plan(experiment: ExperimentConfig, union: Union, store: Store, config: AblationConfig) -> None:
-    tasks = planning.tasks(union, store, stated_speed(experiment.cluster))
+    cluster = experiment.cluster
+    tasks = planning.tasks(union, store, stated_speed(cluster))
     out = console()
     out.print(f"{experiment.name}: {experiment.description}\n")
     out.print(screen.plan_table(union, tasks, config))
-    out.print(f"\n{screen.plan_summary(union, planning.totals(tasks), _at_once(config))}\n")
-    out.print(cost_table(costs.table(union, tasks, experiment.cluster), out.width))
+    out.print(f"\n{screen.plan_summary(union, planning.totals(tasks), _at_once(cluster, config))}\n")
+    out.print(cost_table(costs.table(union, tasks, cluster), out.width))
 
 
 def _show_status(experiment: ExperimentConfig, store: Store, study: Study) -> None:
@@ -128,16 +129,18 @@ def _run(experiment: ExperimentConfig, union: Union, store: Store, config: Ablat
     out, cluster = console(), experiment.cluster
     tasks = planning.tasks(union, store, stated_speed(cluster))
     out.print(f"{experiment.name}: {experiment.description}\n")
-    out.print(f"{screen.plan_summary(union, planning.totals(tasks), _at_once(config))}\n")
+    out.print(f"{screen.plan_summary(union, planning.totals(tasks), _at_once(cluster, config))}\n")
     runner.run(planning.data_stages(tasks), store, cluster, [])
     first = planning.sources(tasks)
     told = screen.Progress(out, [*first, *tasks])
-    failures = trials.run(first, store, cluster, config.trial_cpus, early_stopping=False, told=told)
+    failures = trials.run(first, store, cluster, config.trial_cpus, told)
+    tasks, lost = trials.without_source(tasks, first, failures, told)
     if config.scheduler == "asha":  # which controls are not subject to
         variants = [task for task in tasks if task.leaf.control is None]
-        failures |= trials.run(variants, store, cluster, config.trial_cpus, early_stopping=True, told=told)
+        stopping = Stopping(by_recovery=config.objective.is_recovery)
+        failures |= trials.run(variants, store, cluster, config.trial_cpus, told, stopping)
         tasks = [task for task in tasks if task.leaf.control is not None]
-    failures |= trials.run(tasks, store, cluster, config.trial_cpus, early_stopping=False, told=told)
+    failures |= lost | trials.run(tasks, store, cluster, config.trial_cpus, told)
     paid = planning.tasks(union, store, cluster.flops_per_s)
     out.print()
     out.print(cost_table(costs.table(union, paid, cluster), out.width))
@@ -145,8 +148,10 @@ def _run(experiment: ExperimentConfig, union: Union, store: Store, config: Ablat
     return failures
 
 
-def _at_once(config: AblationConfig) -> int:
-    return max(1, (os.cpu_count() or 1) // config.trial_cpus)
+def _at_once(cluster: ClusterConfig, config: AblationConfig) -> int:
+    """Trials that run side by side, as far as it can be known before a cluster is asked."""
+    each = config.trial_cpus if cluster.workers == 1 else cluster.workers * cluster.cpus_per_worker
+    return max(1, (os.cpu_count() or 1) // each) if cluster.executor == "ray" else 1
 
 
 def _experiment(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,9 +2,9 @@
 
 A control has the batch, the data and the kind of schedule of the stage that it stands for: that which trained the
 line's first checkpoint for training from scratch, that which made a growth's source for continuing it (with its
-optimizer's moments, without a warm-up). Its cooldown is the same share of its tokens as the objective's is. Its
-learning rate is that stage's times a ratio; with several ratios all are trained and the best counts, in favour of the
-control.
+optimizer's moments, without a warm-up; where the source is itself fresh from a growth, with a warm-up and fresh
+moments). Its cooldown is the same share of its tokens as the objective's is. Its learning rate is that stage's times a
+ratio; with several ratios all are trained and the best counts, in favour of the control.
 """
 
 from collections.abc import Iterator, Mapping
@@ -49,24 +49,31 @@ def line(nodes: Mapping[str, Node], objective: str) -> list[Node]:
     return found
 
 
-def controls(nodes: Mapping[str, Node], objective: str, config: ControlsConfig) -> Iterator[Control]:
-    """The controls of an objective, but for those that would train no batch."""
+def controls(
+    nodes: Mapping[str, Node], objective: str, config: ControlsConfig, from_scratch: bool = True
+) -> Iterator[Control]:
+    """The controls of an objective, but for those that would train no batch; without scratch if it has none."""
     chain = line(nodes, objective)
     target = chain[-1]
-    sources = [chain[index - 1] for index, node in enumerate(chain) if isinstance(node.stage, GrowthStage)]
-    for ratio in config.scratch_learning_rate_ratios:
+    grown = [index for index, node in enumerate(chain) if isinstance(node.stage, GrowthStage)]
+    for ratio in config.scratch_learning_rate_ratios if from_scratch else ():
         for equal in EQUAL:
             yield from _control(chain[0], None, target, equal, ratio)
-    for source in (source for source in sources if isinstance(source.stage, PretrainStage)):
+    for source, trainer in ((chain[index - 1], _trainer(chain[:index])) for index in grown):
         for ratio in config.continued_learning_rate_ratios:
             for equal in EQUAL:
-                yield from _control(source, source.name, target, equal, ratio)
+                yield from _control(trainer, source, target, equal, ratio)
 
 
-def _control(template: Node, of: str | None, target: Node, equal: Equal, ratio: float) -> Iterator[Control]:
-    stage, model = cast(PretrainStage, template.stage), template.model if of else target.model
+def _trainer(chain: list[Node]) -> Node:
+    """What trained a checkpoint last, or what it was grown from."""
+    return next(node for node in reversed(chain) if isinstance(node.stage, PretrainStage))
+
+
+def _control(template: Node, of: Node | None, target: Node, equal: Equal, ratio: float) -> Iterator[Control]:
+    stage, model = cast(PretrainStage, template.stage), of.model if of else target.model
     assert model is not None, "a line consists of checkpoints"
-    spent_tokens, spent_flops = (template.lineage_tokens, template.lineage_flops) if of else (0, 0)
+    spent_tokens, spent_flops = (of.lineage_tokens, of.lineage_flops) if of else (0, 0)
     left = target.lineage_tokens - spent_tokens
     tokens = left
     if equal == "flops":
@@ -74,25 +81,25 @@ def _control(template: Node, of: str | None, target: Node, equal: Equal, ratio: 
     tokens -= tokens % stage.batch_tokens
     if tokens <= 0:
         return
-    last = cast(PretrainStage, target.stage)
+    last, goes_on = cast(PretrainStage, target.stage), of is template  # with that stage's moments
     schedule = last.schedule.model_copy(
         update={
-            "warmup_tokens": 0 if of else stage.schedule.warmup_tokens,
+            "warmup_tokens": 0 if goes_on else min(stage.schedule.warmup_tokens, tokens),
             "decay_tokens": last.schedule.decay_tokens * tokens // left,
         }
     )
     yield Control(
-        of,
+        of.name if of else None,
         equal,
         ratio,
         stage.model_copy(
             update={
-                "inputs": {"tokens": stage.inputs["tokens"], **({"source": of} if of else {})},
+                "inputs": {"tokens": stage.inputs["tokens"], **({"source": of.name} if of else {})},
                 "model": None if of else model,
                 "total_tokens": tokens,
                 "equal_flops": None,
                 "learning_rate": stage.learning_rate * ratio,
-                "optimizer_state": "keep" if of else "reset",
+                "optimizer_state": "keep" if goes_on else "reset",
                 "schedule": schedule,
                 "validate_every_tokens": last.validate_every_tokens,
                 "validation_tokens": last.validation_tokens,

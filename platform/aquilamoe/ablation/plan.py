@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
 
 from aquilamoe.ablation.union import Leaf, Union, ancestors
 from aquilamoe.ablation.variants import Variant
@@ -10,6 +12,15 @@ from aquilamoe.pipeline.plan import Planned
 from aquilamoe.pipeline.store import Store
 
 DATA_KINDS = ("corpus", "tokenizer", "tokenize")
+
+
+class Glance(Store):
+    """A store as it is now: every question is answered once, for the many lines that ask the same."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.find = cache(super().find)  # type: ignore[method-assign]
+        self.history = cache(super().history)  # type: ignore[method-assign]
 
 
 @dataclass(frozen=True)
@@ -34,9 +45,11 @@ class Task:
 
 
 def tasks(union: Union, store: Store, flops_per_s: float) -> list[Task]:
-    """Every distinct leaf once, in the order of the union."""
+    """Every distinct leaf once, seed by seed: an ablation that is cut has whole comparisons of its first seeds."""
     plans: dict[str, tuple[Leaf, list[Planned]]] = {}
-    for leaf in union.leaves:
+    store = Glance(store.root)
+    places = {seed: place for place, seed in enumerate(dict.fromkeys(leaf.seed for leaf in union.leaves))}
+    for leaf in sorted(union.leaves, key=lambda leaf: places[leaf.seed]):
         if leaf.fingerprint not in plans:
             planned = planning.make(leaf.nodes, store, flops_per_s)
             plans[leaf.fingerprint] = leaf, sorted(planned, key=lambda stage: stage.fingerprint == leaf.fingerprint)

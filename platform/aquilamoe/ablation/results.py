@@ -145,8 +145,8 @@ class _Reader:
     def _reason(self, leaf: Leaf, is_there: bool) -> str:
         if is_there:
             return f"{self.metric} was not reached"
-        log = self.store.root / LOGS / f"{leaf.stage}-{leaf.fingerprint}.log"
-        return log.read_text(encoding="utf-8").split("\n")[0] if log.exists() else "no result yet"
+        logs = [self.store.root / LOGS / f"{leaf.stage}-{leaf.fingerprint}.{kind}" for kind in ("log", "stopped")]
+        return next((log.read_text(encoding="utf-8").split("\n")[0] for log in logs if log.exists()), "no result yet")
 
     def _seed(self, directory: Path, record: Record, value: float) -> Seed:
         self.versions |= record.get("versions") or {}

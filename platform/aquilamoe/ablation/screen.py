@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from aquilamoe.ablation.plan import Task, Totals, by_variant
-from aquilamoe.ablation.trials import Failure
+from aquilamoe.ablation.trials import Failure, Stopped
 from aquilamoe.ablation.union import Leaf, Union
 from aquilamoe.config.ablation import AblationConfig
 from aquilamoe.reports import rows
@@ -70,11 +70,15 @@ class Progress:
         self.left = {task.name for task in tasks if not task.is_done}
         self.total = len(self.left)
 
-    def __call__(self, task: Task, failure: Failure | None) -> None:
+    def __call__(self, task: Task, ending: Failure | Stopped | None) -> None:
         self.left.discard(task.name)
         leaf = task.leaf
         what = leaf.control.name if leaf.control else f"{leaf.variant.name}: {leaf.stage}"
-        end = f"failed: {failure.message}" if failure else "done"
+        end = "done"
+        if isinstance(ending, Failure):
+            end = f"failed: {ending.message}"
+        elif ending is not None:
+            end = f"stopped early: {ending.loss:.4f} after {rows.count(ending.tokens)} tokens"
         place = f"{self.total - len(self.left)} of {self.total}"
         self.out.print(f"{place}  {what}, seed {leaf.seed}  {end}", soft_wrap=True)
 

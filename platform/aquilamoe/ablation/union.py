@@ -5,12 +5,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from aquilamoe.ablation.controls import Control, controls
-from aquilamoe.ablation.variants import Compose, Variant, check_differences, variants
+from aquilamoe.ablation.variants import Compose, Variant, baseline, check_differences, variants
 from aquilamoe.config import graph
 from aquilamoe.config.ablation import AblationConfig
 from aquilamoe.config.graph import Node
 from aquilamoe.config.messages import UserError, nearest
-from aquilamoe.config.schema import ExperimentConfig, PretrainStage, ReportConfig
+from aquilamoe.config.schema import ExperimentConfig, GrowthStage, PretrainStage, ReportConfig, Stage
 from aquilamoe.pipeline import fingerprint as identity
 from aquilamoe.pipeline.plan import recipes
 
@@ -61,11 +61,14 @@ def build(config: AblationConfig, compose: Compose) -> Union:
     leaves: list[Leaf] = []
     nodes: dict[str, Node] = {}
     fingerprints: dict[str, tuple[str, ...]] = {}
+    reference = baseline(config)
     for variant in variants(config):
+        scratch_of = config.controls.scratch_of
+        from_scratch = scratch_of == "all" or (scratch_of == "baseline" and variant == reference)
         own: list[str] = []
         for seed, values in zip(config.seeds, compose(variant.overrides, config.seeds), strict=True):
             experiment, target = _experiment(config, values)
-            found = list(controls(graph.build(experiment), target, config.controls))
+            found = list(controls(graph.build(experiment), target, config.controls, from_scratch))
             stages = {**experiment.stages, **{control.name: control.stage for control in found}}
             built = graph.build(experiment.model_copy(update={"stages": stages}))
             digests = {name: identity.fingerprint(recipe) for name, recipe in recipes(built).items()}
@@ -92,6 +95,11 @@ def _experiment(config: AblationConfig, values: Mapping[str, Any]) -> tuple[Expe
             f"ablation.objective.stage: '{target}' is a {stage.kind} stage and trains nothing; "
             f"{nearest(target, trained)}"
         )
+    if config.objective.is_recovery and not isinstance(_source(experiment, stage), GrowthStage):
+        raise UserError(
+            f"ablation.objective.metric: '{target}' reports no {config.objective.metric}, it does not continue a "
+            "growth; use loss_end, or a stage whose source is a scale_up or scale_out stage"
+        )
     tokens = _budget_tokens(config, experiment, target)
     if tokens is None:
         return experiment, target
@@ -101,6 +109,10 @@ def _experiment(config: AblationConfig, values: Mapping[str, Any]) -> tuple[Expe
         raise UserError(f"ablation.budget: stage {target}: {error}") from None
     stages = {**experiment.stages, target: stage.model_copy(update={"total_tokens": tokens, "equal_flops": None})}
     return experiment.model_copy(update={"stages": stages}), target
+
+
+def _source(experiment: ExperimentConfig, stage: PretrainStage) -> Stage | None:
+    return experiment.stages.get(stage.inputs.get("source", ""))
 
 
 def _narrowed(experiment: ExperimentConfig, target: str) -> ExperimentConfig:

@@ -9,6 +9,7 @@ from aquilamoe.config.messages import nearest
 from aquilamoe.config.network import Config, Int, NonNegativeInt, PositiveFloat, PositiveInt
 from aquilamoe.config.schema import Name
 
+RECOVERY = ("recovery_tokens", "recovery_flops")  # of a stage that continues what was grown
 Overrides = tuple[str, ...]  # as on the command line: KEY=VALUE
 
 
@@ -30,8 +31,11 @@ class ControlsConfig(Config):
 
     scratch: the target's size, trained from scratch at equal FLOPs and at equal tokens.
     continued: every source of a growth, trained on without it, at equal FLOPs and at equal tokens.
+    scratch_of: which variants have those from scratch (variants of one size and cost share them): all, the baseline
+        alone, or none, where they would cost more than all variants.
     """
 
+    scratch_of: Literal["all", "baseline", "none"] = "all"
     scratch_learning_rate_ratios: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)]
     continued_learning_rate_ratios: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)]
 
@@ -55,14 +59,21 @@ class ObjectiveConfig(Config):
     stage: Name
     metric: str
 
+    @property
+    def is_recovery(self) -> bool:
+        """Whether it is how soon a grown model is back at its source's loss."""
+        return self.metric in RECOVERY
+
 
 class AblationConfig(Config):
-    """Variants are all combinations of the axes' values but the excluded ones, each with every seed.
+    """Variants are combinations of the axes' values but the excluded ones, each with every seed.
 
+    combinations: all, or one_at_a_time: the baseline, and what differs from it in one axis.
     exclude: combinations to leave out, e.g. {method: random, depth: stack}; an axis that is not named means all.
     """
 
     axes: Annotated[dict[Name, AxisConfig], Field(min_length=1)]
+    combinations: Literal["all", "one_at_a_time"] = "all"
     exclude: tuple[dict[Name, str], ...]
     objective: ObjectiveConfig
     budget: BudgetConfig
@@ -86,7 +97,10 @@ class AblationConfig(Config):
         return self
 
     def leaves_out(self, values: Mapping[str, str]) -> bool:
-        """Whether a combination of the axes' values is excluded."""
+        """Whether a combination of the axes' values is no variant."""
+        changed = sum(values[axis] != spec.baseline for axis, spec in self.axes.items())
+        if self.combinations == "one_at_a_time" and changed > 1:
+            return True
         return any(combination.items() <= values.items() for combination in self.exclude)
 
     @field_validator("seeds", mode="before")

@@ -1,0 +1,157 @@
+"""Trials under Ray Tune: this file alone knows Tune."""
+
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from aquilamoe.ablation.plan import Task
+from aquilamoe.ablation.trials import Field, Stopped, Stopping, compute
+from aquilamoe.config.schema import ClusterConfig
+from aquilamoe.pipeline.store import METRICS, Record, Store, read_points
+
+if TYPE_CHECKING:
+    from ray.tune import Callback
+    from ray.tune.schedulers import ASHAScheduler
+
+# Read by Tune when it is imported: no files of its loggers, no tables of its own in the terminal.
+TUNE_ENVIRONMENT = {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0"}
+LOSS, ABOVE_SOURCE, TOKENS = "loss", "above_source", "tokens"
+# Early stopping: first after an eighth of the tokens, and the worse half each time.
+GRACE, REDUCTION = 8, 2
+
+
+class Reporter:
+    """Tells Ray Tune the held-out losses of one stage of a line, for its scheduler.
+
+    The last is not told, after `tokens`: who gets there is to write its result, however it compares.
+    """
+
+    def __init__(self, stage: str, tokens: int) -> None:
+        self.stage, self.tokens = stage, tokens
+        self.goal = 0.0  # the final loss of what was grown
+
+    def stage_started(self, *_: Any) -> None:
+        pass
+
+    def stage_progress(self, stage: str, points: Sequence[Mapping[str, Any]]) -> None:
+        from ray import tune
+
+        for point in points:
+            if stage == self.stage and "val/loss" in point and 0 < point["tokens"] < self.tokens:
+                tune.report(self.measures(point))
+
+    def measures(self, point: Mapping[str, Any]) -> dict[str, Any]:
+        """What trials are compared by at a point: less is better; who is back at the source's loss is back."""
+        loss = point["val/loss"]
+        return {LOSS: loss, ABOVE_SOURCE: max(0.0, loss - self.goal), TOKENS: point["tokens"]}
+
+    def stage_finished(self, stage: str, directory: Path, record: Record, cached: bool) -> None:
+        """Of a trial that ended before this run, tell what it told then: others are compared with it."""
+        self.goal = record["metrics"].get("source_final_loss") or self.goal
+        if cached:
+            self.stage_progress(stage, read_points(directory / METRICS) if stage == self.stage else [])
+
+    def stage_failed(self, stage: str, message: str) -> None:
+        pass
+
+
+def run(field: Field, cluster: ClusterConfig, stopping: Stopping | None) -> None:
+    """Run what waits in the field; with early stopping, what has a result reports it once more."""
+    for key, value in TUNE_ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    from ray import tune
+
+    from aquilamoe.training.session import start_session
+
+    start_session(cluster)
+    again = [name for name in field.tasks if stopping and field.is_done(name)]
+    names = [*again, *field.waiting()]
+    nested = cluster.executor == "ray"  # then a trial's workers have what it computes with
+    cpus, gpus = (0, 0) if nested else (cluster.cpus_per_worker, cluster.gpus_per_worker)
+    trainable = tune.with_parameters(
+        _trial, tasks=field.tasks, root=field.store.root, cluster=cluster, logs=field.logs, reports=stopping is not None
+    )
+    notes = field.store.root / "trials" / f"tune-{os.getpid()}"
+    try:
+        tune.Tuner(
+            tune.with_resources(trainable, {"cpu": float(cpus), "gpu": float(gpus)}),
+            param_space={"task": tune.grid_search(names)},
+            tune_config=tune.TuneConfig(
+                scheduler=_halving(field.tasks.values(), stopping) if stopping else None,
+                max_concurrent_trials=_room(cluster) if nested else None,
+                reuse_actors=stopping is None,  # a worker whose trial was stopped trains on until it is ended
+            ),
+            run_config=tune.RunConfig(
+                name=notes.name,
+                storage_path=str(notes.parent),
+                failure_config=tune.FailureConfig(max_failures=cluster.max_failures),  # of lost workers: see `compute`
+                callbacks=[_listener(field, again)],
+                verbose=0,
+            ),
+        ).fit()
+    finally:
+        shutil.rmtree(notes, ignore_errors=True)  # Tune's own notes: nothing is resumed from them
+
+
+def _room(cluster: ClusterConfig) -> int:
+    """How many trials' workers the cluster has room for at once; at least 1, which then says what is missing."""
+    import ray
+
+    from aquilamoe.training.session import resources_per_worker
+
+    has, each = ray.cluster_resources(), resources_per_worker(cluster)
+    return max(1, min(int(has.get(name, 0.0) // (amount * cluster.workers)) for name, amount in each.items()))
+
+
+def _trial(
+    config: Mapping[str, str],
+    *,
+    tasks: Mapping[str, Task],
+    root: Path,
+    cluster: ClusterConfig,
+    logs: Path,
+    reports: bool,
+) -> None:
+    """Runs in a worker."""
+    task = tasks[config["task"]]
+    leaf = task.leaf
+    told = [Reporter(leaf.stage, leaf.nodes[leaf.stage].tokens)] if reports else []
+    compute(task, Store(root), cluster, logs, told)
+
+
+def _halving(tasks: Iterable[Task], stopping: Stopping) -> "ASHAScheduler":
+    from ray.tune.schedulers import ASHAScheduler
+
+    longest = max(task.leaf.nodes[task.leaf.stage].tokens for task in tasks)
+    return ASHAScheduler(
+        time_attr=TOKENS,
+        metric=ABOVE_SOURCE if stopping.by_recovery else LOSS,
+        mode="min",
+        max_t=longest,
+        grace_period=max(1, longest // GRACE),
+        reduction_factor=REDUCTION,
+    )
+
+
+def _listener(field: Field, again: Sequence[str]) -> "Callback":
+    from ray.tune import Callback
+    from ray.tune.experiment import Trial
+
+    class Listener(Callback):
+        """Passes on how each trial ended, while others run."""
+
+        def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:  # noqa: ARG002
+            name, last = trial.config["task"], trial.last_result or {}
+            stopped = Stopped(int(last[TOKENS]), float(last[LOSS])) if LOSS in last else None
+            if name not in again:
+                field.ended(name, stopped=stopped)
+
+        def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:  # noqa: ARG002
+            field.ended(trial.config["task"], "its worker was lost, more often than cluster.max_failures allows")
+
+        def __reduce__(self) -> tuple[type[Callback], tuple[()]]:
+            return Callback, ()  # Tune keeps a copy for resuming, which is not how we resume
+
+    return Listener()
