@@ -212,16 +212,18 @@ def _axes(figure: "Figure", narrow: bool, lines: Sequence[Line]) -> "Axes":
 
 
 def _set_height(axes: "Axes", lines: Sequence[Line], first: float, others: Sequence[tuple[float, float]] = ()) -> None:
-    """Show how the lines end: of what is above, so much that the middle of them is still told from the lowest."""
+    """Show how the lines end: of what is above, so much that the variants' middle is still told from the lowest."""
     variants = [line for line in lines if line.look.colour != canvas.CONTROL]
     ends = sorted(line.mean[-1] for line in variants)
-    floor = min([*(min(line.low) for line in variants), *(min(line.mean) for line in lines)])
+    lowest = min(min(line.low) for line in variants)
+    floor = min([lowest, *(min(line.mean) for line in lines)])
     highest = max(
         [value for line in variants for x, value in zip(line.x, line.high, strict=True) if x >= first]
         + [loss for _, loss in others]
     )
-    span = max(SHOWN * (statistics.median(ends) - floor), SHOWN * (ends[0] - floor), AT_LEAST)
-    top = min(highest, floor + span)
+    middle = statistics.median(ends)
+    tops = (lowest + SHOWN * (middle - lowest), floor + SHOWN / 2 * (middle - floor), lowest + AT_LEAST)
+    top = min(highest, max(tops))
     axes.set_ylim(floor - 0.06 * (top - floor), top + 0.04 * (top - floor))
 
 
