@@ -22,7 +22,7 @@ DASHES: tuple[tuple[float, ...], ...] = ((), (5, 2), (1.2, 1.6), (6, 2, 1.2, 2))
 CONTROL_DASHES = {"flops": (4.0, 2.5), "tokens": (1.2, 1.8)}
 # Of what lies above the curves' ends: how many times the distance of their middle from the lowest is shown, in nats.
 SHOWN, AT_LEAST = 5.0, 0.12
-MANY = 8  # lines whose bands would hide each other
+MANY = 5  # lines; the bands of more would hide each other
 
 Reading = Callable[[Any], Sequence[tuple[float, float]]]
 
