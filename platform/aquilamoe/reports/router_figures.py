@@ -29,7 +29,7 @@ def load_figure(stage: str, points: Points) -> Drawing:
     def draw(figure: "Figure", narrow: bool) -> None:
         columns = 2 if narrow else 3
         rows = -(-len(layers) // columns)
-        panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat
+        panels = list(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat)
         image: Any = None
         for axes, layer in zip(panels, layers, strict=False):
             image = axes.imshow(
@@ -42,7 +42,7 @@ def load_figure(stage: str, points: Points) -> Drawing:
             for label, side in zip(axes.get_xticklabels(), ("left", "right"), strict=False):
                 label.set_horizontalalignment(side)
             _whole_numbers(axes, experts)
-        for axes in list(panels)[len(layers) :]:
+        for axes in panels[len(layers) :]:
             axes.set_axis_off()
         figure.subplots_adjust(
             left=0.09 if narrow else 0.045,
