@@ -33,9 +33,9 @@ from aquilamoe.config.schema import (
     ScaleUpStage,
 )
 from aquilamoe.data.corpus import prepare_corpus
+from aquilamoe.data.encoding import tokenize_corpus
 from aquilamoe.data.loader import Batches
 from aquilamoe.data.tokenizer import train_tokenizer
-from aquilamoe.data.tokens import tokenize_corpus
 from aquilamoe.growth import gradients, moments
 from aquilamoe.growth.moments import grow_moments
 from aquilamoe.growth.scale_out import scale_out

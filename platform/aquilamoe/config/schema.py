@@ -4,17 +4,16 @@ Defaults are in YAML, which lists every key; what few experiments need has the s
 configurations in Python.
 """
 
-from typing import Annotated, Any, ClassVar, Literal, Self, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from aquilamoe.config import plugins
+from aquilamoe.config.corpus import CleaningConfig, Extended, SourceConfig, check_cleaned
 from aquilamoe.config.evaluation import EvaluationConfig, GenerationConfig
-from aquilamoe.config.messages import nearest
+from aquilamoe.config.growth import GrowthConfig, UpcyclingConfig
 from aquilamoe.config.network import (
     Config,
     Float,
-    Fraction,
     Int,
     ModelConfig,
     NonNegativeFloat,
@@ -24,7 +23,6 @@ from aquilamoe.config.network import (
 )
 from aquilamoe.config.steps import OptimizerConfig, RouterConfig, ScheduleConfig, SpikesConfig
 
-DepthRule = Literal["interpolate", "stack", "stack_top"]
 Precision = Literal["bf16", "bf16_master", "fp32"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]  # it names files
 
@@ -46,13 +44,6 @@ def _without_null(values: Any) -> Any:
     return {key: value for key, value in values.items() if value is not None}
 
 
-class SourceConfig(Config):
-    """One part of the corpus, under its language: a file or glob of documents, and the checksum of a single file."""
-
-    path: str
-    sha256: str | None
-
-
 class DataConfig(Config):
     """The corpus by language, and the share of each language in training (`mixture`, normalised to a sum of 1).
 
@@ -63,62 +54,7 @@ class DataConfig(Config):
     sources: Annotated[dict[str, SourceConfig], Field(min_length=1)]
     mixture: dict[str, PositiveFloat]
     validation_fraction: Annotated[Float, Field(gt=0.0, lt=0.5)]
-
-
-class GrowthConfig(Config):
-    """How a dense model becomes a larger dense model (METHODS: width, depth)."""
-
-    method: str  # a file in growth/methods
-    scope: Literal["all", "inner", "transplant"]
-    norm: Literal["exact", "zero_pad", "copy"]
-    maps: Literal["circular", "sampled"]
-    noise: NonNegativeFloat
-    depth: DepthRule | tuple[NonNegativeInt, ...]  # a list is the source's layer of every target layer
-    new_layers: Literal["copy", "zero", "scaled"]
-
-    @field_validator("method")
-    @classmethod
-    def _check_method(cls, method: str) -> str:
-        return plugins.check("growth/methods", method)
-
-    @field_validator("depth", mode="before")
-    @classmethod
-    def _check_depth(cls, depth: Any) -> Any:
-        """One line instead of a problem for each member of the union."""
-        if isinstance(depth, str) and depth not in get_args(DepthRule):
-            raise ValueError(f"'{depth}' is not a choice; {nearest(depth, get_args(DepthRule))}, or a list of layers")
-        if not isinstance(depth, str) and not (
-            isinstance(depth, (list, tuple)) and all(type(layer) is int and layer >= 0 for layer in depth)
-        ):
-            raise ValueError(f"{depth!r} is not a list of layers counted from 0; write e.g. [0, 0, 1, 2]")
-        return depth
-
-    def grown_eps(self, source: ModelConfig, hidden_size: int) -> float:
-        """`rms_norm_eps` of the target: a norm over padded channels divides by a smaller mean square (METHODS 2)."""
-        if self.norm != "zero_pad":
-            return source.rms_norm_eps
-        copied = hidden_size // source.hidden_size * source.hidden_size
-        return source.rms_norm_eps * copied / hidden_size
-
-
-class UpcyclingConfig(Config):
-    """How a dense model becomes a Mixture of Experts (METHODS: Scale-Out)."""
-
-    method: Literal["copy", "noise", "drop", "permute"]
-    noise: NonNegativeFloat
-    drop_ratio: Fraction
-    router_init: Literal["normal", "variance", "orthogonal", "zero"]
-    router_std: NonNegativeFloat
-
-    @model_validator(mode="after")
-    def _check_amounts(self) -> Self:
-        for method, field in (("noise", "noise"), ("drop", "drop_ratio")):
-            amount = getattr(self, field)
-            if (self.method == method) != (amount > 0):
-                raise ValueError(
-                    f"method {self.method} with {field} {amount}; {field} is > 0 for '{method}' and 0 for the others"
-                )
-        return self
+    cleaning: CleaningConfig | None = None
 
 
 class StageConfig(Config):
@@ -148,16 +84,42 @@ class StageConfig(Config):
         return self
 
 
-class CorpusStage(StageConfig):
+class CorpusStage(Extended, StageConfig):
     kind: Literal["corpus"]
     sources: Annotated[dict[str, SourceConfig], Field(min_length=1)]
     validation_fraction: Annotated[Float, Field(gt=0.0, lt=0.5)]
+    cleaning: CleaningConfig | None = None
+    added = ("cleaning",)
+
+    @model_validator(mode="after")
+    def _check_cleaning(self) -> Self:
+        check_cleaned(self.sources, self.cleaning)
+        return self
 
 
-class TokenizerStage(StageConfig):
+class TokenizerStage(Extended, StageConfig):
+    """A vocabulary that is learned from the corpus, or one from elsewhere (`path`), which reads no corpus."""
+
     kind: Literal["tokenizer"]
     vocab_size: Annotated[Int, Field(ge=300)]
-    roles = ("corpus",)
+    path: str | None = None
+    sha256: str | None = None
+    added = ("path", "sha256")
+    optional_roles = ("corpus",)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_no_corpus(cls, values: Any) -> Any:
+        """The corpus that a template names is no input of a vocabulary from elsewhere."""
+        if not isinstance(values, dict) or values.get("path") is None or not isinstance(values.get("inputs"), dict):
+            return values
+        return {**values, "inputs": {role: name for role, name in values["inputs"].items() if role != "corpus"}}
+
+    @model_validator(mode="after")
+    def _check_corpus(self) -> Self:
+        if self.path is None and "corpus" not in self.inputs:
+            raise ValueError("inputs: 'corpus' is missing; a tokenizer stage reads corpus, or has a path")
+        return self
 
 
 class TokenizeStage(StageConfig):
@@ -303,6 +265,7 @@ class ClusterConfig(Config):
     experts: Literal["auto", "grouped", "loop"] = "auto"
     min_workers: PositiveInt | None = None
     start_timeout_s: PositiveFloat = 300.0
+    data_processes: PositiveInt | None = None
 
     @model_validator(mode="after")
     def _check_layout(self) -> Self:

@@ -1,7 +1,9 @@
 """Documents: a user's parquet, jsonl or txt files become one parquet file per split and source.
 
 Everything streams: memory holds one row group (`ROW_GROUP_BYTES` of text per split), whatever the size of the corpus,
-and the same input gives the same bytes. Nothing is deduplicated; documents without text are left out and counted.
+and the same input gives the same bytes. Nothing is deduplicated; documents without text are left out and counted, and
+one that is not what it should be is refused. A corpus that is cleaned (`data.cleaning`) has a folder of such files in
+the place of each.
 """
 
 import hashlib
@@ -38,7 +40,7 @@ class Document:
 
 
 def split_file(corpus: Path, split: str, source: str) -> Path:
-    """The file of a prepared corpus that holds the documents of a split of a source."""
+    """The file, or folder of files, of a prepared corpus that holds the documents of a split of a source."""
     return corpus / f"{split}-{source}.parquet"
 
 
@@ -64,31 +66,45 @@ def prepare_corpus(stage: CorpusStage, out: Path) -> dict[str, float]:
     return metrics
 
 
+def split_parts(path: Path) -> list[Path]:
+    """The files that `split_file` stands for, in their order."""
+    return sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+
+
 def read_documents(path: Path) -> Iterator[list[str]]:
-    """The texts of a prepared file in order, in lists of at most about `ROW_GROUP_BYTES`."""
-    with _open_parquet(path) as file:
-        for group in range(file.num_row_groups):
+    """The texts of a prepared split in order, in lists of at most about `ROW_GROUP_BYTES`."""
+    for part in split_parts(path):
+        yield from read_groups(part)
+
+
+def read_groups(path: Path, start: int = 0, stop: int | None = None) -> Iterator[list[str]]:
+    """The texts of a prepared file's row groups from `start` up to `stop`, a list for each."""
+    with open_parquet(path) as file:
+        for group in range(start, file.num_row_groups if stop is None else stop):
             yield file.read_row_group(group, columns=["text"]).column(0).to_pylist()
 
 
 def count_documents(path: Path) -> int:
-    """The number of documents in a prepared file, from its footer."""
-    with _open_parquet(path) as file:
-        return file.metadata.num_rows
+    """The number of documents in a prepared split, from the footers of its files."""
+    return sum(documents for part in split_parts(path) for documents, _ in group_sizes(part))
 
 
 def count_bytes(path: Path) -> int:
-    """About the number of bytes of text in a prepared file, from its footer: exact but for 4 bytes a document."""
-    with _open_parquet(path) as file:
-        metadata = file.metadata
-        return sum(metadata.row_group(i).column(0).total_uncompressed_size for i in range(metadata.num_row_groups))
+    """About the number of bytes of text in a prepared split, from footers: exact but for 4 bytes a document."""
+    return sum(size for part in split_parts(path) for _, size in group_sizes(part))
+
+
+def group_sizes(path: Path) -> list[tuple[int, int]]:
+    """Documents, and about the bytes of text, of each row group of a prepared file."""
+    with open_parquet(path) as file:
+        groups = [file.metadata.row_group(group) for group in range(file.num_row_groups)]
+        return [(group.num_rows, group.column(0).total_uncompressed_size) for group in groups]
 
 
 def _prepare_source(source: str, config: SourceConfig, validation_fraction: float, out: Path) -> dict[str, float]:
-    if not re.fullmatch(r"[\w.-]+", source):
-        raise UserError(f"sources.{source}: a source's name becomes a file name; use letters, digits, '_', '.' and '-'")
-    files = _source_files(source, config)
-    writers = {split: _SplitWriter(split_file(out, split, source), source) for split in SPLITS}
+    check_source_name(source)
+    files = source_files(source, config)
+    writers = {split: SplitWriter(split_file(out, split, source), source) for split in SPLITS}
     left_out = 0
     try:
         for path in files:
@@ -97,7 +113,7 @@ def _prepare_source(source: str, config: SourceConfig, validation_fraction: floa
                     left_out += 1
                     continue
                 split = _split_of(document, validation_fraction)
-                writers[split].add(document)
+                writers[split].add(document.text.encode())
     finally:
         for writer in writers.values():
             writer.close()
@@ -114,18 +130,32 @@ def _prepare_source(source: str, config: SourceConfig, validation_fraction: floa
     return counts | sizes | {f"left_out/{source}/documents": float(left_out)}
 
 
+def check_source_name(source: str) -> None:
+    """Refuse a name that cannot be part of a file's."""
+    if not re.fullmatch(r"[\w.-]+", source):
+        raise UserError(f"sources.{source}: a source's name becomes a file name; use letters, digits, '_', '.' and '-'")
+
+
+def text_hash(text: bytes) -> int:
+    """The first 64 bits of the SHA-256 of a text: what it is held out by, and compared with others."""
+    return int.from_bytes(hashlib.sha256(text).digest()[:8], "big")
+
+
+def split_by_hash(digest: int, validation_fraction: float) -> str:
+    """The split of a text by its hash alone: equal texts never lie in both, and stay when others come."""
+    return "validation" if digest < validation_fraction * 2.0**64 else "train"
+
+
 def _split_of(document: Document, validation_fraction: float) -> str:
-    """The split that the file names, or else one by the text's hash: equal texts never lie in both splits."""
+    """The split that the file names, or else one by the text's hash."""
     if document.split is None:
-        digest = hashlib.sha256(document.text.encode()).digest()
-        held_out = int.from_bytes(digest[:8], "big") < validation_fraction * 2.0**64
-        return "validation" if held_out else "train"
+        return split_by_hash(text_hash(document.text.encode()), validation_fraction)
     if document.split not in SPLITS:
         raise UserError(f"{document.place}: split {document.split!r} is not known; use 'train' or 'validation'")
     return document.split
 
 
-class _SplitWriter:
+class SplitWriter:
     """Writes the documents of one split, a row group at a time."""
 
     def __init__(self, path: Path, lang: str) -> None:
@@ -135,20 +165,20 @@ class _SplitWriter:
         self.documents = 0
         self.bytes = 0
         self._lang = lang
-        self._texts: list[str] = []
+        self._texts: list[bytes] = []
         self._texts_bytes = 0
         self._schema = pa.schema([("text", pa.string()), ("lang", pa.string())])
         # No dictionary for text: documents differ, and `count_bytes` reads the plain size.
         self._file = pq.ParquetWriter(path, self._schema, compression="zstd", use_dictionary=["lang"])
 
-    def add(self, document: Document) -> None:
-        size = len(document.text.encode())
-        if self._texts and self._texts_bytes + size > ROW_GROUP_BYTES:
+    def add(self, text: bytes) -> None:
+        """Append a document, valid UTF-8."""
+        if self._texts and self._texts_bytes + len(text) > ROW_GROUP_BYTES:
             self._flush()
-        self._texts.append(document.text)
-        self._texts_bytes += size
+        self._texts.append(text)
+        self._texts_bytes += len(text)
         self.documents += 1
-        self.bytes += size
+        self.bytes += len(text)
 
     def close(self) -> None:
         if self._texts:
@@ -158,13 +188,15 @@ class _SplitWriter:
     def _flush(self) -> None:
         import pyarrow as pa
 
-        columns = {"text": self._texts, "lang": [self._lang] * len(self._texts)}
+        columns = {"text": pa.array(self._texts, pa.binary()), "lang": [self._lang] * len(self._texts)}
+        columns["text"] = columns["text"].cast(pa.string())
         self._file.write_table(pa.table(columns, schema=self._schema))
         self._texts, self._texts_bytes = [], 0
 
 
-def _source_files(source: str, config: SourceConfig) -> list[Path]:
+def source_files(source: str, config: SourceConfig) -> list[Path]:
     """The files that a source's path names, sorted, their kind known and their checksum right."""
+    assert config.path is not None, "a data set of a hub has no files here"
     inside = config.path.startswith(PACKAGE_PREFIX)
     pattern = PACKAGE_ROOT / "data" / config.path.removeprefix(PACKAGE_PREFIX) if inside else Path(config.path)
     pattern = pattern.expanduser()
@@ -209,7 +241,7 @@ def _documents(path: Path) -> Iterator[Document]:
         yield document
 
 
-def _open_parquet(path: Path) -> "pq.ParquetFile":
+def open_parquet(path: Path) -> "pq.ParquetFile":
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -218,13 +250,13 @@ def _open_parquet(path: Path) -> "pq.ParquetFile":
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; it belongs to the output of a corpus stage") from None
     except pa.ArrowInvalid as error:
-        raise UserError(f"{path}: not a readable parquet file ({_first_line(error)}); copy or write it again") from None
+        raise UserError(f"{path}: not a readable parquet file ({first_line(error)}); copy or write it again") from None
 
 
 def _read_parquet(path: Path) -> Iterator[Document]:
     import pyarrow as pa
 
-    with _open_parquet(path) as file:
+    with open_parquet(path) as file:
         schema = file.schema_arrow
         if "text" not in schema.names:
             raise UserError(f"{path}: no column 'text', only {', '.join(schema.names)}; rename the text's column")
@@ -239,7 +271,7 @@ def _read_parquet(path: Path) -> Iterator[Document]:
                     row += 1
                     yield _document(values, f"{path}, row {row}")
         except (pa.ArrowInvalid, OSError) as error:
-            raise UserError(f"{path}: corrupt after row {row} ({_first_line(error)}); copy it again") from None
+            raise UserError(f"{path}: corrupt after row {row} ({first_line(error)}); copy it again") from None
 
 
 def _read_jsonl(path: Path) -> Iterator[Document]:
@@ -251,7 +283,7 @@ def _read_jsonl(path: Path) -> Iterator[Document]:
             try:
                 values = json.loads(line)
             except ValueError as error:
-                raise UserError(f"{place}: not JSON ({_first_line(error)}); repair or drop the line") from None
+                raise UserError(f"{place}: not JSON ({first_line(error)}); repair or drop the line") from None
             if not isinstance(values, dict):
                 raise UserError(
                     f"{place}: {type(values).__name__} instead of an object with a field 'text'; convert it"
@@ -285,5 +317,5 @@ def _document(values: dict[str, Any], place: str) -> Document:
     return Document(text, values.get("split"), place)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return str(error).partition("\n")[0]

@@ -36,7 +36,7 @@ def train_tokenizer(corpus: Path, vocab_size: int, out: Path) -> dict[str, float
     """
     from tokenizers import pre_tokenizers, trainers
 
-    tokenizer = _untrained()
+    tokenizer = tokenizer_of()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=MIN_FREQUENCY,
@@ -57,10 +57,11 @@ def train_tokenizer(corpus: Path, vocab_size: int, out: Path) -> dict[str, float
     return {"vocab_size": reached, "train_documents": seen["documents"], "train_bytes": seen["bytes"]}
 
 
-def _untrained() -> "Tokenizer":
+def tokenizer_of(vocabulary: dict[str, int] | None = None, merges: list[tuple[str, str]] | None = None) -> "Tokenizer":
+    """A byte-level BPE with these tokens and merges; without them, one that is to learn its own."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-    tokenizer = Tokenizer(models.BPE())
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges) if vocabulary else models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [

@@ -10,19 +10,14 @@ import mmap
 import shutil
 import struct
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO
 
 import numpy as np
 
 from aquilamoe.config.messages import UserError
-from aquilamoe.data.corpus import SPLITS, count_documents, read_documents, source_names, split_file
-from aquilamoe.data.tokenizer import TOKENIZER_FILES, end_of_text_id, load_tokenizer
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -124,20 +119,32 @@ def write_token_file(prefix: Path, vocab_size: int, documents: Iterable[np.ndarr
     Returns the numbers of tokens and documents. Memory does not grow with the stream: lengths wait in a temporary file.
     """
     dtype = token_dtype(vocab_size)
-    tokens = count = 0
     with tempfile.TemporaryFile(dir=prefix.parent) as lengths:
-        with _suffixed(prefix, ".bin").open("wb") as out:
-            for document in documents:
-                assert document.size and document.min() >= 0 and document.max() < vocab_size
-                out.write(document.astype(dtype).tobytes())
-                lengths.write(struct.pack("<i", document.size))
-                tokens += document.size
-                count += 1
+        with bin_file(prefix).open("wb") as out:
+            tokens, count = write_ids(out, lengths, vocab_size, documents)
         lengths.seek(0)
-        with _suffixed(prefix, ".idx").open("wb") as out:
-            out.write(HEADER.pack(MAGIC, VERSION, CODES[dtype], count, count + 1))
-            _write_index(out, lengths, count, dtype.itemsize)
+        write_index(prefix, lengths, count, dtype)
     return tokens, count
+
+
+def write_ids(out: IO[bytes], lengths: IO[bytes], vocab_size: int, documents: Iterable[np.ndarray]) -> tuple[int, int]:
+    """Write the ids of documents to `out` and how many each has to `lengths` (int32); return tokens and documents."""
+    dtype = token_dtype(vocab_size)
+    tokens = count = 0
+    for document in documents:
+        assert document.size and document.min() >= 0 and document.max() < vocab_size
+        out.write(document.astype(dtype).tobytes())
+        lengths.write(struct.pack("<i", document.size))
+        tokens += document.size
+        count += 1
+    return tokens, count
+
+
+def write_index(prefix: Path, lengths: IO[bytes], count: int, dtype: np.dtype) -> None:
+    """Write `.idx` for a `.bin` that holds `count` documents, whose lengths (int32) are read twice."""
+    with _suffixed(prefix, ".idx").open("wb") as out:
+        out.write(HEADER.pack(MAGIC, VERSION, CODES[dtype], count, count + 1))
+        _write_index(out, lengths, count, dtype.itemsize)
 
 
 def _write_index(out: IO[bytes], lengths: IO[bytes], count: int, itemsize: int) -> None:
@@ -151,31 +158,6 @@ def _write_index(out: IO[bytes], lengths: IO[bytes], count: int, itemsize: int) 
         offset = int(ends[-1])
     for start in range(0, count + 1, INDEX_CHUNK):
         out.write(np.arange(start, min(start + INDEX_CHUNK, count + 1), dtype="<i8").tobytes())
-
-
-def tokenize_corpus(
-    corpus: Path, tokenizer: Path, out: Path, progress: Callable[[int, int], None] = lambda _done, _total: None
-) -> dict[str, float]:
-    """Encode a prepared corpus into `{train,validation}-{source}.bin/.idx`, with `tokens.json` and the tokenizer.
-
-    The library encodes on all cores. `progress(done, total)` counts documents. Returns tokens, documents, UTF-8 bytes
-    and bytes per token of every split and source.
-    """
-    encoder = load_tokenizer(tokenizer)
-    vocab_size, end = encoder.get_vocab_size(), end_of_text_id(encoder)
-    out.mkdir(parents=True, exist_ok=True)
-    files = {(name, split): split_file(corpus, split, name) for name in source_names(corpus) for split in SPLITS}
-    total = sum(count_documents(path) for path in files.values())
-    seen = _Seen()
-    sources: dict[str, dict[str, TokenCounts]] = {}
-    for (name, split), path in files.items():
-        bytes_before = seen.bytes
-        documents = _encode(path, encoder, end, seen, lambda: progress(seen.documents, total))
-        tokens, number = write_token_file(token_prefix(out, split, name), vocab_size, documents)
-        sources.setdefault(name, {})[split] = TokenCounts(tokens, number, seen.bytes - bytes_before)
-    write_record(out, TokensRecord(vocab_size, end, sources))
-    _copy_tokenizer(tokenizer, out / "tokenizer")
-    return _metrics(sources)
 
 
 def write_record(out: Path, record: TokensRecord) -> None:
@@ -199,39 +181,9 @@ def read_record(tokens: Path) -> TokensRecord:
         raise UserError(f"{path}: not a record of token files ({error!r}); make it again") from None
 
 
-@dataclass
-class _Seen:
-    """What went through the encoder so far, over all files."""
-
-    documents: int = 0
-    bytes: int = 0
-
-
-def _encode(
-    path: Path, tokenizer: "Tokenizer", end: int, seen: _Seen, tell: Callable[[], None]
-) -> Iterator[np.ndarray]:
-    for texts in read_documents(path):
-        for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False):
-            yield np.array([*encoding.ids, end], dtype=np.int64)
-        seen.documents += len(texts)
-        seen.bytes += sum(len(text.encode()) for text in texts)
-        tell()
-
-
-def _copy_tokenizer(source: Path, target: Path) -> None:
-    target.mkdir(exist_ok=True)
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
-
-
-def _metrics(sources: dict[str, dict[str, TokenCounts]]) -> dict[str, float]:
-    metrics: dict[str, float] = {}
-    for name, splits in sources.items():
-        for split, counts in splits.items():
-            metrics |= {f"{split}/{name}/{key}": float(value) for key, value in asdict(counts).items()}
-            metrics[f"{split}/{name}/bytes_per_token"] = counts.bytes / counts.tokens
-    return metrics
+def bin_file(prefix: Path) -> Path:
+    """The file of ids of a token file."""
+    return _suffixed(prefix, ".bin")
 
 
 def _suffixed(prefix: Path, suffix: str) -> Path:

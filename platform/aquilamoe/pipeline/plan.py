@@ -128,9 +128,12 @@ def _why(recipe: Recipe, history: Iterable[Record], node: Node, done: Mapping[st
 
 
 def _resume_point(partial: Path, node: Node) -> str:
-    steps = [point for point in read_points(partial / METRICS) if "tokens" in point]
+    points = read_points(partial / METRICS)
+    steps = [point for point in points if "tokens" in point]
     if steps and node.tokens:
         return f"interrupted at {steps[-1]['tokens']:,} of {node.tokens:,} tokens"
+    if points and points[-1].get("done"):
+        return f"interrupted at {points[-1]['done']:,} of {points[-1]['total']:,} {points[-1]['unit']}"
     return "interrupted at its start"
 
 

@@ -2,9 +2,10 @@
 
 from aquilamoe.config.graph import Node
 from aquilamoe.pipeline.stage import Context, Estimate, Metrics
+from aquilamoe.pipeline.store import SCRATCH
 
 VERSION = 1
-RESUMES = False
+RESUMES = True  # every shard that is finished
 
 
 def estimate(_: Node) -> Estimate:
@@ -12,7 +13,7 @@ def estimate(_: Node) -> Estimate:
 
 
 def run(context: Context) -> Metrics:
-    from aquilamoe.data.tokens import tokenize_corpus
+    from aquilamoe.data.encoding import tokenize_corpus
 
     corpus, tokenizer = context.inputs["corpus"], context.inputs["tokenizer"]
     return dict(
@@ -20,6 +21,8 @@ def run(context: Context) -> Metrics:
             corpus.directory,
             tokenizer.directory,
             context.out,
-            progress=lambda done, total: context.progress(done, total, "documents"),
+            lambda done, total: context.progress(done, total, "documents"),
+            context.out / SCRATCH,
+            context.cluster.data_processes,
         )
     )

@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer, trained on the training split."""
+"""A byte-level BPE tokenizer, trained on the training split, or one from elsewhere."""
 
 from typing import cast
 
@@ -15,7 +15,11 @@ def estimate(_: Node) -> Estimate:
 
 
 def run(context: Context) -> Metrics:
+    stage = cast(TokenizerStage, context.node.stage)
+    if stage.path is not None:
+        from aquilamoe.data.vocabulary import adopt_tokenizer
+
+        return dict(adopt_tokenizer(stage.path, stage.sha256, stage.vocab_size, context.out))
     from aquilamoe.data.tokenizer import train_tokenizer
 
-    stage = cast(TokenizerStage, context.node.stage)
     return dict(train_tokenizer(context.inputs["corpus"].directory, stage.vocab_size, context.out))
