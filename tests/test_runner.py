@@ -13,6 +13,7 @@ from aquilamoe.config.schema import ClusterConfig, CorpusStage, ExportStage, Tok
 from aquilamoe.pipeline import plan as planning
 from aquilamoe.pipeline import runner
 from aquilamoe.pipeline.plan import Planned
+from aquilamoe.pipeline.remote import Remote
 from aquilamoe.pipeline.stage import Context, Estimate, Input, Metrics
 from aquilamoe.pipeline.store import Record, Store
 
@@ -118,6 +119,22 @@ def raising(error: BaseException) -> Callable[[Context], None]:
         raise error
 
     return during
+
+
+def test_what_another_store_has_copied_to_their_remote_is_fetched_and_not_computed(
+    pipeline: Pipeline, tmp_path: Path
+) -> None:
+    remote = Remote(str(tmp_path / "shared"))
+    pipeline.store = Store(tmp_path / "one", remote)
+    made = pipeline.run()
+    pipeline.store = Store(tmp_path / "other", remote)
+    fetched = pipeline.run()
+    assert {name: stage.runs for name, stage in pipeline.stages.items()} == dict.fromkeys(NODES, 1)
+    for name in NODES:
+        assert fetched[name].directory == tmp_path / "other" / "stages" / made[name].directory.name
+        assert fetched[name].record == made[name].record
+        assert (fetched[name].directory / "result.txt").read_text() == f"made by {name}"
+    assert [about["cached"] for _, about in pipeline.observer.of("finished")] == [False] * 3 + [True] * 3
 
 
 def test_stages_run_in_order_and_observers_hear_start_and_end_of_each(pipeline: Pipeline) -> None:

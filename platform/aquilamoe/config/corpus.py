@@ -19,6 +19,8 @@ class Extended(Config):
 
     @model_serializer(mode="wrap")
     def _leave_out_defaults(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        if not isinstance(self, Extended):  # pydantic asks for whatever stands in the place of one, unchecked
+            return dump(self)
         fields = type(self).model_fields
         silent = {key for key in self.added if getattr(self, key) == fields[key].get_default(call_default_factory=True)}
         return {key: value for key, value in dump(self).items() if key not in silent}

@@ -294,7 +294,10 @@ class ClusterConfig(Config):
 
 
 class PathsConfig(Config):
+    """root: everything that a run writes. remote: where complete outputs are copied to, and fetched from."""
+
     root: str
+    remote: str | None = None
 
 
 class TrackingConfig(Config):

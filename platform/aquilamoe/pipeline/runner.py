@@ -56,6 +56,7 @@ def run(
             with alone(planned):
                 # Asked again: another stage of this plan, or another run, may have had the same recipe.
                 found = store.find(planned.name, planned.fingerprint)
+                found = found or store.fetch(planned.name, planned.fingerprint)
                 if found is None:
                     done[planned.name] = _run_stage(planned, store, cluster, done, observers)
                     continue
@@ -63,6 +64,7 @@ def run(
             for observer in observers:
                 observer.stage_failed(planned.name, str(error) or type(error).__name__)
             raise
+        store.push(*found)
         done[planned.name] = Input(planned.name, *found)
         for observer in observers:
             observer.stage_finished(planned.name, *found, cached=True)
@@ -78,6 +80,7 @@ def _run_stage(
     if record is None:
         record = store.publish(partial, _execute(planned, partial, store, cluster, done, observers, attempts))
     attempts.forget()
+    store.push(planned.directory, record)
     for observer in observers:
         observer.stage_finished(planned.name, planned.directory, record, cached=False)
     return Input(planned.name, planned.directory, record)

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any, TextIO, cast
 
 from aquilamoe.config.messages import UserError
+from aquilamoe.pipeline.remote import RECORD, Record, Remote
 
-Record = dict[str, Any]
-RECORD = "record.json"
 METRICS = "metrics.jsonl"
 SCRATCH = "checkpoints"  # what only an unfinished stage needs: no part of its output
 LOCK_ATTEMPTS, LOCK_WAIT_S = 4, 0.05
@@ -26,11 +25,12 @@ class Store:
     """A directory of stage outputs.
 
     An output grows in `<stage>-<fingerprint>.partial/`, which is also where an interrupted stage resumes, and is
-    renamed when it is complete. `record.json`, with the SHA-256 of every other file, is written last.
+    renamed when it is complete. `record.json`, with the SHA-256 of every other file, is written last. With a remote,
+    what is complete is copied there, and what another machine has copied there is fetched.
     """
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path, remote: Remote | None = None) -> None:
+        self.root, self.remote = root, remote
         self.stages = root / "stages"
 
     def directory(self, stage: str, fingerprint: str) -> Path:
@@ -49,6 +49,18 @@ class Store:
                 _check_sizes(path, record)
                 return path, record
         return None
+
+    def fetch(self, stage: str, fingerprint: str) -> tuple[Path, Record] | None:
+        """The output of a recipe from the remote, here from now on; None without a remote, or without the output."""
+        target = self.directory(stage, fingerprint)
+        self.stages.mkdir(parents=True, exist_ok=True)
+        record = self.remote.fetch(fingerprint, target) if self.remote else None
+        return (target, record) if record else None
+
+    def push(self, directory: Path, record: Record) -> None:
+        """Copy a complete output to the remote, if there is one and it has it not."""
+        if self.remote:
+            self.remote.push(directory, record)
 
     def history(self, stage: str | None = None) -> list[Record]:
         """Records of all complete outputs (of one stage), newest first."""

@@ -1,0 +1,168 @@
+"""Outputs on storage that other machines reach: an S3-compatible one, or a shared file system.
+
+An output is there or it is not, as in the store: its files are copied first and `record.json` last, and a record that
+cannot be read is none. What is fetched is compared with the SHA-256 that its record gives each file, before it gets its
+name. Credentials are the environment's (AWS_ACCESS_KEY_ID, ...) or the machine's, never the configuration's.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, cast
+from urllib.parse import parse_qs, urlsplit
+
+from aquilamoe.config.messages import UserError
+
+if TYPE_CHECKING:
+    from pyarrow import fs
+
+Record = dict[str, Any]
+RECORD = "record.json"
+CHUNK_BYTES = 1 << 22
+COPIES_AT_ONCE = 4
+SECRETS = {"access_key", "secret_key", "session_token"}
+
+
+class Remote:
+    """Where outputs are copied to: `s3://bucket/prefix?endpoint_override=host:port&scheme=http`, or a directory."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        parts = urlsplit(address)
+        if parts.username or parts.password or SECRETS & set(parse_qs(parts.query)):
+            raise UserError(
+                "paths.remote: holds a key; leave it out, and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead"
+            )
+        self._opened: tuple[fs.FileSystem, str] | None = None
+
+    def __str__(self) -> str:
+        return self.address.partition("?")[0]
+
+    def push(self, directory: Path, record: Record) -> None:
+        """Copy an output, its record last, unless it is there. UserError if the storage does not take it."""
+        files, root = self._open()
+        target = f"{root}/stages/{directory.name}"
+        try:
+            if _read_record(files, f"{target}/{RECORD}") is not None:
+                return
+            for folder in sorted({str(PurePosixPath(target, name).parent) for name in record["files"]}):
+                files.create_dir(folder)
+            with ThreadPoolExecutor(COPIES_AT_ONCE) as pool:
+                copies = [pool.submit(_upload, files, directory / name, f"{target}/{name}") for name in record["files"]]
+                for copy in copies:
+                    copy.result()
+            _upload(files, directory / RECORD, f"{target}/{RECORD}")
+        except OSError as error:
+            raise self._failed(f"cannot write {directory.name}", error) from None
+
+    def fetch(self, fingerprint: str, target: Path) -> Record | None:
+        """Copy the output of a recipe to `target`, which exists afterwards, whole; None if it is not there.
+
+        UserError if the storage does not answer, or a file is not what the record says.
+        """
+        files, _ = self._open()
+        try:
+            found = self._find(fingerprint)
+            if found is None:
+                return None
+            source, record = found
+            # Not the directory in which an interrupted stage resumes; what is in it is not served, either.
+            growing = target.with_name(f"{target.name}.fetched.partial")
+            shutil.rmtree(growing, ignore_errors=True)
+            growing.mkdir(parents=True)
+            with ThreadPoolExecutor(COPIES_AT_ONCE) as pool:
+                names = [_checked(name, source) for name in record["files"]]
+                digests = list(pool.map(lambda name: _download(files, f"{source}/{name}", growing / name), names))
+        except OSError as error:
+            raise self._failed(f"cannot read the output {fingerprint}", error) from None
+        for name, digest in zip(names, digests, strict=True):
+            if digest != record["files"][name]["sha256"]:
+                raise UserError(
+                    f"{self}: {source}/{name} has SHA-256 {digest}, its record says {record['files'][name]['sha256']}; "
+                    f"remove {source} there, and run again to compute it"
+                )
+        with (growing / RECORD).open("w", encoding="utf-8") as file:
+            json.dump(record, file, indent=1, ensure_ascii=False)
+            file.flush()
+            os.fsync(file.fileno())
+        growing.rename(target)
+        return record
+
+    def _find(self, fingerprint: str) -> tuple[str, Record] | None:
+        from pyarrow import fs
+
+        files, root = self._open()
+        for entry in files.get_file_info(fs.FileSelector(f"{root}/stages", allow_not_found=True)):
+            if entry.base_name.endswith(f"-{fingerprint}"):
+                record = _read_record(files, f"{entry.path}/{RECORD}")
+                if record is not None:
+                    return entry.path, record
+        return None
+
+    def _open(self) -> "tuple[fs.FileSystem, str]":
+        """The file system, and the path in it."""
+        if self._opened is None:
+            from pyarrow import fs
+
+            if "://" not in self.address:
+                self._opened = fs.LocalFileSystem(), str(Path(self.address).expanduser().absolute())
+            else:
+                try:
+                    files, path = fs.FileSystem.from_uri(self.address)
+                except (ValueError, OSError) as error:
+                    raise self._failed("cannot be opened", error) from None
+                self._opened = files, path.rstrip("/")
+        return self._opened
+
+    def _failed(self, what: str, error: Exception) -> UserError:
+        reason = str(error).strip().partition("\n")[0]
+        return UserError(
+            f"paths.remote: {self}: {what} ({reason}); check the address, the network and the credentials in the "
+            "environment, and run again: nothing is lost"
+        )
+
+
+def _read_record(files: "fs.FileSystem", path: str) -> Record | None:
+    """A record, or None where there is none, or one whose writing was cut short."""
+    try:
+        with files.open_input_stream(path) as stream:
+            record = json.loads(stream.read())
+    except (FileNotFoundError, ValueError):
+        return None
+    return cast(Record, record) if isinstance(record, dict) and isinstance(record.get("files"), dict) else None
+
+
+def _checked(name: str, source: str) -> str:
+    """A file's name as another machine has written it; refused if it leads out of its directory."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or name in ("", "."):
+        raise UserError(f"{source}/{RECORD}: names the file '{name}', which is not inside it; remove {source} there")
+    return name
+
+
+def _upload(files: "fs.FileSystem", source: Path, target: str) -> None:
+    with source.open("rb") as file, files.open_output_stream(target) as out:
+        for chunk in _chunks(file):
+            out.write(chunk)
+
+
+def _download(files: "fs.FileSystem", source: str, target: Path) -> str:
+    """Copy a file, durably; return its SHA-256."""
+    digest = hashlib.sha256()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with files.open_input_stream(source) as stream, target.open("wb") as out:
+        for chunk in _chunks(stream):
+            digest.update(chunk)
+            out.write(chunk)
+        out.flush()
+        os.fsync(out.fileno())
+    return digest.hexdigest()
+
+
+def _chunks(stream: Any) -> Iterator[bytes]:
+    while chunk := stream.read(CHUNK_BYTES):
+        yield chunk

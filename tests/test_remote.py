@@ -1,0 +1,200 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aquilamoe.config.messages import UserError
+from aquilamoe.pipeline.remote import Remote
+from aquilamoe.pipeline.store import RECORD, Store
+
+FILES = {"model/a.safetensors": os.urandom(70_000), "model/config.json": b"{}", "metrics.jsonl": b'{"step": 1}\n'}
+PRINT = "0123456789ab"
+
+
+def published(root: Path, remote: Remote) -> tuple[Store, Path, dict[str, Any]]:
+    """A store with one complete output."""
+    store = Store(root, remote)
+    partial = store.partial("prepare", PRINT)
+    for name, content in FILES.items():
+        (partial / name).parent.mkdir(parents=True, exist_ok=True)
+        (partial / name).write_bytes(content)
+    record = store.publish(partial, {"stage": "prepare", "fingerprint": PRINT, "finished": "now"})
+    return store, store.directory("prepare", PRINT), record
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a bucket of an S3 server on this machine."""
+    pytest.importorskip("moto", reason="pip install -c constraints.txt 'moto[server]' (an S3 server)")
+    folder = tmp_path_factory.mktemp("s3")
+    (folder / "serve.py").write_text(SERVE)
+    words = [sys.executable, "serve.py"]
+    with subprocess.Popen(words, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        try:
+            assert process.stdout is not None
+            port = int(process.stdout.readline())
+            yield f"s3://bucket/prefix?endpoint_override=127.0.0.1:{port}&scheme=http&region=us-east-1"
+        finally:
+            process.kill()
+
+
+SERVE = """
+import os, threading, time, urllib.request
+from moto.server import ThreadedMotoServer
+parent = os.getppid()
+server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+server.start()
+_, port = server.get_host_and_port()
+urllib.request.urlopen(urllib.request.Request(f"http://127.0.0.1:{port}/bucket", method="PUT"))
+print(port, flush=True)
+while os.getppid() == parent:
+    time.sleep(0.2)
+os._exit(0)
+"""
+
+
+@pytest.fixture(params=["directory", "s3"])
+def remote(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Remote:
+    """Storage that two stores share; every test has a place of its own."""
+    if request.param == "directory":
+        return Remote(str(tmp_path / "shared"))
+    address = request.getfixturevalue("s3")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "testing")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    return Remote(address.replace("prefix", tmp_path.name))
+
+
+def test_what_one_store_publishes_another_fetches_byte_for_byte(remote: Remote, tmp_path: Path) -> None:
+    store, directory, record = published(tmp_path / "a", remote)
+    store.push(directory, record)
+    store.push(directory, record)  # it is there: nothing to do
+    other = Store(tmp_path / "b", remote)
+    # Under another name: a recipe is one output, whatever its stage is called.
+    found = other.fetch("first", PRINT)
+    assert found is not None
+    assert found[0] == other.directory("first", PRINT)
+    assert found[1] == record
+    assert content(found[0]) == content(directory)
+    assert other.find("first", PRINT) == found
+    assert other.fetch("first", "ffffffffffff") is None
+    assert [path.name for path in other.stages.iterdir()] == [f"first-{PRINT}"]
+
+
+def test_an_output_without_a_whole_record_is_not_there_and_is_copied_again(remote: Remote, tmp_path: Path) -> None:
+    store, directory, record = published(tmp_path / "a", remote)
+    files, root = remote._open()
+    target = f"{root}/stages/{directory.name}"
+    for half in (None, b"", (directory / RECORD).read_bytes()[:40]):
+        files.create_dir(f"{target}/model")
+        with files.open_output_stream(f"{target}/model/a.safetensors") as out:
+            out.write(b"half")
+        if half is not None:
+            with files.open_output_stream(f"{target}/{RECORD}") as out:
+                out.write(half)
+        assert Store(tmp_path / "b", remote).fetch("prepare", PRINT) is None
+    store.push(directory, record)
+    found = Store(tmp_path / "b", remote).fetch("prepare", PRINT)
+    assert found is not None
+    assert content(found[0]) == content(directory)
+
+
+def test_a_byte_that_changed_over_there_is_found_and_nothing_is_served(remote: Remote, tmp_path: Path) -> None:
+    store, directory, record = published(tmp_path / "a", remote)
+    store.push(directory, record)
+    files, root = remote._open()
+    changed = bytearray(FILES["model/a.safetensors"])
+    changed[4] ^= 1
+    with files.open_output_stream(f"{root}/stages/{directory.name}/model/a.safetensors") as out:
+        out.write(bytes(changed))
+    other = Store(tmp_path / "b", remote)
+    with pytest.raises(UserError, match=r"a.safetensors has SHA-256 [0-9a-f]{64}, its record says") as caught:
+        other.fetch("prepare", PRINT)
+    assert "\n" not in str(caught.value)
+    assert other.find("prepare", PRINT) is None
+    assert other.history() == []
+
+
+PUSH = """
+import sys
+from pathlib import Path
+from aquilamoe.pipeline import remote
+from aquilamoe.pipeline.store import Store
+store = Store(Path(sys.argv[1]), remote.Remote(sys.argv[2]))
+remote.CHUNK_BYTES = 4096
+directory, record = store.find("prepare", sys.argv[3])
+print("begins", flush=True)
+store.push(directory, record)
+"""
+
+
+def test_a_push_that_is_killed_leaves_nothing_that_is_served_and_is_done_by_the_next(
+    remote: Remote, tmp_path: Path
+) -> None:
+    store, directory, record = published(tmp_path / "a", remote)
+    words = [sys.executable, "-c", PUSH, str(tmp_path / "a"), remote.address, PRINT]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent / "platform")}
+    for wait_s in (0.0, 0.02):
+        with subprocess.Popen(words, env=environment, stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            time.sleep(wait_s)
+            process.send_signal(signal.SIGKILL)
+        found = Store(tmp_path / f"b{wait_s}", remote).fetch("prepare", PRINT)
+        assert found is None or content(found[0]) == content(directory)  # absent or whole
+    store.push(directory, record)
+    found = Store(tmp_path / "c", remote).fetch("prepare", PRINT)
+    assert found is not None
+    assert content(found[0]) == content(directory)
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/outside", "model/../../outside"])
+def test_a_record_from_elsewhere_that_leads_out_of_its_directory_is_refused(name: str, tmp_path: Path) -> None:
+    remote = Remote(str(tmp_path / "shared"))
+    store, directory, record = published(tmp_path / "a", remote)
+    store.push(directory, record)
+    path = tmp_path / "shared" / "stages" / directory.name / RECORD
+    path.write_text(json.dumps({**record, "files": {name: {"sha256": "0", "bytes": 1}}}))
+    with pytest.raises(UserError, match="which is not inside it"):
+        Store(tmp_path / "b", remote).fetch("prepare", PRINT)
+    assert not (tmp_path / "b" / "stages" / "outside").exists()
+
+
+def test_an_interrupted_fetch_starts_anew(tmp_path: Path) -> None:
+    remote = Remote(str(tmp_path / "shared"))
+    store, directory, record = published(tmp_path / "a", remote)
+    store.push(directory, record)
+    other = Store(tmp_path / "b", remote)
+    left = other.stages / f"prepare-{PRINT}.fetched.partial"
+    left.mkdir(parents=True)
+    (left / "garbage").write_text("of a fetch that was killed")
+    found = other.fetch("prepare", PRINT)
+    assert found is not None
+    assert content(found[0]) == content(directory)
+
+
+def test_storage_that_does_not_answer_and_keys_in_an_address_are_one_line_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match="holds a key; leave it out"):
+        Remote("s3://key:secret@bucket/prefix")
+    with pytest.raises(UserError, match="holds a key; leave it out"):
+        Remote("s3://bucket/prefix?secret_key=x")
+    (tmp_path / "shared").write_text("a file where a directory is wanted")
+    store, directory, record = published(tmp_path / "a", Remote(str(tmp_path / "shared")))
+    with pytest.raises(UserError, match=f"cannot write prepare-{PRINT}") as caught:
+        store.push(directory, record)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="cannot be opened"):
+        Store(tmp_path / "a", Remote("nonsense://x")).fetch("prepare", PRINT)
