@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from aquilamoe.ablation.advice import Recorded, Sentence, advise, rules
+from aquilamoe.ablation.advice import Recorded, Sentence, advise, load, rules
 from aquilamoe.ablation.question import Question, Source, ask
 from aquilamoe.config.messages import UserError
 from aquilamoe.config.schema import ModelConfig
@@ -120,6 +120,17 @@ def test_the_rate_is_the_best_recorded_one_with_all_else_equal(invent: Invent) -
     sentences = advise(question(), recorded(found.model_copy(update={"entries": entries})), [])
     assert of("rate", sentences) == "0.002, 0.67 of the source's peak; it is at the edge of what was tried."
     assert "0.001: 3.299, 0.002: 3.099" in next(each.evidence for each in sentences if each.topic == "rate")
+
+
+def test_the_studies_that_are_shipped_can_be_read_and_give_advice() -> None:
+    shipped = load([REPOSITORY / "docs" / "studies"])
+    assert len(shipped) >= 3
+    asked = question(source="40k", source_tokens="262k", target="166k", budget="82k")
+    found = advise(asked, shipped, [])
+    assert all(
+        of(topic, found) and "No recorded evidence" not in of(topic, found)
+        for topic in ("whether", "how", "start", "rate")
+    )
 
 
 def test_published_rules_hold_within_their_range_and_are_cited() -> None:
