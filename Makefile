@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: run smoke plan test check prove-smollm2 clean
+.PHONY: run smoke plan test check rehearse audit prove-smollm2 clean
 
 run: $(INSTALLED)
 	$(BIN)/python workflows/efficientscale.py
@@ -22,6 +22,16 @@ check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# docker-compose.yml without Docker, as root: see docs/docker.md.
+rehearse: $(INSTALLED)
+	tools/rehearse_compose.sh
+
+# Ask PyPI's database of weaknesses about every pin, in an environment of its own; fails where it cannot be asked.
+audit:
+	$(PYTHON) -m venv .rehearsal/audit
+	.rehearsal/audit/bin/pip install --quiet pip-audit
+	.rehearsal/audit/bin/pip-audit --strict --disable-pip --no-deps --requirement constraints.txt
 
 # Grow a real pretrained checkpoint and let transformers judge; fetches 93 MB once, takes about 8 GB of disk.
 prove-smollm2: $(INSTALLED)

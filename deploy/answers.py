@@ -1,0 +1,19 @@
+"""Health check of a container: status 0 if the URL answers with 200 within three seconds, else 1 and one line."""
+
+import sys
+import urllib.request
+
+TIMEOUT_S = 3.0
+
+
+def check(url: str) -> str | None:
+    """What is wrong, None if the URL answers."""
+    try:
+        with urllib.request.urlopen(url, timeout=TIMEOUT_S):
+            return None
+    except (OSError, ValueError) as error:
+        return f"{url}: {error}"
+
+
+if __name__ == "__main__":
+    raise SystemExit(check(sys.argv[1]))

@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# Rehearses docker-compose.yml without Docker: its schema, and each service's own command line, together, with one run of
+# the pipeline through them (tools/rehearse_compose.py says what is checked). About two minutes on two idle cores.
+#
+# Needs Linux and root, for namespaces and Debian's packages. Installs what is missing: PostgreSQL and Prometheus by apt,
+# moto (an S3 server) into .rehearsal/, the schema of the Compose specification (as the package dclint carries it, of
+# which no code is run) into .rehearsal/. Everything that it starts is in namespaces of its own and ends with it.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+LIMIT_S=1500
+PYTHON=.venv/bin/python
+HERE=.rehearsal
+MOTO=5.2.5
+DCLINT=3.1.0
+
+lacks() { echo "error: $1" >&2; exit 1; }
+
+[ -x "$PYTHON" ] || lacks "there is no $PYTHON; run \`make test\` once, which installs"
+[ "$(id -u)" = 0 ] || lacks "the rehearsal makes namespaces and needs root; run it as root"
+unshare --net --mount --pid --fork true || lacks "this machine does not let root make namespaces; run it on another"
+
+packages=()
+compgen -G '/usr/lib/postgresql/*/bin/initdb' >/dev/null || packages+=(postgresql)
+command -v prometheus >/dev/null || packages+=(prometheus)
+command -v ip >/dev/null || packages+=(iproute2)
+if [ "${#packages[@]}" -gt 0 ]; then
+    echo "installing ${packages[*]}"
+    export DEBIAN_FRONTEND=noninteractive
+    # No service is started by installing it.
+    { apt-get update -qq && RUNLEVEL=1 apt-get install -y -qq --no-install-recommends "${packages[@]}"; } \
+        >"${TMPDIR:-/tmp}/rehearsal-apt.log" 2>&1 || lacks "apt-get cannot install ${packages[*]}; install them"
+fi
+
+mkdir -p "$HERE"
+"$PYTHON" -c 'import boto3, psycopg2' 2>/dev/null ||
+    "$PYTHON" -m pip install --quiet -c constraints.txt boto3 psycopg2-binary # the extra `services`
+if [ ! -x "$HERE/s3-$MOTO/bin/moto_server" ]; then
+    "$PYTHON" -m venv "$HERE/s3-$MOTO"
+    "$HERE/s3-$MOTO/bin/pip" install --quiet "moto[server,s3]==$MOTO"
+fi
+if [ ! -f "$HERE/compose-spec.json" ]; then
+    (cd "$HERE" && npm pack --silent "dclint@$DCLINT" >/dev/null) || lacks "npm cannot fetch dclint@$DCLINT for its schema"
+    tar --extract --to-stdout --file "$HERE/dclint-$DCLINT.tgz" package/schemas/compose.schema.json \
+        >"$HERE/compose-spec.json.new"
+    mv "$HERE/compose-spec.json.new" "$HERE/compose-spec.json"
+fi
+env RAY_TOKEN=x POSTGRES_PASSWORD=x S3_SECRET_KEY=x GRAFANA_PASSWORD=x \
+    "$PYTHON" tools/compose_file.py check --schema "$HERE/compose-spec.json" || lacks "docker-compose.yml is not valid"
+exec timeout --signal=KILL "$LIMIT_S" \
+    unshare --net --mount --pid --fork --kill-child --mount-proc \
+    "$PYTHON" tools/rehearse_compose.py --s3 "$HERE/s3-$MOTO"
