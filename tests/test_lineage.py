@@ -185,6 +185,11 @@ def test_an_unknown_output_is_one_line(shelf: Shelf, line: list[Entry], text: st
         (lambda path: path.write_text('{"recipe": {"kind": "x"}}'), "record.json: has no fingerprint; it is no record"),
         (lambda path: path.write_text("[]"), "record.json: has no fields; it is no record"),
         (lambda path: path.write_text(path.read_text().replace('"version": 1', '"version": "1"')), "no recipe.version"),
+        (
+            lambda path: path.write_text(path.read_text().replace('"files": {', '"files": {"../x": 1, ')),
+            "'../x', which is",
+        ),
+        (lambda path: path.write_text(path.read_text().replace('"files": {', '"files": {"/x": 1, ')), "'/x', which is"),
         (lambda path: path.unlink(), "(record.json: is missing|has no record.json)"),
     ],
 )

@@ -23,6 +23,12 @@ from aquilamoe.pipeline.store import RECORD, Store
 WORKFLOW = Path(__file__).parent.parent / "workflows" / "efficientscale.py"
 HEAVY = {"torch", "ray", "mlflow"}
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
+# Secrets that a run may have in its environment.
+SECRETS = {
+    "MLFLOW_TRACKING_PASSWORD": "swordfish-tracking",
+    "AWS_SECRET_ACCESS_KEY": "swordfish-storage",
+    "HF_TOKEN": "swordfish-hub",
+}
 
 # Python imports this when it starts: it stops the process, or the Ray worker, that is about to touch a certain file.
 AMBUSH = """
@@ -58,7 +64,7 @@ def ambush(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], dic
 def base(tmp_path_factory: pytest.TempPathFactory, command: Command, tiny: list[str]) -> Path:
     """The folder in which the tiny experiment was run once, from its beginning to its end, with tracking."""
     folder = tmp_path_factory.mktemp("base")
-    answer = command(*tiny, cwd=folder)
+    answer = command(*tiny, cwd=folder, **SECRETS)
     assert answer.returncode == 0, answer.stderr
     (folder / "stdout").write_text(answer.stdout)
     (folder / "stderr").write_text(answer.stderr)
@@ -127,6 +133,30 @@ def test_a_run_says_where_to_look(base: Path) -> None:
     stdout = (base / "stdout").read_text()
     assert "runs/reports/embedded/index.html" in stdout
     assert "mlflow ui --backend-store-uri sqlite:///runs/mlflow.db" in stdout
+
+
+def files_with(folder: Path, text: str) -> list[str]:
+    return sorted(str(path) for path in folder.rglob("*") if path.is_file() and text.encode() in path.read_bytes())
+
+
+def test_no_file_of_a_run_and_nothing_it_says_has_a_secret_of_its_environment(base: Path) -> None:
+    assert files_with(base, "val/loss")  # the search finds what is there
+    assert files_with(base, "swordfish") == []
+
+
+def test_a_password_in_the_tracking_uri_is_neither_kept_nor_shown(
+    copy_of_base: Path, command: Command, tiny: list[str]
+) -> None:
+    """Of a server that does not answer: it is kept for later what there is to tell, and the report is made anew."""
+    uri = "http://reader:swordfish@127.0.0.1:9"
+    answer = command(*tiny, f"tracking.uri={uri}", cwd=copy_of_base)
+    assert answer.returncode == 0 and "swordfish" not in answer.stdout + answer.stderr
+    assert "http://reader:***@127.0.0.1:9" in answer.stdout
+    assert len(files_with(copy_of_base / "runs" / "tracking", "http://reader:***@127.0.0.1:9")) > 11
+    assert "tracking.uri=http://reader:***@127.0.0.1:9" in (copy_of_base / "runs/reports/embedded.html").read_text()
+    assert files_with(copy_of_base, "swordfish") == []
+    refused = command(f"tracking.uri={uri.replace('http', 'ftp')}", *tiny, cwd=copy_of_base)
+    assert refused.returncode == 1 and "ftp://reader:***@" in refused.stderr and "swordfish" not in refused.stderr
 
 
 def test_a_run_is_in_mlflow_with_a_run_for_each_stage_and_one_for_the_pipeline(base: Path) -> None:

@@ -16,7 +16,7 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from aquilamoe.config.messages import UserError, nearest
+from aquilamoe.config.messages import UserError, nearest, without_passwords
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
@@ -27,17 +27,18 @@ Execute = Callable[[dict[str, Any], str], None]
 def run(config_name: str, execute: Execute, optional_groups: Sequence[str] = (), paths: Sequence[str] = ()) -> None:
     """Compose `conf/<config_name>.yaml` with the command line and execute it; exit with 1 and one line on a mistake.
 
-    execute: is given the composed values, and the command as it was typed.
+    execute: is given the composed values, and the command as it was typed, but for passwords in URLs.
     optional_groups: groups that the defaults leave out: both `experiment=x` and Hydra's own `+experiment=x` work.
     paths: keys whose values are taken as they are typed, whatever characters are in them.
     """
-    command = shlex.join(["python", os.path.relpath(sys.argv[0], CONF.parent), *sys.argv[1:]])
+    typed = shlex.join(["python", os.path.relpath(sys.argv[0], CONF.parent), *sys.argv[1:]])
+    command = without_passwords(typed)
     sys.argv[1:] = [_normalized(word, optional_groups, paths) for word in sys.argv[1:]]
     try:
         for values in _composed(config_name):
             execute(values, command)
     except UserError as error:
-        raise SystemExit(f"error: {error}") from None
+        raise SystemExit(f"error: {without_passwords(str(error))}") from None
     except KeyboardInterrupt as interruption:
         remedy = str(interruption) or "the same command continues where this stopped"
         print(f"\ninterrupted; {remedy}", file=sys.stderr)

@@ -11,6 +11,7 @@ from typing import Any
 from aquilamoe import preflight
 from aquilamoe.config import graph
 from aquilamoe.config.graph import Node
+from aquilamoe.config.messages import without_passwords
 from aquilamoe.config.schema import ExperimentConfig
 from aquilamoe.dryrun.small import shrunk
 from aquilamoe.estimates import layouts
@@ -175,6 +176,7 @@ def _run(experiment: ExperimentConfig, plan: Sequence[Planned], store: Store, co
     progress = live.LiveView(out, experiment.name, plan)
     tracker = Tracker(experiment.tracking.uri, store.root) if experiment.tracking.enabled else None
     resolved = experiment.model_dump(mode="json")  # stages as they are, what they inherit from groups included
+    resolved["tracking"]["uri"] = _shown_uri(experiment)
     if tracker:
         tracker.pipeline_started(experiment.name, experiment.description, resolved, store.root)
     report, succeeded, warning = None, False, None
@@ -242,13 +244,20 @@ def _where_to_look(
 ) -> None:
     out.print(f"\nreport         {_relative(report)}   (open it in a browser)")
     if experiment.tracking.enabled:
-        out.print(f"MLflow         {ui_command(experiment.tracking.uri, store.root)}", soft_wrap=True)
+        out.print(f"MLflow         {ui_command(_shown_uri(experiment), store.root)}", soft_wrap=True)
     if mlflow_experiment:
-        server = experiment.tracking.uri if (experiment.tracking.uri or "").startswith("http") else LOCAL_MLFLOW
-        out.print(f"               curves: {comparison_url(str(server), mlflow_experiment)}", soft_wrap=True)
+        uri = _shown_uri(experiment) or ""
+        server = uri if uri.startswith("http") else LOCAL_MLFLOW
+        out.print(f"               curves: {comparison_url(server, mlflow_experiment)}", soft_wrap=True)
     if experiment.cluster.executor == "ray":
         ray = "ray start --head --dashboard-host 127.0.0.1, then run with cluster.address=auto"
         out.print(f"Ray dashboard  http://127.0.0.1:8265 during a run; to keep it open: {ray}", soft_wrap=True)
+
+
+def _shown_uri(experiment: ExperimentConfig) -> str | None:
+    """The tracking URI for people and files."""
+    uri = experiment.tracking.uri
+    return uri if uri is None else without_passwords(uri)
 
 
 def _relative(path: Path) -> str:

@@ -1,6 +1,7 @@
 """What a user reads when something is wrong: one line with the place, the value and the remedy."""
 
 import difflib
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, get_args, get_origin
 
@@ -9,10 +10,16 @@ from pydantic_core import ErrorDetails
 
 Location = tuple[int | str, ...]
 SHOWN_CHARACTERS = 60
+PASSWORD = re.compile(r"(://[^/\s:@'\"]*):[^/\s'\"]+@")
 
 
 class UserError(Exception):
     """A mistake that the user can repair; its text is one line and the command exits with status 1."""
+
+
+def without_passwords(text: str) -> str:
+    """The text with `***` for the password of every URL in it: what is kept, sent or shown has none."""
+    return PASSWORD.sub(r"\1:***@", text)
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

@@ -117,6 +117,9 @@ def read_entry(directory: Path) -> Entry:
     missing = _missing(record)
     if missing is not None:
         raise UserError(f"{path}: has no {missing}; it is no record of this platform, or was changed by hand")
+    for name in record["files"]:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise UserError(f"{path}: names the file '{name}', which is not in {directory}; it was changed by hand")
     return Entry(directory, record)
 
 

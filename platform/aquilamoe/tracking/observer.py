@@ -10,6 +10,7 @@ from pathlib import Path
 from threading import Lock, Thread
 from typing import Any
 
+from aquilamoe.config.messages import without_passwords
 from aquilamoe.pipeline.store import Record
 from aquilamoe.tracking.connection import Watch, answers, is_away, shown, tracking_uri
 from aquilamoe.tracking.receipts import FOLDER, Pipeline, Point, Receipt, Stage, finished_stage, key_of, undelivered
@@ -234,7 +235,7 @@ class Tracker:
                 stage.points, stage.reread = [], True
             away = is_away(error)
             first_line = next(iter(str(error).splitlines()), type(error).__name__)[:200]
-            problem = f"{shown(self.uri)} does not answer" if away else f"{what}: {first_line}"
+            problem = f"{shown(self.uri)} does not answer" if away else f"{what}: {without_passwords(first_line)}"
             self._problem = self._problem or problem
             return not away
         return True

@@ -13,6 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from aquilamoe.config.messages import without_passwords
 from aquilamoe.pipeline.store import METRICS, RECORD, read_points, write_atomically
 
 Point = dict[str, Any]
@@ -20,11 +21,14 @@ FOLDER = "tracking"
 
 
 class Receipt:
-    """What MLflow has of one stage or pipeline: a small JSON file, void when another tracking URI gave it."""
+    """What MLflow has of one stage or pipeline: a small JSON file, void when another tracking URI gave it.
+
+    Passwords in the URI do not count, and are not kept.
+    """
 
     def __init__(self, root: Path, name: str, uri: str) -> None:
         self.path = root / FOLDER / f"{name}.json"
-        values = read_json(self.path)
+        values, uri = read_json(self.path), without_passwords(uri)
         self.values: dict[str, Any] = values if values.get("uri") == uri else {"uri": uri}
 
     def __getitem__(self, key: str) -> Any:
