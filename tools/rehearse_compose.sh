@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Rehearses docker-compose.yml without Docker: its schema, and each service's own command line, together, with one run of
-# the pipeline through them (tools/rehearse_compose.py says what is checked). About two minutes on two idle cores.
+# the pipeline through them (tools/compose_checks.py says what is checked).
 #
 # Needs Linux and root, for namespaces and Debian's packages. Installs what is missing: PostgreSQL and Prometheus by apt,
 # moto (an S3 server) into .rehearsal/, the schema of the Compose specification (as the package dclint carries it, of
