@@ -22,14 +22,13 @@ from browser import Browser, missing
 
 # What MLflow opens beside the page in a browser that it does not know.
 PANEL = "document.querySelector('[data-component-id=\"mlflow.assistant.chat_panel.close\"]')"
-WAIT_S = 120  # for a server, and for what a page of MLflow draws
+WAIT_S = 300  # for a server, and for what a page of MLflow draws
 SETTLE_S = 3.0  # after which a page that has stopped to change is done
 # Name of the picture, page, width, whether in dark colours, height.
 PAGES = (
     ("pipeline", "index.html", 1280, False, 1250),
     ("lineage", "lineage.html", 1280, False, 1000),
     ("router", "router.html", 1280, True, 1000),
-    ("lineage-narrow", "lineage.html", 400, True, 1000),
 )
 
 
