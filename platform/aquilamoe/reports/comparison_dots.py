@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-ROW = 0.235  # inches
+ROW, TALL = 0.235, 0.4  # inches; a row in which a narrow figure has two lines
+AGAINST = "  against  "  # where a narrow figure breaks a name
 AROUND = 0.95  # inches above and below the rows of a panel
 FAR = 12.0  # a value this many times the middle one's distance is not drawn to scale, but at the edge, with its number
 
@@ -68,7 +69,7 @@ def controls_figure(study: Study) -> Drawing | None:
         own = opposite(study, entry)
         if own is not None and entry.control is not None:
             name = called(entry).partition(" of ")[0]
-            dots.append(Dot(f"{name}  against  {own.name}", canvas.CONTROL, entry.control.differences[own.name]))
+            dots.append(Dot(f"{name}{AGAINST}{own.name}", canvas.CONTROL, entry.control.differences[own.name]))
     if not dots:
         return None
     panel = Panel("control minus variant, nats/token: above 0 growing is better", dots, 0.0)
@@ -120,9 +121,9 @@ def _plain(entry: Entry, figure: str | None) -> float | None:
 def _drawing(name: str, title: str, panels: Sequence[Panel]) -> Drawing | None:
     if not panels:
         return None
-    rows = [len(panel.dots) for panel in panels]
+    rows = [len(panel.dots) * _row(panel) for panel in panels]
     columns = 2 if len(panels) > 1 else 1
-    bands = [max(rows[i : i + columns]) for i in range(0, len(rows), columns)]
+    bands = [ROW * max(len(panel.dots) for panel in panels[i : i + columns]) for i in range(0, len(panels), columns)]
 
     def draw(figure: "Figure", narrow: bool) -> None:
         across = 1 if narrow else columns
@@ -132,24 +133,29 @@ def _drawing(name: str, title: str, panels: Sequence[Panel]) -> Drawing | None:
         for i, panel in enumerate(panels):
             column, band = i % across, i // across
             if column == 0 and band:
-                top -= heights[band - 1] * ROW + AROUND
-            label = (max(len(dot.name) for dot in panel.dots) * LETTER + 14) / 72
-            left = column * width / across + label
-            inner = heights[band] if narrow else len(panel.dots)
-            box = (left, top - 0.42 - inner * ROW, (column + 1) * width / across - left - 0.78, inner * ROW)
+                top -= heights[band - 1] + AROUND
+            parts = [part for dot in panel.dots for part in (dot.name.split(AGAINST) if narrow else [dot.name])]
+            left = column * width / across + (max(map(len, parts)) * LETTER + 14) / 72
+            inner = len(panel.dots) * (_row(panel) if narrow else ROW)
+            box = (left, top - 0.42 - inner, (column + 1) * width / across - left - 0.78, inner)
             axes = figure.add_axes((box[0] / width, box[1] / height, box[2] / width, box[3] / height))
-            _panel(axes, panel)
+            _panel(axes, panel, narrow)
 
     return Drawing(
         name,
         title,
         draw,
-        (10.0, sum(bands) * ROW + AROUND * len(bands)),
-        (5.0, sum(rows) * ROW + AROUND * len(rows)),
+        (10.0, sum(bands) + AROUND * len(bands)),
+        (5.0, sum(rows) + AROUND * len(rows)),
     )
 
 
-def _panel(axes: "Axes", panel: Panel) -> None:
+def _row(panel: Panel) -> float:
+    """Height of a row in a narrow figure."""
+    return TALL if any(AGAINST in dot.name for dot in panel.dots) else ROW
+
+
+def _panel(axes: "Axes", panel: Panel, narrow: bool) -> None:
     low, high = _limits(panel)
     if panel.zero is not None:
         axes.axvline(panel.zero, color=canvas.MUTED, linewidth=0.8, dashes=(4, 2.5))
@@ -157,13 +163,15 @@ def _panel(axes: "Axes", panel: Panel) -> None:
         _dot(axes, dot, row, (low, high), panel.counts)
     axes.set_xlim(low, high)
     axes.set_ylim(len(panel.dots) - 0.5, -0.5)
-    axes.set_yticks(range(len(panel.dots)), [dot.name for dot in panel.dots])
+    names = [dot.name.replace(AGAINST, "\nagainst ") if narrow else dot.name for dot in panel.dots]
+    axes.set_yticks(range(len(panel.dots)), names)
     for label, dot in zip(axes.get_yticklabels(), panel.dots, strict=True):
         label.set_color(dot.colour)
     axes.grid(visible=True, axis="y")
     axes.grid(visible=False, axis="x")
     axes.spines["left"].set_visible(False)
-    axes.set_title(panel.title, loc="left", fontsize=9, color=canvas.INK, pad=6)
+    title = panel.title.replace(": ", ":\n") if narrow and AGAINST in panel.dots[0].name else panel.title
+    axes.set_title(title, loc="left", fontsize=9, color=canvas.INK, pad=6)
     _ticks(axes, panel.counts)
 
 
