@@ -69,14 +69,16 @@ def run(field: Field, cluster: ClusterConfig, stopping: Stopping | None) -> None
     again = [name for name in field.tasks if stopping and field.is_done(name)]
     names = [*again, *field.waiting()]
     nested = cluster.executor == "ray"  # then a trial's workers have what it computes with
-    cpus, gpus = (0, 0) if nested else (cluster.cpus_per_worker, cluster.gpus_per_worker)
+    own = {"cpu": float(cluster.cpus_per_worker), "gpu": float(cluster.gpus_per_worker)}
+    if nested:
+        own = {"memory": 1.0}  # a byte: Tune asks that a trial reserve something
     trainable = tune.with_parameters(
         _trial, tasks=field.tasks, root=field.store.root, cluster=cluster, logs=field.logs, reports=stopping is not None
     )
     notes = field.store.root / "trials" / f"tune-{os.getpid()}"
     try:
         tune.Tuner(
-            tune.with_resources(trainable, {"cpu": float(cpus), "gpu": float(gpus)}),
+            tune.with_resources(trainable, own),
             param_space={"task": tune.grid_search(names)},
             tune_config=tune.TuneConfig(
                 scheduler=_halving(field.tasks.values(), stopping) if stopping else None,
