@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.con
 
 VOCABULARY, LENGTH, ROWS = 64, 16, 8
 BATCH = LENGTH * ROWS
+LISTENS = "0A"  # the state of a socket in /proc/net/tcp
+LOOPBACK = ("0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F")  # IPv4, IPv6, both
 LOSSES = ("train/loss", "train/balance_loss", "train/grad_norm", "val/loss", "val/loss/en", "val/loss/zh")
 
 
@@ -263,6 +266,29 @@ def test_workers_have_the_settings_that_precede_torch(address: str) -> None:
     asked = ray.remote(num_cpus=0)(lambda: {name: os.environ.get(name) for name in WORKER_ENVIRONMENT})
     found = ray.get(asked.remote())
     assert found == WORKER_ENVIRONMENT
+
+
+def listening(pids: set[int]) -> set[str]:
+    """Addresses, as the kernel writes them in hexadecimal, at which these processes wait for TCP connections."""
+    sockets = set()
+    for path in (path for pid in pids for path in Path(f"/proc/{pid}").glob("fd/*")):
+        with suppress(OSError):  # it was closed while we looked
+            sockets.add(str(path.readlink()))
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            _, local, _, state, *rest = line.split()
+            if state == LISTENS and f"socket:[{rest[5]}]" in sockets:
+                found.add(local.partition(":")[0])
+    return found
+
+
+def test_a_session_of_our_own_listens_on_loopback_only(address: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)):  # ours is seen
+        assert listening({os.getpid()}) >= {LOOPBACK[0]}
+    found = listening(descendants(os.getpid()))
+    assert found and found <= set(LOOPBACK), found
+    assert address.startswith("127.0.0.1:")
 
 
 # Without workers

@@ -21,13 +21,17 @@ RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_niceness": "0",
 }
+# Of a session on this machine only: Ray's own switch for systems without clusters, with which all of its processes
+# listens on loopback. Without it they would on the machine's address, and whoever reaches that could run code.
+OWN_SESSION_ENVIRONMENT = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 CONNECT_TIMEOUT_S = 10.0
 PATIENCE_S, REMIND_S = 30.0, 60.0
 
 
 def start_session(cluster: ClusterConfig) -> None:
     """Connect this driver to Ray once: to `cluster.address`, or to a session of its own on this machine."""
-    for key, value in {**RAY_ENVIRONMENT, **WORKER_ENVIRONMENT}.items():  # a session of our own inherits them
+    own = OWN_SESSION_ENVIRONMENT if cluster.address is None else {}
+    for key, value in {**RAY_ENVIRONMENT, **own, **WORKER_ENVIRONMENT}.items():  # a session of our own inherits them
         os.environ.setdefault(key, value)
     logging.getLogger("ray").setLevel(logging.ERROR)  # in a background thread it warns that it cannot have SIGTERM
     import ray
