@@ -141,7 +141,7 @@ def _run(experiment: ExperimentConfig, union: Union, store: Store, config: Ablat
         failures |= trials.run(variants, store, cluster, config.trial_cpus, told, stopping)
         tasks = [task for task in tasks if task.leaf.control is not None]
     failures |= lost | trials.run(tasks, store, cluster, config.trial_cpus, told)
-    paid = planning.tasks(union, store, cluster.flops_per_s)
+    paid = planning.tasks(union, store, stated_speed(cluster))
     out.print()
     out.print(cost_table(costs.table(union, paid, cluster), out.width))
     out.print()
