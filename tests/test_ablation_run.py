@@ -1,5 +1,6 @@
 """An ablation that runs: every stage once, failures alone, the same results after SIGKILL."""
 
+import html
 import json
 import os
 import re
@@ -98,7 +99,7 @@ def test_shared_stages_run_once_a_second_run_finds_all_and_a_failed_variant_cost
     (broken,) = [entry for entry in results(tmp_path)["entries"] if entry["name"] == "broken, stack"]
     assert set(broken["missing"]) == {"1", "2"} and "is nan at step" in broken["missing"]["1"]
     page = re.search(r"^report +(\S+)", spoiled, re.MULTILINE)
-    assert page and "'broken, stack' has no result for seed 1 and 2" in (tmp_path / page[1]).read_text()
+    assert page and "'broken, stack' has no result for seed 1 and 2" in html.unescape((tmp_path / page[1]).read_text())
     status = finished(start(["seeds=2", "action=status"]))
     assert "not running; 12 of 12 results are there" in status and page[0].split()[1] in status
     failed = [line for line in spoiled.splitlines() if line.startswith("failed: ")]

@@ -17,7 +17,7 @@ from aquilamoe.config.schema import (
 
 Compose = Callable[..., dict[str, Any]]
 Change = tuple[str, Any]
-ACTIONS = "evaluate, generate, lineage, plan, rebuild, run, status, verify, why"
+ACTIONS = "dryrun, evaluate, generate, lineage, plan, rebuild, run, status, verify, why"
 
 
 @pytest.fixture

@@ -35,7 +35,7 @@ from aquilamoe.weights.huggingface import load_model, save_model
 Gradients = dict[str, Tensor]
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 How = GrowthConfig | UpcyclingConfig
-EXACT = 1e-12  # relative to the largest entry of a tensor
+EXACT = 1e-11  # relative to the largest entry of a tensor
 
 
 def silent(done: int, total: int) -> None:

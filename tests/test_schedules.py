@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aquilamoe.config.schema import ExperimentConfig, PretrainStage, ScheduleConfig
+from aquilamoe.config import graph
+from aquilamoe.config.schema import PretrainStage, ScheduleConfig
 from aquilamoe.training.schedules import learning_rate_factor
 
 TOTAL = 1000
@@ -120,7 +121,7 @@ def test_every_schedule_is_reachable_for_all_stages_and_for_one(
 ) -> None:
     """By its group, and in a stage: there a cooldown, or a re-warming after a growth."""
     values = compose(f"schedule={name}", "stages.moe.schedule.name=wsd", "stages.moe.schedule.decay_tokens=100_000")
-    stages = ExperimentConfig.model_validate(values).stages
+    stages = graph.parse(values).stages
     dense, moe = stages["dense"], stages["moe"]
     assert isinstance(dense, PretrainStage) and isinstance(moe, PretrainStage)
     assert (dense.schedule.name, moe.schedule.name) == (name, "wsd")
