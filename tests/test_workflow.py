@@ -153,7 +153,7 @@ def test_a_password_in_the_tracking_uri_is_neither_kept_nor_shown(
     assert answer.returncode == 0 and "swordfish" not in answer.stdout + answer.stderr
     assert "http://reader:***@127.0.0.1:9" in answer.stdout
     assert len(files_with(copy_of_base / "runs" / "tracking", "http://reader:***@127.0.0.1:9")) > 11
-    assert "reader:***@127.0.0.1:9" in (copy_of_base / "runs" / "reports" / "embedded.html").read_text()
+    assert "reader:***@127.0.0.1:9" in (copy_of_base / "runs" / "reports" / "embedded" / "index.html").read_text()
     assert files_with(copy_of_base, "swordfish") == []
     refused = command(f"tracking.uri={uri.replace('http', 'ftp')}", *tiny, cwd=copy_of_base)
     assert refused.returncode == 1 and "ftp://reader:***@" in refused.stderr and "swordfish" not in refused.stderr
