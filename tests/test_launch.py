@@ -5,6 +5,8 @@ import os
 import pickle
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -249,14 +251,27 @@ def test_two_workers_give_the_loss_curve_of_one(tokens: Path, tmp_path: Path, ad
         )
 
 
+@pytest.fixture
+def another_session() -> Iterator[None]:
+    """Somebody else's Ray session on this machine."""
+    hold = "import ray, sys; ray.init('local', num_cpus=1, include_dashboard=False); print('up', flush=True); input()"
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", hold], stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL) as other:
+        assert other.stdout and other.stdout.readline() == b"up\n"
+        yield
+        other.kill()
+
+
 def test_a_mistake_that_a_worker_finds_is_one_line_and_is_not_tried_again(
-    tokens: Path, tmp_path: Path, address: str
+    tokens: Path, tmp_path: Path, address: str, another_session: None
 ) -> None:
+    launch(make_job(tokens, tmp_path / "first", cluster("ray", workers=2), steps=4), tmp_path)
     before = len(workers_started(address))
     with pytest.raises(UserError) as raised:
         launch(make_job(tokens, tmp_path / "out", cluster("ray", workers=2), mixture={"fr": 1.0}), tmp_path)
     assert str(raised.value).startswith("mixture.fr: ") and "\n" not in str(raised.value)
     assert len(workers_started(address)) == before  # those that stood were asked, once
+    # What they had reserved is free again.
     assert launch(make_job(tokens, tmp_path / "next", cluster("ray", workers=2), steps=4), tmp_path)["steps"] == 4
 
 

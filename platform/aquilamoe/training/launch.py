@@ -174,7 +174,11 @@ class Workers:
 def _start_crew(cluster: ClusterConfig, storage: str, name: str, label: str) -> "ActorHandle[Crew]":
     import ray
 
-    actor = ray.remote(Crew).options(num_cpus=0, max_concurrency=cluster.workers + 8)
+    # Ray Train's own watcher over what a crew reserved looks its session up by this; without it, and with a second
+    # session on the machine, it ends, and what the crew of a failed work had reserved is never given back.
+    session = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    options = {"num_cpus": 0, "max_concurrency": cluster.workers + 8, "runtime_env": {"env_vars": session}}
+    actor = ray.remote(Crew).options(**options)
     crew: Any = actor.remote(cluster, storage, name, label)
     crew.start.remote()
     return crew
