@@ -1,5 +1,4 @@
 import json
-import math
 import os
 import random
 import re
@@ -16,9 +15,7 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-from aquilamoe.ablation.judgement import horizon_of, judge, leaders_of
 from aquilamoe.config.schema import ModelConfig
-from aquilamoe.reports.study import Ancestor, Control, Entry, Seed, Study
 from browser import Browser, missing
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -170,118 +167,6 @@ def browser() -> Iterator[Browser]:
         pytest.skip(reason)
     with Browser() as found:
         yield found
-
-
-@pytest.fixture(scope="session")
-def invent() -> Callable[..., Study]:
-    """A study of invented numbers: `invent(ends={"fpi": 3.3, "aki": 3.2}, noise=0.01)`; the first is the baseline.
-
-    ends, starts: held-out losses of every variant; tokens: of its stage, if not a million. continued, scratch: what the
-    controls of equal FLOPs end with, the latter by ratio of learning rates. failed: variants without a result, and why.
-    """
-
-    def invented(
-        ends: dict[str, float],
-        starts: dict[str, float] = {},  # noqa: B006
-        tokens: dict[str, int] = {},  # noqa: B006
-        noise: float = 0.01,
-        seeds: tuple[int, ...] = (1, 2, 3),
-        continued: float | None = 3.4,
-        scratch: dict[float, float] = {},  # noqa: B006
-        failed: dict[str, str] = {},  # noqa: B006
-        baseline: str | None = None,
-        source: tuple[int, int] = (450_000, 2_000_000),
-    ) -> Study:
-        draw = random.Random(0)
-
-        def seed(
-            start: float, end: float, tokens: int, flops_per_token: float, grown: bool, steep: float = 4.0
-        ) -> Seed:
-            shift, curve = draw.gauss(0, noise), []
-            for index in range(21):
-                share = (math.exp(-steep * index / 20) - math.exp(-steep)) / (1 - math.exp(-steep))
-                at = tokens * index // 20
-                flops = (source[1] * 2.7e6 if grown else 0.0) + at * flops_per_token
-                curve.append((float(at), flops, end + (start - end) * share + shift))
-            jump = {"loss_source": 3.6, "loss_grown": start, "loss_jump": start - 3.6, "kl": 0.1, "rank_grown": 0.6}
-            return Seed(
-                fingerprint=f"{draw.getrandbits(48):012x}",
-                value=curve[-1][2],
-                loss=curve[-1][2],
-                tokens=tokens,
-                flops=tokens * flops_per_token,
-                lineage_tokens=tokens + (source[1] if grown else 0),
-                lineage_flops=curve[-1][1],
-                ancestors=["source"] if grown else [],
-                figures={**jump, "rank_end": 0.7, "recovery_tokens": 2e5, "recovery_flops": 2e12} if grown else {},
-                curve=curve,
-            )
-
-        def entry(name: str, control: Control | None, values: dict[int, Seed], missing: dict[int, str]) -> Entry:
-            return Entry(
-                name=name,
-                axes={} if control else {"method": name},
-                control=control,
-                params_total=1_630_000,
-                params_active=1_630_000,
-                learning_rate=1e-3,
-                seeds=values,
-                missing=missing,
-            )
-
-        def control(of: str | None, ratio: float, end: float) -> Entry:
-            kind = f"continued_{of}_flops" if of else "scratch_flops"
-            known = Control(
-                kind=kind, of=of, equal="flops", learning_rate_ratio=ratio, best=False, stands_for=names, differences={}
-            )
-            # As many FLOPs as the variants' lines, from the source on or from nothing.
-            budget, per_token = (9.8e12, 2.7e6) if of else (9.8e12 + source[1] * 2.7e6, 9.8e6)
-            length = round(budget / per_token)
-            values = {n: seed(3.6 if of else 8.0, end, length, per_token, of is not None) for n in seeds}
-            return entry(f"{kind}_x{ratio:g}", known, values, {})
-
-        names = [*ends, *failed]
-        entries = [
-            entry(
-                name,
-                None,
-                {n: seed(starts.get(name, 3.9), end, tokens.get(name, 1_000_000), 9.8e6, True) for n in seeds},
-                {},
-            )
-            for name, end in ends.items()
-        ]
-        entries += [entry(name, None, {}, dict.fromkeys(seeds, reason)) for name, reason in failed.items()]
-        entries += [control("prepare", 1.0, continued)] if continued is not None else []
-        entries += [control(None, ratio, end) for ratio, end in scratch.items()]
-        judged = judge(entries, baseline or names[0])
-        variants = [each for each in judged if each.control is None]
-        params, length = source
-        start = [(length * 2.7e6 * index / 20, 3.6 + 4 * math.exp(-index / 3)) for index in range(21)]
-        return Study(
-            name="ablation_invented",
-            description="Invented numbers.",
-            command="python workflows/ablations.py +ablation=invented",
-            objective={"stage": "dense", "metric": "loss_end"},
-            axes={"method": names},
-            baseline=baseline or names[0],
-            seeds=list(seeds),
-            horizon=horizon_of(variants, baseline or names[0]),
-            ancestors={
-                "source": Ancestor(
-                    stage="prepare",
-                    params=params,
-                    learning_rate=3e-3,
-                    tokens=length,
-                    flops=length * 2.7e6,
-                    loss=start[-1][1],
-                    curve=start,
-                )
-            },
-            entries=judged,
-            leaders=leaders_of(variants),
-        )
-
-    return invented
 
 
 @pytest.fixture(scope="session")

@@ -15,8 +15,8 @@ from aquilamoe.config.messages import UserError
 from aquilamoe.config.schema import ModelConfig
 from aquilamoe.reports import study as studies
 from aquilamoe.reports.study import Study
+from invented_study import invent
 
-Invent = Callable[..., Study]
 REPOSITORY = Path(__file__).parent.parent
 ASKED = {"source": "0.45M", "source_tokens": "2M", "target": "1.6M", "budget": "1M"}
 
@@ -44,13 +44,13 @@ def of(topic: str, sentences: list[Sentence]) -> str:
         (3.2, "Undecided"),
     ],
 )
-def test_the_evidence_decides_whether_to_grow(invent: Invent, control: float, verdict: str) -> None:
+def test_the_evidence_decides_whether_to_grow(control: float, verdict: str) -> None:
     found = advise(question(), recorded(invent(ends={"fpi": 3.2, "aki": 3.3}, continued=control, noise=0.01)), [])
     assert verdict in of("whether", found)
     assert all("studies/x/summary.json: 'fpi'" in each.evidence for each in found if each.topic == "whether")
 
 
-def test_the_better_the_control_the_less_growing_is_advised(invent: Invent) -> None:
+def test_the_better_the_control_the_less_growing_is_advised() -> None:
     order = ["Grow rather", "Undecided", "Do not grow"]
     said = []
     for control in (3.6, 3.4, 3.25, 3.21, 3.19, 3.15, 3.0, 2.8):
@@ -70,9 +70,7 @@ def test_the_better_the_control_the_less_growing_is_advised(invent: Invent) -> N
         {"source_tokens": None},
     ],
 )
-def test_outside_of_what_was_recorded_there_is_no_evidence_and_it_says_so(
-    invent: Invent, changes: Mapping[str, Any]
-) -> None:
+def test_outside_of_what_was_recorded_there_is_no_evidence_and_it_says_so(changes: Mapping[str, Any]) -> None:
     if changes.get("source") == "8B":
         changes = {**changes, "target": "30B", "source_tokens": "36B"}
     found = advise(question(**changes), recorded(invent(ends={"fpi": 3.2, "aki": 3.3})), [])
@@ -87,7 +85,7 @@ def test_without_a_study_there_is_no_evidence() -> None:
     assert all("no recorded study" in each.text or "as above" in each.text for each in found)
 
 
-def test_how_names_all_that_lead_and_who_led_at_a_shorter_budget(invent: Invent) -> None:
+def test_how_names_all_that_lead_and_who_led_at_a_shorter_budget() -> None:
     crossing = invent(ends={"fpi": 3.3, "aki": 3.1}, starts={"fpi": 3.6, "aki": 5.5}, noise=0.002)
     text = of("how", advise(question(budget="0.5M"), recorded(crossing), []))
     assert text.startswith("'aki' leads after 1M tokens")
@@ -99,9 +97,7 @@ def test_how_names_all_that_lead_and_who_led_at_a_shorter_budget(invent: Invent)
 @pytest.mark.parametrize(
     ("better", "words"), [(True, "From 20 tokens per parameter on"), (False, "At none of 5 and 20")]
 )
-def test_from_where_is_the_shortest_training_after_which_growing_beat_continuing(
-    invent: Invent, better: bool, words: str
-) -> None:
+def test_from_where_is_the_shortest_training_after_which_growing_beat_continuing(better: bool, words: str) -> None:
     short = invent(ends={"fpi": 3.4}, continued=3.1, source=(450_000, 2_250_000))
     long = invent(ends={"fpi": 3.0}, continued=3.3 if better else 2.9, source=(450_000, 9_000_000))
     both = _joined(short, long)
@@ -109,7 +105,7 @@ def test_from_where_is_the_shortest_training_after_which_growing_beat_continuing
     assert text.startswith(words)
 
 
-def test_the_rate_is_the_best_recorded_one_with_all_else_equal(invent: Invent) -> None:
+def test_the_rate_is_the_best_recorded_one_with_all_else_equal() -> None:
     found = invent(ends={"slow": 3.3, "fast": 3.1}, noise=0.002)
     entries = [
         entry.model_copy(update={"learning_rate": 1e-3 if entry.name == "slow" else 2e-3})
@@ -177,7 +173,7 @@ def test_sizes_that_change_and_budgets_in_flops_are_understood(network: Callable
 
 
 def test_the_command_answers_from_shipped_and_own_studies_and_imports_nothing_heavy(
-    invent: Invent, environment: dict[str, str], tmp_path: Path
+    environment: dict[str, str], tmp_path: Path
 ) -> None:
     own = tmp_path / "runs" / "ablations" / "mine" / studies.SUMMARY
     own.parent.mkdir(parents=True)

@@ -9,16 +9,15 @@ import pytest
 
 from aquilamoe.ablation.tracked import compared
 from aquilamoe.reports import comparison
-from aquilamoe.reports.study import SUMMARY, Study
+from aquilamoe.reports.study import SUMMARY
 from aquilamoe.tracking import studies
 from aquilamoe.tracking.connection import connect, tracking_uri
 from aquilamoe.tracking.studies import Comparison, tell
-
-Invent = Callable[..., Study]
+from invented_study import invent
 
 
 @pytest.fixture
-def told(invent: Invent, tmp_path: Path) -> Callable[..., Comparison]:
+def told(tmp_path: Path) -> Callable[..., Comparison]:
     """A study as MLflow is told of it, with small files in place of the page and a figure."""
 
     def made(**numbers: object) -> Comparison:
