@@ -126,7 +126,7 @@ def reserved():
     kinds = {name: amount for name, amount in ray.cluster_resources().items() if name != "object_store_memory"}
     return {name: amount - free.get(name, 0.0) for name, amount in kinds.items() if amount != free.get(name, 0.0)}
 
-deadline = time.monotonic() + 10
+deadline = time.monotonic() + 60  # what watches over workers looks once a second, and asks the state of Ray
 while reserved() and time.monotonic() < deadline:
     time.sleep(0.05)
 print("still reserved:", reserved())
