@@ -9,45 +9,15 @@ import pytest
 from pydantic import ValidationError
 
 from aquilamoe.config.messages import UserError
-from aquilamoe.config.schema import GrowthConfig, ModelConfig, UpcyclingConfig
+from aquilamoe.config.schema import ModelConfig
 from aquilamoe.growth import rules
+from small_checkpoints import growth, model, upcycling
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def model(**changes: Any) -> ModelConfig:
-    sizes: dict[str, Any] = {
-        "vocab_size": 32,
-        "hidden_size": 8,
-        "intermediate_size": 12,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 2,
-        "head_dim": 4,
-        "max_position_embeddings": 32,
-        "rope_theta": 1e4,
-        "rms_norm_eps": 1e-5,
-        "initializer_range": 0.02,
-        "qkv_bias": True,
-        "tie_word_embeddings": False,
-        "num_experts": 0,
-        "num_experts_per_tok": 0,
-    }
-    return ModelConfig.model_validate(sizes | changes)
-
-
-def growth(**changes: Any) -> GrowthConfig:
-    plain = {"method": "fpi", "scope": "all", "norm": "exact", "maps": "circular", "noise": 0.0}
-    return GrowthConfig.model_validate(plain | {"depth": "interpolate", "new_layers": "copy"} | changes)
-
-
 def experts(number: int = 4, chosen: int = 2, **changes: Any) -> ModelConfig:
     return model(num_experts=number, num_experts_per_tok=chosen, **changes)
-
-
-def upcycling(**changes: Any) -> UpcyclingConfig:
-    plain = {"method": "copy", "noise": 0.0, "drop_ratio": 0.0, "router_init": "normal", "router_std": 0.02}
-    return UpcyclingConfig.model_validate(plain | changes)
 
 
 @pytest.mark.parametrize(

@@ -13,24 +13,19 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from torch import Tensor
 
+import small_checkpoints
 from aquilamoe.config.messages import UserError
 from aquilamoe.config.network import ABSENT_SHARED_EXPERT_SIZE
 from aquilamoe.config.schema import ModelConfig, UpcyclingConfig
 from aquilamoe.growth import rules
 from aquilamoe.growth.scale_out import scale_out
-from aquilamoe.model import Decoder
 from aquilamoe.weights import names, store
 from aquilamoe.weights.configuration import read_config, read_eos_token_id
-from aquilamoe.weights.huggingface import load_model, save_model
 from aquilamoe.weights.store import Reader
+from small_checkpoints import logits, upcycle, upcycling, write_source
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = ("copy", "drop", "noise", "permute")
-
-
-def upcycling(**changes: Any) -> UpcyclingConfig:
-    plain = {"method": "copy", "noise": 0.0, "drop_ratio": 0.0, "router_init": "normal", "router_std": 0.02}
-    return UpcyclingConfig.model_validate(plain | changes)
 
 
 COPY = upcycling()
@@ -50,67 +45,22 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def model(**changes: Any) -> ModelConfig:
-    sizes: dict[str, Any] = {
-        "vocab_size": 32,
-        "hidden_size": 16,
-        "intermediate_size": 12,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 4,
-        "max_position_embeddings": 32,
-        "rope_theta": 1e4,
-        "rms_norm_eps": 1e-5,
-        "initializer_range": 0.02,
-        "qkv_bias": True,
-        "tie_word_embeddings": False,
-        "num_experts": 0,
-        "num_experts_per_tok": 0,
-    }
-    return ModelConfig.model_validate(sizes | changes)
+    return small_checkpoints.model(**{"hidden_size": 16, "num_attention_heads": 4} | changes)
 
 
 def experts(number: int = 4, chosen: int = 2, **changes: Any) -> ModelConfig:
     return model(num_experts=number, num_experts_per_tok=chosen, **changes)
 
 
-@torch.no_grad()
-def write_source(directory: Path, config: ModelConfig, dtype: torch.dtype = torch.float64) -> Path:
-    """A checkpoint as training leaves it: no gain is one, no bias zero, and every part of the network matters."""
-    decoder = Decoder(config).double()
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in decoder.named_parameters():
-        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-        is_matrix = parameter.dim() >= 2 and "embed" not in name
-        parameter.copy_(
-            noise / parameter.shape[-1] ** 0.5 if is_matrix else noise * 0.5 + (1.0 if "norm" in name else 0.0)
-        )
-    save_model(decoder, directory, dtype, eos_token_id=3)
-    return directory
-
-
-def upcycle(
-    directory: Path, target: ModelConfig, how: UpcyclingConfig = COPY, seed: int = 0, name: str = "target"
-) -> Path:
-    scale_out(directory / "source", directory / name, target, how, seed)
-    return directory / name
-
-
-@torch.no_grad()
 def difference(source: Path, target: Path) -> float:
-    tokens_bt = torch.arange(24).view(2, 12) * 5 % 32
-    before, after = (load_model(directory, torch.float64)(tokens_bt)[0] for directory in (source, target))
-    assert before.abs().max() > 0.5
-    return (before - after).abs().max().item()
+    """The largest, of logits that are not small themselves."""
+    assert logits(source).abs().max() > 0.5
+    return small_checkpoints.difference(source, target)
 
 
-@torch.no_grad()
 def transformers_logits(directory: Path) -> Tensor:
-    from transformers import AutoModelForCausalLM
-
     # Its quick way to compute experts wants sizes that fill whole registers.
-    model = AutoModelForCausalLM.from_pretrained(directory, experts_implementation="eager").eval()
-    return model(torch.arange(24).view(2, 12) * 5 % 32).logits
+    return small_checkpoints.transformers_logits(directory, experts_implementation="eager")
 
 
 def tensors(directory: Path) -> dict[str, Tensor]:
