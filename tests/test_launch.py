@@ -88,7 +88,7 @@ def address() -> Iterator[str]:
     torch.set_num_threads(threads)
     os.environ.clear()
     os.environ.update(environment)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while (left := {pid for pid in started if is_running(pid)}) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not left

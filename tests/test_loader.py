@@ -102,7 +102,7 @@ def test_iterating_reads_what_read_reads_and_leaves_no_thread(tokens: Path) -> N
         assert np.array_equal(next(iterator), source.read(40 + 8 * step))
     iterator.close()  # type: ignore[attr-defined]
     for thread in set(threading.enumerate()) - threads:
-        thread.join(timeout=10)
+        thread.join(timeout=60)
         assert not thread.is_alive()
 
 

@@ -716,7 +716,7 @@ def test_a_password_is_not_shown() -> None:
     assert connection.shown("http://me:secret@server:5000/x") == "server http://server:5000/x"
 
 
-def wait_for(condition: Any, limit_s: float = 30.0) -> None:
+def wait_for(condition: Any, limit_s: float = 120.0) -> None:
     deadline = time.monotonic() + limit_s
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
@@ -780,7 +780,7 @@ def proxy(port: int, upstream: int, *words: str) -> Iterator[None]:
 
 def answers(port: int) -> bool:
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=3) as response:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=10) as response:
             return response.status == 200
     except OSError:
         return False

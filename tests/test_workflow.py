@@ -281,7 +281,7 @@ def test_an_interrupted_run_says_that_the_same_command_continues(
     )
     wait_for(trap.exists, driver)
     driver.send_signal(signal.SIGINT)
-    _, stderr = driver.communicate(timeout=60)
+    _, stderr = driver.communicate(timeout=120)
     assert driver.returncode == 130
     assert stderr == "\ninterrupted; the same command continues where this stopped\n"
 
@@ -371,13 +371,13 @@ def test_a_run_on_ray_whose_driver_is_killed_ends_with_the_bytes_of_one_without_
         driver.process.kill()
         driver.process.wait()
         # Ray's agents stay for a minute; what matters is that nobody writes to the stage any more.
-        wait_for(lambda: not driver.processes("ray::RayTrainWorker"), limit_s=30)
+        wait_for(lambda: not driver.processes("ray::RayTrainWorker"), limit_s=120)
         assert list((tmp_path / "runs" / "stages").glob("prepare-*.partial"))
         with Driver(words, tmp_path, environment) as again:
-            _, stderr = again.process.communicate(timeout=240)
+            _, stderr = again.process.communicate(timeout=400)
             said = [line for line in stderr.splitlines() if not line.startswith("waiting for workers: ")]
             assert (again.process.returncode, said) == (0, [])
-            wait_for(lambda: not again.processes(), limit_s=30)
+            wait_for(lambda: not again.processes(), limit_s=120)
     ours, theirs = weights_and_metrics(tmp_path), weights_and_metrics(base)
     assert ours == {name: theirs[name] for name in ours}
     (prepare,) = (record for record in outputs(tmp_path).values() if record["stage"] == "prepare")
