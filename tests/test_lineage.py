@@ -257,6 +257,19 @@ def test_outputs_of_one_recipe_differ_in_files_packages_and_results(shelf: Shelf
     assert circumstances(ours, theirs) == ["made by torch 2.13.0 -> 2.14.0", "result: loss_end (absent) -> 3.5"]
 
 
+@pytest.mark.parametrize(
+    ("losses", "said"),
+    [((6.615705239772797, 5.809366154670716), "6.6157 -> 5.8094"), ((6.6157052, 6.6157053), "6.6157052 -> 6.6157053")],
+)
+def test_results_have_as_many_digits_as_tell_them_apart(
+    shelf: Shelf, tmp_path: Path, losses: tuple[float, float], said: str
+) -> None:
+    both = [shelf.put("prepare"), Shelf(tmp_path / "other").put("prepare")]
+    for entry, loss in zip(both, losses, strict=True):
+        rewrite(entry, metrics={**entry.metrics, "loss_end": loss})
+    assert circumstances(*[read_entry(entry.directory) for entry in both]) == [f"result: loss_end {said}"]
+
+
 @pytest.mark.parametrize("name", ["metrics.jsonl", "model/config.json", "model/model-00002-of-00002.safetensors"])
 def test_any_file_that_is_not_what_its_record_says_is_named(shelf: Shelf, line: list[Entry], name: str) -> None:
     dense = line[-1]

@@ -158,7 +158,7 @@ def test_choosing_a_stage_shows_what_changed_what_it_cost_and_its_bytes(browser:
                      "{bubbles: true, cancelable: true}))")  # fmt: skip
     assert chosen(browser) == ["dense"]
     words = browser.evaluate("document.querySelector('article.chosen').innerText")
-    for text in ("as prepare, but learning_rate 0.003 -> 0.001", "1e+09 own, 2e+09 with its ancestors", f"{5:064x}"):
+    for text in ("as prepare, but learning_rate 0.003 -> 0.001", "1e9 own, 2e9 with its ancestors", f"{5:064x}"):
         assert text in words
     assert browser.evaluate("document.querySelector('a.node[aria-current]').getAttribute('href')") == "#stage-3"
 

@@ -16,7 +16,7 @@ from markupsafe import escape
 from aquilamoe.reports import lineage_page, page, paper
 from aquilamoe.reports.curves import Series, chain_of
 from aquilamoe.reports.figure import loss_figure
-from aquilamoe.reports.finding import checkpoints, find, scale_note, story
+from aquilamoe.reports.finding import checkpoints, find, parts_note, scale_note, story
 from aquilamoe.reports.lineage import graph_svg
 from aquilamoe.reports.rows import HEADER, NOT_REACHED, stage_rows
 
@@ -300,6 +300,20 @@ def test_the_finding_follows_the_numbers(
     by_measure = {row.measure: row for row in finding.comparisons}
     assert by_measure["zh, bits/byte"].grown == pytest.approx(grown * 0.687)
     assert by_measure["en, bits/byte"].difference == pytest.approx((grown - control) * 0.512, abs=1e-3)
+
+
+def test_the_finding_says_why_the_curves_end_elsewhere_and_whether_they_say_the_contrary() -> None:
+    records, _ = example(3.31, 3.42)
+    for stage, loss in (("moe", 3.5), ("control", 3.4)):
+        records[stage]["metrics"]["loss_end"] = loss
+    records["moe"]["recipe"]["config"]["validation_tokens"] = 16_384
+    note = parts_note(records, find(records, CHAIN, "control"))
+    assert "validation while training, as in the curves, reads a fixed part of 16.4k tokens of it" in note
+    assert note.endswith("On that part it is the other way round.")
+    records["moe"]["metrics"]["loss_end"] = 3.3
+    assert not parts_note(records, find(records, CHAIN, "control")).endswith("other way round.")
+    del records["evaluate"]
+    assert parts_note(records, find(records, CHAIN, "control")) == ""
 
 
 def test_a_difference_that_one_seed_cannot_resolve_is_called_that() -> None:

@@ -5,9 +5,10 @@ import math
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from aquilamoe.reports import labels
 from aquilamoe.reports.curves import Jump, Series, series, thinned
 from aquilamoe.reports.rows import count, decimal, power, seconds
-from aquilamoe.reports.view import flops_ticks, spread, superscript, window
+from aquilamoe.reports.view import Box, View, flops_ticks, spread, superscript, window
 
 
 def test_a_curve_keeps_the_last_of_repeated_points_and_only_finite_ones() -> None:
@@ -45,6 +46,49 @@ def test_labels_never_overlap_and_stay_inside_when_they_fit(labels: list[tuple[f
     if sum(sizes) <= 100:
         assert places[0] >= -1e-9
         assert places[-1] + sizes[-1] <= 100 + 1e-9
+
+
+FRACTION = st.floats(0, 1)
+POINT = st.tuples(FRACTION, st.floats(-0.5, 1.5))
+
+
+def corners(box: Box) -> tuple[float, float, float, float]:
+    return box.left, box.bottom, box.left + box.width, box.bottom + box.height
+
+
+@settings(derandomize=True, deadline=None)
+@given(POINT, POINT, FRACTION, FRACTION)
+def test_a_segment_meets_a_label_where_a_point_of_it_is_inside(
+    start: tuple[float, float], end: tuple[float, float], left: float, bottom: float
+) -> None:
+    box = Box(left, bottom, 0.2, 0.1)
+    low_x, low_y, high_x, high_y = corners(box)
+    points = [tuple(a + (b - a) * step / 999 for a, b in zip(start, end, strict=True)) for step in range(1000)]
+    deep = any(low_x + 0.002 < x < high_x - 0.002 and low_y + 0.002 < y < high_y - 0.002 for x, y in points)
+    near = any(low_x - 0.002 < x < high_x + 0.002 and low_y - 0.002 < y < high_y + 0.002 for x, y in points)
+    assert deep <= labels.meets(box, (*start, *end)) <= near
+
+
+@settings(derandomize=True, deadline=None, max_examples=50)
+@given(st.floats(0, 1), st.floats(-0.2, 1.2), st.lists(st.tuples(POINT, POINT), max_size=12))
+def test_a_label_stays_in_the_axes_beside_its_line_and_off_the_curves_where_there_is_room(
+    at: float, wanted: float, lines: list[tuple[tuple[float, float], tuple[float, float]]]
+) -> None:
+    curves = [(*start, *end) for start, end in lines]
+    box = labels.place(at, wanted, 0.2, 0.1, 0.01, curves)
+    left, bottom, right, top = corners(box)
+    assert left >= -1e-9 and bottom >= -1e-9 and right <= 1 + 1e-9 and top <= 1 + 1e-9
+    assert left >= at or right <= at
+    met = sum(labels.meets(box, each) for each in curves)
+    rows = [Box(side, row / 50, 0.2, 0.1) for side in (at + 0.01, at - 0.21) if 0 <= side <= 0.8 for row in range(46)]
+    assert all(met <= sum(labels.meets(row, each) for each in curves) for row in rows)
+
+
+def test_a_label_leaves_the_place_above_a_curve_that_rises_out_of_the_axes() -> None:
+    view = View(1.0, 100.0, 0.0, 1.0)
+    rising = labels.segments([Series((10.0, 12.0, 14.0, 100.0), (0.5, 0.9, 1.4, 0.9))], view)
+    box = labels.place(0.5, 1.0, 0.14, 0.1, 0.01, rising)
+    assert not any(labels.meets(box, each) for each in rising)
 
 
 @settings(derandomize=True, deadline=None)

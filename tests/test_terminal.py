@@ -7,6 +7,7 @@ import pty
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -207,7 +208,7 @@ def test_where_there_is_no_terminal_stages_are_plain_lines() -> None:
 
 
 def test_a_long_stage_says_now_and_then_how_far_it_is_also_without_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(live, "PLAIN_EVERY_S", 0.0)
+    monkeypatch.setattr(view, "PLAIN_EVERY_S", 0.0)
     out = Console(file=io.StringIO(), width=120)
     events(out)
     assert "  moe      250 of 1k tokens  loss 7.000  100 tokens/s" in out.file.getvalue()  # type: ignore[attr-defined]
@@ -286,6 +287,36 @@ def test_a_stage_whose_driver_is_silent_does_not_run(running: tuple[Store, list[
         watched = watch.Watched.find(store)
         assert watched is not None
         assert watched.read().running is None
+
+
+def test_where_there_is_no_terminal_a_run_is_followed_in_lines_until_it_ends(
+    running: tuple[Store, list[Planned]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, plan = running
+    monkeypatch.setattr(view, "PLAIN_EVERY_S", 0.0)
+    (prepare,) = [planned for planned in plan if planned.name == "prepare"]
+    file = io.StringIO()
+
+    def wait_for(text: str) -> None:
+        end = time.monotonic() + 60
+        while text not in file.getvalue():
+            assert time.monotonic() < end, file.getvalue()
+            time.sleep(0.01)
+
+    with store.lock(), watch.announced(store, "demo", plan):
+        watched = watch.Watched.find(store)
+        assert watched is not None
+        follower = threading.Thread(target=watch.follow, args=(Console(file=file, width=100), watched))
+        follower.start()
+        wait_for("  prepare    8.19k of 860k tokens  loss 6.000")
+        record = {"stage": "prepare", "kind": "pretrain", "metrics": {}, "seconds": 3.0}
+        store.publish(store.partial("prepare", prepare.fingerprint), {**record, "fingerprint": prepare.fingerprint})
+        wait_for("  prepare    3 s\n")
+        assert follower.is_alive(), "others wait still"
+    follower.join(60)
+    assert not follower.is_alive()
+    assert file.getvalue().count("  prepare    3 s\n") == 1
+    assert all(line == line.rstrip() for line in file.getvalue().splitlines())
 
 
 def test_a_stage_that_is_finished_is_told_once(running: tuple[Store, list[Planned]]) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from aquilamoe.lineage.entries import Entry
 from aquilamoe.lineage.library import Library
@@ -99,10 +100,20 @@ def _own(side: Side) -> Recipe:
 def circumstances(old: Entry, new: Entry) -> list[str]:
     """What is no part of a recipe and may matter all the same: packages and commit; then what came out."""
     notes = [{"made by": {**e.record.get("versions", {}), "commit": e.record.get("git_commit")}} for e in (old, new)]
-    results = [{key: each.metrics[key] for key in RESULTS if key in each.metrics} for each in (old, new)]
+    before, after = [{key: each.metrics[key] for key in RESULTS if key in each.metrics} for each in (old, new)]
+    for key in before.keys() & after.keys():
+        before[key], after[key] = _short(before[key], after[key])
     return [line.replace("made by.", "made by ") for line in differences(*notes)] + [
-        f"result: {line}" for line in differences(*results)
+        f"result: {line}" for line in differences(before, after)
     ]
+
+
+def _short(old: Any, new: Any) -> tuple[Any, Any]:
+    """Two figures with as many digits as people read, if these tell them apart."""
+    if not (isinstance(old, float) and isinstance(new, float)):
+        return old, new
+    rounded = float(f"{old:.5g}"), float(f"{new:.5g}")
+    return rounded if rounded[0] != rounded[1] else (old, new)
 
 
 def differing_files(old: Entry, new: Entry) -> list[str]:

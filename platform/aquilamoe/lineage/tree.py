@@ -1,5 +1,6 @@
 """Where an output comes from, as text: itself, and below it what it was made from, down to the corpus."""
 
+import re
 import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -116,7 +117,8 @@ def _parameters(metrics: Mapping[str, Any]) -> str:
 def _own_and_all(metrics: Mapping[str, Any], own: str, lineage: str, form: str) -> str:
     if metrics.get(lineage) is None:
         return ""
-    return f"{form.format(metrics.get(own) or 0)} own, {form.format(metrics[lineage])} with its ancestors"
+    text = f"{form.format(metrics.get(own) or 0)} own, {form.format(metrics[lineage])} with its ancestors"
+    return re.sub(r"e\+0*", "e", text)  # 3.68e11, as tables and pages have it
 
 
 def _cost(cost: Mapping[str, Mapping[str, float]] | None) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from aquilamoe.reports import canvas
+from aquilamoe.reports import canvas, labels
 from aquilamoe.reports.canvas import Drawing
 from aquilamoe.reports.curves import Jump, Points, Series, Trained, chain_of, smoothed, thinned
 from aquilamoe.reports.rows import Record, count
@@ -28,6 +28,7 @@ LOSS_BOX, LOSS_NARROW_BOX = Box(0.068, 0.108, 0.842, 0.768), Box(0.115, 0.115, 0
 TRAIN_SIZE, TRAIN_NARROW = (10.0, 3.1), (5.0, 3.1)
 TICK = 62.0  # points that a number below the axis needs
 LINE = 11.5  # points between lines of a label
+LETTER = 5.4  # points of a letter in it
 MOST_POINTS = 400
 LONGEST = 14  # characters of a stage's name
 
@@ -65,11 +66,12 @@ def loss_figure(stages: Sequence[Trained], jumps: Sequence[Jump], control: Train
         _loss_axes(axes, view)
         _loss_curves(axes, drawn, control, tints)
         _bands(axes, drawn, tints, view)
-        _growths(axes, jumps, drawn, control, view)
-        _ends(axes, drawn, control, tints, view)
         full = whole([stage.validation for stage in everything])
-        if full.height > 1.25 * view.height:
-            _inset(figure, box, drawn, control, tints, view, full)
+        inset = _inset_box(drawn, view, full)
+        _growths(axes, jumps, drawn, control, view, inset)
+        _ends(axes, drawn, control, tints, view)
+        if inset:
+            _inset(figure, box.part(*inset.bounds), drawn, control, tints, view, full)
 
     return Drawing("loss", title, draw, LOSS_SIZE, LOSS_NARROW)
 
@@ -128,10 +130,17 @@ def _size(stage: Trained) -> str:
 
 
 def _growths(
-    axes: "Axes", jumps: Sequence[Jump], stages: Sequence[Trained], control: Trained | None, view: View
+    axes: "Axes",
+    jumps: Sequence[Jump],
+    stages: Sequence[Trained],
+    control: Trained | None,
+    view: View,
+    inset: Box | None,
 ) -> None:
     """Mark each growth: a hairline through the axis, the jump of the loss, and what grew."""
     curves = [stage.validation for stage in [*stages, *([control] if control else [])]]
+    lines = [(view.across(jump.flops), 0.0, view.across(jump.flops), 1.0) for jump in jumps]
+    taken: list[labels.Segment | Box] = [*labels.segments(curves, view), *lines, *([inset] if inset else [])]
     for jump in jumps:
         top = min(jump.after, view.y_high)
         axes.axvline(jump.flops, color=canvas.HAIRLINE, linewidth=0.8, zorder=0.9)
@@ -139,30 +148,33 @@ def _growths(
             axes.plot([jump.flops] * 2, [jump.before, top], color=canvas.INK, linewidth=1.2, linestyle=(0, (1, 1.6)))
         axes.plot([jump.flops], [jump.before], "o", markersize=5, color=canvas.INK, markeredgewidth=0)
         axes.plot([jump.flops], [jump.after], "o", markersize=5, color=canvas.PAPER, markeredgecolor=canvas.INK)
-        _growth_label(axes, jump, curves, view)
+        taken.append(_growth_label(axes, jump, curves, view, taken))
 
 
-def _growth_label(axes: "Axes", jump: Jump, curves: Sequence[Series], view: View) -> None:
-    """Say what grew, above all curves to the right of the growth; to its left if its loss is beyond the axis."""
+def _growth_label(
+    axes: "Axes", jump: Jump, curves: Sequence[Series], view: View, taken: Sequence[labels.Segment | Box]
+) -> Box:
+    """Say what grew, above all curves to the right of the growth or at the next place that is free; return where."""
     width, height = _points(axes)
     sizes = f"{count(jump.source_params)} \N{RIGHTWARDS ARROW} {count(jump.target_params)}"
     losses = f"{jump.before:.2f} \N{RIGHTWARDS ARROW} {jump.after:.2f}"
     lines = (jump.label, sizes, losses)
-    right = view.along(min(1.0, view.across(jump.flops) + 5.4 * max(map(len, lines)) / width))
+    wide, high = (LETTER * max(map(len, lines)) + 4) / width, 3 * LINE / height
+    right = view.along(min(1.0, view.across(jump.flops) + wide))
     highest = max(extent(curves, jump.flops, right)[1], jump.before, jump.after)
-    base = min(view.up(min(highest, view.y_high)) * height + 9, height - 3 * LINE)
-    beyond = jump.after > view.y_high
+    wanted = view.up(min(highest, view.y_high)) + 7 / height
+    box = labels.place(view.across(jump.flops), wanted, wide, high, 4 / width, taken)
     for row, line in enumerate(lines):
         axes.text(
-            view.across(jump.flops) + (-5 if beyond else 5) / width,
-            (base + (2 - row) * LINE) / height,
+            box.left + 1 / width,
+            box.bottom + ((2 - row) * LINE + 2) / height,
             line,
             transform=axes.transAxes,
-            ha="right" if beyond else "left",
             fontsize=8.5,
             color=canvas.INK,
             fontweight="bold" if row == 0 else "normal",
         )
+    return box
 
 
 def _ends(axes: "Axes", stages: Sequence[Trained], control: Trained | None, tints: dict[str, str], view: View) -> None:
@@ -180,9 +192,19 @@ def _ends(axes: "Axes", stages: Sequence[Trained], control: Trained | None, tint
         axes.text(left, (place + 0.45 * LINE) / height, _short(stage.stage, 11), fontsize=9, **label)
 
 
+def _inset_box(stages: Sequence[Trained], view: View, full: View) -> Box | None:
+    """Where the whole run has room inside the axes, in fractions of them; None where it has none, or is no other."""
+    if full.height <= 1.25 * view.height:
+        return None
+    lowest, highest = extent([stage.validation for stage in stages], view.x_low, view.along(0.3))
+    if view.up(lowest) < 0.4 and view.up(highest) > 0.6:
+        return None  # the curves take both corners
+    return Box(0.035, 0.055 if view.up(lowest) >= 0.4 else 0.68, 0.235, 0.27)
+
+
 def _inset(
     figure: "Figure",
-    within: Box,
+    box: Box,
     stages: Sequence[Trained],
     control: Trained | None,
     tints: dict[str, str],
@@ -192,11 +214,6 @@ def _inset(
     """Show the whole run, small, with a frame around the part that the figure shows."""
     from matplotlib.patches import Rectangle
 
-    curves = [stage.validation for stage in stages]
-    lowest, highest = extent(curves, view.x_low, view.along(0.3))
-    if view.up(lowest) < 0.4 and view.up(highest) > 0.6:
-        return  # the curves take both corners
-    box = within.part(0.035, 0.055 if view.up(lowest) >= 0.4 else 0.68, 0.235, 0.27)
     axes = figure.add_axes(box.bounds, facecolor=canvas.PAPER)
     _loss_curves(axes, stages, control, tints)
     for line in axes.lines:

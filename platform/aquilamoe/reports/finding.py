@@ -13,6 +13,7 @@ SMALL_RUN_TOKENS = 1e9
 RESOLVABLE = 0.02
 # Budgets are whole optimizer steps, so equal FLOPs are equal only to about a step.
 EQUAL_FLOPS = 0.01
+VALIDATION = "nats/token, validation while training"
 
 Outcome = Literal["beat", "lost", "level", "open"]
 
@@ -129,10 +130,11 @@ def _comparisons(records: Mapping[str, Record], grown: str, control: str) -> lis
     """Nats per token of the mixture first; from the evaluate stage where it has both, and then by language too."""
     points = {point.stage: point for point in checkpoints(records)}
     ours, theirs = points.get(grown), points.get(control)
+    a, b = metric(records[grown], "loss_end"), metric(records[control], "loss_end")
+    curves = [] if a is None or b is None else [Comparison(VALIDATION, a, b)]
     if ours is None or theirs is None or ours.nats is None or theirs.nats is None:
-        a, b = metric(records[grown], "loss_end"), metric(records[control], "loss_end")
-        return [] if a is None or b is None else [Comparison("nats/token, validation while training", a, b)]
-    rows = [Comparison("nats/token, all held-out text", ours.nats, theirs.nats)]
+        return curves
+    rows = [Comparison("nats/token, all held-out text", ours.nats, theirs.nats), *curves]
     for lang in [lang for lang in ours.lang_nats if lang in theirs.lang_nats]:
         rows.append(Comparison(f"{lang}, nats/token", ours.lang_nats[lang], theirs.lang_nats[lang]))
     for lang in [lang for lang in ours.lang_bits if lang in theirs.lang_bits]:
@@ -157,6 +159,20 @@ def _one_seed(difference: float | None) -> str:
     text = "One seed, no interval: another seed would give other numbers."
     if difference is not None and abs(difference) < RESOLVABLE:
         text += f" Differences below {RESOLVABLE} nats/token need several paired seeds to mean anything."
+    return text
+
+
+def parts_note(records: Mapping[str, Record], finding: Finding) -> str:
+    """Say why the headline and the ends of the curves differ, where both are there."""
+    validation = next((row for row in finding.comparisons[1:] if row.measure == VALIDATION), None)
+    if validation is None or finding.grown is None:
+        return ""
+    config = (records[finding.grown].get("recipe") or {}).get("config") or {}
+    tokens = config.get("validation_tokens")
+    part = f"a fixed part of {count(tokens)} tokens" if isinstance(tokens, int) else "a fixed part"
+    text = f"The headline is about all held-out text; validation while training, as in the curves, reads {part} of it."
+    if validation.difference * finding.comparisons[0].difference < 0:
+        text += " On that part it is the other way round."
     return text
 
 

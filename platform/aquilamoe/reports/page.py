@@ -65,12 +65,14 @@ def render(
     training = figure.training_figure(stages, compared)
     beside = paper_figure.beside_the_paper(stages, compared)
     points = finding.checkpoints(records)
+    found = finding.find(records, chain, control)
     context = {
         "experiment": experiment,
         "description": description,
         "story": finding.story(records, chain),
         "scale_note": finding.scale_note(records, chain),
-        "finding": finding.find(records, chain, control),
+        "finding": found,
+        "parts_note": finding.parts_note(records, found),
         "facts": _facts(records, chain),
         "loss": loss.shown() if loss else None,
         "training": training.shown() if training else None,

@@ -16,7 +16,6 @@ from aquilamoe.terminal import view
 from aquilamoe.terminal.progress import PipelineProgress, StageProgress
 
 REFRESHES_PER_S = 4
-PLAIN_EVERY_S = 60.0  # a line of a long stage, where there is no terminal
 INTERRUPTIONS = ("KeyboardInterrupt", "SystemExit")
 
 
@@ -57,9 +56,9 @@ class LiveView:
     def stage_progress(self, stage: str, points: list[dict[str, Any]]) -> None:
         progress = self.pipeline[stage]
         progress.add(points)
-        if not self.out.is_terminal and time.monotonic() - self._said > PLAIN_EVERY_S:
+        if not self.out.is_terminal and time.monotonic() - self._said > view.PLAIN_EVERY_S:
             self._said = time.monotonic()
-            self.out.print(f"  {stage:<{self.width}}  {_plain(progress)}")
+            self.out.print(f"  {stage:<{self.width}}  {view.plain(progress, time.time())}")
 
     def stage_finished(self, stage: str, directory: Path, record: Record, cached: bool) -> None:
         progress = self.pipeline[stage]
@@ -80,13 +79,3 @@ class LiveView:
         if self._live is not None:
             self._live.stop()
             self._live = None
-
-
-def _plain(progress: StageProgress) -> str:
-    parts = [view.amount(progress)]
-    if progress.losses:
-        parts.append(f"loss {progress.losses[-1]:.3f}")
-    if progress.tokens_per_s:
-        parts.append(f"{rows.count(progress.tokens_per_s)} tokens/s")
-    left = progress.seconds_left(time.time()) if progress.tokens else None
-    return "  ".join([*parts, *([f"{rows.duration(round(left))} left"] if left is not None else [])])

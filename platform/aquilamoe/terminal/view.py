@@ -12,6 +12,7 @@ from aquilamoe.terminal.screen import spark
 
 WIDEST_BAR, NARROWEST_BAR = 40, 8
 WIDEST_SPARK = 30
+PLAIN_EVERY_S = 60.0  # between lines of a long stage, where there is no terminal
 
 
 class Present:
@@ -70,6 +71,17 @@ def _standing(pipeline: PipelineProgress, now: float) -> str:
 def amount(stage: StageProgress) -> str:
     """131k of 287k tokens, 3 of 24 tensors."""
     return f"{rows.count(stage.done)} of {rows.count(stage.total)} {stage.unit}" if stage.total else ""
+
+
+def plain(stage: StageProgress, now: float) -> str:
+    """How far a stage is, as a line of its own."""
+    parts = [amount(stage)]
+    if stage.losses:
+        parts.append(f"loss {stage.losses[-1]:.3f}")
+    if stage.tokens_per_s:
+        parts.append(f"{rows.count(stage.tokens_per_s)} tokens/s")
+    left = stage.seconds_left(now) if stage.tokens else None
+    return "  ".join([*parts, *([f"{rows.duration(round(left))} left"] if left is not None else [])])
 
 
 def _bar_line(stage: StageProgress, names: int, now: float, width: int) -> Text:

@@ -107,21 +107,43 @@ def show(out: Console, watched: Watched) -> None:
     """The view of this moment."""
     pipeline = watched.read()
     for line in [*watched.newly_finished(), *view.present(pipeline, time.time(), out.width)]:
+        line.rstrip()
         out.print(line, no_wrap=True, overflow="ellipsis")
 
 
 def follow(out: Console, watched: Watched) -> None:
-    """The same view as the one that runs it has, until it ends or the user stops looking."""
-    if not out.is_terminal:
-        show(out, watched)
-        return
+    """The same view as the one that runs it has, until it ends or the user stops looking; lines where it is none."""
+    with suppress(KeyboardInterrupt):
+        if out.is_terminal:
+            _follow_on_a_terminal(out, watched)
+        else:
+            _follow_in_lines(out, watched)
+    watched.read()
+    for line in watched.newly_finished():
+        out.print(line)
+
+
+def _follow_on_a_terminal(out: Console, watched: Watched) -> None:
     present = view.Present(watched.read(), time.time)
-    with Live(present, console=out, refresh_per_second=REFRESHES_PER_S, transient=True), suppress(KeyboardInterrupt):
+    with Live(present, console=out, refresh_per_second=REFRESHES_PER_S, transient=True):
         while watched.store.holder() is not None:
             present.pipeline = watched.read()
             for line in watched.newly_finished():
                 out.print(line)
             time.sleep(1 / REFRESHES_PER_S)
-    watched.read()
-    for line in watched.newly_finished():
-        out.print(line)
+
+
+def _follow_in_lines(out: Console, watched: Watched) -> None:
+    """The view of this moment, then what finishes, and now and then how far the running stage is."""
+    show(out, watched)
+    said = time.monotonic()
+    while watched.store.holder() is not None:
+        running = watched.read().running
+        for line in watched.newly_finished():
+            out.print(line)
+            said = time.monotonic()
+        if running is not None and time.monotonic() - said > view.PLAIN_EVERY_S:
+            out.print(f"  {running.name:<{watched.width}}  {view.plain(running, time.time())}")
+            said = time.monotonic()
+        out.file.flush()
+        time.sleep(1 / REFRESHES_PER_S)
