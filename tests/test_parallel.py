@@ -1,6 +1,8 @@
 """Many processes compute what one does: the same gradient and the same losses, however the model is laid out."""
 
+import ctypes
 import faulthandler
+import filecmp
 import json
 import os
 import pickle
@@ -33,6 +35,8 @@ from aquilamoe.weights.parts import gather, own_part
 VOCABULARY, LENGTH, ROWS, STEPS = 50, 8, 8, 6
 BATCH = LENGTH * ROWS
 WORKERS, HANGS_AFTER_S = 4, 60.0
+ROOM = 2**22  # bytes, for what is not tensors
+M_MMAP_MAX, M_MMAP_THRESHOLD, FORGET_THE_PEAK = -4, -3, "5"  # malloc.h; proc(5), of clear_refs
 
 
 def work(rank: int, world_size: int, folder: Path) -> None:
@@ -267,6 +271,57 @@ def bytes_held(rank: Rank, job: Job) -> int:
     return sum(own_part(parameter)[0].nbytes for parameter in model.parameters())
 
 
+def model_to_publish(group: Group, config: ModelConfig) -> tuple[Decoder, optimizers.AnyOptimizer]:
+    """This process's part of a model, and of moments that are functions of its values: nothing is ever whole."""
+    model = group.build(config, "fp32")
+    initialize(model, 3)
+    adamw = optimizers.build(model, make_job(Path(), Path()).stage.optimizer, 0.0)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    adamw.step()
+    adamw.zero_grad()
+    for number, value in enumerate(optimizers.read_state(model, adamw).values(), start=2):
+        if value.ndim:
+            part, place = own_part(value)
+            part.copy_(torch.arange(place[0].start, place[0].stop).view(-1, *[1] * (value.ndim - 1)) / number)
+    return model, adamw
+
+
+def bytes_of_publishing(rank: Rank, job: Job, config: ModelConfig) -> dict[str, int]:
+    """By how much this process's peak memory rises when the model is saved, and, to compare, gathered."""
+    group = Group(job.cluster, rank)
+    model, adamw = model_to_publish(group, config)
+    found = {"part": sum(own_part(parameter)[0].nbytes for parameter in model.parameters())}
+    largest = max(model.parameters(), key=torch.Tensor.numel)
+    found["largest"] = 4 * largest.numel()
+    extra: dict[str, torch.Tensor] = {}
+    for name, publish in (
+        ("result", lambda: state.save(job.out / "result", model, adamw, 1, extra, group)),
+        ("checkpoint", lambda: (state.save_checkpoint(job.out, model, adamw, 1, extra, group), state.wait())),
+        ("gathering", lambda: gather(largest)),
+    ):
+        group.wait()
+        found[name] = rise_of_the_peak(publish)
+    return found
+
+
+def rise_of_the_peak(do: Callable[[], object]) -> int:
+    """Bytes of memory in use at the peak of what is done, above those before it (glibc, Linux)."""
+    libc = ctypes.CDLL(None)
+    for parameter, value in ((M_MMAP_MAX, 65536), (M_MMAP_THRESHOLD, 65536)):  # what is freed is given back at once
+        libc.mallopt(parameter, value)
+    libc.malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text(FORGET_THE_PEAK)
+    before = memory("VmRSS")
+    do()
+    return memory("VmHWM") - before
+
+
+def memory(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(f"{key}:")))
+
+
 def refusal_of(rank: Rank, job: Job) -> str:
     with pytest.raises(UserError) as raised:
         Group(job.cluster, rank)
@@ -372,6 +427,26 @@ def test_no_process_holds_more_than_its_part(workers: Workers, tokens: Path, tmp
     assert sum(held) == whole and max(held) < 1.05 * whole / 4
 
 
+@pytest.mark.parametrize("changes", [{}, {"expert_parallel": 2}], ids=["fsdp", "experts spread"])
+def test_a_model_is_published_with_no_process_having_more_than_its_part_in_the_files_that_one_would_write(
+    workers: Workers, tokens: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    job = make_job(tokens, tmp_path, experts=4, parallel="fsdp", **changes)
+    sizes = {"vocab_size": 8192, "hidden_size": 256, "intermediate_size": 1024, "head_dim": 64}
+    config = job.model.model_copy(update={**sizes, "moe_intermediate_size": 1024})
+    for found in workers.run(4, bytes_of_publishing, job, config):
+        assert found["largest"] >= 2 * ROOM and found["gathering"] > 0.9 * found["largest"]  # it would be seen
+        assert found["result"] < ROOM
+        assert found["checkpoint"] < 3 * found["part"] + ROOM  # its own copy, with two moments, for the background
+    alone = tmp_path / "alone"
+    state.save(alone, *model_to_publish(Group(job.cluster), config), 1)
+    names = sorted(str(path.relative_to(alone)) for path in alone.rglob("*") if path.is_file())
+    assert len(names) >= 4
+    for folder in (tmp_path / "result", tmp_path / "checkpoints" / "step-000000001"):
+        for name in names:
+            assert filecmp.cmp(folder / name, alone / name, shallow=False), name
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -401,11 +476,24 @@ def test_a_stage_goes_on_with_any_number_of_processes(
     assert_same_losses(workers.run(sizes[-1], losses, job)[0], measured(alone))
 
 
+def test_experts_spread_over_processes_go_on_in_fewer(workers: Workers, tokens: Path, tmp_path: Path) -> None:
+    """Four processes with an expert each, then two with two, then one with all: the losses of one from the start."""
+    for size, step in ((4, 3), (2, 5), (1, STEPS)):
+        spread = {"expert_parallel": size, "parallel": "fsdp"} if size > 1 else {}
+        job = make_job(tokens, tmp_path / "many", experts=4, **spread, checkpoint_every_tokens=BATCH)
+        if step < STEPS:
+            workers.run(size, losses_until, job, step)
+            assert [state.step_of(path) for path in state.checkpoints(job.out)] == [step - 1, step - 2]
+    found = workers.run(1, losses, job)[0]
+    assert_same_losses(found, workers.run(1, losses, make_job(tokens, tmp_path / "one", experts=4))[0])
+
+
+@pytest.mark.parametrize("spread", [{}, {"expert_parallel": 2}], ids=["fsdp", "experts spread"])
 def test_an_interruption_changes_no_byte_with_the_same_processes(
-    workers: Workers, tokens: Path, tmp_path: Path
+    workers: Workers, tokens: Path, tmp_path: Path, spread: dict[str, Any]
 ) -> None:
     for name in ("whole", "broken"):
-        job = make_job(tokens, tmp_path / name, experts=4, parallel="fsdp", checkpoint_every_tokens=2 * BATCH)
+        job = make_job(tokens, tmp_path / name, experts=4, parallel="fsdp", **spread, checkpoint_every_tokens=2 * BATCH)
         if name == "broken":
             workers.run(4, losses_until, job, 6)
             assert [state.step_of(path) for path in state.checkpoints(job.out)] == [4, 2]
