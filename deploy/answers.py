@@ -1,4 +1,4 @@
-"""Health check of a container: status 0 if the URL answers with 200 within three seconds, else 1 and one line."""
+"""Health check of a container: status 0 if every URL answers with 200 within three seconds, else 1 and one line."""
 
 import sys
 import urllib.request
@@ -16,4 +16,4 @@ def check(url: str) -> str | None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(check(sys.argv[1]))
+    raise SystemExit(next(filter(None, map(check, sys.argv[1:])), None))

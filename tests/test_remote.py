@@ -4,14 +4,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from aquilamoe.config.messages import UserError
-from aquilamoe.pipeline.remote import Remote
+from aquilamoe.pipeline.attempts import Attempts
+from aquilamoe.pipeline.ledger import Rates
+from aquilamoe.pipeline.mirror import Mirror, newest, place_of
+from aquilamoe.pipeline.remote import Remote, UnwantedError
 from aquilamoe.pipeline.store import RECORD, Store
 
 FILES = {"model/a.safetensors": os.urandom(70_000), "model/config.json": b"{}", "metrics.jsonl": b'{"step": 1}\n'}
@@ -198,3 +201,127 @@ def test_storage_that_does_not_answer_and_keys_in_an_address_are_one_line_each(
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="cannot be opened"):
         Store(tmp_path / "a", Remote("nonsense://x")).fetch("prepare", PRINT)
+
+
+# Checkpoints of a stage in progress
+
+
+def in_progress(root: Path, remote: Remote, *steps: int) -> Mirror:
+    """A stage that was started once and has left these checkpoints and its points."""
+    partial = Store(root).partial("prepare", PRINT)
+    for step in steps:
+        model = partial / "checkpoints" / f"step-{step:09d}" / "model"
+        model.mkdir(parents=True, exist_ok=True)
+        (model / "a.safetensors").write_bytes(os.urandom(1000 + step))
+    (partial / "checkpoints" / ".step-000000099").mkdir(parents=True, exist_ok=True)  # one that is being written
+    (partial / "metrics.jsonl").write_text(f'{{"step": {steps[-1]}}}\n')
+    attempts = Attempts(root, f"prepare-{PRINT}")
+    attempts.begin(Rates(1, 0.0, 0.0))
+    return Mirror(remote, partial, PRINT, attempts)
+
+
+def empty(root: Path, remote: Remote) -> Mirror:
+    """The same stage where it has never run."""
+    return Mirror(remote, Store(root).partial("prepare", PRINT), PRINT, Attempts(root, f"prepare-{PRINT}"))
+
+
+def test_the_newest_checkpoint_is_copied_while_a_stage_runs_and_another_machine_goes_on_from_it(
+    remote: Remote, tmp_path: Path
+) -> None:
+    here, there = in_progress(tmp_path / "a", remote, 10, 20), empty(tmp_path / "b", remote)
+    with here.follow():
+        for step in (20, 30):
+            name = f"step-{step:09d}"
+            deadline = time.monotonic() + 30
+            while newest(remote, PRINT) != name and time.monotonic() < deadline:
+                time.sleep(0.05)
+            if step == 20:
+                in_progress(tmp_path / "a", remote, 30)
+    assert [name for name, _ in remote.saved(place_of(PRINT))] == ["step-000000030"]  # those before it went
+    there.fetch()
+    local = content(here.partial)
+    kept = {name: data for name, data in local.items() if "/step-00000001" not in name and "/step-00000002" not in name}
+    assert content(there.partial) == kept
+    assert there.attempts.read() == here.attempts.read()
+    assert abs((there.attempts.last_alive() or 0) - time.time()) < 60
+    there.forget()
+    there.forget()
+    assert newest(remote, PRINT) is None
+
+
+def test_a_checkpoint_that_is_here_is_not_replaced_and_a_damaged_or_half_one_is_not_taken(
+    remote: Remote, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    files, root = remote._open()
+    here, there = in_progress(tmp_path / "a", remote, 10), empty(tmp_path / "b", remote)
+    checkpoint = here.partial / "checkpoints" / "step-000000010"
+    with pytest.raises(UnwantedError):
+        remote.save(f"{place_of(PRINT)}/step-000000010", {"a": checkpoint / "model" / "a.safetensors"}, lambda: False)
+    assert newest(remote, PRINT) is None
+    there.fetch()
+    assert not there.partial.exists()
+    here.copy(checkpoint)
+    before = content(here.partial)
+    (here.partial / "metrics.jsonl").write_text("later\n")
+    here.fetch()
+    assert content(here.partial) == {**before, "metrics.jsonl": b"later\n"}
+    with files.open_output_stream(f"{root}/{place_of(PRINT)}/step-000000010/metrics.jsonl") as out:
+        out.write(b"other")
+    there.fetch()
+    assert not there.partial.exists()
+    assert "is passed over" in caplog.text
+
+
+def test_storage_that_fails_does_not_stop_a_stage_and_is_told_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "shared").write_text("a file where a directory is wanted")
+    here = in_progress(tmp_path / "a", Remote(str(tmp_path / "shared")), 10)
+    monkeypatch.setattr("aquilamoe.pipeline.mirror.POLL_S", 0.01)
+    with here.follow():
+        time.sleep(0.3)
+    assert caplog.text.count("training goes on") == 1
+
+
+def test_a_training_that_was_killed_goes_on_on_another_machine_and_ends_with_the_same_bytes(
+    s3: str, tmp_path: Path, tiny: list[str], command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = dict.fromkeys(("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"), "testing")
+    keys["AWS_EC2_METADATA_DISABLED"] = "true"
+    for name, value in keys.items():
+        monkeypatch.setenv(name, value)
+    only = [
+        f"stages.{name}=null" for name in ("scale_up", "dense", "scale_out", "moe", "control", "evaluate", "export")
+    ]
+    words = [*tiny, *only, "report={chain: [], control: null}", "tracking.enabled=false"]
+    words += ["stages.prepare.total_tokens=65536", "stages.prepare.validate_every_tokens=32768"]
+    words += ["cluster.checkpoint_every_tokens=8192", f"paths.remote='{s3.replace('prefix', tmp_path.name)}'"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    workflow = Path(__file__).parent.parent / "workflows" / "efficientscale.py"
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    remote = Remote(s3.replace("prefix", tmp_path.name))
+    with subprocess.Popen([sys.executable, workflow, *words], cwd=tmp_path / "a", env=environment) as process:
+        while not (saved := progress_of(remote)) and process.poll() is None:
+            time.sleep(0.02)
+        process.kill()
+    assert saved, "it ended before it had a checkpoint over there"
+    plan = command(*words, "action=plan", cwd=tmp_path / "b", **keys)
+    assert "fetched" in plan.stdout and f"from {saved[0]}" in " ".join(plan.stdout.split())
+    for folder in ("b", "a"):
+        answer = command(*words, cwd=tmp_path / folder, **keys)
+        assert answer.returncode == 0, answer.stderr
+    (here,), (there,) = ((tmp_path / folder / "runs" / "stages").glob("prepare-*[!l]") for folder in "ab")
+    assert content(here / "model") == content(there / "model")
+    assert content(here / "training") == content(there / "training")
+    assert json.loads((there / RECORD).read_text())["cost"]["attempts"] == 2
+    assert progress_of(remote) == []
+
+
+def progress_of(remote: Remote) -> list[str]:
+    """The checkpoints of the one stage in progress that the remote has."""
+    from pyarrow import fs
+
+    files, root = remote._open()
+    found = files.get_file_info(fs.FileSelector(f"{root}/progress", allow_not_found=True))
+    return [name for stage in found for name, _ in remote.saved(place_of(stage.base_name))]

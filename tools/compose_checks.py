@@ -93,7 +93,7 @@ def every_stage_is_complete_and_the_report_is_written(rehearsal: "Rehearsal") ->
     complete = sorted(path.parent.name for path in (runs / "stages").glob("*/record.json"))
     if stages != complete or len(complete) < 11:
         raise RuntimeError(f"of {stages} only {complete} are complete")
-    if (runs / "reports" / "smoke.html").stat().st_size < 10_000:
+    if (runs / "reports" / "smoke" / "index.html").stat().st_size < 10_000:
         raise RuntimeError("the report is empty")
 
 
@@ -109,7 +109,7 @@ def the_artifacts_are_in_s3_and_have_no_secret(rehearsal: "Rehearsal") -> None:
     entry = ("python", "/app/deploy/entrypoint.py")
     keys, told = json.loads(_said(rehearsal, "mlflow", OBJECTS, secrets, entry=entry))
     names = {key.rsplit("/", 1)[-1] for key in keys}
-    if not {"smoke.html", "record.json", "recipe.json"} <= names:
+    if not {"index.html", "lineage.html", "record.json", "recipe.json"} <= names:
         raise RuntimeError(f"only {sorted(names)}")
     _expect("objects with a secret", str(told), "[]")
 
@@ -135,9 +135,10 @@ def prometheus_reads_the_cluster(rehearsal: "Rehearsal") -> None:
         return
     get = "import sys, urllib.request; print(urllib.request.urlopen(sys.argv[1], timeout=30).read().decode())"
     targets = json.loads(_said(rehearsal, "prometheus", get, "http://127.0.0.1:9090/api/v1/targets"))["data"]
-    up = [target["labels"]["instance"] for target in targets["activeTargets"] if target["health"] == "up"]
-    if not any(instance.startswith("ray-head:") for instance in up):
-        raise RuntimeError(f"of {targets['activeTargets']} only {up} answer")
+    up = {target["labels"]["instance"] for target in targets["activeTargets"] if target["health"] == "up"}
+    expected = {f"{rehearsal.network.address(name)}:8080" for name in ("ray-head", "ray-worker")}
+    if not expected <= up:
+        raise RuntimeError(f"of {sorted(expected)} only {sorted(up)} answer")
 
 
 def _said(rehearsal: "Rehearsal", name: str, program: str, *words: str, entry: tuple[str, ...] = ()) -> str:

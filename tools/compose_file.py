@@ -19,6 +19,7 @@ FILE = ROOT / "docker-compose.yml"
 # $$, $NAME or ${NAME}, ${NAME:-default}, ${NAME:?message}, ${NAME:+instead}; without the colon, empty counts as set.
 VARIABLE = re.compile(r"\$(?:(?P<dollar>\$)|(?P<bare>\w+)|\{(?P<name>\w+)(?:(?P<how>:?[-?+])(?P<text>[^}]*))?\})")
 REFUSALS = "x-refused-if-unset"
+KEYS_S = ("start_period", "interval", "timeout")  # of a health check
 
 
 class ComposeError(Exception):
@@ -30,7 +31,8 @@ class Service:
     """One service of the file.
 
     words: entry point and command. mounts: source (a volume's name, or a path) by target. secrets: names.
-    needs: how each service must be before this one starts, by its name.
+    needs: how each service must be before this one starts, by its name. check_s: how long a health check may take.
+    patience_s: how long it may take until one is passed.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Service:
     profiles: tuple[str, ...]
     needs: dict[str, str]
     health: tuple[str, ...]
+    check_s: float
     patience_s: float
     restarts: bool
     raw: Mapping[str, Any]
@@ -53,7 +56,7 @@ class Service:
     @classmethod
     def of(cls, name: str, raw: Mapping[str, Any]) -> "Service":
         health = raw.get("healthcheck", {})
-        seconds = {key: float(str(health.get(key, "0s")).removesuffix("s")) for key in ("start_period", "interval")}
+        seconds = {key: float(str(health.get(key, "0s")).removesuffix("s")) for key in KEYS_S}
         return cls(
             name=name,
             image=raw["image"],
@@ -68,6 +71,7 @@ class Service:
             profiles=tuple(raw.get("profiles", ())),
             needs={other: how["condition"] for other, how in raw.get("depends_on", {}).items()},
             health=tuple(health.get("test", ())[1:]),
+            check_s=seconds["timeout"],
             patience_s=seconds["start_period"] + seconds["interval"] * health.get("retries", 0),
             restarts="restart" in raw,
             raw=raw,

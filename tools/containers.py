@@ -158,8 +158,8 @@ class Container:
     def log(self) -> str:
         return self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
 
-    def is_healthy(self, check: Sequence[str], environment: Mapping[str, str]) -> bool:
-        return not self.has_ended and self.run(check, environment, 5.0).returncode == 0
+    def is_healthy(self, check: Sequence[str], environment: Mapping[str, str], timeout_s: float) -> bool:
+        return not self.has_ended and self.run(check, environment, timeout_s).returncode == 0
 
 
 def prepare_folder(path: Path, user: str) -> Path:

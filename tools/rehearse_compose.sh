@@ -3,15 +3,13 @@
 # the pipeline through them (tools/compose_checks.py says what is checked).
 #
 # Needs Linux and root, for namespaces and Debian's packages. Installs what is missing: PostgreSQL and Prometheus by apt,
-# moto (an S3 server) into .rehearsal/, the schema of the Compose specification (as the package dclint carries it, of
-# which no code is run) into .rehearsal/. Everything that it starts is in namespaces of its own and ends with it.
+# the extra `services` by pip, the schema of the Compose specification (as the package dclint carries it, of which no
+# code is run) into .rehearsal/. Everything that it starts is in namespaces of its own and ends with it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-LIMIT_S=1500
 PYTHON=.venv/bin/python
 HERE=.rehearsal
-MOTO=5.2.5
 DCLINT=3.1.0
 
 lacks() { echo "error: $1" >&2; exit 1; }
@@ -35,10 +33,6 @@ fi
 mkdir -p "$HERE"
 "$PYTHON" -c 'import boto3, psycopg2' 2>/dev/null ||
     "$PYTHON" -m pip install --quiet -c constraints.txt boto3 psycopg2-binary # the extra `services`
-if [ ! -x "$HERE/s3-$MOTO/bin/moto_server" ]; then
-    "$PYTHON" -m venv "$HERE/s3-$MOTO"
-    "$HERE/s3-$MOTO/bin/pip" install --quiet "moto[server,s3]==$MOTO"
-fi
 if [ ! -f "$HERE/compose-spec.json" ]; then
     (cd "$HERE" && npm pack --silent "dclint@$DCLINT" >/dev/null) || lacks "npm cannot fetch dclint@$DCLINT for its schema"
     tar --extract --to-stdout --file "$HERE/dclint-$DCLINT.tgz" package/schemas/compose.schema.json \
@@ -47,6 +41,11 @@ if [ ! -f "$HERE/compose-spec.json" ]; then
 fi
 env RAY_TOKEN=x POSTGRES_PASSWORD=x S3_SECRET_KEY=x GRAFANA_PASSWORD=x \
     "$PYTHON" tools/compose_file.py check --schema "$HERE/compose-spec.json" || lacks "docker-compose.yml is not valid"
-exec timeout --signal=KILL "$LIMIT_S" \
-    unshare --net --mount --pid --fork --kill-child --mount-proc \
-    "$PYTHON" tools/rehearse_compose.py --s3 "$HERE/s3-$MOTO"
+# With the first process of the namespaces all others end, and it ends with unshare, which hears no other signal.
+folder=$(mktemp --directory --tmpdir rehearsal-XXXXXXXX)
+chmod 755 "$folder"
+unshare --net --mount --pid --fork --kill-child --mount-proc "$PYTHON" tools/rehearse_compose.py "$folder" &
+rehearsal=$!
+trap 'kill -KILL "$rehearsal" 2>/dev/null || true; wait "$rehearsal" 2>/dev/null || true; rmdir "$folder"' EXIT
+trap 'exit 130' INT TERM
+wait "$rehearsal"

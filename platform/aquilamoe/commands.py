@@ -155,7 +155,7 @@ def _show_status(experiment: ExperimentConfig, plan: Sequence[Planned], store: S
     records = {planned.name: planned.record for planned in plan if planned.record is not None}
     waiting = [planned for planned in plan if planned.record is None]
     if records:
-        out.print(tables.final_table(records, dict.fromkeys(records, "complete"), out.width))
+        out.print(tables.final_table(records, _kept(plan), out.width))
         out.print()
         out.print(tables.cost_table(costs.spent(records), out.width))
         out.print()
@@ -164,6 +164,11 @@ def _show_status(experiment: ExperimentConfig, plan: Sequence[Planned], store: S
     report = _report_path(experiment, store)
     if report.exists():
         out.print(f"\nreport  {_relative(report)}")
+
+
+def _kept(plan: Sequence[Planned]) -> dict[str, str]:
+    """Of outputs that are there: where."""
+    return {planned.name: "complete" if planned.state == "cached" else "remote" for planned in plan}
 
 
 def _run(experiment: ExperimentConfig, plan: Sequence[Planned], store: Store, command: str) -> None:
@@ -188,7 +193,7 @@ def _run(experiment: ExperimentConfig, plan: Sequence[Planned], store: Store, co
     finally:
         if tracker:
             warning = tracker.pipeline_finished(succeeded, report)
-    status = {planned.name: "cached" if planned.record is not None else "run" for planned in plan}
+    status = {planned.name: "run" if planned.is_computed else planned.state for planned in plan}
     out.print()
     records = {name: output.record for name, output in done.items()}
     out.print(tables.final_table(records, status, out.width))
@@ -202,7 +207,7 @@ def _run(experiment: ExperimentConfig, plan: Sequence[Planned], store: Store, co
 
 def _workers(experiment: ExperimentConfig, plan: Sequence[Planned], store: Store) -> AbstractContextManager[None]:
     """Workers for the stages that train; none for a run that has everything."""
-    will_train = any(planned.node.stage.kind == "pretrain" and planned.state != "cached" for planned in plan)
+    will_train = any(planned.node.stage.kind == "pretrain" and planned.is_computed for planned in plan)
     return workers_for(experiment.cluster, store.root, experiment.name, will_train)
 
 

@@ -14,7 +14,7 @@ GIGABYTE = 1e9
 
 def check(experiment: ExperimentConfig, plan: Sequence[Planned], root: Path) -> None:
     """UserError with what is needed, what is there and what to do."""
-    if any(planned.state != "cached" and planned.node.stage.kind == "pretrain" for planned in plan):
+    if any(planned.is_computed and planned.node.stage.kind == "pretrain" for planned in plan):
         _check_gpus(experiment)
     _check_workers(experiment)
     _check_disk(plan, root)
@@ -47,7 +47,7 @@ def slow_precision(experiment: ExperimentConfig, plan: Sequence[Planned]) -> str
     rounded = [
         planned.name
         for planned in plan
-        if planned.state != "cached"
+        if planned.is_computed
         and isinstance(planned.node.stage, PretrainStage)
         and planned.node.stage.precision != "fp32"
     ]

@@ -266,6 +266,16 @@ class ClusterConfig(Config):
     min_workers: PositiveInt | None = None
     start_timeout_s: PositiveFloat = 300.0
     data_processes: PositiveInt | None = None
+    runtime_env: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _check_runtime_env(self) -> Self:
+        if self.runtime_env and self.address is None:
+            raise ValueError(
+                f"runtime_env {self.runtime_env} without address; it is for the machines of a cluster, on this one the "
+                "environment is that of the command: set address, or runtime_env to {}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_layout(self) -> Self:

@@ -41,6 +41,7 @@ CLUSTER: Mapping[str, Any] = {
     "shard_size": None,
     "expert_parallel": 1,
     "compile": False,
+    "runtime_env": {},
 }
 
 

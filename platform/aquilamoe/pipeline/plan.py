@@ -10,6 +10,7 @@ from aquilamoe.config.graph import Node
 from aquilamoe.config.messages import UserError
 from aquilamoe.config.schema import ClusterConfig
 from aquilamoe.pipeline import fingerprint as identity
+from aquilamoe.pipeline import mirror
 from aquilamoe.pipeline.fingerprint import Recipe
 from aquilamoe.pipeline.stage import Estimate, module
 from aquilamoe.pipeline.store import METRICS, RECORD, Record, Store, read_points
@@ -19,14 +20,15 @@ from aquilamoe.pipeline.store import METRICS, RECORD, Record, Store, read_points
 class Planned:
     """A stage with its identity and what will become of it.
 
-    reason: why it runs (field, old, new), or where the cached output lies.
-    seconds: expected, from records of earlier runs or the cluster's stated speed; 0 for cached stages, None if unknown.
+    state: `fetched` has its output on the remote, from where a run takes it. reason: why it runs (field, old, new), or
+    where the output lies. seconds: expected, from records of earlier runs or the cluster's stated speed; 0 for what
+    is there, None if unknown. record: of an output that is there.
     """
 
     node: Node
     recipe: Recipe
     fingerprint: str
-    state: Literal["cached", "resumes", "runs"]
+    state: Literal["cached", "fetched", "resumes", "runs"]
     reason: str
     estimate: Estimate
     seconds: float | None
@@ -36,6 +38,11 @@ class Planned:
     @property
     def name(self) -> str:
         return self.node.name
+
+    @property
+    def is_computed(self) -> bool:
+        """Whether a run has to work for it: nobody has its output."""
+        return self.state in ("resumes", "runs")
 
 
 def make(nodes: Mapping[str, Node], store: Store, flops_per_s: float, devices: int | None = None) -> list[Planned]:
@@ -51,7 +58,7 @@ def make(nodes: Mapping[str, Node], store: Store, flops_per_s: float, devices: i
         stage = module(node.stage.kind)
         planned = _planned(node, recipe, stage.estimate(node), stage.RESUMES, store, plan, flops_per_s, devices)
         first = made_by.setdefault(planned.fingerprint, node.name)
-        if first != node.name and planned.state != "cached":
+        if first != node.name and planned.is_computed:
             # Two names for one recipe: it is computed once.
             planned = replace(planned, state="runs", reason=f"as {first}", estimate=Estimate(), seconds=0.0)
         plan[node.name] = planned
@@ -101,6 +108,10 @@ def _planned(
         directory, record = found
         reason = f"in {directory.name}"
         return Planned(node, recipe, digest, "cached", reason, estimate, 0.0, directory, record)
+    elsewhere = store.remote.find(digest) if store.remote else None
+    if elsewhere is not None:
+        directory, reason = store.directory(node.name, digest), f"in {elsewhere[0]} of {store.remote}"
+        return Planned(node, recipe, digest, "fetched", reason, estimate, 0.0, directory, elsewhere[1])
     history = store.history(node.name)
     seconds = _expected_seconds(node, estimate, history, store, flops_per_s, devices)
     directory, partial = store.directory(node.name, digest), store.partial(node.name, digest)
@@ -109,6 +120,9 @@ def _planned(
         return Planned(node, recipe, digest, "resumes", reason, estimate, 0.0, directory, None)
     if partial.exists() and resumes:
         reason = _resume_point(partial, node)
+        return Planned(node, recipe, digest, "resumes", reason, estimate, seconds, directory, None)
+    if resumes and node.tokens and store.remote and (saved := mirror.newest(store.remote, digest)):
+        reason = f"from {saved} of {store.remote}"
         return Planned(node, recipe, digest, "resumes", reason, estimate, seconds, directory, None)
     reason = "interrupted, starts anew" if partial.exists() else _why(recipe, history, node, done)
     return Planned(node, recipe, digest, "runs", reason, estimate, seconds, directory, None)
@@ -123,7 +137,7 @@ def _why(recipe: Recipe, history: Iterable[Record], node: Node, done: Mapping[st
     if own:
         more = f" (and {len(own) - 3} more fields)" if len(own) > 3 else ""
         return "; ".join(own[:3]) + more
-    again = [name for name in node.stage.inputs.values() if done[name].state != "cached"]
+    again = [name for name in node.stage.inputs.values() if done[name].is_computed]
     return f"{', '.join(again)} runs" if again else "; ".join(changes[:3])
 
 

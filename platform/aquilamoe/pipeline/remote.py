@@ -2,14 +2,15 @@
 
 An output is there or it is not, as in the store: its files are copied first and `record.json` last, and a record that
 cannot be read is none. What is fetched is compared with the SHA-256 that its record gives each file, before it gets its
-name. Credentials are the environment's (AWS_ACCESS_KEY_ID, ...) or the machine's, never the configuration's.
+name. So it is with what an unfinished stage needs to go on (`mirror.py`). Credentials are the environment's
+(AWS_ACCESS_KEY_ID, ...) or the machine's, never the configuration's.
 """
 
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, cast
@@ -47,15 +48,9 @@ class Remote:
         files, root = self._open()
         target = f"{root}/stages/{directory.name}"
         try:
-            if _read_record(files, f"{target}/{RECORD}") is not None:
-                return
-            for folder in sorted({str(PurePosixPath(target, name).parent) for name in record["files"]}):
-                files.create_dir(folder)
-            with ThreadPoolExecutor(COPIES_AT_ONCE) as pool:
-                copies = [pool.submit(_upload, files, directory / name, f"{target}/{name}") for name in record["files"]]
-                for copy in copies:
-                    copy.result()
-            _upload(files, directory / RECORD, f"{target}/{RECORD}")
+            if _read_record(files, f"{target}/{RECORD}") is None:
+                _upload_all(files, {name: directory / name for name in record["files"]}, target)
+                _upload(files, directory / RECORD, f"{target}/{RECORD}")
         except OSError as error:
             raise self._failed(f"cannot write {directory.name}", error) from None
 
@@ -64,27 +59,16 @@ class Remote:
 
         UserError if the storage does not answer, or a file is not what the record says.
         """
-        files, _ = self._open()
         try:
-            found = self._find(fingerprint)
+            found = self._look_for(fingerprint)
             if found is None:
                 return None
             source, record = found
             # Not the directory in which an interrupted stage resumes; what is in it is not served, either.
             growing = target.with_name(f"{target.name}.fetched.partial")
-            shutil.rmtree(growing, ignore_errors=True)
-            growing.mkdir(parents=True)
-            with ThreadPoolExecutor(COPIES_AT_ONCE) as pool:
-                names = [_checked(name, source) for name in record["files"]]
-                digests = list(pool.map(lambda name: _download(files, f"{source}/{name}", growing / name), names))
+            self._bring(source, record, growing)
         except OSError as error:
             raise self._failed(f"cannot read the output {fingerprint}", error) from None
-        for name, digest in zip(names, digests, strict=True):
-            if digest != record["files"][name]["sha256"]:
-                raise UserError(
-                    f"{self}: {source}/{name} has SHA-256 {digest}, its record says {record['files'][name]['sha256']}; "
-                    f"remove {source} there, and run again to compute it"
-                )
         with (growing / RECORD).open("w", encoding="utf-8") as file:
             json.dump(record, file, indent=1, ensure_ascii=False)
             file.flush()
@@ -92,7 +76,74 @@ class Remote:
         growing.rename(target)
         return record
 
-    def _find(self, fingerprint: str) -> tuple[str, Record] | None:
+    def save(self, place: str, paths: Mapping[str, Path], is_wanted: Callable[[], bool]) -> None:
+        """Copy files, by the names that they get, and last a record of them. UserError if that fails.
+
+        is_wanted: asked before every block; what is not wanted any more is left half, without a record.
+        """
+        files, root = self._open()
+        try:
+            entries = _upload_all(files, paths, f"{root}/{place}", is_wanted)
+            with files.open_output_stream(f"{root}/{place}/{RECORD}") as out:
+                out.write(json.dumps({"files": entries}).encode())
+        except OSError as error:
+            raise self._failed(f"cannot write {place}", error) from None
+
+    def saved(self, place: str) -> list[tuple[str, Record]]:
+        """What `save` has finished below a place, by the last parts of their places, the last in the alphabet first."""
+        from pyarrow import fs
+
+        files, root = self._open()
+        try:
+            entries = files.get_file_info(fs.FileSelector(f"{root}/{place}", allow_not_found=True))
+            names = sorted((entry.base_name for entry in entries), reverse=True)
+            records = [(name, _read_record(files, f"{root}/{place}/{name}/{RECORD}")) for name in names]
+        except OSError as error:
+            raise self._failed(f"cannot read {place}", error) from None
+        return [(name, record) for name, record in records if record is not None]
+
+    def restore(self, place: str, record: Record, target: Path) -> None:
+        """Copy what was saved into the directory `target`, which is emptied before. UserError if it is not whole."""
+        try:
+            self._bring(f"{self._open()[1]}/{place}", record, target)
+        except OSError as error:
+            raise self._failed(f"cannot read {place}", error) from None
+
+    def remove(self, place: str) -> None:
+        """Take away everything below a place, if there is anything."""
+        from pyarrow import fs
+
+        files, root = self._open()
+        try:
+            if files.get_file_info(f"{root}/{place}").type != fs.FileType.NotFound:
+                files.delete_dir(f"{root}/{place}")
+        except OSError as error:
+            raise self._failed(f"cannot remove {place}", error) from None
+
+    def _bring(self, source: str, record: Record, target: Path) -> None:
+        """Fill a directory with the files of a record; UserError for one whose bytes are others."""
+        files, _ = self._open()
+        names = [_checked(name, source) for name in record["files"]]
+        shutil.rmtree(target, ignore_errors=True)
+        target.mkdir(parents=True)
+        with ThreadPoolExecutor(COPIES_AT_ONCE) as pool:
+            digests = list(pool.map(lambda name: _download(files, f"{source}/{name}", target / name), names))
+        for name, digest in zip(names, digests, strict=True):
+            if digest != record["files"][name]["sha256"]:
+                raise UserError(
+                    f"{self}: {source}/{name} has SHA-256 {digest}, its record says {record['files'][name]['sha256']}; "
+                    f"remove {source} there, and run again to compute it"
+                )
+
+    def find(self, fingerprint: str) -> tuple[str, Record] | None:
+        """The name and the record of an output that is there, whole; nothing is fetched."""
+        try:
+            found = self._look_for(fingerprint)
+        except OSError as error:
+            raise self._failed(f"cannot look for the output {fingerprint}", error) from None
+        return (PurePosixPath(found[0]).name, found[1]) if found else None
+
+    def _look_for(self, fingerprint: str) -> tuple[str, Record] | None:
         from pyarrow import fs
 
         files, root = self._open()
@@ -144,10 +195,35 @@ def _checked(name: str, source: str) -> str:
     return name
 
 
-def _upload(files: "fs.FileSystem", source: Path, target: str) -> None:
+class UnwantedError(Exception):
+    """Nobody wants any more what was being copied."""
+
+
+def _upload_all(
+    files: "fs.FileSystem", paths: Mapping[str, Path], target: str, is_wanted: Callable[[], bool] = lambda: True
+) -> dict[str, dict[str, Any]]:
+    """Copy files under their names; return SHA-256 and size of each, as they were copied."""
+    for folder in sorted({str(PurePosixPath(target, name).parent) for name in paths}):
+        files.create_dir(folder)
+    with ThreadPoolExecutor(COPIES_AT_ONCE) as pool:
+        copies = {
+            name: pool.submit(_upload, files, path, f"{target}/{name}", is_wanted) for name, path in paths.items()
+        }
+        return {name: copy.result() for name, copy in copies.items()}
+
+
+def _upload(
+    files: "fs.FileSystem", source: Path, target: str, is_wanted: Callable[[], bool] = lambda: True
+) -> dict[str, Any]:
+    digest, size = hashlib.sha256(), 0
     with source.open("rb") as file, files.open_output_stream(target) as out:
         for chunk in _chunks(file):
+            if not is_wanted():
+                raise UnwantedError(target)
+            digest.update(chunk)
+            size += len(chunk)
             out.write(chunk)
+    return {"sha256": digest.hexdigest(), "bytes": size}
 
 
 def _download(files: "fs.FileSystem", source: str, target: Path) -> str:

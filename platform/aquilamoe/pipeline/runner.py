@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from aquilamoe.config.schema import ClusterConfig
 from aquilamoe.pipeline import ledger
 from aquilamoe.pipeline.attempts import Attempts
+from aquilamoe.pipeline.mirror import Mirror
 from aquilamoe.pipeline.plan import Planned
 from aquilamoe.pipeline.stage import Context, Input, module
 from aquilamoe.pipeline.store import METRICS, Record, Store
@@ -76,11 +77,14 @@ def _run_stage(
 ) -> Input:
     partial = store.partial(planned.name, planned.fingerprint)
     attempts = Attempts(store.root, planned.directory.name)
+    mirror = Mirror(store.remote, partial, planned.fingerprint, attempts) if store.remote else None
     record = store.finish_publishing(partial)
     if record is None:
-        record = store.publish(partial, _execute(planned, partial, store, cluster, done, observers, attempts))
+        record = store.publish(partial, _execute(planned, partial, store, cluster, done, observers, attempts, mirror))
     attempts.forget()
     store.push(planned.directory, record)
+    if mirror:
+        mirror.forget()
     for observer in observers:
         observer.stage_finished(planned.name, planned.directory, record, cached=False)
     return Input(planned.name, planned.directory, record)
@@ -94,6 +98,7 @@ def _execute(
     done: Mapping[str, Input],
     observers: Sequence[Observer],
     attempts: Attempts,
+    mirror: Mirror | None,
 ) -> Record:
     """Run the stage in its partial directory; return its record, without the files."""
     stage = module(planned.node.stage.kind)
@@ -101,6 +106,8 @@ def _execute(
     references = {role: _reference(source) for role, source in inputs.items()}
     if not stage.RESUMES:
         store.discard(partial)
+    elif mirror:
+        mirror.fetch()
     resumed = partial.exists()
     partial.mkdir(parents=True, exist_ok=True)
     for observer in observers:
@@ -108,7 +115,8 @@ def _execute(
     started = datetime.now(UTC)
     rates = ledger.rates(planned.node, cluster)
     attempts.begin(rates)
-    with _following(partial / METRICS, planned.name, observers, attempts):
+    copying = mirror.follow() if mirror and stage.RESUMES else nullcontext()
+    with _following(partial / METRICS, planned.name, observers, attempts), copying:
         metrics = stage.run(Context(planned.node, inputs, partial, cluster, store.root))
     finished = datetime.now(UTC)
     seconds = (finished - started).total_seconds()

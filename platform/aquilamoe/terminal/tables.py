@@ -10,7 +10,7 @@ from aquilamoe.pipeline.store import Record
 from aquilamoe.reports import rows
 from aquilamoe.reports.costs import CostTable
 
-STATE_STYLE = {"cached": "green", "resumes": "yellow", "runs": "cyan"}
+STATE_STYLE = {"cached": "green", "fetched": "green", "resumes": "yellow", "runs": "cyan"}
 
 
 # What a terminal that is too narrow for all columns goes without, first to last.
@@ -37,14 +37,15 @@ def plan_table(plan: Sequence[Planned], width: int) -> Table:
                 "time": rows.duration(planned.seconds),
             }
         )
-    pending = [planned for planned in plan if planned.state != "cached"]
+    pending = [planned for planned in plan if planned.is_computed]
+    new = [planned for planned in plan if planned.state != "cached"]
     total = {
         **dict.fromkeys(lines[0], ""),
         "stage": "total",
         "why": f"{len(pending)} of {len(plan)} stages run",
         "tokens": rows.count(sum(planned.node.tokens for planned in pending) or None),
         "FLOPs": rows.power(sum(planned.node.flops for planned in pending) or None),
-        "disk": rows.size(sum(planned.estimate.disk_bytes for planned in pending)),
+        "disk": rows.size(sum(planned.estimate.disk_bytes for planned in new)),
         "time": rows.duration(sum(planned.seconds or 0.0 for planned in pending)),
     }
     return _fitting(lines, total, width, left=("stage", "", "why"), shrinks="why")

@@ -6,13 +6,18 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from aquilamoe.config.messages import UserError
 from aquilamoe.config.schema import ClusterConfig
 from aquilamoe.training.environment import WORKER_ENVIRONMENT
+
+if TYPE_CHECKING:
+    from ray.runtime_env import RuntimeEnv
 
 # Read by Ray when it is imported and when a session starts: no telemetry, no token file in the home folder, and workers
 # that get as much of the processor as this process would (Ray's own way is `nice 15`).
@@ -37,7 +42,7 @@ def start_session(cluster: ClusterConfig) -> None:
     import ray
 
     if cluster.address is not None:
-        _connect(cluster.address)
+        _connect(cluster.address, cluster.runtime_env)
         return
     if ray.is_initialized():
         return
@@ -74,14 +79,14 @@ def _in_a_thread_that_stays(start: Callable[[], object]) -> None:
     started.result()
 
 
-def _connect(address: str) -> None:
+def _connect(address: str, runtime_env: Mapping[str, Any]) -> None:
     import ray
 
+    environment = _runtime_environment(runtime_env)
     try:
         _knock(address)
         if ray.is_initialized():
             return
-        environment = {"env_vars": WORKER_ENVIRONMENT}
         ray.init(address=address, runtime_env=environment, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
@@ -89,6 +94,22 @@ def _connect(address: str) -> None:
             f"cluster.address: no Ray cluster answers at '{address}' ({reason}); start one with "
             "`ray start --head`, or use cluster=local"
         ) from None
+
+
+def _runtime_environment(configured: Mapping[str, Any]) -> "RuntimeEnv":
+    """What Ray gives the processes that it starts for this driver. UserError for what Ray does not take."""
+    from ray.runtime_env import RuntimeEnv
+
+    variables = {**WORKER_ENVIRONMENT, **(configured.get("env_vars") or {})}
+    for path in configured.get("py_modules") or []:
+        if "://" not in str(path) and not Path(path).is_dir():
+            raise UserError(
+                f"cluster.runtime_env.py_modules: there is no directory {Path(path).absolute()}; correct it"
+            )
+    try:
+        return RuntimeEnv(**{**configured, "env_vars": variables})
+    except (TypeError, ValueError) as error:
+        raise UserError(f"cluster.runtime_env: {' '.join(str(error).split())}; see Ray's page on runtime_env") from None
 
 
 def _knock(address: str) -> None:
