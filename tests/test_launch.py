@@ -3,6 +3,8 @@
 import json
 import os
 import pickle
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 
 from aquilamoe.config.messages import UserError
 from aquilamoe.config.schema import ClusterConfig, ModelConfig, PretrainStage
@@ -303,6 +306,49 @@ def is_training_worker(pid: int) -> bool:
         return b"RayTrainWorker" in Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:  # it ended while we looked
         return False
+
+
+SHIPPED = """
+import json, os, sys
+from pathlib import Path
+from aquilamoe.config.schema import ClusterConfig
+from aquilamoe.training import session
+
+session.start_session(ClusterConfig.model_validate(json.loads(sys.argv[1])))
+import ray
+
+@ray.remote(num_cpus=0)
+def seen():
+    import aquilamoe.only_in_this_copy as found
+    return found.__file__, found.SAYS, os.environ["A_WORD"], os.environ["GOMP_SPINCOUNT"]
+
+print(json.dumps(ray.get(seen.remote())))
+"""
+
+
+def test_workers_run_the_code_that_a_driver_sends_them_whatever_is_installed(address: str, tmp_path: Path) -> None:
+    package = Path(session.__file__).parent.parent
+    copy = shutil.copytree(package, tmp_path / "aquilamoe", ignore=shutil.ignore_patterns("__pycache__", "*.parquet"))
+    (copy / "only_in_this_copy.py").write_text("SAYS = 'sent'\n")
+    sent = cluster("ray", address=address, runtime_env={"py_modules": [str(copy)], "env_vars": {"A_WORD": "given"}})
+    words = [sys.executable, "-c", SHIPPED, sent.model_dump_json()]
+    answer = subprocess.run(words, env=os.environ | {"PYTHONPATH": str(package.parent)}, capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr
+    where, *found = json.loads(answer.stdout.splitlines()[-1])
+    assert found == ["sent", "given", WORKER_ENVIRONMENT["GOMP_SPINCOUNT"]]
+    assert "/runtime_resources/py_modules_files/" in where
+
+
+def test_a_runtime_environment_that_ray_does_not_take_is_one_line(tmp_path: Path) -> None:
+    for mistake, line in (
+        ({"py_modules": [str(tmp_path / "nowhere")]}, "cluster.runtime_env.py_modules: there is no directory /"),
+        ({"pip": 3}, "cluster.runtime_env: "),
+    ):
+        with pytest.raises(UserError, match=f"^{re.escape(line)}") as raised:
+            session.start_session(cluster("ray", address="auto", runtime_env=mistake))
+        assert "\n" not in str(raised.value)
+    with pytest.raises(ValidationError, match="without address; it is for the machines of a cluster"):
+        cluster("ray", runtime_env={"pip": ["x"]})
 
 
 def test_a_session_of_our_own_listens_on_loopback_only(address: str) -> None:
