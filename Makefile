@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: run smoke plan test check rehearse audit prove-smollm2 clean
+.PHONY: run smoke plan test check rehearse rehearse-cluster audit prove-smollm2 clean
 
 run: $(INSTALLED)
 	$(BIN)/python workflows/efficientscale.py
@@ -26,6 +26,10 @@ check: $(INSTALLED)
 # docker-compose.yml without Docker, as root: see docs/docker.md.
 rehearse: $(INSTALLED)
 	tools/rehearse_compose.sh
+
+# A Ray cluster of several raylets on this machine: one is killed, one comes, two are taken back with notice. Minutes.
+rehearse-cluster: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow tests/test_cluster.py
 
 # Ask PyPI's database of weaknesses about every pin, in an environment of its own; fails where it cannot be asked.
 audit:

@@ -1,5 +1,6 @@
 """Ray Train for real: the bytes of an in-process run, through a killed worker too; one session for the whole file."""
 
+import asyncio
 import json
 import os
 import pickle
@@ -427,6 +428,21 @@ def test_workers_that_are_lost_too_often_are_one_line_that_says_how_to_go_on() -
     assert isinstance(cause, UserError) and "\n" not in str(cause)
     assert str(cause).startswith("stage small: worker 1 was lost, and cluster.max_failures (2) ")
     assert "(The actor died unexpectedly.)" in str(cause)
+
+
+def test_what_is_lost_after_a_notice_is_no_failure_and_what_is_lost_later_is_one() -> None:
+    """The rank that waits for the one that is gone says something else than that, and may be heard first."""
+    lost = {0: RuntimeError("Connection closed by peer")}
+
+    async def failures_left(*events: str) -> int:
+        told = crew.Crew(cluster("ray", max_failures=3), "storage", "name", "label")
+        told.closed = True  # whoever asks for work is sent home at once
+        for event in events:
+            await {"warn": told.warn, "lost": partial(told.lost, lost), "new": partial(told.next, 0)}[event]()
+        return told.failures_left
+
+    for events, left in ((("lost",), 2), (("warn", "lost", "lost"), 3), (("warn", "lost", "new", "lost"), 2)):
+        assert asyncio.run(failures_left(*events)) == left
 
 
 def test_an_error_in_a_worker_that_is_nobodys_mistake_keeps_its_type() -> None:

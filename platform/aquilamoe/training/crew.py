@@ -37,6 +37,8 @@ TRAIN_ENVIRONMENT = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
+# An elastic group learns up to 20 s late for how many workers there is room: it must not wait long for what is gone.
+ELASTIC_ENVIRONMENT = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10"}
 WATCH_S = 5.0  # as often as Ray Train itself asks
 
 
@@ -61,14 +63,14 @@ class Crew:
         self.number, self.work, self.failures_left = 0, b"", cluster.max_failures
         self.outcome: Outcome | None = None  # of the work at hand
         self.end: Outcome | None = None  # of the whole crew
-        self.at_hand, self.stands, self.closed = False, False, False
+        self.at_hand, self.stands, self.closed, self.warned = False, False, False, False
         self.news = asyncio.Condition()
 
     async def start(self) -> None:
         """Start the workers and stay with them until they have ended."""
         import ray
 
-        os.environ.update(TRAIN_ENVIRONMENT)
+        os.environ.update(TRAIN_ENVIRONMENT | (ELASTIC_ENVIRONMENT if _is_elastic(self.cluster) else {}))
         if self.cluster.address is None:  # nobody takes away this machine, and the watcher is a process
             os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
         me = ray.get_runtime_context().current_actor
@@ -108,6 +110,8 @@ class Crew:
         """For workers: the next work after the number that this one has done, or None: go home."""
         async with self.news:
             self.stands = True
+            if not after:  # these workers are new, and what is said of a machine was said of others
+                self.warned = False
             await self.news.wait_for(lambda: self.closed or self._is_open(after))
             return None if self.closed else (self.number, self.work)
 
@@ -121,12 +125,20 @@ class Crew:
                 self.outcome = outcome
                 self.news.notify_all()
 
+    async def warn(self) -> None:
+        """For workers: the cluster takes back a machine of theirs. How they end then is no failure."""
+        self.warned = True
+
+    async def gone(self) -> None:
+        """For Ray Train's controller: it ends these workers."""
+        self.stands = False
+
     async def lost(self, failures: Mapping[int, BaseException]) -> None:
         """For Ray Train's controller: these ranks failed, and all are started again."""
         async with self.news:
             self.stands = False
-            if any(getattr(_lost(failure), "preempted", False) for failure in failures.values()):
-                return  # the cluster took a machine back, as it had announced
+            if self.warned or any(getattr(_lost(failure), "preempted", False) for failure in failures.values()):
+                return
             self.failures_left -= 1
             if self.failures_left < 0:
                 self.outcome = self.end = Outcome(failures=failures)
@@ -159,32 +171,41 @@ def _fit(cluster: ClusterConfig, storage: str, name: str, label: str, crew: "Act
             _serve,
             train_loop_config={"crew": crew, "label": label, "watch": cluster.address is not None},
             scaling_config=_scaling(cluster),
-            torch_config=_torch_config(cluster),
+            torch_config=_torch_config(cluster, crew),
             run_config=_run_config(storage, name, crew),
         ).fit()
     finally:
         shutil.rmtree(Path(storage, name), ignore_errors=True)
 
 
+def _is_elastic(cluster: ClusterConfig) -> bool:
+    return cluster.min_workers is not None and cluster.min_workers < cluster.workers
+
+
 def _scaling(cluster: ClusterConfig) -> "ScalingConfig":
     from ray.train import ScalingConfig
 
-    fewest = cluster.min_workers or cluster.workers
     return ScalingConfig(
-        num_workers=cluster.workers if fewest == cluster.workers else (fewest, cluster.workers),  # type: ignore[arg-type]
+        num_workers=(cluster.min_workers, cluster.workers) if _is_elastic(cluster) else cluster.workers,  # type: ignore[arg-type]
         use_gpu=cluster.gpus_per_worker > 0,
         resources_per_worker=resources_per_worker(cluster),
     )
 
 
-def _torch_config(cluster: ClusterConfig) -> "TorchConfig":
-    """Ray's process group; and workers that notice when they are told to end (in the main thread, as signals want)."""
+def _torch_config(cluster: ClusterConfig, crew: "ActorHandle[Crew]") -> "TorchConfig":
+    """Ray's process group; workers that notice when they are told to end (in the main thread, as signals want); and a
+    crew that knows when Ray Train lets them go, which is no failure where it expects that their machine will."""
+    import ray
     from ray.train.torch import TorchConfig
 
     class Backend(TorchConfig().backend_cls):  # type: ignore[misc]
         def on_training_start(self, worker_group: Any, backend_config: Any) -> None:
             super().on_training_start(worker_group, backend_config)
             worker_group.execute(notice.listen)
+
+        def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
+            ray.get(crew.gone.remote())
+            super().on_shutdown(worker_group, backend_config)
 
     class Config(TorchConfig):
         @property
@@ -240,7 +261,7 @@ def _serve(config: dict[str, Any]) -> None:
     place = context.get_world_rank(), context.get_world_size(), context.get_local_rank()
     rank = Rank(*place, notice.is_due, gauges.meter(config["label"]))
     if config["watch"]:
-        Thread(target=_watch, daemon=True).start()
+        Thread(target=_watch, args=(crew,), daemon=True).start()
     while (found := ray.get(crew.next.remote(number))) is not None:
         number, work = found
         outcome = perform(work, rank)
@@ -248,8 +269,9 @@ def _serve(config: dict[str, Any]) -> None:
             ray.get(crew.done.remote(number, outcome))
 
 
-def _watch() -> None:
+def _watch(crew: "ActorHandle[Crew]") -> None:
     """Pass on that the cluster takes back a machine of these workers; all ranks ask together."""
+    import ray
     from ray.train import get_preemption_info
 
     known = None
@@ -257,6 +279,7 @@ def _watch() -> None:
         while True:
             if (info := get_preemption_info()) is not None and info != known:
                 known = info
+                ray.get(crew.warn.remote())
                 notice.tell()
             time.sleep(WATCH_S)
 

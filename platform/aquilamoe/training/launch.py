@@ -172,12 +172,19 @@ class Workers:
 
 
 def _start_crew(cluster: ClusterConfig, storage: str, name: str, label: str) -> "ActorHandle[Crew]":
+    """Where this driver is: whatever other machine is lost, whoever starts workers anew is not."""
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     # Ray Train's own watcher over what a crew reserved looks its session up by this; without it, and with a second
     # session on the machine, it ends, and what the crew of a failed work had reserved is never given back.
-    session = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
-    options = {"num_cpus": 0, "max_concurrency": cluster.workers + 8, "runtime_env": {"env_vars": session}}
+    context = ray.get_runtime_context()
+    options = {
+        "num_cpus": 0,
+        "max_concurrency": cluster.workers + 8,
+        "runtime_env": {"env_vars": {"RAY_ADDRESS": context.gcs_address}},
+        "scheduling_strategy": NodeAffinitySchedulingStrategy(context.get_node_id(), soft=False),
+    }
     actor = ray.remote(Crew).options(**options)
     crew: Any = actor.remote(cluster, storage, name, label)
     crew.start.remote()
