@@ -154,6 +154,13 @@ def test_a_path_that_matches_nothing_is_named_with_the_place_it_was_looked_for(t
     assert "name its files" in refusal(stage_of(en=tmp_path / "folder"), tmp_path / "out")
 
 
+@pytest.mark.parametrize("name", ["../../{}", "embedded/../../../*.txt", "/etc/*.txt", "/{}"])
+def test_a_path_of_the_package_that_leads_out_of_it_is_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / "there.txt").write_text("text")
+    message = refusal(stage_of(en=f"package://{name.format(tmp_path / 'there.txt')}"), tmp_path / "out")
+    assert message.startswith("sources.en.path: '") and "leads out of the package; name a file in it" in message
+
+
 def test_a_file_of_unknown_kind_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("text\nhello\n")
     message = refusal(stage_of(en=tmp_path / "a.csv"), tmp_path / "out")

@@ -35,6 +35,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "tokenizer"
 
 
+@pytest.mark.parametrize(
+    "path", ["package://../../x", "package:///etc/x", "python://json/../../x", "python://json//etc/x"]
+)
+def test_a_path_of_a_package_that_leads_out_of_it_is_refused(path: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^tokenizer\.path: '.*x' leads out of the package; name a file in it"):
+        adopt_tokenizer(path, None, 300, tmp_path)
+
+
 @pytest.fixture(scope="module")
 def ranks(trained: Path) -> dict[bytes, int]:
     """Its vocabulary as ranks: the special token is 0, so that every rank is an id less one."""

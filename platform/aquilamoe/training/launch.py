@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from aquilamoe.config.messages import UserError
 from aquilamoe.config.schema import ClusterConfig
-from aquilamoe.training.crew import Crew, Outcome, cause
 from aquilamoe.training.session import Patience, start_session
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
+    from aquilamoe.training.crew import Crew, Outcome
     from aquilamoe.training.job import Job, Rank
 
 POLL_S, CLOSE_S = 1.0, 10.0
@@ -137,6 +137,8 @@ class Workers:
     def _outcome(self, name: str, work: Work) -> dict[str, Any]:
         import ray
 
+        from aquilamoe.training.crew import cause  # here: plans have no time for what it imports
+
         crew = self.crew.result()
         pending: Any = crew.do.options(name=name).remote(pickle.dumps(work))
         watch = Patience(self.cluster)
@@ -175,6 +177,8 @@ def _start_crew(cluster: ClusterConfig, storage: str, name: str, label: str) -> 
     """Where this driver is: whatever other machine is lost, whoever starts workers anew is not."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    from aquilamoe.training.crew import Crew
 
     # Ray Train's own watcher over what a crew reserved looks its session up by this; without it, and with a second
     # session on the machine, it ends, and what the crew of a failed work had reserved is never given back.
