@@ -16,6 +16,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from aquilamoe.config.schema import ModelConfig
+from ask_boards import plain
 from browser import Browser, missing
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -195,7 +196,7 @@ def command(environment: dict[str, str]) -> Command:
 @pytest.fixture(scope="session")
 def plain_query() -> Callable[[str], str]:
     """A query of a board as Prometheus knows it: with what Grafana puts in the place of its variables."""
-    return lambda query: re.sub(r"\$\w+", ".*", query.replace("$__rate_interval", "1m"))
+    return plain
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from aquilamoe.training import gauges
+from ask_boards import plain, questions
 
 FOLDER = Path(__file__).parent.parent / "dashboards"
 PROVISIONING = FOLDER / "grafana" / "provisioning"
@@ -134,6 +135,15 @@ def test_prometheus_understands_every_query(tmp_path: Path, plain_query: Callabl
     file.write_text(yaml.safe_dump({"groups": [{"name": "boards", "rules": rules}]}))
     done = subprocess.run(["promtool", "check", "rules", str(file)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_prometheus_is_asked_every_query_of_the_boards_without_their_variables() -> None:
+    asked = questions()
+    assert not [question for question in asked if "$" in question.query or "label_values" in question.query]
+    everything = [expression for path in BOARDS for expression in expressions(path)]
+    assert [question.query for question in asked if not question.title.startswith("$")] == list(map(plain, everything))
+    of_gpus = {question.title for question in asked if question.needs_gpu}
+    assert of_gpus == {"GPUs in use", "GPU utilisation", "GPU memory", "GPU power"}
 
 
 def test_the_list_of_metrics_of_a_query_leaves_out_functions_and_labels(metrics_of: Callable[[str], set[str]]) -> None:

@@ -259,11 +259,12 @@ def test_a_pipeline_is_a_parent_run_and_every_stage_a_child_with_its_curves(root
     assert parent.data.tags["stage.prepare"] == prepare.data.tags["fingerprint"]
     note = parent.data.tags["mlflow.note.content"]
     assert DESCRIPTION in note
-    assert f"(get-artifact?path=loss.png&run_uuid={parent.info.run_id})" in note
+    assert "prepare **7.700**" in note.splitlines()[2]
+    assert f"(get-artifact?path=loss.svg&run_uuid={parent.info.run_id})" in note
     assert "`index.html`, `lineage.html`" in note
     assert parent.data.metrics["final.loss_end.prepare"] == 7.7
     artifacts = client_of(driver.tracker.uri).list_artifacts(parent.info.run_id)
-    assert {file.path for file in artifacts} == {"recipe.json", "index.html", "lineage.html", "loss.png"}
+    assert {file.path for file in artifacts} == {"recipe.json", "index.html", "lineage.html", "loss.svg"}
 
 
 def test_checkpoints_are_models_that_point_to_directories_and_nothing_is_copied(root: Path) -> None:
@@ -714,6 +715,7 @@ def test_the_ui_command_opens_the_database_of_the_run(tmp_path: Path, monkeypatc
 
 def test_a_password_is_not_shown() -> None:
     assert connection.shown("http://me:secret@server:5000/x") == "server http://server:5000/x"
+    assert connection.shown("sqlite:////work/runs/mlflow.db") == "database sqlite:////work/runs/mlflow.db"
 
 
 def wait_for(condition: Any, limit_s: float = 120.0) -> None:

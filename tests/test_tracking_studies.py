@@ -44,6 +44,7 @@ def test_a_study_is_a_parent_with_its_findings_and_a_child_for_each_trial_and_is
     assert len(children) == 2 * 4
     (child,) = [run for run in children if run.info.run_name == "aki, seed 2"]
     assert child.data.params["method"] == "aki" and child.data.params["seed"] == "2" and child.data.tags["rank"] == "1"
+    assert next(iter(child.data.metrics)) == "objective", "what MLflow's page of ticked runs shows first"
     assert -0.12 < child.data.metrics["minus_baseline"] < -0.08
     curve = client.get_metric_history(child.info.run_id, "loss_by_tokens")
     assert (curve[0].step, curve[-1].step) == (0, 1_000_000) and curve[-1].value == child.data.metrics["objective"]

@@ -81,7 +81,7 @@ def plain(stage: StageProgress, now: float) -> str:
     if stage.tokens_per_s:
         parts.append(f"{rows.count(stage.tokens_per_s)} tokens/s")
     left = stage.seconds_left(now) if stage.tokens else None
-    return "  ".join([*parts, *([f"{rows.duration(round(left))} left"] if left is not None else [])])
+    return "  ".join([*parts, *([f"{rows.duration(round(left))} left"] if left is not None and left >= 1 else [])])
 
 
 def _bar_line(stage: StageProgress, names: int, now: float, width: int) -> Text:

@@ -85,7 +85,8 @@ def shown(uri: str) -> str:
     """A URI for people, without a password."""
     parts = urlsplit(uri)
     kind = "server" if parts.scheme in ("http", "https") else "database"
-    return f"{kind} {parts._replace(netloc=parts.netloc.rpartition('@')[2]).geturl()}"
+    host = parts.netloc.rpartition("@")[2]
+    return f"{kind} {uri.replace(parts.netloc, host, 1) if parts.netloc else uri}"
 
 
 def answers(uri: str) -> bool:

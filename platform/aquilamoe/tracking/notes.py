@@ -6,7 +6,7 @@ from typing import Any
 
 from aquilamoe.tracking.receipts import Pipeline, Stage, fingerprint_of
 
-FIGURE = "loss.png"  # of a report
+FIGURE = "loss.svg"  # of a report: as wide as a page of MLflow, which does not shrink pictures
 COLUMNS = ("stage", "kind", "parameters", "tokens", "loss at start", "at end", "seconds", "run")
 
 
@@ -28,7 +28,7 @@ def pipeline(
 
     pages: of its report, and the figure, which are artifacts of the pipeline's run.
     """
-    lines = [pipeline.receipt["description"], ""]
+    lines = [pipeline.receipt["description"], "", *_losses(records)]
     if any(page.name == FIGURE for page in pages):
         # Relative to MLflow's page, so that it is found under whatever address the server is reached.
         address = f"get-artifact?path={FIGURE}&run_uuid={pipeline.receipt['run_id']}"
@@ -43,6 +43,13 @@ def pipeline(
         cells = [name, record["kind"], *map(_figure, figures), _figure(record["seconds"]), identity]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _losses(records: Mapping[str, dict[str, Any]]) -> list[str]:
+    """The last losses on a line: MLflow shows only the beginning of a description at once."""
+    found = {name: record["metrics"].get("loss_end") for name, record in records.items()}
+    ends = [f"{name} **{loss:.3f}**" for name, loss in found.items() if isinstance(loss, float)]
+    return [f"Held-out loss at the end, nats per token: {', '.join(ends)}.", ""] if ends else []
 
 
 def _figure(value: Any) -> str:

@@ -257,5 +257,6 @@ class Tracker:
         if not late and not late_pipelines:
             return None
         points = sum(stage.count_unsent() for stage in late)
-        count = f"{points:,} points of {len(late)} stage{'s' if len(late) != 1 else ''}" if late else "the final status"
+        stages = f"{len(late)} stage{'s' if len(late) != 1 else ''}"
+        count = f"{points:,} points of {stages}" if points else f"news of {stages}" if late else "the final status"
         return f"tracking: {count} kept in {self.root / FOLDER}, will be sent by the next run ({self._problem})"

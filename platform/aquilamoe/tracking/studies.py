@@ -103,8 +103,12 @@ class _Delivery:
         runs = {}
         for trial in comparison.trials:
             run = children.get(trial.fingerprint)
-            runs[trial.name] = run.info.run_id if run is not None else self._create(trial, parent, experiment_id)
-            self._update(runs[trial.name], trial.metrics, trial.tags, run.data if run is not None else None)
+            run_id = run.info.run_id if run is not None else self._create(trial, parent, experiment_id)
+            # Before the curves: MLflow's comparison of ticked runs begins with the metric that it was told first.
+            self._update(run_id, trial.metrics, trial.tags, run.data if run is not None else None)
+            if run is None or run.info.status != "FINISHED":
+                self._finish(run_id, trial)
+            runs[trial.name] = run_id
         links = [f"[{name}](#/experiments/{experiment_id}/runs/{run_id})" for name, run_id in runs.items()]
         note = f"{comparison.note}\n\n**Runs:** {', '.join(links)}"[:MAX_NOTE]
         own = self.client.get_run(parent).data
@@ -158,18 +162,21 @@ class _Delivery:
         return found
 
     def _create(self, trial: Trial, parent: str, experiment_id: str) -> str:
-        """A child with its parameters and curves, which never change."""
-        from mlflow.entities import Metric
-
+        """A child with its parameters, which never change."""
         tags = {"mlflow.parentRunId": parent, "mlflow.runColor": trial.colour, "fingerprint": trial.fingerprint}
         run_id = str(self.client.create_run(experiment_id, _now_ms(), tags, run_name=trial.name).info.run_id)
         self._log_params(run_id, trial.params)
+        return run_id
+
+    def _finish(self, run_id: str, trial: Trial) -> None:
+        """The curves, which never change either; a run that has them is finished."""
+        from mlflow.entities import Metric
+
         now_ms = _now_ms()
         points = [Metric(key, v, now_ms, step) for key, curve in trial.curves.items() for step, v in curve]
         for start in range(0, len(points), BATCH):
             self.client.log_batch(run_id, metrics=points[start : start + BATCH])
         self.client.set_terminated(run_id, "FINISHED")
-        return run_id
 
     def _log_params(self, run_id: str, params: Mapping[str, str]) -> None:
         from mlflow.entities import Param

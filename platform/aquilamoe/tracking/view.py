@@ -50,7 +50,7 @@ def comparison_views(axes: Sequence[str]) -> dict[str, str]:
         {**_card("BAR", "objective"), "metricKey": "objective"},
     ]
     parallel = _card("PARALLEL", "what decides") | {
-        "selectedParams": [*axes, "learning_rate", "seed"],
+        "selectedParams": [*axes, "seed"],
         "selectedMetrics": ["objective"],
         "showAllRuns": True,
     }
