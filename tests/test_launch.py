@@ -17,6 +17,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import numpy as np
 import pytest
@@ -80,6 +81,7 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def address() -> Iterator[str]:
     """The address of one Ray session for all tests; none of its processes is left after it."""
     threads, environment = torch.get_num_threads(), dict(os.environ)
+    os.environ |= {"RAY_metrics_report_interval_ms": "1000"}  # not ten seconds
     session.start_session(cluster("ray", workers=2))
     import ray
 
@@ -277,6 +279,57 @@ def test_a_mistake_that_a_worker_finds_is_one_line_and_is_not_tried_again(
     assert len(workers_started(address)) == before  # those that stood were asked, once
     # What they had reserved is free again.
     assert launch(make_job(tokens, tmp_path / "next", cluster("ray", workers=2), steps=4), tmp_path)["steps"] == 4
+
+
+class Scraper(threading.Thread):
+    """Reads again and again what Prometheus would read there: by metric, the labels of all series that there were."""
+
+    def __init__(self, port: int) -> None:
+        super().__init__(daemon=True)
+        self.url, self.found = f"http://127.0.0.1:{port}/metrics", dict[str, set[str]]()
+        self.over = threading.Event()
+
+    def run(self) -> None:
+        while not self.over.wait(0.25):
+            with urlopen(self.url, timeout=30) as answer:
+                lines = answer.read().decode().splitlines()
+            for line in lines:
+                if line and not line.startswith("#"):
+                    name, _, labels = line.partition("{")
+                    self.found.setdefault(name.split()[0], set()).add(labels.partition("}")[0])
+
+    def __enter__(self) -> "Scraper":
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.over.set()
+        self.join()
+
+
+def test_rays_endpoint_has_every_metric_that_a_panel_asks_for(
+    tokens: Path, tmp_path: Path, address: str, queried_metrics: set[str]
+) -> None:
+    """But for those of GPUs, and Prometheus' own. Ray forgets a gauge soon when nobody sets it any more."""
+    import ray
+
+    of_others = ("ray_node_gpu", "ray_node_gram")
+    wanted = {name for name in queried_metrics if name != "up" and not name.startswith(of_others)}
+    assert len(wanted) > 30
+    (node,) = ray.nodes()
+    with Scraper(node["MetricsExportPort"]) as scraper:
+        launch(make_job(tokens, tmp_path / "small-123.partial", cluster("ray", workers=2), steps=200), tmp_path)
+        deadline = time.monotonic() + 30
+        while (missing := wanted - scraper.found.keys()) and time.monotonic() < deadline:
+            time.sleep(0.2)
+    assert not missing
+    ours = {
+        name: [labels for labels in series if 'fingerprint="123"' in labels] for name, series in scraper.found.items()
+    }
+    assert all('stage="small"' in labels for series in ours.values() for labels in series)
+    assert len(ours["ray_efficientscale_router_load"]) == 8  # of two layers four experts
+    tokens_of = ours["ray_efficientscale_tokens_total"]
+    assert all(any(f'rank="{rank}"' in labels for labels in tokens_of) for rank in (0, 1))
 
 
 def test_workers_have_the_settings_that_precede_torch(address: str) -> None:
