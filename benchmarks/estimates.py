@@ -11,15 +11,13 @@ import gc
 import statistics
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from aquilamoe.config.network import ModelConfig
-from aquilamoe.config.schema import ClusterConfig, PretrainStage
 from aquilamoe.estimates import memory
+from aquilamoe.training import example
 from aquilamoe.training import optimizer as optimizers
 from aquilamoe.training.job import Job
 from aquilamoe.training.parallel import Group, initialize
@@ -41,7 +39,7 @@ class Shape:
     vocabulary: int = 2048
 
     def job(self) -> Job:
-        model = ModelConfig(
+        return example.job(
             vocab_size=self.vocabulary,
             hidden_size=self.hidden,
             intermediate_size=self.neurons,
@@ -50,57 +48,15 @@ class Shape:
             num_key_value_heads=4,
             head_dim=self.hidden // 8,
             max_position_embeddings=1024,
-            rope_theta=1e4,
-            rms_norm_eps=1e-5,
-            initializer_range=0.02,
-            qkv_bias=True,
-            tie_word_embeddings=False,
             num_experts=self.experts,
-            num_experts_per_tok=2 if self.experts else 0,
-            moe_intermediate_size=self.neurons if self.experts else 0,
-        )
-        stage = PretrainStage.model_validate(
-            {
-                "kind": "pretrain",
-                "inputs": {"tokens": "tokens"},
-                "model": model.model_dump(),
-                "total_tokens": 10**6,
-                "equal_flops": None,
-                "batch_tokens": TOKENS,
-                "sequence_length": self.length,
-                "mixture": {"en": 1.0},
-                "learning_rate": 1e-3,
-                "precision": "fp32",
-                "optimizer_state": "reset",
-                "seed": 0,
-                "optimizer": {
-                    "name": "adamw",
-                    "betas": (0.9, 0.95),
-                    "momentum": 0.95,
-                    "eps": 1e-8,
-                    "weight_decay": 0.1,
-                    "max_grad_norm": 1.0,
-                },
-                "schedule": {"name": "constant", "warmup_tokens": 0, "decay_tokens": 0, "min_lr_ratio": 1.0},
-                "router": {"balance_loss_coeff": 0.001, "balance_scope": "global_batch", "z_loss_coeff": 0.01},
-                "validate_every_tokens": 10**6,
-                "validation_tokens": 1024,
-            }
-        )
-        cluster = ClusterConfig(
-            executor="process",
-            address=None,
-            workers=1,
-            cpus_per_worker=1,
-            gpus_per_worker=0,
-            gpu_memory_bytes=0,
-            max_failures=0,
+            total_tokens=10**6,
+            batch_tokens=TOKENS,
+            sequence_length=self.length,
+            learning_rate=1e-3,
+            router={"balance_loss_coeff": 0.001, "z_loss_coeff": 0.01},
+            validate_every_tokens=10**6,
             micro_batch_tokens=TOKENS,
-            checkpoint_every_tokens=10**9,
-            compile=False,
-            flops_per_s=1e9,
         )
-        return Job("benchmark", stage, model, Path(), None, Path(), 0, 0, cluster)
 
 
 CALIBRATION = Shape(128, 352, 4)

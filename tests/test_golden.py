@@ -8,14 +8,13 @@ import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from aquilamoe.config.schema import ClusterConfig, ModelConfig, PretrainStage
 from aquilamoe.data.tokens import TokenCounts, TokensRecord, write_record, write_token_file
+from aquilamoe.training import example
 from aquilamoe.training.job import Job
 from aquilamoe.training.loop import train
 
@@ -70,63 +69,27 @@ def write_tokens(folder: Path) -> None:
 
 
 def recipe(experts: int, tied: bool, folder: Path) -> Job:
-    model = ModelConfig(
+    return example.job(
+        folder,
+        folder / "out",
         vocab_size=VOCABULARY,
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         head_dim=8,
-        max_position_embeddings=32,
-        rope_theta=1e4,
-        rms_norm_eps=1e-5,
-        initializer_range=0.05,
-        qkv_bias=True,
         tie_word_embeddings=tied,
         num_experts=experts,
-        num_experts_per_tok=2 if experts else 0,
-    )
-    stage: dict[str, Any] = {
-        "kind": "pretrain",
-        "inputs": {"tokens": "tokens"},
-        "model": model,
-        "total_tokens": STEPS * ROWS * LENGTH,
-        "equal_flops": None,
-        "batch_tokens": ROWS * LENGTH,
-        "sequence_length": LENGTH,
-        "mixture": {"en": 2.0, "zh": 1.0},
-        "learning_rate": 0.02,
-        "precision": "fp32",
-        "optimizer_state": "reset",
-        "seed": 42,
-        "optimizer": {
-            "name": "adamw",
-            "betas": (0.9, 0.95),
-            "momentum": 0.95,
-            "eps": 1e-8,
-            "weight_decay": 0.5,
-            "max_grad_norm": 0.7,
-        },
-        "schedule": {"name": "cosine", "warmup_tokens": 256, "decay_tokens": 0, "min_lr_ratio": 0.1},
-        "router": {"balance_loss_coeff": 0.01, "balance_scope": "global_batch", "z_loss_coeff": 0.001},
-        "validate_every_tokens": 6 * ROWS * LENGTH,
-        "validation_tokens": 320,
-    }
-    cluster = ClusterConfig(
-        executor="process",
-        address=None,
-        workers=1,
-        cpus_per_worker=1,
-        gpus_per_worker=0,
-        gpu_memory_bytes=0,
-        max_failures=0,
+        total_tokens=STEPS * ROWS * LENGTH,
+        batch_tokens=ROWS * LENGTH,
+        sequence_length=LENGTH,
+        mixture={"en": 2.0, "zh": 1.0},
+        learning_rate=0.02,
+        seed=42,
+        optimizer={"weight_decay": 0.5, "max_grad_norm": 0.7},
+        schedule={"name": "cosine", "warmup_tokens": 256, "min_lr_ratio": 0.1},
+        validate_every_tokens=6 * ROWS * LENGTH,
+        validation_tokens=320,
         micro_batch_tokens=ROWS * LENGTH,
-        checkpoint_every_tokens=10**9,
-        compile=False,
-        flops_per_s=1e9,
     )
-    return Job("golden", PretrainStage.model_validate(stage), model, folder, None, folder / "out", 0, 0, cluster)
 
 
 CASES = {"dense": (0, False), "dense tied": (0, True), "moe": (4, False)}

@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from aquilamoe.config.schema import ClusterConfig, ModelConfig, PretrainStage, RouterConfig
+from aquilamoe.config.schema import ModelConfig, RouterConfig
 from aquilamoe.kernels.experts import count_rows
 from aquilamoe.model import Decoder, Routing
+from aquilamoe.training import example
 from aquilamoe.training import optimizer as optimizers
-from aquilamoe.training.job import Job, Rank
+from aquilamoe.training.job import Rank
 from aquilamoe.training.objective import RouterObjective, balance_loss, z_loss
 from aquilamoe.training.parallel import Group
 from aquilamoe.training.step import Stepper
@@ -27,19 +28,7 @@ LENGTH, ROWS = 12, 8
 ROUTER = RouterConfig(balance_loss_coeff=0.5, balance_scope="global_batch", z_loss_coeff=0.1)
 SCOPES = ("global_batch", "running", "micro_batch")
 MODELS = {"dense": 0, "moe": 4}
-CLUSTER = ClusterConfig(
-    executor="process",
-    address=None,
-    workers=1,
-    cpus_per_worker=1,
-    gpus_per_worker=0,
-    gpu_memory_bytes=0,
-    max_failures=0,
-    micro_batch_tokens=ROWS * LENGTH,
-    checkpoint_every_tokens=10_000,
-    compile=False,
-    flops_per_s=1e9,
-)
+CLUSTER = example.cluster()
 ALONE = Group(CLUSTER)
 
 
@@ -51,23 +40,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def model_config(experts: int) -> ModelConfig:
-    return ModelConfig(
-        vocab_size=64,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=4,
-        max_position_embeddings=32,
-        rope_theta=1e4,
-        rms_norm_eps=1e-5,
-        initializer_range=0.2,
-        qkv_bias=True,
-        tie_word_embeddings=False,
-        num_experts=experts,
-        num_experts_per_tok=2 if experts else 0,
-    )
+    return example.model(num_experts=experts, initializer_range=0.2)
 
 
 def stepper(
@@ -79,42 +52,22 @@ def stepper(
 ) -> Stepper:
     """A model, in float64 unless it is rounded, with everything that a step needs; the same weights each time."""
     config = model_config(experts)
-    stage = PretrainStage.model_validate(
-        {
-            "kind": "pretrain",
-            "inputs": {"tokens": "tokens"},
-            "model": config,
-            "total_tokens": 100 * ROWS * LENGTH,
-            "equal_flops": None,
-            "batch_tokens": ROWS * LENGTH,
-            "sequence_length": LENGTH,
-            "mixture": {"en": 1.0},
-            "learning_rate": 1e-2,
-            "precision": precision,
-            "optimizer_state": "reset",
-            "seed": 1,
-            "optimizer": {
-                "name": "adamw",
-                "betas": (0.9, 0.95),
-                "momentum": 0.95,
-                "eps": 1e-8,
-                "weight_decay": 0.1,
-                "max_grad_norm": 1.0,
-            },
-            "schedule": {"name": "constant", "warmup_tokens": 0, "decay_tokens": 0, "min_lr_ratio": 1.0},
-            "router": router,
-            "validate_every_tokens": 10_000,
-            "validation_tokens": LENGTH,
-        }
+    job = example.job(
+        network=config,
+        total_tokens=100 * ROWS * LENGTH,
+        batch_tokens=ROWS * LENGTH,
+        sequence_length=LENGTH,
+        learning_rate=1e-2,
+        precision=precision,
+        router=router,
+        validation_tokens=LENGTH,
+        micro_batch_tokens=micro_batch_rows * LENGTH,
     )
-    cluster = CLUSTER.model_copy(update={"micro_batch_tokens": micro_batch_rows * LENGTH})
     model = Decoder(config)
     model.initialize(7)
     if precision == "fp32":
         model.double()
-    here = Path()
-    job = Job("test", stage, config, here, None, here, 0, 0, cluster)
-    return Stepper(job, model, optimizers.build(model, stage.optimizer, 1e-2), Group(cluster, rank or Rank()))
+    return Stepper(job, model, optimizers.build(model, job.stage.optimizer, 1e-2), Group(job.cluster, rank or Rank()))
 
 
 def batch(seed: int = 3, rows: int = ROWS) -> np.ndarray:

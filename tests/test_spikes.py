@@ -17,10 +17,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from aquilamoe.config.messages import UserError
-from aquilamoe.config.schema import ClusterConfig, ModelConfig, PretrainStage
 from aquilamoe.data.loader import Batches
 from aquilamoe.data.tokens import TokenCounts, TokensRecord, write_record, write_token_file
-from aquilamoe.training import state
+from aquilamoe.training import example, state
 from aquilamoe.training.job import FIRST, Job, Rank
 from aquilamoe.training.loop import train
 from aquilamoe.training.metrics import PointsFile
@@ -36,15 +35,10 @@ MODEL = {
     "num_hidden_layers": 1,
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
-    "head_dim": 4,
     "max_position_embeddings": 16,
-    "rope_theta": 1e4,
-    "rms_norm_eps": 1e-5,
     "initializer_range": 0.1,
     "qkv_bias": False,
-    "tie_word_embeddings": False,
     "num_experts": 4,
-    "num_experts_per_tok": 2,
 }
 TIMES = {"time", "train/tokens_per_s", "train/data_wait_share", "val/seconds", "checkpoint/seconds"}
 
@@ -66,53 +60,21 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make_job(tokens: Path, out: Path, policy: str, limit: float | None = None, events: int = 10, every: int = 2) -> Job:
     """A job of STEPS steps with a checkpoint after each `every`."""
-    stage: dict[str, Any] = {
-        "kind": "pretrain",
-        "inputs": {"tokens": "tokens"},
-        "model": MODEL,
-        "total_tokens": STEPS * BATCH,
-        "equal_flops": None,
-        "batch_tokens": BATCH,
-        "sequence_length": LENGTH,
-        "mixture": {"en": 1.0},
-        "learning_rate": 0.01,
-        "precision": "fp32",
-        "optimizer_state": "reset",
-        "seed": 1,
-        "optimizer": {
-            "name": "adamw",
-            "betas": (0.9, 0.95),
-            "momentum": 0.95,
-            "eps": 1e-8,
-            "weight_decay": 0.1,
-            "max_grad_norm": 1.0,
-        },
-        "schedule": {"name": "constant", "warmup_tokens": 0, "decay_tokens": 0, "min_lr_ratio": 1.0},
-        "router": {
-            "balance_loss_coeff": 0.0,
-            "balance_scope": "global_batch",
-            "z_loss_coeff": 0.001,
-            "bias_update_rate": 0.01,
-        },
-        "spikes": {"policy": policy, "max_grad_norm": limit, "max_events": events},
-        "validate_every_tokens": 3 * BATCH,
-        "validation_tokens": 5 * LENGTH,  # which two ranks cannot divide
-    }
-    cluster = ClusterConfig(
-        executor="process",
-        address=None,
-        workers=1,
-        cpus_per_worker=1,
-        gpus_per_worker=0,
-        gpu_memory_bytes=0,
-        max_failures=0,
+    return example.job(
+        tokens,
+        out,
+        **MODEL,
+        total_tokens=STEPS * BATCH,
+        batch_tokens=BATCH,
+        sequence_length=LENGTH,
+        learning_rate=0.01,
+        router={"balance_loss_coeff": 0.0, "bias_update_rate": 0.01},
+        spikes={"policy": policy, "max_grad_norm": limit, "max_events": events},
+        validate_every_tokens=3 * BATCH,
+        validation_tokens=5 * LENGTH,  # which two ranks cannot divide
         micro_batch_tokens=BATCH,
         checkpoint_every_tokens=every * BATCH,
-        compile=False,
-        flops_per_s=1e9,
     )
-    model = ModelConfig.model_validate(MODEL)
-    return Job("small", PretrainStage.model_validate(stage), model, tokens, None, out, 0, 0, cluster)
 
 
 def sequences(tokens: Path, start: int, count: int) -> np.ndarray:

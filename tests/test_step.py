@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from aquilamoe.config.schema import ClusterConfig, ModelConfig, PretrainStage, RouterConfig
+from aquilamoe.config.schema import ModelConfig, RouterConfig
 from aquilamoe.kernels.experts import count_rows
 from aquilamoe.model import Decoder, MixtureOfExperts, Routing
+from aquilamoe.training import example
 from aquilamoe.training import optimizer as optimizers
-from aquilamoe.training.job import Job
 from aquilamoe.training.objective import RouterObjective
 from aquilamoe.training.parallel import Group
 from aquilamoe.training.router_bias import SelectionBias
@@ -23,27 +22,7 @@ from aquilamoe.training.router_load import RouterLoad
 from aquilamoe.training.step import Stepper
 
 LENGTH, ROWS = 8, 4
-CLUSTER = ClusterConfig(
-    executor="process",
-    address=None,
-    workers=1,
-    cpus_per_worker=1,
-    gpus_per_worker=0,
-    gpu_memory_bytes=0,
-    max_failures=0,
-    micro_batch_tokens=ROWS * LENGTH,
-    checkpoint_every_tokens=10_000,
-    compile=False,
-    flops_per_s=1e9,
-)
-ADAMW = {
-    "name": "adamw",
-    "betas": (0.9, 0.95),
-    "momentum": 0.95,
-    "eps": 1e-8,
-    "weight_decay": 0.1,
-    "max_grad_norm": 1e9,
-}
+CLUSTER = example.cluster()
 ROUTER = RouterConfig(balance_loss_coeff=0.1, balance_scope="global_batch", z_loss_coeff=0.1)
 Network = Callable[..., ModelConfig]
 
@@ -53,33 +32,20 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def stepper(config: ModelConfig, micro_batch_rows: int = ROWS, **changes: Any) -> Stepper:
     """Everything that a step needs; `changes` are fields of the stage."""
-    stage = PretrainStage.model_validate(
-        {
-            "kind": "pretrain",
-            "inputs": {"tokens": "tokens"},
-            "model": config,
-            "total_tokens": 100 * ROWS * LENGTH,
-            "equal_flops": None,
-            "batch_tokens": ROWS * LENGTH,
-            "sequence_length": LENGTH,
-            "mixture": {"en": 1.0},
-            "learning_rate": 1e-2,
-            "precision": "fp32",
-            "optimizer_state": "reset",
-            "seed": 1,
-            "optimizer": ADAMW,
-            "schedule": {"name": "constant", "warmup_tokens": 0, "decay_tokens": 0, "min_lr_ratio": 1.0},
-            "router": {"balance_loss_coeff": 0.0, "balance_scope": "global_batch", "z_loss_coeff": 0.0},
-            "validate_every_tokens": 10_000,
-            "validation_tokens": LENGTH,
-        }
-        | changes
-    )
-    cluster = CLUSTER.model_copy(update={"micro_batch_tokens": micro_batch_rows * LENGTH})
+    defaults: dict[str, Any] = {
+        "total_tokens": 100 * ROWS * LENGTH,
+        "batch_tokens": ROWS * LENGTH,
+        "sequence_length": LENGTH,
+        "learning_rate": 1e-2,
+        "optimizer": {"max_grad_norm": 1e9},
+        "router": {"balance_loss_coeff": 0.0, "z_loss_coeff": 0.0},
+        "validation_tokens": LENGTH,
+        "micro_batch_tokens": micro_batch_rows * LENGTH,
+    }
+    job = example.job(network=config, **defaults | changes)
     model = Decoder(config)
     model.initialize(7)
-    job = Job("test", stage, config, Path(), None, Path(), 0, 0, cluster)
-    return Stepper(job, model, optimizers.build(model, stage.optimizer, 1e-2), Group(cluster))
+    return Stepper(job, model, optimizers.build(model, job.stage.optimizer, 1e-2), Group(job.cluster))
 
 
 def batch(seed: int) -> np.ndarray:
@@ -207,7 +173,7 @@ def test_routers_are_weighed_and_counted_without_a_value_that_the_host_could_wai
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_a_step_with_rounded_parameters_moves_their_float32_originals(network: Network, name: str) -> None:
     """By the bf16 gradients of the rounded ones, and rounds what comes out anew."""
-    config, optimizer = network("mixtral"), ADAMW | {"name": name}
+    config, optimizer = network("mixtral"), {"max_grad_norm": 1e9, "name": name}
     trained = stepper(config, precision="bf16_master", optimizer=optimizer)
     twin = stepper(config, optimizer=optimizer)
     rounded = Decoder(config).to(torch.bfloat16)
