@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,9 @@ import torch
 from pydantic import ValidationError
 
 from aquilamoe.config.messages import UserError
-from aquilamoe.config.schema import ClusterConfig, ModelConfig, PretrainStage
+from aquilamoe.config.schema import ClusterConfig
 from aquilamoe.data.tokens import TokenCounts, TokensRecord, write_record, write_token_file
-from aquilamoe.training import crew, gauges, session, state
+from aquilamoe.training import crew, example, gauges, session, state
 from aquilamoe.training.environment import WORKER_ENVIRONMENT
 from aquilamoe.training.job import Job, Rank
 from aquilamoe.training.launch import has_workers, launch, release
@@ -36,28 +37,15 @@ from aquilamoe.training.loop import train
 # Ray Data, which Ray Train imports, warns of options of its own that nobody sets.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")
 
-VOCABULARY, LENGTH, ROWS = 64, 16, 8
-BATCH = LENGTH * ROWS
+VOCABULARY, BATCH = example.VOCABULARY, example.BATCH
 LISTENS = "0A"  # the state of a socket in /proc/net/tcp
 LOOPBACK = ("0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F")  # IPv4, IPv6, both
 LOSSES = ("train/loss", "train/balance_loss", "train/grad_norm", "val/loss", "val/loss/en", "val/loss/zh")
 
 
 def cluster(executor: str, workers: int = 1, **changes: Any) -> ClusterConfig:
-    fields: dict[str, Any] = {
-        "executor": executor,
-        "address": None,
-        "workers": workers,
-        "cpus_per_worker": 1,
-        "gpus_per_worker": 0,
-        "gpu_memory_bytes": 0,
-        "max_failures": 2,
-        "micro_batch_tokens": BATCH,
-        "checkpoint_every_tokens": 10 * BATCH,
-        "compile": False,
-        "flops_per_s": 1e9,
-    }
-    return ClusterConfig.model_validate(fields | changes)
+    every = {"max_failures": 2, "checkpoint_every_tokens": 10 * BATCH}
+    return example.cluster(**every | {"executor": executor, "workers": workers} | changes)
 
 
 LOCAL_PROCESS = cluster("process")
@@ -131,50 +119,14 @@ def workers_started(address: str) -> list[dict[str, Any]]:
 
 
 def make_job(tokens: Path, out: Path, on: ClusterConfig, experts: int = 4, steps: int = 20, **changes: Any) -> Job:
-    model = ModelConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=4,
-        max_position_embeddings=32,
-        rope_theta=1e4,
-        rms_norm_eps=1e-5,
-        initializer_range=0.05,
-        qkv_bias=True,
-        tie_word_embeddings=False,
-        num_experts=experts,
-        num_experts_per_tok=2,
-    )
     stage: dict[str, Any] = {
-        "kind": "pretrain",
-        "inputs": {"tokens": "tokens"},
-        "model": model,
         "total_tokens": steps * BATCH,
-        "equal_flops": None,
-        "batch_tokens": BATCH,
-        "sequence_length": LENGTH,
         "mixture": {"en": 2.0, "zh": 1.0},
-        "learning_rate": 0.005,
-        "precision": "fp32",
-        "optimizer_state": "reset",
         "seed": 42,
-        "optimizer": {
-            "name": "adamw",
-            "betas": (0.9, 0.95),
-            "momentum": 0.95,
-            "eps": 1e-8,
-            "weight_decay": 0.1,
-            "max_grad_norm": 1.0,
-        },
-        "schedule": {"name": "cosine", "warmup_tokens": 4 * BATCH, "decay_tokens": 0, "min_lr_ratio": 0.1},
-        "router": {"balance_loss_coeff": 0.01, "balance_scope": "global_batch", "z_loss_coeff": 0.001},
-        "validate_every_tokens": 10 * BATCH,
+        "schedule": {"name": "cosine", "warmup_tokens": 4 * BATCH, "min_lr_ratio": 0.1},
         "validation_tokens": 320,
     }
-    return Job("small", PretrainStage.model_validate(stage | changes), model, tokens, None, out, 0, 0, on)
+    return replace(example.job(tokens, out, num_experts=experts, **stage | changes), cluster=on)
 
 
 def points(out: Path) -> list[dict[str, Any]]:

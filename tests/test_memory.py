@@ -1,97 +1,50 @@
 """The memory that a plan foresees is what torch's allocator counts in a step of training."""
 
 import gc
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from pydantic import BaseModel
 from torch.profiler import ProfilerActivity, profile
 
-from aquilamoe.config.network import ModelConfig
-from aquilamoe.config.schema import ClusterConfig, PretrainStage
+from aquilamoe.config.schema import ClusterConfig
 from aquilamoe.config.steps import OptimizerConfig
 from aquilamoe.estimates import layouts, memory
 from aquilamoe.estimates.layouts import Training
 from aquilamoe.model import Decoder
+from aquilamoe.training import example
 from aquilamoe.training import optimizer as optimizers
 from aquilamoe.training.job import FIRST, Job, Rank
 from aquilamoe.training.parallel import Group, initialize
 from aquilamoe.training.step import Stepper
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-MODEL = {
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2}
+JOB: dict[str, Any] = {
     "vocab_size": 256,
     "hidden_size": 64,
     "intermediate_size": 160,
     "num_hidden_layers": 6,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
     "head_dim": 16,
     "max_position_embeddings": 2048,
-    "rope_theta": 1e4,
-    "rms_norm_eps": 1e-5,
     "initializer_range": 0.02,
-    "qkv_bias": True,
-    "tie_word_embeddings": False,
-    "num_experts": 0,
-    "num_experts_per_tok": 0,
-    "moe_intermediate_size": None,
-}
-EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2}
-STAGE: dict[str, Any] = {
-    "kind": "pretrain",
-    "inputs": {"tokens": "tokens"},
     "total_tokens": 10**6,
-    "equal_flops": None,
     "batch_tokens": 512,
     "sequence_length": 128,
-    "mixture": {"en": 1.0},
     "learning_rate": 1e-3,
-    "precision": "fp32",
-    "optimizer_state": "reset",
     "seed": 0,
-    "optimizer": {
-        "name": "adamw",
-        "betas": (0.9, 0.95),
-        "momentum": 0.95,
-        "eps": 1e-8,
-        "weight_decay": 0.1,
-        "max_grad_norm": 1.0,
-    },
-    "schedule": {"name": "constant", "warmup_tokens": 0, "decay_tokens": 0, "min_lr_ratio": 1.0},
-    "router": {"balance_loss_coeff": 0.001, "balance_scope": "global_batch", "z_loss_coeff": 0.01},
+    "router": {"balance_loss_coeff": 0.001, "z_loss_coeff": 0.01},
     "validate_every_tokens": 10**6,
     "validation_tokens": 1024,
-}
-CLUSTER = {
-    "executor": "process",
-    "address": None,
-    "workers": 1,
-    "cpus_per_worker": 1,
-    "gpus_per_worker": 0,
-    "gpu_memory_bytes": 0,
-    "max_failures": 0,
     "micro_batch_tokens": 512,
-    "checkpoint_every_tokens": 10**9,
-    "compile": False,
-    "flops_per_s": 1e9,
 }
 
 
 def make_job(**changes: Any) -> Job:
-    """A job of a step; `changes` are fields of the model, the stage or the cluster, by name."""
-
-    def values(of: Mapping[str, Any], config: type[BaseModel]) -> dict[str, Any]:
-        return {**of, **{key: value for key, value in changes.items() if key in config.model_fields}}
-
-    model, cluster = ModelConfig(**values(MODEL, ModelConfig)), ClusterConfig(**values(CLUSTER, ClusterConfig))
-    optimizer = OptimizerConfig(**values(STAGE["optimizer"], OptimizerConfig))
-    stage = PretrainStage(**{**values(STAGE, PretrainStage), "model": model, "optimizer": optimizer})
-    return Job("test", stage, model, Path(), None, Path(), 0, 0, cluster)
+    """A job of a step; `changes` are fields of the model, the stage, the optimizer or the cluster, by name."""
+    optimizer = {key: changes.pop(key) for key in OptimizerConfig.model_fields if key in changes}
+    return example.job(**JOB | changes, optimizer=optimizer)
 
 
 def counted(job: Job, rank: Rank = FIRST) -> int:
@@ -147,7 +100,7 @@ def test_the_most_that_a_step_takes_is_foreseen_within_a_tenth(name: str) -> Non
 
 def cluster(**changes: Any) -> ClusterConfig:
     gpus = {"workers": 16, "executor": "ray", "gpus_per_worker": 1, "gpu_memory_bytes": 10**9, "parallel": "fsdp"}
-    return ClusterConfig(**{**CLUSTER, **gpus, **changes})
+    return example.cluster(micro_batch_tokens=512, **{**gpus, **changes})
 
 
 def big(**changes: Any) -> Training:

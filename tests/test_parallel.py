@@ -19,11 +19,11 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from aquilamoe.config.messages import UserError
-from aquilamoe.config.schema import ClusterConfig, ModelConfig, PretrainStage
+from aquilamoe.config.schema import ModelConfig
 from aquilamoe.data.tokens import TokenCounts, TokensRecord, write_record, write_token_file
 from aquilamoe.model import Decoder
+from aquilamoe.training import example, state
 from aquilamoe.training import optimizer as optimizers
-from aquilamoe.training import state
 from aquilamoe.training.job import FIRST, Job, Rank
 from aquilamoe.training.loop import train
 from aquilamoe.training.objective import RouterObjective
@@ -138,66 +138,24 @@ def make_job(
     tokens: Path, out: Path, experts: int = 0, tied: bool = False, optimizer: str = "adamw", **changes: Any
 ) -> Job:
     """A job of STEPS steps; `changes` are fields of the stage or the cluster, by name."""
-    model = ModelConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=20,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=4,
-        max_position_embeddings=32,
-        rope_theta=1e4,
-        rms_norm_eps=1e-5,
-        initializer_range=0.1,
-        qkv_bias=True,
-        tie_word_embeddings=tied,
-        num_experts=experts,
-        num_experts_per_tok=2 if experts else 0,
-    )
-    stage: dict[str, Any] = {
-        "kind": "pretrain",
-        "inputs": {"tokens": "tokens"},
-        "model": model,
+    defaults: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "intermediate_size": 20,
+        "initializer_range": 0.1,
+        "tie_word_embeddings": tied,
+        "num_experts": experts,
         "total_tokens": STEPS * BATCH,
-        "equal_flops": None,
         "batch_tokens": BATCH,
         "sequence_length": LENGTH,
-        "mixture": {"en": 1.0},
         "learning_rate": 0.01,
-        "precision": "fp32",
-        "optimizer_state": "reset",
         "seed": 3,
-        "optimizer": {
-            "name": optimizer,
-            "betas": (0.9, 0.95),
-            "momentum": 0.95,
-            "eps": 1e-8,
-            "weight_decay": 0.1,
-            "max_grad_norm": 0.5,
-        },
-        "schedule": {"name": "constant", "warmup_tokens": 0, "decay_tokens": 0, "min_lr_ratio": 1.0},
-        "router": {"balance_loss_coeff": 0.01, "balance_scope": "global_batch", "z_loss_coeff": 0.001},
+        "optimizer": {"name": optimizer, "max_grad_norm": 0.5},
         "validate_every_tokens": 3 * BATCH,
         "validation_tokens": 160,
-    }
-    cluster: dict[str, Any] = {
-        "executor": "process",
-        "address": None,
         "workers": WORKERS,
-        "cpus_per_worker": 1,
-        "gpus_per_worker": 0,
-        "gpu_memory_bytes": 0,
-        "max_failures": 0,
         "micro_batch_tokens": BATCH,
-        "checkpoint_every_tokens": 10**9,
-        "compile": False,
-        "flops_per_s": 1e9,
     }
-    for key, value in changes.items():
-        (stage if key in stage else cluster)[key] = value
-    fields = PretrainStage.model_validate(stage), model, tokens, None, out, 0, 0, ClusterConfig.model_validate(cluster)
-    return Job("small", *fields)
+    return example.job(tokens, out, **defaults | changes)
 
 
 def losses(rank: Rank, job: Job) -> list[dict[str, float]]:
