@@ -243,12 +243,16 @@ class Scraper(threading.Thread):
 
     def run(self) -> None:
         while not self.over.wait(0.25):
-            with urlopen(self.url, timeout=30) as answer:
-                lines = answer.read().decode().splitlines()
-            for line in lines:
-                if line and not line.startswith("#"):
-                    name, _, labels = line.partition("{")
-                    self.found.setdefault(name.split()[0], set()).add(labels.partition("}")[0])
+            with suppress(OSError):  # the agent is busy
+                self.read()
+
+    def read(self) -> None:
+        with urlopen(self.url, timeout=30) as answer:
+            lines = answer.read().decode().splitlines()
+        for line in lines:
+            if line and not line.startswith("#"):
+                name, _, labels = line.partition("{")
+                self.found.setdefault(name.split()[0], set()).add(labels.partition("}")[0])
 
     def __enter__(self) -> "Scraper":
         self.start()
