@@ -143,7 +143,9 @@ def page(args: argparse.Namespace, megabytes: float, clean_s: float, alone: Seco
             f"{args.processes} processes on {os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f} (others were "
             "at work, too, as far as it exceeds the processes), medians.",
             "",
-            *(__doc__ or "").split("\n\n")[2:],
+            "```text",
+            *"\n\n".join((__doc__ or "").split("\n\n")[2:]).strip().splitlines(),
+            "```",
             "",
             "| what | seconds | MB/s | of the library's | CPU seconds | MB per CPU second | of the library's |",
             "|---|---|---|---|---|---|---|",

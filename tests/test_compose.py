@@ -16,6 +16,8 @@ import pytest
 import yaml
 
 import compose_file
+import rehearse_compose
+from aquilamoe.config import graph
 from compose_file import ComposeError, Service
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,6 +42,14 @@ def test_the_file_is_what_the_schema_of_the_compose_specification_says(file: dic
     assert compose_file.violations(file, schema) == []
     file = {**file, "services": {**file["services"], "x": {"image": "a", "comand": ["b"]}}}
     assert compose_file.violations(file, schema) != []
+
+
+def test_what_the_rehearsal_gives_the_driver_is_an_experiment_with_every_stage(
+    compose: Callable[..., dict[str, Any]],
+) -> None:
+    words = [word.replace("experiment=", "+experiment=") for word in rehearse_compose.WORDS]
+    nodes = graph.build(graph.parse(compose("cluster=compose", *words)))
+    assert nodes.keys() == compose()["stages"].keys()
 
 
 @pytest.mark.parametrize("name", SECRETS)
@@ -272,10 +282,10 @@ def server() -> Iterator[str]:
 
 def test_a_health_check_succeeds_for_what_answers_only(server: str) -> None:
     statuses = {}
-    for url in (f"{server}/", f"{server}/missing", "http://127.0.0.1:9/"):
-        words = [sys.executable, str(ROOT / "deploy" / "answers.py"), url]
+    for url in (f"{server}/", f"{server}/missing", "http://127.0.0.1:9/", f"{server}/ {server}/missing"):
+        words = [sys.executable, str(ROOT / "deploy" / "answers.py"), *url.split()]
         statuses[url] = subprocess.run(words, capture_output=True, timeout=60).returncode
-    assert list(statuses.values()) == [0, 1, 1]
+    assert list(statuses.values()) == [0, 1, 1, 1]
 
 
 # Kubernetes
