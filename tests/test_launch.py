@@ -70,13 +70,14 @@ def address() -> Iterator[str]:
     """The address of one Ray session for all tests; none of its processes is left after it."""
     threads, environment = torch.get_num_threads(), dict(os.environ)
     os.environ |= {"RAY_metrics_report_interval_ms": "1000"}  # not ten seconds
+    others = descendants(os.getpid())  # a browser of other tests
     session.start_session(cluster("ray", workers=2))
     import ray
 
-    started = descendants(os.getpid())
+    started = descendants(os.getpid()) - others
     assert len(started) > 3
     yield ray.get_runtime_context().gcs_address
-    started |= descendants(os.getpid())
+    started |= descendants(os.getpid()) - others
     release()
     ray.shutdown()
     torch.set_num_threads(threads)

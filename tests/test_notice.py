@@ -12,13 +12,14 @@ import sys, time
 from aquilamoe.training import notice
 notice.GRACE_S = 0.5
 notice.listen()
-print("listening", flush=True)
 if sys.argv[1] == "busy":
     with notice.at_work():
+        print("listening", flush=True)
         while not notice.is_due():
             time.sleep(0.01)
         print("saves", notice.is_due(), flush=True)
         time.sleep(20)
+print("listening", flush=True)
 time.sleep(20)
 """
 
