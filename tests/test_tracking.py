@@ -715,7 +715,7 @@ def test_the_ui_command_opens_the_database_of_the_run(tmp_path: Path, monkeypatc
 
 def test_a_password_is_not_shown() -> None:
     assert connection.shown("http://me:secret@server:5000/x") == "server http://server:5000/x"
-    assert connection.shown("sqlite:////work/runs/mlflow.db") == "database sqlite:////work/runs/mlflow.db"
+    assert connection.shown("sqlite:////data/runs/mlflow.db") == "database sqlite:////data/runs/mlflow.db"
 
 
 def wait_for(condition: Any, limit_s: float = 120.0) -> None:
