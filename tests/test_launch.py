@@ -33,6 +33,7 @@ from aquilamoe.training.environment import WORKER_ENVIRONMENT
 from aquilamoe.training.job import Job, Rank
 from aquilamoe.training.launch import has_workers, launch, release
 from aquilamoe.training.loop import train
+from processes import descendants, left_after
 
 # Ray Data, which Ray Train imports, warns of options of its own that nobody sets.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")
@@ -70,45 +71,20 @@ def address() -> Iterator[str]:
     """The address of one Ray session for all tests; none of its processes is left after it."""
     threads, environment = torch.get_num_threads(), dict(os.environ)
     os.environ |= {"RAY_metrics_report_interval_ms": "1000"}  # not ten seconds
-    others = descendants(os.getpid())  # a browser of other tests
+    others = descendants()  # a browser of other tests
     session.start_session(cluster("ray", workers=2))
     import ray
 
-    started = descendants(os.getpid()) - others
+    started = descendants() - others
     assert len(started) > 3
     yield ray.get_runtime_context().gcs_address
-    started |= descendants(os.getpid()) - others
+    started |= descendants() - others
     release()
     ray.shutdown()
     torch.set_num_threads(threads)
     os.environ.clear()
     os.environ.update(environment)
-    deadline = time.monotonic() + 60
-    while (left := {pid for pid in started if is_running(pid)}) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not left
-
-
-def descendants(pid: int) -> set[int]:
-    """Process ids below `pid`, from the kernel's list."""
-    parents: dict[int, int] = {}
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            parents[int(path.name)] = int((path / "stat").read_text().rpartition(")")[2].split()[1])
-        except OSError:  # it ended while we looked
-            continue
-    found, edge = set[int](), {pid}
-    while edge:
-        edge = {child for child, parent in parents.items() if parent in edge}
-        found |= edge
-    return found
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
+    assert not left_after(60, started)
 
 
 def workers_started(address: str) -> list[dict[str, Any]]:
@@ -366,7 +342,7 @@ def test_a_session_of_our_own_listens_on_loopback_only(address: str) -> None:
     with socket.create_server(("127.0.0.1", 0)):  # ours is seen
         assert listening({os.getpid()}) >= {LOOPBACK[0]}
     # The store at which workers of torch find each other listens everywhere, and cannot be told not to.
-    found = listening({pid for pid in descendants(os.getpid()) if not is_training_worker(pid)})
+    found = listening({process.pid for process in descendants() if not is_training_worker(process.pid)})
     assert found and found <= set(LOOPBACK), found
     assert address.startswith("127.0.0.1:")
 

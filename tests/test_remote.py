@@ -283,6 +283,20 @@ def test_storage_that_fails_does_not_stop_a_stage_and_is_told_once(
     assert caplog.text.count("training goes on") == 1
 
 
+def test_checkpoints_that_cannot_be_removed_do_not_fail_the_stage_that_is_finished(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    remote = Remote(str(tmp_path / "shared"))
+    here = in_progress(tmp_path / "a", remote, 10)
+    here.copy(here.partial / "checkpoints" / "step-000000010")
+    place = tmp_path / "shared" / here.place
+    place.rename(tmp_path / "elsewhere")
+    place.write_text("a file where a directory is expected")
+    here.forget()
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert f"cannot remove {here.place}" in line and "stays there; the stage is finished" in line
+
+
 def test_a_training_that_was_killed_goes_on_on_another_machine_and_ends_with_the_same_bytes(
     s3: str, tmp_path: Path, tiny: list[str], command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

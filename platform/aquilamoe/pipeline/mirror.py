@@ -107,5 +107,8 @@ class Mirror:
                 self.remote.remove(f"{self.place}/{name}")
 
     def forget(self) -> None:
-        """The stage is finished: nobody goes on from its checkpoints."""
-        self.remote.remove(self.place)
+        """The stage is finished: nobody goes on from its checkpoints. Those that cannot be removed only take space."""
+        try:
+            self.remote.remove(self.place)
+        except UserError as error:
+            log.warning("%s: %s stays there; the stage is finished, remove it when you can", error, self.place)
