@@ -211,6 +211,32 @@ def test_what_early_stopping_ended_is_remembered_among_the_same_trials_only(
     assert len(Field(tasks[:-1], Store(tmp_path), lambda *_: None).waiting()) == len(tasks) - 1
 
 
+class Surprise:
+    """Observes a trial that fails when its first stage starts, of something that was done to it."""
+
+    def __init__(self, done: Callable[[], Any]) -> None:
+        self.done = done
+
+    def stage_started(self, *_: Any) -> None:
+        self.done()
+        raise RuntimeError("cannot schedule new futures after shutdown")
+
+    stage_progress = stage_finished = stage_failed = lambda *_: None
+
+
+def test_what_goes_wrong_in_a_trial_that_was_stopped_is_no_failure_of_it(
+    expand: Callable[..., Union], compose: Composed, tmp_path: Path
+) -> None:
+    store = Store(tmp_path)
+    task, *_ = planning.tasks(expand(seeds=[1]), store, 1e9)
+    field = Field([task], store, lambda *_: None)
+    cluster = graph.parse(compose("cluster=local_process")).cluster
+    stop = partial(field.ended, task.name, stopped=Stopped(4096, 3.5))
+    for done in (stop, lambda: None):
+        trials.compute(task, store, cluster, field.logs, [Surprise(done)])
+        assert sorted(path.suffix for path in field.logs.iterdir()) == [".stopped" if done is stop else ".log"]
+
+
 def test_the_budget_is_that_of_the_compared_stage_in_tokens_or_flops(expand: Callable[..., Union]) -> None:
     for leaf in expand(budget={"tokens": 204_800, "flops": None}, seeds=[1]).leaves:
         if leaf.control is None:

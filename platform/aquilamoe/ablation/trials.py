@@ -74,7 +74,7 @@ class Field:
 
     def ended(self, name: str, lost: str | None = None, stopped: Stopped | None = None) -> None:
         """Pass on how a trial ended. lost: why there is no log of a failure."""
-        log = self.logs / f"{name}.log"
+        log, _ = _notes(self.logs, name)
         message = lost or (log.read_text(encoding="utf-8").split("\n")[0] if log.exists() else None)
         if message:
             self.failures[name] = Failure(message, log)
@@ -86,7 +86,7 @@ class Field:
             write_atomically(self.notes, json.dumps(plain, indent=1))
             self.logs.mkdir(parents=True, exist_ok=True)
             where = f"stopped early after {stopped.tokens:,} tokens, at a loss of {stopped.loss:.4f}"
-            (self.logs / f"{name}.stopped").write_text(f"{where}\n", encoding="utf-8")
+            _notes(self.logs, name)[1].write_text(f"{where}\n", encoding="utf-8")
             self.told(self.tasks[name], stopped)
         else:
             self.told(self.tasks[name], None)
@@ -95,6 +95,11 @@ class Field:
         if not self.notes.exists():
             return {}
         return {name: Stopped(**where) for name, where in json.loads(self.notes.read_text()).items()}
+
+
+def _notes(logs: Path, name: str) -> tuple[Path, Path]:
+    """Where it is written down that a trial failed, and that it was stopped early."""
+    return logs / f"{name}.log", logs / f"{name}.stopped"
 
 
 def run(
@@ -129,8 +134,9 @@ def run(
 
 def compute(task: Task, store: Store, cluster: ClusterConfig, logs: Path, observers: Sequence[Observer]) -> None:
     """Compute a task. What goes wrong would do so again if it were tried again: it is written down, not raised."""
-    log = logs / f"{task.name}.log"
-    log.unlink(missing_ok=True)
+    log, stopped = _notes(logs, task.name)
+    for note in (log, stopped):
+        note.unlink(missing_ok=True)
     try:
         # Ray Train's notes lie apart for each trial: whoever starts workers clears the folder of those before.
         with workers_for(cluster, store.root / "trials" / task.name, task.name, will_train=True):
@@ -142,6 +148,8 @@ def compute(task: Task, store: Store, cluster: ClusterConfig, logs: Path, observ
                 alone=lambda planned: store.stage_lock(planned.fingerprint),
             )
     except Exception as error:
+        if stopped.exists():  # its process is being ended, and threads of it find others gone
+            return
         logs.mkdir(parents=True, exist_ok=True)
         message = " ".join(str(error).split()) or type(error).__name__
         log.write_text(f"{message}\n\n{traceback.format_exc()}", encoding="utf-8")
