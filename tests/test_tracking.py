@@ -608,6 +608,32 @@ def test_a_server_that_comes_and_goes_loses_nothing_and_delays_nobody(
         assert [ancestor.stage for ancestor in ancestors] == ["prepare"]
 
 
+def test_curves_are_sent_the_less_often_the_more_of_the_processor_it_takes(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(observer, "SEND_EVERY_S", 0.01)
+    monkeypatch.setattr(observer, "SEND_SHARE", 0.05)
+    driver, sent = Driver(root), list[float]()
+    send = observer.Tracker._deliver
+
+    def busy(tracker: observer.Tracker) -> None:
+        began_s = time.thread_time()
+        send(tracker)
+        while time.thread_time() - began_s < 0.05:  # so that a second lies between two
+            pass
+        sent.append(time.monotonic())
+
+    partial = driver.start("prepare")
+    wait_for(lambda: receipt(root, partial).get("run_id"))
+    monkeypatch.setattr(observer.Tracker, "_deliver", busy)
+    for step in range(150):
+        driver.train(partial, range(step, step + 1))
+        time.sleep(0.01)
+    assert 1 <= len(sent) <= 3
+    driver.finish(partial)
+    assert driver.end() is None
+
+
 def test_a_server_that_takes_calls_but_never_answers_delays_nobody(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

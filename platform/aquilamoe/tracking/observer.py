@@ -15,8 +15,9 @@ from aquilamoe.pipeline.store import Record
 from aquilamoe.tracking.connection import Watch, answers, is_away, shown, tracking_uri
 from aquilamoe.tracking.receipts import FOLDER, Pipeline, Point, Receipt, Stage, finished_stage, key_of, undelivered
 
-SEND_EVERY_S = 2.0  # curves; the end of a stage is told at once
-QUIET_S = 30.0  # how long a server that did not answer is left alone
+SEND_EVERY_S = 2.0  # curves; the start and the end of a stage are told at once
+SEND_SHARE = 0.005  # of the time goes into sending curves, which is done less often if it takes more
+QUIET_S = 30.0  # but at least so often; and how long a server that did not answer is left alone
 FLUSH_S = 60.0  # how long the end of a pipeline waits for the last points
 # How long it waits for a slow server: so many seconds, or that share of what the pipeline took.
 SLOW_FLUSH_S, SLOW_FLUSH_SHARE = 5.0, 0.02
@@ -184,8 +185,15 @@ class Tracker:
             idle = not any(stage.dirty for stage in self._stages.values())
             urgent = self._take_events(None if idle else max(0.0, next_s - time.monotonic()))
             if urgent or time.monotonic() >= next_s:
+                began_s = time.thread_time()
                 self._deliver()
-                next_s = time.monotonic() + (QUIET_S if self._problem else SEND_EVERY_S)
+                next_s = time.monotonic() + self._pause_s(None if urgent else time.thread_time() - began_s)
+
+    def _pause_s(self, spent_s: float | None) -> float:
+        """How long curves wait for their next delivery; spent_s: of the processor, by one that had only curves."""
+        if self._problem:
+            return QUIET_S
+        return min(QUIET_S, max(SEND_EVERY_S, (spent_s or 0.0) / SEND_SHARE))
 
     def _take_events(self, timeout_s: float | None) -> bool:
         """Apply all events there are, waiting for the first; return whether one of them is urgent."""
