@@ -224,13 +224,15 @@ def measure(bench: Bench, modes: Sequence[str], rounds: int, tokens: int) -> Mea
     return measured
 
 
-def deliver_the_rest(bench: Bench, mode: str) -> tuple[int, int]:
-    """A next run, when the server of a mode is well again: points of all stages on disk, and those that arrived."""
+def deliver_the_rest(mode: str, uri: str, root: Path) -> None:
+    """A next run, when the server of a mode is well again: tell how many points of all stages on disk arrived.
+
+    In a process of its own: MLflow remembers where it once sent files to.
+    """
     from mlflow import MlflowClient
 
     from aquilamoe.pipeline.store import METRICS, read_points
 
-    root, uri = bench.folder / "runs", bench.uris[mode]
     tracker = tracker_of(uri, root)
     tracker.pipeline_started("next", "", {}, root)
     note = tracker.pipeline_finished(True, None)
@@ -241,7 +243,7 @@ def deliver_the_rest(bench: Bench, mode: str) -> tuple[int, int]:
     arrived = sum(len(client.get_metric_history(run.info.run_id, "train/loss")) for run in runs)
     stages = [root / "stages" / Path(run.data.tags["directory"]).name for run in runs]
     due = sum("train/loss" in point for stage in stages for point in read_points(stage / METRICS))
-    return due, arrived
+    print(f"{mode:<14} {arrived} of {due} points are in MLflow after the next run")
 
 
 def show(measured: Measurements, tokens: int) -> None:
@@ -289,7 +291,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="of the training")
     parser.add_argument("--modes", default=",".join(MODES), help="which of them; always also without tracking")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--rest", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.rest:
+        mode, uri, root = arguments.rest
+        deliver_the_rest(mode, uri, Path(root))
+        return
     if arguments.one:
         values, mode, uri, root = json.load(sys.stdin)
         print(json.dumps(asdict(train_one(values, mode, uri, Path(root)))))
@@ -313,8 +320,8 @@ def main() -> None:
                 database = "killed.db" if mode == "killed server" else "server.db"
                 port = int(bench.uris[mode].rpartition(":")[2])
                 with process(mlflow(folder, port, database), port, folder):
-                    due, arrived = deliver_the_rest(bench, mode)
-                print(f"{mode:<14} {arrived} of {due} points are in MLflow after the next run")
+                    words = [mode, bench.uris[mode], str(folder / "runs")]
+                    subprocess.run([sys.executable, __file__, "--rest", *words], check=True)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     sys.exit(0 if reached else 1)
