@@ -38,8 +38,8 @@ def make(nodes: Mapping[str, Node], store: Store) -> Plan:
     return {planned.name: planned for planned in planning.make(nodes, store, FLOPS_PER_S)}
 
 
-def publish(store: Store, *stages: Planned, seconds: float = 8.0, resumed: bool = False) -> None:
-    """What a run leaves of these stages, without their files."""
+def publish(store: Store, *stages: Planned, seconds: float = 8.0, resumed: bool = False, old: bool = False) -> None:
+    """What a run leaves of these stages, without their files. old: before records told the work of a training."""
     for number, planned in enumerate(stages):
         partial = store.partial(planned.name, planned.fingerprint)
         partial.mkdir(parents=True, exist_ok=True)
@@ -52,6 +52,7 @@ def publish(store: Store, *stages: Planned, seconds: float = 8.0, resumed: bool 
             "finished": f"2026-01-01T00:00:{number:02}",
             "seconds": seconds,
             "resumed": resumed,
+            **({} if old else {"work": planned.estimate.work}),
         }
         store.publish(partial, record)
 
@@ -62,6 +63,11 @@ def trained(node: Node) -> dict[str, int]:
         return {}
     params = {"params_total": node.model.num_params, "params_active": node.model.num_active_params}
     return {"flops": node.flops, "tokens": node.tokens, **params}
+
+
+def work(planned: Planned) -> float:
+    assert planned.estimate.work is not None
+    return planned.estimate.work
 
 
 def those_that_run(plan: Plan) -> set[str]:
@@ -254,6 +260,15 @@ def test_a_training_that_never_ran_is_expected_at_the_speed_of_the_others(
     prepare = plan()["prepare"]
     publish(store, prepare, seconds=10.0)
     dense = plan()["dense"]
+    assert dense.seconds == pytest.approx(10.0 * work(dense) / work(prepare))
+    # It is wider, and a FLOP of a wider model takes less.
+    assert dense.seconds < 0.95 * 10.0 * dense.node.flops / prepare.node.flops
+
+
+def test_records_that_do_not_tell_their_work_are_compared_by_flops(plan: Callable[..., Plan], store: Store) -> None:
+    prepare = plan()["prepare"]
+    publish(store, prepare, seconds=10.0, old=True)
+    dense = plan()["dense"]
     assert dense.seconds == pytest.approx(10.0 * dense.node.flops / prepare.node.flops)
 
 
@@ -261,10 +276,10 @@ def test_of_several_trainings_the_most_alike_says_how_fast_another_is(plan: Call
     publish(store, plan()["prepare"], seconds=10.0)
     publish(store, plan()["moe"], seconds=1000.0)
     small, dense = plan()["prepare"], plan()["dense"]
-    assert dense.seconds == pytest.approx(10.0 * dense.node.flops / small.node.flops)
+    assert dense.seconds == pytest.approx(10.0 * work(dense) / work(small))
     publish(store, dense, seconds=50.0)
     control = plan()["control"]  # the small model: nearer to prepare, however many tokens it has
-    assert control.seconds == pytest.approx(10.0 * control.node.flops / small.node.flops)
+    assert control.seconds == pytest.approx(10.0 * work(control) / work(small))
 
 
 def test_another_stage_is_expected_to_take_what_it_took(plan: Callable[..., Plan], store: Store) -> None:

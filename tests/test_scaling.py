@@ -57,9 +57,9 @@ def test_the_small_7b_has_the_7bs_shares_of_tokens_and_of_rates(nodes: Callable[
     large, small = trained(nodes("+experiment=7b")), trained(nodes("+experiment=7b_mini"))
     for name, stage in large.items():
         mini = small[name]
-        assert mini.total_tokens == stage.total_tokens // 1_000_000 if stage.total_tokens else False
-        assert mini.schedule.warmup_tokens == stage.schedule.warmup_tokens // 1_000_000
-        assert mini.schedule.decay_tokens == stage.schedule.decay_tokens // 1_000_000
+        assert mini.total_tokens == stage.total_tokens // 2_000_000 if stage.total_tokens else False
+        assert mini.schedule.warmup_tokens == stage.schedule.warmup_tokens // 2_000_000
+        assert mini.schedule.decay_tokens == stage.schedule.decay_tokens // 2_000_000
         assert (mini.batch_tokens, mini.sequence_length) == (stage.batch_tokens // 3072, stage.sequence_length // 32)
         assert mini.learning_rate == pytest.approx(2.5 * stage.learning_rate)
         assert (mini.optimizer, mini.router) == (stage.optimizer, stage.router)

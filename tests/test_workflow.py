@@ -339,6 +339,12 @@ class Driver:
                 os.kill(process, signal.SIGKILL)
         self.process.communicate()
 
+    def said(self) -> tuple[int, list[str]]:
+        """Its exit status, when it has ended, and the lines of its standard error."""
+        _, stderr = self.process.communicate(timeout=400)
+        lines = [line for line in stderr.splitlines() if not line.startswith("waiting for workers: ")]
+        return self.process.returncode, lines
+
     def processes(self, name: str = "") -> list[int]:
         """Those alive whose command begins with `name`."""
         found = []
@@ -350,7 +356,7 @@ class Driver:
         return found
 
 
-def test_a_run_on_ray_whose_driver_is_killed_ends_with_the_bytes_of_one_without_ray(
+def test_a_run_on_ray_whose_driver_is_terminated_and_killed_ends_with_the_bytes_of_one_without_ray(
     base: Path,
     environment: dict[str, str],
     tmp_path: Path,
@@ -363,21 +369,23 @@ def test_a_run_on_ray_whose_driver_is_killed_ends_with_the_bytes_of_one_without_
         *("cluster=local", "tracking.enabled=false", "report.chain=[prepare]", "report.control=null"),
         *(f"stages.{stage}=null" for stage in later),
     ]
-    trap = tmp_path / "trap"
-    in_training = ambush(r"prepare-\w+\.partial/checkpoints/.*step-0*8\b", str(trap))
-    with Driver(words, tmp_path, environment | in_training) as driver:
-        wait_for(trap.exists, driver.process)
-        assert driver.processes("ray::RayTrainWorker")
-        driver.process.kill()
-        driver.process.wait()
-        # Ray's agents stay for a minute; what matters is that nobody writes to the stage any more.
-        wait_for(lambda: not driver.processes("ray::RayTrainWorker"), limit_s=120)
-        assert list((tmp_path / "runs" / "stages").glob("prepare-*.partial"))
-        with Driver(words, tmp_path, environment) as again:
-            _, stderr = again.process.communicate(timeout=400)
-            said = [line for line in stderr.splitlines() if not line.startswith("waiting for workers: ")]
-            assert (again.process.returncode, said) == (0, [])
-            wait_for(lambda: not again.processes(), limit_s=120)
+    for signal_sent, status, expected in (
+        (signal.SIGTERM, 128 + signal.SIGTERM, ["", "interrupted; the same command continues where this stopped"]),
+        (signal.SIGKILL, -signal.SIGKILL, []),
+    ):
+        trap = tmp_path / signal_sent.name
+        in_training = ambush(r"prepare-\w+\.partial/checkpoints/.*step-0*8\b", str(trap))
+        with Driver(words, tmp_path, environment | in_training) as driver:
+            wait_for(trap.exists, driver.process)
+            assert driver.processes("ray::RayTrainWorker")
+            driver.process.send_signal(signal_sent)
+            assert driver.said() == (status, expected)
+            # Ray's agents stay for a minute; what matters is that nobody writes to the stage any more.
+            wait_for(lambda: not driver.processes("ray::RayTrainWorker"), limit_s=120)
+            assert list((tmp_path / "runs" / "stages").glob("prepare-*.partial"))
+    with Driver(words, tmp_path, environment) as again:
+        assert again.said() == (0, [])
+        wait_for(lambda: not again.processes(), limit_s=120)
     ours, theirs = weights_and_metrics(tmp_path), weights_and_metrics(base)
     assert ours == {name: theirs[name] for name in ours}
     (prepare,) = (record for record in outputs(tmp_path).values() if record["stage"] == "prepare")

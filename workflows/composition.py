@@ -4,8 +4,10 @@ import logging
 import os
 import re
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,8 @@ def run(config_name: str, execute: Execute, optional_groups: Sequence[str] = (),
     optional_groups: groups that the defaults leave out: both `experiment=x` and Hydra's own `+experiment=x` work.
     paths: keys whose values are taken as they are typed, whatever characters are in them.
     """
+    ended_by = [signal.SIGINT]
+    signal.signal(signal.SIGTERM, partial(_interrupt, ended_by))
     typed = shlex.join(["python", os.path.relpath(sys.argv[0], CONF.parent), *sys.argv[1:]])
     command = without_passwords(typed)
     sys.argv[1:] = [_normalized(word, optional_groups, paths) for word in sys.argv[1:]]
@@ -43,7 +47,13 @@ def run(config_name: str, execute: Execute, optional_groups: Sequence[str] = (),
     except KeyboardInterrupt as interruption:
         remedy = str(interruption) or "the same command continues where this stopped"
         print(f"\ninterrupted; {remedy}", file=sys.stderr)
-        raise SystemExit(130) from None
+        raise SystemExit(128 + ended_by[-1]) from None
+
+
+def _interrupt(ended_by: list[signal.Signals], number: int, _: object) -> None:
+    """A scheduler that takes back the machine ends a run as Ctrl-C does."""
+    ended_by.append(signal.Signals(number))
+    raise KeyboardInterrupt
 
 
 def _normalized(word: str, optional_groups: Sequence[str], paths: Sequence[str]) -> str:

@@ -163,10 +163,12 @@ def _expected_seconds(
         others = [record for record in _all_training(store) if _on(record, devices)]
         comparable = _most_alike(node, others) or others
     records = [record for record in comparable if record["metrics"].get("flops")]
-    if records:
-        speed = sum(record["metrics"]["flops"] for record in records) / sum(record["seconds"] for record in records)
-        return node.flops / speed
-    return node.flops / flops_per_s
+    if not records:
+        return node.flops / flops_per_s
+    seconds = sum(record["seconds"] for record in records)
+    if estimate.work and all(record.get("work") for record in records):
+        return float(seconds * estimate.work / sum(record["work"] for record in records))
+    return float(seconds * node.flops / sum(record["metrics"]["flops"] for record in records))
 
 
 def _all_training(store: Store) -> list[Record]:

@@ -133,6 +133,7 @@ def _execute(
         "finished": finished.isoformat(timespec="milliseconds"),
         "seconds": seconds,
         "resumed": resumed,
+        "work": planned.estimate.work,
     }
     spent = attempts.cost(seconds) + ledger.Cost(flops=planned.node.flops)
     known = [output.record for output in done.values()]

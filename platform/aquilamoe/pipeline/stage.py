@@ -53,10 +53,11 @@ class Context:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What is known of a stage before it runs. `work` names what a speed is learned from, e.g. model FLOPs."""
+    """What is known of a stage before it runs. work: of training, what its time grows with (`estimates.work`)."""
 
     disk_bytes: int = 0
     seconds: float | None = None
+    work: float | None = None
 
 
 class StageModule(Protocol):

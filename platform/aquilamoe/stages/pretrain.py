@@ -4,6 +4,7 @@ from typing import cast
 
 from aquilamoe.config.graph import Node
 from aquilamoe.config.schema import PretrainStage
+from aquilamoe.estimates.work import per_token
 from aquilamoe.pipeline.stage import Context, Estimate, Metrics
 from aquilamoe.pipeline.store import read_points
 
@@ -16,7 +17,8 @@ BYTES_PER_PARAMETER = 12
 
 def estimate(node: Node) -> Estimate:
     assert node.model is not None
-    return Estimate(disk_bytes=node.model.num_params * BYTES_PER_PARAMETER)
+    work = node.tokens * per_token(node.model, cast(PretrainStage, node.stage))
+    return Estimate(disk_bytes=node.model.num_params * BYTES_PER_PARAMETER, work=work)
 
 
 def run(context: Context) -> Metrics:

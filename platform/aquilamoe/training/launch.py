@@ -3,6 +3,7 @@
 import os
 import pickle
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -140,6 +141,8 @@ class Workers:
         from aquilamoe.training.crew import cause  # here: plans have no time for what it imports
 
         crew = self.crew.result()
+        if threading.current_thread() is threading.main_thread():  # Ray's own answer to SIGTERM ends all at once
+            signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM) or signal.SIG_DFL)
         pending: Any = crew.do.options(name=name).remote(pickle.dumps(work))
         watch = Patience(self.cluster)
         while not ray.wait([pending], timeout=POLL_S)[0]:

@@ -1,0 +1,21 @@
+"""What the time of a training grows with: from one that was measured, another on the same device is foretold."""
+
+from aquilamoe.config.network import ModelConfig
+from aquilamoe.config.schema import PretrainStage
+from aquilamoe.estimates.activations import FLOAT, PRECISIONS, Pass, cast_bytes, layer_bytes
+from aquilamoe.estimates.memory import kinds
+from aquilamoe.kernels.choice import Kernels
+
+# Products of small matrices wait for memory: a byte of what a forward pass keeps takes as long as so many FLOPs.
+# Of large models it is a hundredth. `benchmarks/estimates.py` shows what becomes of it, in float32 on one core.
+FLOPS_A_BYTE = 100.0
+
+
+def per_token(model: ModelConfig, stage: PretrainStage) -> float:
+    """FLOPs of a token, those of the model and those that activations and logits are worth."""
+    run = Pass(1, stage.sequence_length, "cpu", PRECISIONS[stage.precision], Kernels("auto", "auto"))
+    kept = sum(
+        number * (layer_bytes(model, layer, run) - cast_bytes(model, layer, run))
+        for layer, number in kinds(model).items()
+    )
+    return model.flops_per_token(run.length) + FLOPS_A_BYTE * (kept / run.tokens + FLOAT * model.vocab_size)
