@@ -1,10 +1,13 @@
 """Processes that tests start, and all that those start. Others get the numbers of ended ones: psutil knows."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 
 from psutil import STATUS_ZOMBIE, NoSuchProcess, Process
+
+# Of raylets. They outlive these by a minute, in which their last word to a server that has ended waits for an answer.
+AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 
 
 def descendants(pid: int | None = None) -> set[Process]:
@@ -14,17 +17,26 @@ def descendants(pid: int | None = None) -> set[Process]:
     return set()
 
 
+def of(pids: Iterable[int]) -> Iterator[Process]:
+    """Those of these that still are."""
+    for pid in pids:
+        with suppress(NoSuchProcess):
+            yield Process(pid)
+
+
 def left_after(seconds: float, started: Iterable[Process]) -> list[str]:
-    """The command lines of those that are still there so long from now; returns as soon as none is."""
+    """The command lines of those that are still there so long from now, but for agents; returns when none is."""
+    started = list(started)
     deadline = time.monotonic() + seconds
-    while (left := [process for process in started if _is_running(process)]) and time.monotonic() < deadline:
+    while (left := [process for process in started if _is_at_work(process)]) and time.monotonic() < deadline:
         time.sleep(0.05)
     return [said for process in left if (said := command(process))]
 
 
-def _is_running(process: Process) -> bool:
+def _is_at_work(process: Process) -> bool:
     with suppress(NoSuchProcess):
-        return bool(process.is_running() and process.status() != STATUS_ZOMBIE)
+        alive = process.is_running() and process.status() != STATUS_ZOMBIE
+        return bool(alive and not command(process).startswith(AGENTS))
     return False
 
 
