@@ -16,7 +16,7 @@ from aquilamoe.tracking.connection import Watch, answers, is_away, shown, tracki
 from aquilamoe.tracking.receipts import FOLDER, Pipeline, Point, Receipt, Stage, finished_stage, key_of, undelivered
 
 SEND_EVERY_S = 2.0  # curves; the start and the end of a stage are told at once
-SEND_SHARE = 0.005  # of the time goes into sending curves, which is done less often if it takes more
+SEND_SHARE = 0.002  # of the time goes into sending curves, which is done less often if it takes more
 QUIET_S = 30.0  # but at least so often; and how long a server that did not answer is left alone
 FLUSH_S = 60.0  # how long the end of a pipeline waits for the last points
 # How long it waits for a slow server: so many seconds, or that share of what the pipeline took.
