@@ -12,7 +12,8 @@ PYTHON=.venv/bin/python
 HERE=.rehearsal
 DCLINT=3.1.0
 
-lacks() { echo "error: $1" >&2; exit 1; }
+# 77: what the rehearsal needs cannot be had here, which says nothing about docker-compose.yml.
+lacks() { echo "error: $1" >&2; exit 77; }
 
 [ -x "$PYTHON" ] || lacks "there is no $PYTHON; run \`make test\` once, which installs"
 [ "$(id -u)" = 0 ] || lacks "the rehearsal makes namespaces and needs root; run it as root"
@@ -40,7 +41,7 @@ if [ ! -f "$HERE/compose-spec.json" ]; then
     mv "$HERE/compose-spec.json.new" "$HERE/compose-spec.json"
 fi
 env RAY_TOKEN=x POSTGRES_PASSWORD=x S3_SECRET_KEY=x GRAFANA_PASSWORD=x \
-    "$PYTHON" tools/compose_file.py check --schema "$HERE/compose-spec.json" || lacks "docker-compose.yml is not valid"
+    "$PYTHON" tools/compose_file.py check --schema "$HERE/compose-spec.json" || { echo "error: docker-compose.yml is not valid" >&2; exit 1; }
 # With the first process of the namespaces all others end, and it ends with unshare, which hears no other signal.
 folder=$(mktemp --directory --tmpdir rehearsal-XXXXXXXX)
 chmod 755 "$folder"
