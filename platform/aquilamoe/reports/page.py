@@ -110,7 +110,7 @@ def _facts(records: Mapping[str, Record], chain: Sequence[str]) -> list[tuple[st
         (count(total), "parameters at the end" + (f", {count(active)} active" if active != total else "")),
         (count(finding.trained_tokens(records, chain)), "tokens along the chain"),
         (power(metric(record, "lineage_flops")), "model FLOPs along the chain"),
-        (f"{seconds(sum(times))} s", "for all stages, the control included" if len(times) > 1 else "in all"),
+        (f"{seconds(sum(times))} s", "for all stages" if len(times) > 1 else "in all"),
     ]
     return [(value, what) for value, what in facts if not value.startswith(ABSENT)]
 
