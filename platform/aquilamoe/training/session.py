@@ -149,7 +149,7 @@ def _workers(cluster: ClusterConfig) -> str:
 
 
 def _listed(resources: dict[str, float]) -> str:
-    return " and ".join(f"{amount:g} {name}s" for name, amount in resources.items())
+    return " and ".join(f"{amount:g} {name}{'' if amount == 1 else 's'}" for name, amount in resources.items())
 
 
 class Patience:
