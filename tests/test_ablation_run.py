@@ -108,6 +108,22 @@ def test_shared_stages_run_once_a_second_run_finds_all_and_a_failed_variant_cost
     assert len(failed) == 2 and all("is nan at step" in line or "is inf at step" in line for line in failed)
 
 
+def test_what_another_machine_has_computed_is_fetched_from_the_remote(start: Start, tmp_path: Path) -> None:
+    remote = f"paths.remote={tmp_path / 'shared'}"
+    finished(start(["seeds=1", remote]))
+    computed, found = outputs(tmp_path), results(tmp_path)
+    (tmp_path / "runs").rename(tmp_path / "elsewhere")
+    planned = finished(start(["seeds=1", remote, "action=plan"]))
+    assert re.search(r"^(\d+) stages, \1 of them there", planned, re.MULTILINE)
+    finished(start(["seeds=1", remote]))
+    assert outputs(tmp_path) == computed and results(tmp_path) == found
+    records = (tmp_path / "runs" / "stages").glob("*/record.json")
+    assert all(
+        path.read_bytes() == (tmp_path / "elsewhere" / path.relative_to(tmp_path / "runs")).read_bytes()
+        for path in records
+    )
+
+
 # Runs commands one after the other in one process, and says whether Ray still reserves anything after them.
 IN_ONE_PROCESS = """
 import json, runpy, sys, time

@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "pipeline": {"config"},
     # Of training only the session that trials run in; of weights only what files say of themselves.
     "ablation": {"config", "lineage", "pipeline", "reports", "terminal", "tracking", "training", "weights"},
-    "stages": {"config", "model", "weights", "growth", "data", "training", "evaluation", "pipeline"},
+    "stages": {"config", "model", "weights", "growth", "data", "training", "evaluation", "pipeline", "estimates"},
     "lineage": {"config", "weights", "pipeline"},
     "evaluation": {"config", "model", "weights", "data", "pipeline", "lineage"},
     "tracking": {"config", "pipeline", "lineage"},

@@ -21,7 +21,6 @@ from aquilamoe.pipeline import plan as planning
 from aquilamoe.pipeline import runner
 from aquilamoe.pipeline.ledger import training_devices
 from aquilamoe.pipeline.plan import Planned
-from aquilamoe.pipeline.remote import Remote
 from aquilamoe.pipeline.stage import Input
 from aquilamoe.pipeline.store import Store
 from aquilamoe.reports import costs, rows
@@ -39,8 +38,7 @@ def execute(values: Mapping[str, Any], command: str) -> None:
     """
     experiment = graph.parse(values)
     nodes = graph.build(experiment)
-    remote = Remote(experiment.paths.remote) if experiment.paths.remote else None
-    store = Store(Path(experiment.paths.root).absolute(), remote)
+    store = Store.of(experiment.paths)
     if experiment.action in lineage.ACTIONS:
         _answer(experiment, nodes, store)
         return

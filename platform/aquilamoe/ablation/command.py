@@ -50,7 +50,7 @@ def execute(values: Mapping[str, Any], known: list[str], compose: Compose, comma
     check_objective(config, experiment)
     if config.scheduler == "asha" and experiment.cluster.executor != "ray":
         raise UserError("scheduler: asha compares trials that run at once, which needs Ray; use cluster=local, or none")
-    store = Store(Path(experiment.paths.root).absolute())
+    store = Store.of(experiment.paths)
     if experiment.action == "plan":
         _show_plan(experiment, union, store, config)
     elif experiment.action == "status":

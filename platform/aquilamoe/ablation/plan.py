@@ -1,9 +1,9 @@
 """What an ablation would run, what of it is there, and what that costs."""
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
 
 from aquilamoe.ablation.union import Leaf, Union, ancestors
 from aquilamoe.ablation.variants import Variant
@@ -17,8 +17,10 @@ DATA_KINDS = ("corpus", "tokenizer", "tokenize")
 class Glance(Store):
     """A store as it is now: every question is answered once, for the many lines that ask the same."""
 
-    def __init__(self, root: Path) -> None:
-        super().__init__(root)
+    def __init__(self, store: Store) -> None:
+        super().__init__(store.root, copy(store.remote))
+        if self.remote:
+            self.remote.find = cache(self.remote.find)  # type: ignore[method-assign]
         self.find = cache(super().find)  # type: ignore[method-assign]
         self.history = cache(super().history)  # type: ignore[method-assign]
 
@@ -47,7 +49,7 @@ class Task:
 def tasks(union: Union, store: Store, flops_per_s: float) -> list[Task]:
     """Every distinct leaf once, seed by seed: an ablation that is cut has whole comparisons of its first seeds."""
     plans: dict[str, tuple[Leaf, list[Planned]]] = {}
-    store = Glance(store.root)
+    store = Glance(store)
     places = {seed: place for place, seed in enumerate(dict.fromkeys(leaf.seed for leaf in union.leaves))}
     for leaf in sorted(union.leaves, key=lambda leaf: places[leaf.seed]):
         if leaf.fingerprint not in plans:
@@ -84,7 +86,7 @@ def sources(found: Sequence[Task]) -> list[Task]:
 
 @dataclass(frozen=True)
 class Totals:
-    """flops, disk_bytes, seconds: of all stages that are not there yet, each once, one after the other."""
+    """flops, disk_bytes, seconds: of all stages that nobody has computed, each once, one after the other."""
 
     stages: int
     cached: int
@@ -95,7 +97,7 @@ class Totals:
 
 def totals(found: Sequence[Task]) -> Totals:
     stages = {stage.fingerprint: stage for task in found for stage in task.stages}
-    pending = [stage for stage in stages.values() if stage.state != "cached"]
+    pending = [stage for stage in stages.values() if stage.is_computed]
     return Totals(
         stages=len(stages),
         cached=len(stages) - len(pending),

@@ -73,7 +73,7 @@ def run(field: Field, cluster: ClusterConfig, stopping: Stopping | None) -> None
     if nested:
         own = {"memory": 1.0}  # a byte: Tune asks that a trial reserve something
     trainable = tune.with_parameters(
-        _trial, tasks=field.tasks, root=field.store.root, cluster=cluster, logs=field.logs, reports=stopping is not None
+        _trial, tasks=field.tasks, store=field.store, cluster=cluster, logs=field.logs, reports=stopping is not None
     )
     notes = field.store.root / "trials" / f"tune-{os.getpid()}"
     try:
@@ -111,7 +111,7 @@ def _trial(
     config: Mapping[str, str],
     *,
     tasks: Mapping[str, Task],
-    root: Path,
+    store: Store,
     cluster: ClusterConfig,
     logs: Path,
     reports: bool,
@@ -120,7 +120,7 @@ def _trial(
     task = tasks[config["task"]]
     leaf = task.leaf
     told = [Reporter(leaf.stage, leaf.nodes[leaf.stage].tokens)] if reports else []
-    compute(task, Store(root), cluster, logs, told)
+    compute(task, store, cluster, logs, told)
 
 
 def _halving(tasks: Iterable[Task], stopping: Stopping) -> "ASHAScheduler":

@@ -40,6 +40,9 @@ class Remote:
             )
         self._opened: tuple[fs.FileSystem, str] | None = None
 
+    def __reduce__(self) -> tuple[type["Remote"], tuple[str]]:
+        return Remote, (self.address,)  # another process connects itself
+
     def __str__(self) -> str:
         return self.address.partition("?")[0]
 

@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any, Self, TextIO, cast
 
 from aquilamoe.config.messages import UserError
+from aquilamoe.config.schema import PathsConfig
 from aquilamoe.pipeline.remote import RECORD, Record, Remote
 
 METRICS = "metrics.jsonl"
@@ -32,6 +33,11 @@ class Store:
     def __init__(self, root: Path, remote: Remote | None = None) -> None:
         self.root, self.remote = root, remote
         self.stages = root / "stages"
+
+    @classmethod
+    def of(cls, paths: PathsConfig) -> Self:
+        """As it is configured."""
+        return cls(Path(paths.root).absolute(), Remote(paths.remote) if paths.remote else None)
 
     def directory(self, stage: str, fingerprint: str) -> Path:
         return self.stages / f"{stage}-{fingerprint}"
