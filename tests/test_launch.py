@@ -23,6 +23,7 @@ from urllib.request import urlopen
 import numpy as np
 import pytest
 import torch
+from psutil import Process
 from pydantic import ValidationError
 
 from aquilamoe.config.messages import UserError
@@ -33,7 +34,7 @@ from aquilamoe.training.environment import WORKER_ENVIRONMENT
 from aquilamoe.training.job import Job, Rank
 from aquilamoe.training.launch import has_workers, launch, release
 from aquilamoe.training.loop import train
-from processes import descendants, left_after
+from processes import command, descendants, left_after
 
 # Ray Data, which Ray Train imports, warns of options of its own that nobody sets.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")
@@ -71,20 +72,24 @@ def address() -> Iterator[str]:
     """The address of one Ray session for all tests; none of its processes is left after it."""
     threads, environment = torch.get_num_threads(), dict(os.environ)
     os.environ |= {"RAY_metrics_report_interval_ms": "1000"}  # not ten seconds
-    others = descendants()  # a browser of other tests
     session.start_session(cluster("ray", workers=2))
     import ray
 
-    started = descendants() - others
+    started = rays_own()
     assert len(started) > 3
     yield ray.get_runtime_context().gcs_address
-    started |= descendants() - others
+    started |= rays_own()
     release()
     ray.shutdown()
     torch.set_num_threads(threads)
     os.environ.clear()
     os.environ.update(environment)
     assert not left_after(60, started)
+
+
+def rays_own() -> set[Process]:
+    """What this process has started of Ray: not a browser of other tests, which starts processes at any time."""
+    return {process for process in descendants() if re.search("ray::|/ray/", command(process))}
 
 
 def workers_started(address: str) -> list[dict[str, Any]]:
