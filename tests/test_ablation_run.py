@@ -142,7 +142,11 @@ BOOKS = {"TrainStateActor", "_AutoscalingCoordinatorActor"}
 
 def actors():
     from ray.util.state import list_actors
-    alive = list_actors(filters=[("state", "!=", "DEAD")], limit=1000)
+    from ray.util.state.exception import RayStateApiException
+    try:
+        alive = list_actors(filters=[("state", "!=", "DEAD")], limit=1000)
+    except RayStateApiException as error:  # who answers is busy, and is asked again
+        return [str(error)]
     return sorted(actor.class_name for actor in alive if actor.class_name not in BOOKS)
 
 def reserved():
@@ -152,7 +156,7 @@ def reserved():
     held = {name: amount - free.get(name, 0.0) for name, amount in kinds.items() if amount != free.get(name, 0.0)}
     return {name: amount for name, amount in held.items() if name != "node:__internal_head__"} | dict.fromkeys(actors())
 
-deadline = time.monotonic() + 60  # what watches over workers looks once a second, and asks the state of Ray
+deadline = time.monotonic() + 120  # what watches over workers looks once a second, and asks the state of Ray
 while reserved() and time.monotonic() < deadline:
     time.sleep(0.5)
 print("still reserved:", reserved())
