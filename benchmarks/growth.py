@@ -276,10 +276,14 @@ Ratios of seconds are per byte of the result. What misses its goal is said.
 """
 
 
+def file_system(folder: Path) -> str:
+    words = ["findmnt", "--noheadings", "--output", "FSTYPE", "--target", str(folder.absolute())]
+    lines = subprocess.run(words, capture_output=True, text=True).stdout.split()
+    return lines[-1] if lines else "unknown file system"
+
+
 def describe_machine(folder: Path) -> str:
-    words = ["findmnt", "--noheadings", "--output", "FSTYPE", "--target", str(folder)]
-    file_system = subprocess.run(words, capture_output=True, text=True).stdout.strip()
-    where = f"{os.cpu_count()} cores ({platform.machine()}), {file_system or 'unknown file system'}"
+    where = f"{os.cpu_count()} cores ({platform.machine()}), {file_system(folder)}"
     return f"{where}, load average {os.getloadavg()[0]:.1f} (others were at work, too, as far as it exceeds 2)"
 
 
@@ -350,7 +354,8 @@ def main() -> None:
 def _words(arguments: argparse.Namespace) -> list[str]:
     """The command line that matters for the numbers."""
     words = [f"--gigabytes {arguments.gigabytes:g}", f"--rounds {arguments.rounds}"]
-    return [*words, *(["--peers VENV"] if arguments.peers else [])]
+    words += ["--peers VENV"] if arguments.peers else []
+    return [*words, *(["--folder MEMORY"] if file_system(arguments.folder) == "tmpfs" else [])]
 
 
 if __name__ == "__main__":
