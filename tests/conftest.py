@@ -19,6 +19,10 @@ from aquilamoe.config.schema import ModelConfig
 from ask_boards import plain
 from browser import Browser, missing
 
+# torch computes on one thread, here and in commands, whatever the machine has: small tensors gain nothing by more, and
+# sums are in one order. Who is the first to import torch reads it.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 SYLLABLES = {
     "en": ["the ", "mo", "ther ", "of ", "ri", "ver", "s ", "and ", "gar", "den", "s, ", "walk", "ed ", "home. "],
@@ -150,15 +154,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [f"{key}={value}" for key, value in values.items()]
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """torch computes on one thread: small tensors gain nothing by more, and sums are in one order."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """What a test sets is gone after it."""
     yield
-    torch.set_num_threads(threads)
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -171,20 +172,14 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="session")
-def environment() -> dict[str, str]:
-    """For commands: one thread, whatever the machine has."""
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
-@pytest.fixture(scope="session")
-def command(environment: dict[str, str]) -> Command:
+def command() -> Command:
     """Run `python workflows/efficientscale.py` in a process of its own."""
 
     def run(*words: str, cwd: Path, python: tuple[str, ...] = (), **changes: str) -> "subprocess.CompletedProcess[str]":
         return subprocess.run(
             [sys.executable, *python, str(REPOSITORY / "workflows" / "efficientscale.py"), *words],
             cwd=cwd,
-            env=environment | changes,
+            env=os.environ | changes,
             capture_output=True,
             text=True,
             timeout=300,

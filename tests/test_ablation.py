@@ -301,13 +301,13 @@ def test_a_configuration_that_cannot_be_meant_is_refused(changes: dict[str, Any]
 
 
 @pytest.fixture
-def ablate(environment: dict[str, str], tmp_path: Path) -> Callable[..., "subprocess.CompletedProcess[str]"]:
+def ablate(tmp_path: Path) -> Callable[..., "subprocess.CompletedProcess[str]"]:
     """Run `python workflows/ablations.py` in a process and a folder of its own."""
 
     def run(*words: str) -> "subprocess.CompletedProcess[str]":
         script = REPOSITORY / "workflows" / "ablations.py"
         return subprocess.run(
-            [sys.executable, script, *words], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+            [sys.executable, script, *words], cwd=tmp_path, capture_output=True, text=True, timeout=300
         )
 
     return run

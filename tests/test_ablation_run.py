@@ -26,7 +26,7 @@ Start = Callable[..., "subprocess.Popen[str]"]
 
 
 @pytest.fixture
-def start(environment: dict[str, str], tiny: list[str], tmp_path: Path) -> Start:
+def start(tiny: list[str], tmp_path: Path) -> Start:
     """Start a small ablation of two methods in a process of its own."""
     kept = [
         word for word in tiny if not word.startswith(("stages.moe", "stages.control", "stages.scale_out", "stages.ev"))
@@ -41,7 +41,6 @@ def start(environment: dict[str, str], tiny: list[str], tmp_path: Path) -> Start
         return subprocess.Popen(
             [sys.executable, *words],
             cwd=tmp_path,
-            env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

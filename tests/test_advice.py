@@ -172,15 +172,13 @@ def test_sizes_that_change_and_budgets_in_flops_are_understood(network: Callable
     assert question(source_tokens="450000").source.tokens_per_parameter == 1.0
 
 
-def test_the_command_answers_from_shipped_and_own_studies_and_imports_nothing_heavy(
-    environment: dict[str, str], tmp_path: Path
-) -> None:
+def test_the_command_answers_from_shipped_and_own_studies_and_imports_nothing_heavy(tmp_path: Path) -> None:
     own = tmp_path / "runs" / "ablations" / "mine" / studies.SUMMARY
     own.parent.mkdir(parents=True)
     own.write_text(studies.text(invent(ends={"fpi": 3.2, "aki": 3.3})), encoding="utf-8")
     words = [f"{key}={value}" for key, value in ASKED.items()]
     command = [sys.executable, "-X", "importtime", REPOSITORY / "workflows" / "ablations.py", "action=advise", *words]
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr[-2000:]
     assert "Grow rather than continue the source (prepare)" in result.stdout
     assert "runs/ablations/mine/summary.json: 'fpi'" in result.stdout

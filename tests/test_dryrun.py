@@ -20,7 +20,6 @@ from aquilamoe.weights import names
 
 Compose = Callable[..., dict[str, Any]]
 EXPERIMENTS = {"7b": 64, "1_8b": 64, "7b_mini": 4, "smoke": 4}
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -54,7 +54,6 @@ class Made:
 
 @pytest.fixture(scope="module")
 def made(compose: Callable[..., dict[str, Any]], tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Made:
-    torch.set_num_threads(1)
     values = compose(*tiny)
     stages = values["stages"]
     kept = {name: stages[name] for name in ("corpus", "tokenizer", "tokens", "prepare", "scale_out", "evaluate")}

@@ -1,6 +1,6 @@
 """A layer's experts: both implementations against a plain loop, their gradients, padding, compilation, no waiting."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -24,14 +24,6 @@ COUNTS = {
     "full paddings": (16, 32, 16, 48),
     "few at the end": (60, 1, 1, 1),
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def draw(counts: tuple[int, ...], dtype: torch.dtype, hidden: int = 24, size: int = 40) -> list[Tensor]:

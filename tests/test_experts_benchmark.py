@@ -2,7 +2,6 @@
 
 import importlib.util
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -21,14 +20,6 @@ def benchmark() -> ModuleType:
     spec.loader.exec_module(module)
     module.LAYERS = 1
     return module
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_all_ways_compute_the_same_layer(benchmark: ModuleType) -> None:

@@ -55,9 +55,6 @@ SPARSE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 3
 Tensors = dict[str, Tensor]
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 @torch.no_grad()
 def write_source(directory: Path, config: ModelConfig = SOURCE, dtype: torch.dtype = torch.float32) -> Path:
     """A checkpoint as training leaves it: no gain is one, no bias zero, and every part of the network matters."""

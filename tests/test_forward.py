@@ -45,9 +45,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
 TOKENS_BT = torch.arange(52).view(4, 13) * 7 % 48
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 def save(directory: Path, family: str, seed: int) -> Any:
     """A model of transformers in which every part matters, and its directory."""
     import transformers

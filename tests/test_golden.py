@@ -6,7 +6,6 @@ rate half a percent higher shows at 4e-3. When a change is meant, run this file 
 
 import json
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -46,14 +45,6 @@ GOLDEN = {
         "val/loss": "4.5987 3.8025 2.8548 2.4325 2.3678",
     },
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def write_tokens(folder: Path) -> None:

@@ -5,7 +5,7 @@ import hashlib
 import io
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import CancelledError
 from contextlib import redirect_stdout
 from copy import deepcopy
@@ -127,10 +127,8 @@ def composed(words: tuple[str, ...]) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def grow() -> Iterator[Grow]:
+def grow() -> Grow:
     """Do what the command does with these words, in this process; return what it prints."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
 
     def run(source: Path, target: Path, *words: str) -> str:
         values = deepcopy(composed(("certificate.tokens=256", "certificate.sequence_length=32", *words)))
@@ -140,8 +138,7 @@ def grow() -> Iterator[Grow]:
             command.execute(values, f"python workflows/grow.py source={source} target={target} {' '.join(words)}")
         return shown.getvalue()
 
-    yield run
-    torch.set_num_threads(threads)
+    return run
 
 
 @pytest.fixture(scope="module")

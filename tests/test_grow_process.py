@@ -112,14 +112,14 @@ def ambush(tmp_path_factory: pytest.TempPathFactory) -> Ambush:
 
 
 @pytest.fixture(scope="module")
-def grow(environment: dict[str, str]) -> Command:
+def grow() -> Command:
     """Run `python workflows/grow.py`."""
 
     def run(*words: str, cwd: Path, python: tuple[str, ...] = (), **changes: str) -> "subprocess.CompletedProcess[str]":
         return subprocess.run(
             [sys.executable, *python, str(WORKFLOW), *words],
             cwd=cwd,
-            env=environment | changes,
+            env=os.environ | changes,
             capture_output=True,
             text=True,
             timeout=120,
@@ -355,37 +355,33 @@ def test_a_run_killed_at_many_points_leaves_nothing_or_the_whole_and_ends_with_t
     assert {path.name for path in workplace.iterdir()} == {"source", "target"}
 
 
-def test_a_run_killed_at_random_moments_leaves_nothing_or_the_whole(
-    base: Path, workplace: Path, environment: dict[str, str]
-) -> None:
+def test_a_run_killed_at_random_moments_leaves_nothing_or_the_whole(base: Path, workplace: Path) -> None:
     command = [sys.executable, str(WORKFLOW), "source=source", "target=target", *FPI]
     expected = digests(base / "target")
     began = time.monotonic()
-    subprocess.run(command, cwd=workplace, env=environment, check=True, capture_output=True)
+    subprocess.run(command, cwd=workplace, check=True, capture_output=True)
     whole_s = time.monotonic() - began
     shutil.rmtree(workplace / "target")
     for share in (0.5, 0.7, 0.85, 0.95):
-        process = subprocess.Popen(
-            command, cwd=workplace, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        process = subprocess.Popen(command, cwd=workplace, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         time.sleep(share * whole_s)
         process.kill()
         process.wait()
         if (workplace / "target").exists():
             assert digests(workplace / "target") == expected
             shutil.rmtree(workplace / "target")
-    subprocess.run(command, cwd=workplace, env=environment, check=True, capture_output=True)
+    subprocess.run(command, cwd=workplace, check=True, capture_output=True)
     assert digests(workplace / "target") == expected
 
 
 def test_ctrl_c_is_one_line_and_leaves_nothing(
-    workplace: Path, environment: dict[str, str], ambush: Ambush, tmp_path_factory: pytest.TempPathFactory
+    workplace: Path, ambush: Ambush, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     trap = tmp_path_factory.mktemp("trap") / "sprung"
     process = subprocess.Popen(
         [sys.executable, str(WORKFLOW), "source=source", "target=target", *FPI],
         cwd=workplace,
-        env=environment | ambush(r"target\.partial/config\.json", 1, str(trap)),
+        env=os.environ | ambush(r"target\.partial/config\.json", 1, str(trap)),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,

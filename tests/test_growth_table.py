@@ -47,12 +47,9 @@ def test_every_growth_and_upcycling_that_has_a_yaml_is_in_the_table(table: Modul
 
 
 def test_a_measurement_gives_the_committed_lines_again(table: ModuleType, tmp_path: Path) -> None:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     lines = committed(table)
     for index, case in list(enumerate(table.cases()))[::6]:
         assert table.line(case, table.measure(case, table.source_of(case, tmp_path))) == lines[index]
-    torch.set_num_threads(threads)
 
 
 def test_transformers_tells_exact_growths_from_others_in_float32(table: ModuleType, tmp_path: Path) -> None:

@@ -22,7 +22,6 @@ from urllib.request import urlopen
 
 import numpy as np
 import pytest
-import torch
 from psutil import Process
 from pydantic import ValidationError
 
@@ -70,7 +69,7 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
     """The address of one Ray session for all tests; none of its processes is left after it."""
-    threads, environment = torch.get_num_threads(), dict(os.environ)
+    environment = dict(os.environ)
     os.environ |= {"RAY_metrics_report_interval_ms": "1000"}  # not ten seconds
     session.start_session(cluster("ray", workers=2))
     import ray
@@ -81,7 +80,6 @@ def address() -> Iterator[str]:
     started |= rays_own()
     release()
     ray.shutdown()
-    torch.set_num_threads(threads)
     os.environ.clear()
     os.environ.update(environment)
     assert not left_after(60, started)

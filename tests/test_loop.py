@@ -76,9 +76,6 @@ ADAMW = {
 TIMES = ("time", "train/tokens_per_s", "train/data_wait_share", "val/seconds", "checkpoint/seconds")
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 @pytest.fixture(scope="module")
 def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two languages: in "en" a token follows another by one rule, in "zh" by a different one, with some noise."""

@@ -19,7 +19,6 @@ from aquilamoe.training.job import FIRST, Job, Rank
 from aquilamoe.training.parallel import Group, initialize
 from aquilamoe.training.step import Stepper
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2}
 JOB: dict[str, Any] = {
     "vocab_size": 256,

@@ -25,9 +25,6 @@ METHODS = plugins.names("growth/methods")
 SAME = 1e-10  # of logits around 1, in float64
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_only_methods_that_copy_survive_a_growth_in_width(method: str, tmp_path: Path) -> None:
     source, how = model(), growth(method=method)

@@ -1,7 +1,7 @@
 """The network: parity with transformers through files, the mixture of experts against a plain loop, arithmetic."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,14 +18,6 @@ from aquilamoe.weights.huggingface import load_model, save_model
 transformers.utils.logging.disable_progress_bar()
 
 Network = Callable[..., ModelConfig]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @torch.no_grad()

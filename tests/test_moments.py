@@ -42,9 +42,6 @@ def silent(done: int, total: int) -> None:
     """Progress that nobody watches."""
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 def model(**changes: Any) -> ModelConfig:
     sizes: dict[str, Any] = {
         "vocab_size": 24,

@@ -36,9 +36,6 @@ def of_scope(scope: str) -> RouterConfig:
     return ROUTER.model_copy(update={"balance_scope": scope})
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 def model_config(experts: int) -> ModelConfig:
     return example.model(num_experts=experts, initializer_range=0.2)
 

@@ -19,9 +19,6 @@ ADAMW = OptimizerConfig(name="adamw", momentum=0.95, betas=(0.8, 0.9), eps=1e-7,
 LEARNING_RATE = 0.01
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 def decoder(experts: int = 0, tied: bool = False) -> Decoder:
     model = Decoder(
         ModelConfig(

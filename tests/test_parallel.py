@@ -114,10 +114,7 @@ class Workers:
 @pytest.fixture(scope="module")
 def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:
     found = Workers(tmp_path_factory.mktemp("workers"))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     yield found
-    torch.set_num_threads(threads)
     found.end()
 
 

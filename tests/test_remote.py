@@ -310,12 +310,11 @@ def test_a_training_that_was_killed_goes_on_on_another_machine_and_ends_with_the
     words = [*tiny, *only, "report={chain: [], control: null}", "tracking.enabled=false"]
     words += ["stages.prepare.total_tokens=65536", "stages.prepare.validate_every_tokens=32768"]
     words += ["cluster.checkpoint_every_tokens=8192", f"paths.remote='{s3.replace('prefix', tmp_path.name)}'"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     workflow = Path(__file__).parent.parent / "workflows" / "efficientscale.py"
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     remote = Remote(s3.replace("prefix", tmp_path.name))
-    with subprocess.Popen([sys.executable, workflow, *words], cwd=tmp_path / "a", env=environment) as process:
+    with subprocess.Popen([sys.executable, workflow, *words], cwd=tmp_path / "a") as process:
         while not (saved := progress_of(remote)) and process.poll() is None:
             time.sleep(0.02)
         process.kill()

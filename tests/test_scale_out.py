@@ -41,9 +41,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 def model(**changes: Any) -> ModelConfig:
     return small_checkpoints.model(**{"hidden_size": 16, "num_attention_heads": 4} | changes)
 

@@ -26,9 +26,6 @@ METHODS = plugins.names("growth/methods")
 SAME, DIFFERENT = 1e-10, 1e-6  # of logits around 1, in float64
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 @st.composite
 def growths(draw: st.DrawFn, fewest_channels: int = 2) -> tuple[ModelConfig, ModelConfig, GrowthConfig]:
     """Small sources with targets that can be made of them, by every method and with every option."""

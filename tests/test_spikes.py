@@ -43,9 +43,6 @@ MODEL = {
 TIMES = {"time", "train/tokens_per_s", "train/data_wait_share", "val/seconds", "checkpoint/seconds"}
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 @pytest.fixture(scope="module")
 def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tokens")

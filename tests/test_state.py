@@ -22,12 +22,9 @@ from aquilamoe.training.parallel import Group
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _nothing_under_way() -> Iterator[None]:
     yield
     state.wait()
-    torch.set_num_threads(threads)
 
 
 ALONE = Group(

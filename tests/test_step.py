@@ -27,9 +27,6 @@ ROUTER = RouterConfig(balance_loss_coeff=0.1, balance_scope="global_batch", z_lo
 Network = Callable[..., ModelConfig]
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 def stepper(config: ModelConfig, micro_batch_rows: int = ROWS, **changes: Any) -> Stepper:
     """Everything that a step needs; `changes` are fields of the stage."""
     defaults: dict[str, Any] = {

@@ -4,7 +4,6 @@ import hashlib
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +42,6 @@ SIZES: dict[str, Any] = {
     "num_experts_per_tok": 0,
     "moe_intermediate_size": None,
 }
-
-
-@pytest.fixture(autouse=True)
-def _as_many_threads_as_before() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 def upcycling(method: str, **changes: Any) -> UpcyclingConfig:

@@ -14,9 +14,6 @@ from small_checkpoints import difference, grow, growth, logits, model, padded, t
 SAME = 1e-10  # of logits around 1, in float64
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 def test_plain_copies_of_norms_are_exact_at_integer_ratios_only(tmp_path: Path) -> None:
     source, how = model(), growth(norm="copy")
     write_source(tmp_path / "source", source)

@@ -12,7 +12,7 @@ import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -269,13 +269,13 @@ def test_a_second_driver_answers_in_one_line_and_leaves_the_store_alone(
 
 
 def test_an_interrupted_run_says_that_the_same_command_continues(
-    environment: dict[str, str], tmp_path: Path, tiny: list[str], ambush: Callable[[str, str], dict[str, str]]
+    tmp_path: Path, tiny: list[str], ambush: Callable[[str, str], dict[str, str]]
 ) -> None:
     trap = tmp_path / "trap"
     driver = subprocess.Popen(
         [sys.executable, str(WORKFLOW), *tiny, "tracking.enabled=false"],
         cwd=tmp_path,
-        env=environment | ambush(r"tokens-\w+\.partial/tokens.json", str(trap)),
+        env=os.environ | ambush(r"tokens-\w+\.partial/tokens.json", str(trap)),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -320,14 +320,14 @@ class Driver:
 
     words: list[str]
     folder: Path
-    environment: dict[str, str]
+    environment: dict[str, str] = field(default_factory=dict)
 
     def __enter__(self) -> "Driver":
         self.mark = uuid.uuid4().hex
         self.process = subprocess.Popen(
             [sys.executable, str(WORKFLOW), *self.words],
             cwd=self.folder,
-            env=self.environment | {"STARTED_BY": self.mark},
+            env=os.environ | self.environment | {"STARTED_BY": self.mark},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
@@ -359,7 +359,6 @@ class Driver:
 
 def test_a_run_on_ray_whose_driver_is_terminated_and_killed_ends_with_the_bytes_of_one_without_ray(
     base: Path,
-    environment: dict[str, str],
     tmp_path: Path,
     tiny: list[str],
     ambush: Callable[[str, str], dict[str, str]],
@@ -376,14 +375,14 @@ def test_a_run_on_ray_whose_driver_is_terminated_and_killed_ends_with_the_bytes_
     ):
         trap = tmp_path / signal_sent.name
         in_training = ambush(r"prepare-\w+\.partial/checkpoints/.*step-0*8\b", str(trap))
-        with Driver(words, tmp_path, environment | in_training) as driver:
+        with Driver(words, tmp_path, in_training) as driver:
             wait_for(trap.exists, driver.process)
             assert driver.processes("ray::RayTrainWorker")
             driver.process.send_signal(signal_sent)
             assert driver.said() == (status, expected)
             wait_for(lambda: not driver.processes("ray::RayTrainWorker"), limit_s=120)  # which may write to the stage
             assert list((tmp_path / "runs" / "stages").glob("prepare-*.partial"))
-    with Driver(words, tmp_path, environment) as again:
+    with Driver(words, tmp_path) as again:
         assert again.said() == (0, [])
         assert not processes.left_after(120, processes.of(again.processes()))
     ours, theirs = weights_and_metrics(tmp_path), weights_and_metrics(base)
