@@ -7,7 +7,6 @@ third of the time of exact normal numbers, most of which is bits, too.
 
 import hashlib
 from functools import cache
-from math import prod
 from statistics import NormalDist
 from typing import Any
 
@@ -24,10 +23,15 @@ def stream(seed: int, name: str) -> Stream:
 
 def normal(shape: tuple[int, ...], random: Stream, dtype: Any = np.float32) -> np.ndarray:
     """Standard normal numbers, float32 or float64."""
-    size = prod(shape)
-    words = random.random_raw(-(-size // 4)).astype("<u8", copy=False).view("<u2")
+    return fill(np.empty(shape, dtype), random)
+
+
+def fill(values: np.ndarray, random: Stream) -> np.ndarray:
+    """Make the elements of a contiguous array, float32 or float64, standard normal numbers; return it."""
+    words = random.random_raw(-(-values.size // 4)).astype("<u8", copy=False).view("<u2")
     # All words are in bounds; wrapping what never happens is quicker than checking for it.
-    return _quantiles(np.dtype(dtype)).take(words[:size], mode="wrap").reshape(shape)
+    _quantiles(values.dtype).take(words[: values.size], out=values.reshape(-1), mode="wrap")
+    return values
 
 
 def permutation(size: int, random: Stream) -> np.ndarray:

@@ -2,39 +2,44 @@
 
 from functools import lru_cache
 from itertools import pairwise
+from math import prod
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from aquilamoe.growth import draws
-from aquilamoe.growth.rows import Index, Rows, rows_of_block
+from aquilamoe.growth.rows import Index, Rows
 from aquilamoe.growth.units import UnitMap
 
+STREAM = 2**18  # elements drawn from one stream; other numbers come of another size
 MEAN_RUN = 16  # a map with shorter runs is followed entry by entry
+
+
+def rows_of_stream(shape: tuple[int, ...]) -> int:
+    """Rows of a tensor that are drawn from one stream of random numbers."""
+    return max(1, STREAM // max(1, prod(shape[1:])))
 
 
 def drawn(shape: tuple[int, ...], std: float, dtype: torch.dtype, seed: int, name: str, step: int = 0) -> Rows:
     """Normal numbers with mean 0, of which every `step` rows have a stream: any thread can make any of them.
 
-    step: rows of a block of what they become a part of; left out, of their own.
+    step: `rows_of_stream` of what they become a part of; left out, their own.
     """
-    step = step or rows_of_block(shape)
+    step = step or rows_of_stream(shape)
     kind = np.float64 if dtype == torch.float64 else np.float32
-
-    def draw(number: int) -> Tensor:
-        rows = min(step, shape[0] - number * step)
-        values = draws.normal((rows, *shape[1:]), draws.stream(seed, f"{name}/{number}"), kind)
-        return torch.from_numpy(values if std == 1 else np.multiply(values, std, out=values))
 
     def read(index: Index) -> Tensor:
         if isinstance(index, Tensor):
             first = int(index.min())
             return read(slice(first, int(index.max()) + 1))[index - first]
-        numbers = range(index.start // step, -(-index.stop // step))
-        blocks = torch.cat([draw(number) for number in numbers]) if len(numbers) > 1 else draw(numbers[0])
-        start = numbers[0] * step
-        return blocks[index.start - start : index.stop - start]
+        begin, end = index.start // step * step, min(-(-index.stop // step) * step, shape[0])
+        values = np.empty((end - begin, *shape[1:]), kind)
+        for start in range(begin, end, step):
+            draws.fill(values[start - begin :][:step], draws.stream(seed, f"{name}/{start // step}"))
+        if std != 1:
+            values *= std
+        return torch.from_numpy(values[index.start - begin : index.stop - begin])
 
     return Rows(shape, read, is_random=True)
 

@@ -19,7 +19,6 @@ from aquilamoe.growth.rows import (
     is_exact,
     multiply,
     narrow,
-    rows_of_block,
     wide,
 )
 from aquilamoe.growth.units import UnitMap, Units
@@ -97,7 +96,7 @@ class Width:
 
     def _drawn(self, role: str, name: str, shape: tuple[int, ...]) -> Rows:
         """Normal numbers for some columns of a tensor."""
-        step = rows_of_block(self.shapes[role])
+        step = noise.rows_of_stream(self.shapes[role])
         return noise.drawn(shape, 1.0, self.dtype, self.seed, self.place + name, step)
 
     def _tell_apart(self, role: str, grown: Rows, tensor: Rows, columns: UnitMap) -> Rows:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 PARTIAL = ".partial"
 FILES = ("model-*-of-*.safetensors", SINGLE_FILE, INDEX_FILE)  # what a checkpoint's weights can be called
-NUM_BUFFERS = 8
+NUM_BUFFERS = 6
 NUM_WRITING = 4  # direct writes under way: a disk is faster when it knows what comes next
 NUM_HASHING = 2
 
