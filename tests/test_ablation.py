@@ -26,6 +26,7 @@ from aquilamoe.config import graph
 from aquilamoe.config.ablation import AblationConfig
 from aquilamoe.config.messages import UserError
 from aquilamoe.config.schema import PretrainStage
+from aquilamoe.pipeline.plan import Speed
 from aquilamoe.pipeline.store import Store
 
 Composed = Callable[..., dict[str, Any]]
@@ -180,13 +181,13 @@ def test_controls_from_scratch_are_those_of_all_variants_of_the_baseline_or_of_n
 def test_an_ablation_that_is_cut_has_whole_comparisons_of_its_first_seeds(
     expand: Callable[..., Union], tmp_path: Path
 ) -> None:
-    found = planning.tasks(expand(seeds=[5, 2]), Store(tmp_path), 1e9)
+    found = planning.tasks(expand(seeds=[5, 2]), Store(tmp_path), Speed(1e9))
     seeds = [task.leaf.seed for task in found]
     assert seeds == sorted(seeds, reverse=True) and seeds.count(5) == seeds.count(2) == 8 + 6
 
 
 def test_what_needs_a_source_that_failed_is_not_tried(expand: Callable[..., Union], tmp_path: Path) -> None:
-    tasks = planning.tasks(expand(seeds=[1, 2]), Store(tmp_path), 1e9)
+    tasks = planning.tasks(expand(seeds=[1, 2]), Store(tmp_path), Speed(1e9))
     sources = planning.sources(tasks)
     broken = next(source for source in sources if source.leaf.seed == 2)
     told: list[str] = []
@@ -202,7 +203,7 @@ def test_what_needs_a_source_that_failed_is_not_tried(expand: Callable[..., Unio
 def test_what_early_stopping_ended_is_remembered_among_the_same_trials_only(
     expand: Callable[..., Union], tmp_path: Path
 ) -> None:
-    tasks = planning.tasks(expand(seeds=[1]), Store(tmp_path), 1e9)
+    tasks = planning.tasks(expand(seeds=[1]), Store(tmp_path), Speed(1e9))
     field = Field(tasks, Store(tmp_path), lambda *_: None)
     field.ended(tasks[0].name, stopped=Stopped(4096, 3.5))
     again = Field(tasks, Store(tmp_path), lambda *_: None)
@@ -228,7 +229,7 @@ def test_what_goes_wrong_in_a_trial_that_was_stopped_is_no_failure_of_it(
     expand: Callable[..., Union], compose: Composed, tmp_path: Path
 ) -> None:
     store = Store(tmp_path)
-    task, *_ = planning.tasks(expand(seeds=[1]), store, 1e9)
+    task, *_ = planning.tasks(expand(seeds=[1]), store, Speed(1e9))
     field = Field([task], store, lambda *_: None)
     cluster = graph.parse(compose("cluster=local_process")).cluster
     stop = partial(field.ended, task.name, stopped=Stopped(4096, 3.5))
@@ -392,7 +393,7 @@ def test_an_ablation_costs_what_its_variants_and_controls_need_alone_and_once_wh
     words = ("cluster.price_per_device_hour=2", "cluster.device_watts=100", "cluster.workers=2")
     cluster = graph.parse(compose(*words)).cluster
     union = expand(*words, seeds=1, exclude=[{"method": "aki"}, {"method": "random"}])
-    found = costs.table(union, planning.tasks(union, Store(tmp_path), 1e9), cluster)
+    found = costs.table(union, planning.tasks(union, Store(tmp_path), Speed(1e9)), cluster)
     *lines, shared = found.rows
     assert [row.name for row in lines[:2]] == ["fpi, interpolate", "fpi, stack"] and len(lines) > 4
     whole = found.total.own

@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "growth": {"config", "kernels", "model", "weights"},
     "data": {"config"},
     "training": {"config", "kernels", "model", "weights", "data"},
-    "pipeline": {"config"},
+    "pipeline": {"config", "estimates"},
     # Of training only the session that trials run in; of weights only what files say of themselves.
     "ablation": {"config", "lineage", "pipeline", "reports", "terminal", "tracking", "training", "weights"},
     "stages": {"config", "model", "weights", "growth", "data", "training", "evaluation", "pipeline", "estimates"},
@@ -220,7 +220,7 @@ def test_every_option_of_every_group_composes_to_a_valid_experiment(
 ) -> None:
     experiment = graph.parse(compose(f"+{word}" if word.startswith("experiment=") else word))
     if not word.startswith("model="):  # the default experiment grows its own small model only
-        plan = planning.make(graph.build(experiment), Store(tmp_path), 1e9)
+        plan = planning.make(graph.build(experiment), Store(tmp_path), planning.Speed(1e9))
         assert {planned.name for planned in plan} == set(experiment.stages)
 
 

@@ -66,7 +66,7 @@ def made(compose: Callable[..., dict[str, Any]], tiny: list[str], tmp_path_facto
     experiment = graph.parse(values)
     nodes, store = graph.build(experiment), Store(tmp_path_factory.mktemp("runs"))
     with store.lock():
-        done = runner.run(planning.make(nodes, store, 1e9), store, experiment.cluster, [])
+        done = runner.run(planning.make(nodes, store, planning.Speed(1e9)), store, experiment.cluster, [])
     return Made(experiment, nodes, store, done)
 
 

@@ -26,7 +26,9 @@ def fingerprints(compose: Compose, tmp_path: Path) -> Callable[..., dict[str, st
 
     def of(*overrides: str, values: dict[str, Any] | None = None) -> dict[str, str]:
         nodes = graph.build(graph.parse(values or compose(*overrides)))
-        return {planned.name: planned.fingerprint for planned in planning.make(nodes, Store(tmp_path), 1e9)}
+        return {
+            planned.name: planned.fingerprint for planned in planning.make(nodes, Store(tmp_path), planning.Speed(1e9))
+        }
 
     return of
 

@@ -122,7 +122,7 @@ def test_what_is_forgotten_leaves_nothing_behind(attempts: Attempts, tmp_path: P
 
 
 def plan(experiment: ExperimentConfig, root: Path) -> list[planning.Planned]:
-    return planning.make(graph.build(experiment), Store(root), planning.stated_speed(experiment.cluster))
+    return planning.make(graph.build(experiment), Store(root), planning.Speed.of(experiment.cluster))
 
 
 def test_a_plan_foresees_what_the_papers_line_costs_before_anything_runs(compose: Compose, tmp_path: Path) -> None:
@@ -130,7 +130,9 @@ def test_a_plan_foresees_what_the_papers_line_costs_before_anything_runs(compose
     table = costs.foreseen(plan(experiment, tmp_path), experiment.cluster)
     by_name = {row.name: row for row in table.rows}
     stages, cluster = graph.build(experiment), experiment.cluster
-    hours = stages["prepare"].flops / planning.stated_speed(cluster) / 3600
+    seconds = planning.Speed.of(cluster).seconds(stages["prepare"].flops, None)
+    assert seconds is not None
+    hours = seconds / 3600
     assert by_name["prepare"].own.money == pytest.approx(hours * 256 * cluster.price_per_device_hour)
     moe = by_name["moe"].lineage
     assert moe is not None
@@ -174,7 +176,7 @@ def test_the_figures_of_a_record_are_flat_and_survive_json() -> None:
 
 def test_how_fast_another_number_of_devices_was_says_nothing_about_this_one(compose: Compose, tmp_path: Path) -> None:
     nodes, store = graph.build(graph.parse(compose())), Store(tmp_path)
-    planned = {each.name: each for each in planning.make(nodes, store, 1e9)}["prepare"]
+    planned = {each.name: each for each in planning.make(nodes, store, planning.Speed(1e9))}["prepare"]
     record = {
         "stage": "prepare",
         "kind": "pretrain",
@@ -190,7 +192,7 @@ def test_how_fast_another_number_of_devices_was_says_nothing_about_this_one(comp
     store.publish(partial, record)
 
     def seconds(devices: int) -> dict[str, float | None]:
-        return {each.name: each.seconds for each in planning.make(nodes, store, 1e9, devices)}
+        return {each.name: each.seconds for each in planning.make(nodes, store, planning.Speed(1e9), devices)}
 
     for name in ("prepare", "moe"):
         assert seconds(1)[name] == pytest.approx(nodes[name].flops / 2e9)

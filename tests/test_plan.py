@@ -1,3 +1,4 @@
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -9,8 +10,9 @@ import pytest
 from aquilamoe.config import graph
 from aquilamoe.config.graph import Node
 from aquilamoe.config.messages import UserError
+from aquilamoe.estimates import machine
 from aquilamoe.pipeline import plan as planning
-from aquilamoe.pipeline.plan import Planned
+from aquilamoe.pipeline.plan import Planned, Speed
 from aquilamoe.pipeline.stage import Estimate
 from aquilamoe.pipeline.store import METRICS, RECORD, Store
 
@@ -35,7 +37,7 @@ def plan(compose: Compose, store: Store) -> Callable[..., Plan]:
 
 
 def make(nodes: Mapping[str, Node], store: Store) -> Plan:
-    return {planned.name: planned for planned in planning.make(nodes, store, FLOPS_PER_S)}
+    return {planned.name: planned for planned in planning.make(nodes, store, Speed(FLOPS_PER_S))}
 
 
 def publish(store: Store, *stages: Planned, seconds: float = 8.0, resumed: bool = False, old: bool = False) -> None:
@@ -246,6 +248,30 @@ def test_without_a_record_a_training_takes_its_flops_at_the_clusters_stated_spee
     for planned in plan().values():
         expected = planned.node.flops / FLOPS_PER_S if planned.node.flops else planned.estimate.seconds
         assert planned.seconds == expected
+
+
+def test_where_nobody_states_a_speed_it_is_that_of_this_machines_processors(
+    compose: Compose, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def speed(*words: str) -> Speed:
+        return Speed.of(graph.parse(compose(*words)).cluster)
+
+    cores = os.cpu_count() or 1
+    assert speed() == Speed(None, min(2, cores))
+    assert speed("cluster.cpus_per_worker=1") == Speed(None, 1)
+    assert speed("cluster.workers=1000") == Speed(None, cores)
+    assert speed("cluster.flops_per_s=5e9") == Speed(5e9)
+    assert speed("cluster.device_flops_per_s=1e12", "cluster.mfu=0.5", "cluster.workers=3") == Speed(1.5e12)
+    unknown = speed("cluster.gpus_per_worker=1")
+    assert unknown.seconds(1e12, 1e12) is None
+    assert machine.core_flops_per_s() > 1e8  # whatever runs beside
+    monkeypatch.setattr(machine, "core_flops_per_s", lambda: 2e9)
+    nodes = graph.build(graph.parse(compose()))
+    for planned in planning.make(nodes, store, Speed(None, 3)):
+        if planned.node.flops:
+            assert planned.seconds == pytest.approx(work(planned) / (machine.SHARE * 6e9))
+        else:
+            assert planned.seconds == planned.estimate.seconds
 
 
 def test_a_training_is_expected_at_the_speed_of_its_own_last_run(plan: Callable[..., Plan], store: Store) -> None:

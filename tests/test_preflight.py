@@ -21,7 +21,7 @@ def check(compose: Compose, tmp_path: Path) -> Callable[..., str | None]:
 
     def checked(*overrides: str) -> str | None:
         experiment = graph.parse(compose(*overrides))
-        plan = planning.make(graph.build(experiment), Store(tmp_path), 1e9)
+        plan = planning.make(graph.build(experiment), Store(tmp_path), planning.Speed(1e9))
         try:
             preflight.check(experiment, plan, tmp_path / "runs")
         except UserError as error:
@@ -78,7 +78,9 @@ def test_bfloat16_on_a_cpu_that_cannot_is_a_warning_that_names_the_stages(
     info = f"processor\t: 0\nflags\t\t: {flags}\n"
     monkeypatch.setattr(Path, "read_text", lambda p, **k: info if str(p) == "/proc/cpuinfo" else read(p, **k))
     experiment = graph.parse(compose(*overrides))
-    found = preflight.slow_precision(experiment, planning.make(graph.build(experiment), Store(tmp_path), 1e9))
+    found = preflight.slow_precision(
+        experiment, planning.make(graph.build(experiment), Store(tmp_path), planning.Speed(1e9))
+    )
     assert (found is not None) == warns
     if found is not None:
         assert "moe" in found and "precision=fp32" in found and "\n" not in found
@@ -119,8 +121,8 @@ def test_what_is_cached_needs_no_disk(compose: Compose, tmp_path: Path, monkeypa
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
     experiment, store = graph.parse(compose()), Store(tmp_path)
     nodes = graph.build(experiment)
-    for planned in planning.make(nodes, store, 1e9):
+    for planned in planning.make(nodes, store, planning.Speed(1e9)):
         partial = store.partial(planned.name, planned.fingerprint)
         partial.mkdir(parents=True)
         store.publish(partial, {"stage": planned.name, "kind": planned.node.stage.kind, "resumed": False})
-    preflight.check(experiment, planning.make(nodes, store, 1e9), tmp_path / "runs")
+    preflight.check(experiment, planning.make(nodes, store, planning.Speed(1e9)), tmp_path / "runs")

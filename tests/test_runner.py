@@ -98,7 +98,7 @@ class Pipeline:
         monkeypatch.setattr(runner, "POLL_S", 0.005)
 
     def plan(self, nodes: Mapping[str, Node] = NODES) -> list[Planned]:
-        return planning.make(nodes, self.store, 1.0)
+        return planning.make(nodes, self.store, planning.Speed(1.0))
 
     def run(self, nodes: Mapping[str, Node] = NODES) -> dict[str, Input]:
         return runner.run(self.plan(nodes), self.store, CLUSTER, [self.observer])

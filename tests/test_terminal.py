@@ -154,7 +154,7 @@ def test_a_spark_line_of_falling_values_falls() -> None:
 
 def test_a_narrow_terminal_gets_whole_tables_with_fewer_columns(compose: Compose, tmp_path: Path) -> None:
     experiment = graph.parse(compose("cluster=gpu_256"))
-    plan = planning.make(graph.build(experiment), Store(tmp_path), planning.stated_speed(experiment.cluster))
+    plan = planning.make(graph.build(experiment), Store(tmp_path), planning.Speed.of(experiment.cluster))
     for width in (80, 100, 120, 160):
         out = Console(file=io.StringIO(), width=width)
         out.print(tables.plan_table(plan, width))
@@ -249,7 +249,7 @@ def _read(parent: int) -> str:
 def running(compose: Compose, tmp_path: Path) -> tuple[Store, list[Planned]]:
     """A store and a plan whose first stage is being run: its files as a driver leaves them."""
     store = Store(tmp_path)
-    plan = planning.make(graph.build(graph.parse(compose())), store, 1e9)
+    plan = planning.make(graph.build(graph.parse(compose())), store, planning.Speed(1e9))
     (prepare,) = [planned for planned in plan if planned.name == "prepare"]
     partial = store.partial("prepare", prepare.fingerprint)
     partial.mkdir(parents=True)

@@ -49,7 +49,7 @@ def execute(values: Mapping[str, Any], command: str) -> None:
         _rehearse(values, experiment, nodes)
         return
     cluster = experiment.cluster
-    plan = planning.make(nodes, store, planning.stated_speed(cluster), training_devices(cluster))
+    plan = planning.make(nodes, store, planning.Speed.of(cluster), training_devices(cluster))
     if experiment.action == "plan":
         _show_plan(experiment, plan, store)
     elif experiment.action == "status":
@@ -58,7 +58,7 @@ def execute(values: Mapping[str, Any], command: str) -> None:
         preflight.check(experiment, plan, store.root)
         with store.lock():
             # Planned again under the lock: what another run has finished meanwhile is cached now.
-            plan = planning.make(nodes, store, planning.stated_speed(cluster), training_devices(cluster))
+            plan = planning.make(nodes, store, planning.Speed.of(cluster), training_devices(cluster))
             with watch.announced(store, experiment.name, plan):
                 _run(experiment, plan, store, command)
 
@@ -107,7 +107,7 @@ def _rehearse(values: Mapping[str, Any], experiment: ExperimentConfig, nodes: Ma
     with TemporaryDirectory(prefix=f"{experiment.name}-dryrun-") as scratch:
         small, width = shrunk(values, Path(scratch))
         rehearsed, store = graph.parse(small), Store(Path(scratch))
-        plan = planning.make(graph.build(rehearsed), store, planning.stated_speed(rehearsed.cluster))
+        plan = planning.make(graph.build(rehearsed), store, planning.Speed.of(rehearsed.cluster))
         out.print(f"\nThe graph with widths divided by {width}, a batch for every stage, and invented text:")
         done = runner.run(plan, store, rehearsed.cluster, [live.LiveView(out, rehearsed.name, plan)])
     out.print(f"\nAll {len(done)} stages ran, in {rows.duration(time.monotonic() - started)}; nothing of it is kept.")

@@ -19,7 +19,7 @@ from aquilamoe.config.ablation import AblationConfig
 from aquilamoe.config.messages import UserError, first_problem
 from aquilamoe.config.schema import ClusterConfig, ExperimentConfig
 from aquilamoe.pipeline import runner
-from aquilamoe.pipeline.plan import stated_speed
+from aquilamoe.pipeline.plan import Speed
 from aquilamoe.pipeline.store import Store, write_atomically
 from aquilamoe.reports import comparison
 from aquilamoe.reports.study import SUMMARY, Study
@@ -63,7 +63,7 @@ def execute(values: Mapping[str, Any], known: list[str], compose: Compose, comma
 
 def _show_plan(experiment: ExperimentConfig, union: Union, store: Store, config: AblationConfig) -> None:
     cluster = experiment.cluster
-    tasks = planning.tasks(union, store, stated_speed(cluster))
+    tasks = planning.tasks(union, store, Speed.of(cluster))
     out = console()
     out.print(f"{experiment.name}: {experiment.description}\n")
     out.print(screen.plan_table(union, tasks, config))
@@ -127,7 +127,7 @@ def _written(study: Study, folder: Path) -> Path:
 def _run(experiment: ExperimentConfig, union: Union, store: Store, config: AblationConfig) -> dict[str, Failure]:
     """Data, then what several variants grow from, then variants and controls; what failed, by task."""
     out, cluster = console(), experiment.cluster
-    tasks = planning.tasks(union, store, stated_speed(cluster))
+    tasks = planning.tasks(union, store, Speed.of(cluster))
     out.print(f"{experiment.name}: {experiment.description}\n")
     out.print(f"{screen.plan_summary(union, planning.totals(tasks), _at_once(cluster, config))}\n")
     runner.run(planning.data_stages(tasks), store, cluster, [])
@@ -141,7 +141,7 @@ def _run(experiment: ExperimentConfig, union: Union, store: Store, config: Ablat
         failures |= trials.run(variants, store, cluster, config.trial_cpus, told, stopping)
         tasks = [task for task in tasks if task.leaf.control is not None]
     failures |= lost | trials.run(tasks, store, cluster, config.trial_cpus, told)
-    paid = planning.tasks(union, store, stated_speed(cluster))
+    paid = planning.tasks(union, store, Speed.of(cluster))
     out.print()
     out.print(cost_table(costs.table(union, paid, cluster), out.width))
     out.print()

@@ -8,7 +8,7 @@ from functools import cache
 from aquilamoe.ablation.union import Leaf, Union, ancestors
 from aquilamoe.ablation.variants import Variant
 from aquilamoe.pipeline import plan as planning
-from aquilamoe.pipeline.plan import Planned
+from aquilamoe.pipeline.plan import Planned, Speed
 from aquilamoe.pipeline.store import Store
 
 DATA_KINDS = ("corpus", "tokenizer", "tokenize")
@@ -46,14 +46,14 @@ class Task:
         return self.stages[-1].state == "cached"
 
 
-def tasks(union: Union, store: Store, flops_per_s: float) -> list[Task]:
+def tasks(union: Union, store: Store, speed: Speed) -> list[Task]:
     """Every distinct leaf once, seed by seed: an ablation that is cut has whole comparisons of its first seeds."""
     plans: dict[str, tuple[Leaf, list[Planned]]] = {}
     store = Glance(store)
     places = {seed: place for place, seed in enumerate(dict.fromkeys(leaf.seed for leaf in union.leaves))}
     for leaf in sorted(union.leaves, key=lambda leaf: places[leaf.seed]):
         if leaf.fingerprint not in plans:
-            planned = planning.make(leaf.nodes, store, flops_per_s)
+            planned = planning.make(leaf.nodes, store, speed)
             plans[leaf.fingerprint] = leaf, sorted(planned, key=lambda stage: stage.fingerprint == leaf.fingerprint)
     needs = [{stage.fingerprint for stage in stages} for _, stages in plans.values()]
     counts = {fingerprint: sum(fingerprint in need for need in needs) for need in needs for fingerprint in need}

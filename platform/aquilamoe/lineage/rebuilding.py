@@ -73,7 +73,7 @@ def prepare(
     for each in taken:
         _link(store.directory(names[each.fingerprint], each.fingerprint), each.directory)
     nodes = graph.build(_experiment(experiment, entry, known, names))
-    plan = planning.make(nodes, store, planning.stated_speed(experiment.cluster))
+    plan = planning.make(nodes, store, planning.Speed.of(experiment.cluster))
     _check_code(entry, known, names, plan)
     plan = [planned for planned in plan if planned.fingerprint in needed]
     anew = [planned.name for planned in plan if planned.state != "cached"]

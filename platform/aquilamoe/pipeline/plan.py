@@ -1,14 +1,15 @@
 """What a run would do, and why, without doing it."""
 
 import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 from aquilamoe.config.graph import Node
-from aquilamoe.config.messages import UserError
 from aquilamoe.config.schema import ClusterConfig
+from aquilamoe.estimates import machine
 from aquilamoe.pipeline import fingerprint as identity
 from aquilamoe.pipeline import mirror
 from aquilamoe.pipeline.fingerprint import Recipe
@@ -21,7 +22,7 @@ class Planned:
     """A stage with its identity and what will become of it.
 
     state: `fetched` has its output on the remote, from where a run takes it. reason: why it runs (field, old, new), or
-    where the output lies. seconds: expected, from records of earlier runs or the cluster's stated speed; 0 for what
+    where the output lies. seconds: expected, from records of earlier runs or the speed of the cluster; 0 for what
     is there, None if unknown. record: of an output that is there.
     """
 
@@ -45,36 +46,50 @@ class Planned:
         return self.state in ("resumes", "runs")
 
 
-def make(nodes: Mapping[str, Node], store: Store, flops_per_s: float, devices: int | None = None) -> list[Planned]:
+@dataclass(frozen=True)
+class Speed:
+    """Of training on all devices, where no record tells it: `flops_per_s`, or what `cores` of this machine can do."""
+
+    flops_per_s: float | None
+    cores: int = 0
+
+    @classmethod
+    def of(cls, cluster: ClusterConfig) -> Self:
+        """As the cluster states it."""
+        if cluster.flops_per_s is not None:
+            return cls(cluster.flops_per_s)
+        if cluster.device_flops_per_s is not None and cluster.mfu is not None:
+            devices = cluster.workers * max(1, cluster.gpus_per_worker)
+            return cls(devices * cluster.device_flops_per_s * cluster.mfu)
+        if cluster.address is None and not cluster.gpus_per_worker:
+            return cls(None, min(cluster.workers * cluster.cpus_per_worker, os.cpu_count() or 1))
+        return cls(None)
+
+    def seconds(self, flops: float, work: float | None) -> float | None:
+        """For so much training; None where nobody knows."""
+        if self.flops_per_s is not None:
+            return flops / self.flops_per_s
+        return (work or flops) / machine.work_per_s(self.cores) if self.cores else None
+
+
+def make(nodes: Mapping[str, Node], store: Store, speed: Speed, devices: int | None = None) -> list[Planned]:
     """Fingerprint every stage in order and compare with what the store holds.
 
-    flops_per_s: of training, where the store has no record of one to learn the speed from. devices: how many train;
-    records of another number say nothing about the speed. None: all do.
+    speed: of training, where the store has no record of one to learn it from. devices: how many train; records of
+    another number say nothing about the speed. None: all do.
     """
     plan: dict[str, Planned] = {}
     made_by: dict[str, str] = {}
     for name, recipe in recipes(nodes).items():
         node = nodes[name]
         stage = module(node.stage.kind)
-        planned = _planned(node, recipe, stage.estimate(node), stage.RESUMES, store, plan, flops_per_s, devices)
+        planned = _planned(node, recipe, stage.estimate(node), stage.RESUMES, store, plan, speed, devices)
         first = made_by.setdefault(planned.fingerprint, node.name)
         if first != node.name and planned.is_computed:
             # Two names for one recipe: it is computed once.
             planned = replace(planned, state="runs", reason=f"as {first}", estimate=Estimate(), seconds=0.0)
         plan[node.name] = planned
     return list(plan.values())
-
-
-def stated_speed(cluster: ClusterConfig) -> float:
-    """FLOP/s of a training on all devices, before one here has measured it; UserError where nobody states it."""
-    if cluster.flops_per_s is not None:
-        return cluster.flops_per_s
-    if cluster.device_flops_per_s is None or cluster.mfu is None:
-        raise UserError(
-            "cluster.flops_per_s: null, and so are device_flops_per_s or mfu; set it, or both of these: plans say how "
-            "long training takes"
-        )
-    return cluster.workers * max(1, cluster.gpus_per_worker) * cluster.device_flops_per_s * cluster.mfu
 
 
 def estimate(node: Node) -> Estimate:
@@ -99,7 +114,7 @@ def _planned(
     resumes: bool,
     store: Store,
     done: Mapping[str, Planned],
-    flops_per_s: float,
+    speed: Speed,
     devices: int | None,
 ) -> Planned:
     digest = identity.fingerprint(recipe)
@@ -113,7 +128,7 @@ def _planned(
         directory, reason = store.directory(node.name, digest), f"in {elsewhere[0]} of {store.remote}"
         return Planned(node, recipe, digest, "fetched", reason, estimate, 0.0, directory, elsewhere[1])
     history = store.history(node.name)
-    seconds = _expected_seconds(node, estimate, history, store, flops_per_s, devices)
+    seconds = _expected_seconds(node, estimate, history, store, speed, devices)
     directory, partial = store.directory(node.name, digest), store.partial(node.name, digest)
     if (partial / RECORD).is_file():
         reason = "interrupted when it was complete"
@@ -152,9 +167,9 @@ def _resume_point(partial: Path, node: Node) -> str:
 
 
 def _expected_seconds(
-    node: Node, estimate: Estimate, history: list[Record], store: Store, flops_per_s: float, devices: int | None
+    node: Node, estimate: Estimate, history: list[Record], store: Store, speed: Speed, devices: int | None
 ) -> float | None:
-    """By the speed of this stage's last run; of a training without one, by that most like it here; else as stated."""
+    """By the speed of this stage's last run; of a training without one, by the one most like it here, or by `speed`."""
     whole = [record for record in history if not record["resumed"]]
     if not node.flops:
         return float(whole[0]["seconds"]) if whole else estimate.seconds
@@ -164,7 +179,7 @@ def _expected_seconds(
         comparable = _most_alike(node, others) or others
     records = [record for record in comparable if record["metrics"].get("flops")]
     if not records:
-        return node.flops / flops_per_s
+        return speed.seconds(node.flops, estimate.work)
     seconds = sum(record["seconds"] for record in records)
     if estimate.work and all(record.get("work") for record in records):
         return float(seconds * estimate.work / sum(record["work"] for record in records))

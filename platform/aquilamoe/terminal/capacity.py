@@ -8,7 +8,7 @@ from rich.text import Text
 from aquilamoe.config.schema import ClusterConfig
 from aquilamoe.estimates import layouts, memory
 from aquilamoe.estimates.layouts import Choice, Training
-from aquilamoe.pipeline.plan import Planned, stated_speed
+from aquilamoe.pipeline.plan import Planned, Speed
 from aquilamoe.reports import rows
 from aquilamoe.terminal.tables import make_table
 
@@ -72,10 +72,14 @@ def verdict(now: Choice, nearest: Choice | None) -> str:
 
 def speed(cluster: ClusterConfig) -> str:
     """What times come from, where no training has been measured."""
-    devices = cluster.workers * max(1, cluster.gpus_per_worker)
-    if cluster.flops_per_s is not None or cluster.device_flops_per_s is None or cluster.mfu is None:
-        said = f"{rows.power(stated_speed(cluster))} FLOP/s"
-    else:
+    speed, devices = Speed.of(cluster), cluster.workers * max(1, cluster.gpus_per_worker)
+    if cluster.flops_per_s is not None:
+        said = f"at {rows.power(cluster.flops_per_s)} FLOP/s"
+    elif cluster.device_flops_per_s is not None and cluster.mfu is not None:
         peak = f"{cluster.device_flops_per_s / 1e12:.3g} TFLOP/s"
-        said = f"{cluster.mfu:.0%} of {f'{devices} x ' if devices > 1 else ''}{peak}"
-    return f"Times are at {said} where no training has been measured here."
+        said = f"at {cluster.mfu:.0%} of {f'{devices} x ' if devices > 1 else ''}{peak}"
+    elif speed.cores:
+        said = f"what {speed.cores} cores of this machine can do"
+    else:
+        said = "not known, as long as cluster.flops_per_s is null,"
+    return f"Times are {said} where no training has been measured here."
