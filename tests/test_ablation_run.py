@@ -143,7 +143,9 @@ def actors():
     from ray.util.state import list_actors
     from ray.util.state.exception import RayStateApiException
     try:
-        alive = list_actors(filters=[("state", "!=", "DEAD")], limit=1000)
+        # By its address: there may be other sessions on this machine.
+        session = ray.get_runtime_context().gcs_address
+        alive = list_actors(session, filters=[("state", "!=", "DEAD")], limit=1000)
     except RayStateApiException as error:  # who answers is busy, and is asked again
         return [str(error)]
     return sorted(actor.class_name for actor in alive if actor.class_name not in BOOKS)

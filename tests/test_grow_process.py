@@ -296,7 +296,8 @@ def test_a_group_is_chosen_with_or_without_a_plus_and_a_path_may_have_any_charac
         for plus in ("", "+")
     ]
     assert [(answer.returncode, answer.stderr) for answer in shown] == [(0, "")] * 2
-    assert shown[0].stdout == shown[1].stdout
+    without_plus, with_plus = (re.sub(r"\S+ \S+ are free", "", answer.stdout) for answer in shown)
+    assert without_plus == with_plus
     assert odd in shown[0].stdout
 
 

@@ -11,6 +11,7 @@ from aquilamoe.ablation.trials import Stopping
 from aquilamoe.ablation.tuning import LOSS, Reporter, _halving
 from aquilamoe.ablation.union import build
 from aquilamoe.config.ablation import AblationConfig
+from aquilamoe.pipeline.plan import Speed
 from aquilamoe.pipeline.store import Record, Store
 
 # Ray Data, which Tune imports, warns of options of its own that nobody sets.
@@ -37,7 +38,7 @@ def tasks(compose: Callable[..., dict[str, Any]], tmp_path: Path) -> Sequence[pl
         }
     )
     union = build(ablation, lambda words, seeds: [compose(*words, f"seed={seed}") for seed in seeds])
-    return planning.tasks(union, Store(tmp_path), 1e9)
+    return planning.tasks(union, Store(tmp_path), Speed(1e9))
 
 
 @pytest.mark.parametrize(("by_recovery", "decision"), [(True, "STOP"), (False, "CONTINUE")])
