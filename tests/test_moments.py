@@ -5,6 +5,7 @@ import subprocess
 import tempfile
 import weakref
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import small_checkpoints
 from aquilamoe.config import graph
 from aquilamoe.config.messages import UserError
 from aquilamoe.config.schema import GrowthConfig, ModelConfig, OptimizerConfig, UpcyclingConfig
@@ -30,48 +32,21 @@ from aquilamoe.training import optimizer as optimizers
 from aquilamoe.training import state as training_state
 from aquilamoe.weights import names
 from aquilamoe.weights.configuration import read_config
-from aquilamoe.weights.huggingface import load_model, save_model
+from aquilamoe.weights.huggingface import load_model
+from small_checkpoints import growth, write_source
 
 Gradients = dict[str, Tensor]
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 How = GrowthConfig | UpcyclingConfig
 EXACT = 1e-11  # relative to the largest entry of a tensor
+model = partial(
+    small_checkpoints.model, vocab_size=24, hidden_size=6, intermediate_size=8, num_attention_heads=4, rms_norm_eps=1e-3
+)
+upcycling = partial(small_checkpoints.upcycling, router_std=0.5)
 
 
 def silent(done: int, total: int) -> None:
     """Progress that nobody watches."""
-
-
-def model(**changes: Any) -> ModelConfig:
-    sizes: dict[str, Any] = {
-        "vocab_size": 24,
-        "hidden_size": 6,
-        "intermediate_size": 8,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 4,
-        "max_position_embeddings": 32,
-        "rope_theta": 1e4,
-        "rms_norm_eps": 1e-3,
-        "initializer_range": 0.02,
-        "qkv_bias": True,
-        "tie_word_embeddings": False,
-        "num_experts": 0,
-        "num_experts_per_tok": 0,
-        "moe_intermediate_size": 0,
-    }
-    return ModelConfig.model_validate(sizes | changes)
-
-
-def growth(**changes: Any) -> GrowthConfig:
-    plain = {"method": "fpi", "scope": "all", "norm": "exact", "maps": "circular", "noise": 0.0}
-    return GrowthConfig.model_validate(plain | {"depth": "interpolate", "new_layers": "copy"} | changes)
-
-
-def upcycling(**changes: Any) -> UpcyclingConfig:
-    plain = {"method": "copy", "noise": 0.0, "drop_ratio": 0.0, "router_init": "normal", "router_std": 0.5}
-    return UpcyclingConfig.model_validate(plain | changes)
 
 
 def resized(source: ModelConfig, how: How, **sizes: Any) -> ModelConfig:
@@ -79,20 +54,6 @@ def resized(source: ModelConfig, how: How, **sizes: Any) -> ModelConfig:
     if isinstance(how, GrowthConfig):
         target = target.model_copy(update={"rms_norm_eps": how.grown_eps(source, target.hidden_size)})
     return target
-
-
-@torch.no_grad()
-def write_source(directory: Path, config: ModelConfig) -> None:
-    """A checkpoint as training leaves it: no gain is one, no bias zero, and every part of the network matters."""
-    decoder = Decoder(config).double()
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in decoder.named_parameters():
-        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-        is_matrix = parameter.dim() > 1 and "embed" not in name
-        parameter.copy_(
-            noise / parameter.shape[-1] ** 0.5 if is_matrix else noise * 0.5 + (1.0 if "norm" in name else 0.0)
-        )
-    save_model(decoder, directory, torch.float64)
 
 
 def gradient(directory: Path, seed: int = 0, rows: int = 2) -> Gradients:

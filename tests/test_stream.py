@@ -5,12 +5,14 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import small_checkpoints
 from aquilamoe.config.messages import UserError
 from aquilamoe.config.schema import GrowthConfig, ModelConfig, UpcyclingConfig
 from aquilamoe.growth import noise, rows
@@ -20,38 +22,15 @@ from aquilamoe.growth.scale_up import scale_up
 from aquilamoe.growth.units import UnitMap, circular
 from aquilamoe.weights import configuration, names
 from aquilamoe.weights.store import Reader, Writer
+from small_checkpoints import upcycling
 
 MEGABYTE = 2**20
 FPI = GrowthConfig(
     method="fpi", scope="all", norm="exact", maps="circular", noise=0.5, depth="interpolate", new_layers="zero"
 )
-SIZES: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 32,
-    "rope_theta": 1e4,
-    "rms_norm_eps": 1e-5,
-    "initializer_range": 0.02,
-    "qkv_bias": True,
-    "tie_word_embeddings": False,
-    "num_experts": 0,
-    "num_experts_per_tok": 0,
-    "moe_intermediate_size": None,
-}
-
-
-def upcycling(method: str, **changes: Any) -> UpcyclingConfig:
-    plain = {"noise": 0.0, "drop_ratio": 0.0, "router_init": "normal", "router_std": 0.02}
-    return UpcyclingConfig.model_validate({"method": method, **plain, **changes})
-
-
-def model(**changes: Any) -> ModelConfig:
-    return ModelConfig.model_validate(SIZES | changes)
+model = partial(
+    small_checkpoints.model, vocab_size=64, hidden_size=32, intermediate_size=48, num_attention_heads=4, head_dim=8
+)
 
 
 def write_source(directory: Path, config: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> Path:
@@ -67,8 +46,8 @@ WIDER = {"hidden_size": 40, "intermediate_size": 64, "num_attention_heads": 6, "
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
 GROWTHS = {
     "scale-up": (FPI, WIDER),
-    "noise": (upcycling("noise", noise=0.1), EXPERTS),
-    "drop": (upcycling("drop", drop_ratio=0.5), {**EXPERTS, "moe_intermediate_size": 24}),
+    "noise": (upcycling(method="noise", noise=0.1), EXPERTS),
+    "drop": (upcycling(method="drop", drop_ratio=0.5), {**EXPERTS, "moe_intermediate_size": 24}),
 }
 
 
@@ -142,8 +121,8 @@ LARGE: dict[str, Any] = {"hidden_size": 1024, "intermediate_size": 4096, "vocab_
     ("how", "sizes"),
     [
         (FPI, {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 6}),
-        (upcycling("noise", noise=0.1), EXPERTS),
-        (upcycling("copy"), EXPERTS),
+        (upcycling(method="noise", noise=0.1), EXPERTS),
+        (upcycling(method="copy"), EXPERTS),
     ],
     ids=["width and depth", "noise", "copy"],
 )

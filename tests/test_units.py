@@ -1,42 +1,20 @@
 """Maps of units: which channel, neuron and head of the source each of the target copies."""
 
+from functools import partial
 from random import Random
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aquilamoe.config.schema import GrowthConfig, ModelConfig
+import small_checkpoints
 from aquilamoe.growth.units import UnitMap, channels, circular, map_units, query_heads, rotary_channels, sampled
 from aquilamoe.weights import names
+from small_checkpoints import growth
 
 PROPERTY = settings(derandomize=True, deadline=None, max_examples=100)
-
-
-def model(**changes: object) -> ModelConfig:
-    sizes = {
-        "vocab_size": 32,
-        "hidden_size": 8,
-        "intermediate_size": 12,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 2,
-        "max_position_embeddings": 16,
-        "rope_theta": 1e4,
-        "rms_norm_eps": 1e-5,
-        "initializer_range": 0.02,
-        "qkv_bias": True,
-        "tie_word_embeddings": False,
-        "num_experts": 0,
-        "num_experts_per_tok": 0,
-    }
-    return ModelConfig.model_validate(sizes | changes)
-
-
-def growth(**changes: object) -> GrowthConfig:
-    plain = {"method": "fpi", "scope": "all", "norm": "exact", "maps": "circular", "noise": 0.0}
-    return GrowthConfig.model_validate(plain | {"depth": "interpolate", "new_layers": "copy"} | changes)
+# A network of which every size is easily counted.
+model = partial(small_checkpoints.model, num_attention_heads=4, head_dim=2, max_position_embeddings=16)
 
 
 @given(old=st.integers(1, 40), new=st.integers(0, 80))
