@@ -24,7 +24,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from aquilamoe.config.messages import UserError
-from aquilamoe.growing import command, comparison, identity, making
+from aquilamoe.growing import command, comparison, identity, making, output
 from aquilamoe.growing.output import RECORD, RUN
 from aquilamoe.weights import headers
 
@@ -713,3 +713,13 @@ def test_what_is_no_checkpoint_is_said_in_one_line(place: str, line: str, grow: 
     (tmp_path / "file").write_text("")
     (tmp_path / "empty").mkdir()
     assert refusal(grow, tmp_path / place, tmp_path / "target", *FPI).startswith(line.format(tmp_path / place))
+
+
+def test_what_a_killed_run_left_of_its_record_is_no_file_of_the_target(tmp_path: Path) -> None:
+    with output.locked(tmp_path / "target") as place:
+        (place.partial / "model.safetensors").write_bytes(b"x")
+        (place.partial / ".record.json.tmp").write_text('{"rec')
+        place.publish({"recipe": {}})
+    record = output.published(tmp_path / "target")
+    assert record is not None and record["files"] == {"model.safetensors": 1}
+    assert {path.name for path in (tmp_path / "target").iterdir()} == {"model.safetensors", "record.json"}

@@ -253,10 +253,11 @@ def bytes_of_publishing(rank: Rank, job: Job, config: ModelConfig) -> dict[str, 
     for name, publish in (
         ("result", lambda: state.save(job.out / "result", model, adamw, 1, extra, group)),
         ("checkpoint", lambda: (state.save_checkpoint(job.out, model, adamw, 1, extra, group), state.wait())),
-        ("gathering", lambda: gather(largest)),
     ):
         group.wait()
         found[name] = rise_of_the_peak(publish)
+    # Several times: what the background has not given back yet hides the first.
+    found["gathering"] = max(rise_of_the_peak(lambda: gather(largest)) for _ in range(3))
     return found
 
 

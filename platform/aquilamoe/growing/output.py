@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from aquilamoe.config.messages import UserError
-from aquilamoe.pipeline.store import RECORD, write_atomically
+from aquilamoe.pipeline.store import RECORD, temporary, write_atomically
 
 LOCK = ".lock"
 GROWN = ".grown.json"  # the weights are complete: what is missing is their certificate
@@ -195,7 +195,9 @@ def sizes(directory: Path) -> dict[str, int]:
     """Bytes of every file that belongs to a target; its record and what is said of the run do not."""
     inside = (path for path in sorted(directory.rglob("*")) if path.is_file())
     names = {str(path.relative_to(directory)): path.stat().st_size for path in inside}
-    return {name: size for name, size in names.items() if name not in (LOCK, GROWN, RECORD, RUN)}
+    # The last is of a run that was killed while it wrote the record.
+    others = (LOCK, GROWN, RECORD, RUN, temporary(directory / RECORD).name)
+    return {name: size for name, size in names.items() if name not in others}
 
 
 def _has_sizes(directory: Path, expected: Any) -> bool:

@@ -77,7 +77,7 @@ class Store:
 
     def publish(self, partial: Path, record: Record) -> Record:
         """Hash every file, write the record, make all durable, rename: the output exists from this moment, whole."""
-        not_kept = (RECORD, _temporary(partial / RECORD).name, SCRATCH)
+        not_kept = (RECORD, temporary(partial / RECORD).name, SCRATCH)
         everything = sorted(partial.rglob("*"))
         kept = [path for path in everything if path.relative_to(partial).parts[0] not in not_kept]
         files = [path for path in kept if path.is_file()]
@@ -170,15 +170,16 @@ def _locked(file: TextIO) -> bool:
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a small file so that a reader sees the old text or the new, never a part."""
-    temporary = _temporary(path)
-    with temporary.open("w", encoding="utf-8") as file:
+    unfinished = temporary(path)
+    with unfinished.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    temporary.replace(path)
+    unfinished.replace(path)
 
 
-def _temporary(path: Path) -> Path:
+def temporary(path: Path) -> Path:
+    """What a file is called until all of it is written; a process that is killed may leave it."""
     return path.with_name(f".{path.name}.tmp")
 
 
