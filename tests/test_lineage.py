@@ -22,7 +22,6 @@ from aquilamoe.lineage.verification import verify
 from aquilamoe.pipeline import fingerprint as identity
 from aquilamoe.pipeline.store import Store
 
-REPOSITORY = Path(__file__).parent.parent
 MODEL = {"hidden_size": 16, "num_experts": 0}
 Ask = Callable[..., list[str]]
 
@@ -416,19 +415,16 @@ def test_asking_imports_nothing_heavy_and_writes_nothing(base: Path, tiny: list[
     before = sorted(base.rglob("*"))
     script = """
         import sys
-        from pathlib import Path
-        sys.path.insert(0, sys.argv[1])
-        from composition import run
-        from aquilamoe.commands import execute
-        words = sys.argv[2:]
+        from aquilamoe.cli.program import run_pipeline
+        words = sys.argv[1:]
         for action in ("lineage", "why", "verify"):
             sys.argv = ["efficientscale.py", *words, f"action={action}"]
-            run("config", execute, paths=("checkpoint", "other"))
+            run_pipeline()
         print(*sorted({"torch", "ray", "mlflow", "numpy"} & set(sys.modules)), "none")
     """
     words = [*tiny, f"paths.root={base}", f"checkpoint={read_entry(output(base, 'moe')).fingerprint}"]
     code = "\n".join(line.removeprefix("        ") for line in script.splitlines())
-    command = [sys.executable, "-c", code, str(REPOSITORY / "workflows"), *words]
+    command = [sys.executable, "-c", code, *words]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines()[-1].strip() == "none"

@@ -31,7 +31,6 @@ found = {}
 for command, root in json.loads(sys.argv[1]).items():
     sys.argv = [*shlex.split(command)[1:], "action=plan", f"paths.root={root}"]
     out, code = io.StringIO(), 0
-    sys.path.insert(0, "workflows")
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
         try:
             runpy.run_path(sys.argv[0], run_name="__main__")

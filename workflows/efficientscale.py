@@ -3,9 +3,7 @@
 python workflows/efficientscale.py [experiment=NAME] [action=run|plan|status|...] [KEY=VALUE ...]
 """
 
-from composition import run
-
-from aquilamoe.commands import execute
+from aquilamoe.cli.program import run_pipeline
 
 if __name__ == "__main__":
-    run("config", execute, optional_groups=("experiment",), paths=("checkpoint", "other", "prompt", "tasks"))
+    run_pipeline()

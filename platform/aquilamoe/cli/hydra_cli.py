@@ -1,4 +1,4 @@
-"""What every workflow does with its command line: Hydra composes, the platform validates and acts."""
+"""The command line of every program: Hydra composes the configuration, the platform validates it and acts."""
 
 import logging
 import os
@@ -8,7 +8,6 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come here instead of being printed by Hydra
@@ -19,10 +18,8 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from aquilamoe.cli.shipped import CONF, config_folders, options
 from aquilamoe.config.messages import UserError, nearest, without_passwords
-
-CONF = Path(__file__).resolve().parent.parent / "conf"
-
 
 Execute = Callable[[dict[str, Any], str], None]
 
@@ -36,8 +33,7 @@ def run(config_name: str, execute: Execute, optional_groups: Sequence[str] = (),
     """
     ended_by = [signal.SIGINT]
     signal.signal(signal.SIGTERM, partial(_interrupt, ended_by))
-    typed = shlex.join(["python", os.path.relpath(sys.argv[0], CONF.parent), *sys.argv[1:]])
-    command = without_passwords(typed)
+    command = without_passwords(shlex.join([*_program(), *sys.argv[1:]]))
     sys.argv[1:] = [_normalized(word, optional_groups, paths) for word in sys.argv[1:]]
     try:
         for values in _composed(config_name):
@@ -56,6 +52,13 @@ def _interrupt(ended_by: list[signal.Signals], number: int, _: object) -> None:
     raise KeyboardInterrupt
 
 
+def _program() -> list[str]:
+    """How this program is called: a script by its path in the checkout, an installed one by its name and command."""
+    if not sys.argv[0].endswith(".py"):
+        return sys.argv[0].split()
+    return ["python", os.path.relpath(sys.argv[0], CONF.parent)]
+
+
 def _normalized(word: str, optional_groups: Sequence[str], paths: Sequence[str]) -> str:
     """A word of the command line as Hydra's grammar wants it."""
     key, equals, value = word.partition("=")
@@ -71,6 +74,7 @@ def _composed(config_name: str) -> list[dict[str, Any]]:
     """The composed configurations: one, or with --multirun one for every job."""
     if not any(word.startswith(("-", "hydra")) for word in sys.argv[1:]):
         return [_composed_once(config_name)]
+    sys.argv += _searchpath()
     configs: list[DictConfig] = []
 
     # Nothing is done inside: Hydra prints a line of its own about what goes wrong there.
@@ -90,14 +94,17 @@ def _composed_once(config_name: str) -> dict[str, Any]:
     logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
     try:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            return _plain(hydra.compose(config_name, sys.argv[1:]))
+            return _plain(hydra.compose(config_name, [*sys.argv[1:], *_searchpath()]))
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise UserError(_explain(error, config_name)) from None
 
 
-def options(group: str) -> list[str]:
-    """What there is to choose in a group of the configuration."""
-    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+def _searchpath() -> list[str]:
+    """The override that lets Hydra look into `conf/` of the working folder, too, where there is one."""
+    if any(word.startswith("hydra.searchpath=") for word in sys.argv[1:]):
+        return []
+    quoted = [str(folder).replace("\\", "\\\\").replace("'", "\\'") for folder in config_folders()[1:]]
+    return [f"hydra.searchpath=['file://{folder}']" for folder in quoted]
 
 
 def recompose(config_name: str) -> Callable[[Sequence[str], Sequence[int]], list[dict[str, Any]]]:
@@ -108,7 +115,7 @@ def recompose(config_name: str) -> Callable[[Sequence[str], Sequence[int]], list
         GlobalHydra.instance().clear()
         try:
             with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-                config = hydra.compose(config_name, [*words, *overrides])
+                config = hydra.compose(config_name, [*words, *overrides, *_searchpath()])
         except (HydraException, OmegaConfBaseException, ValueError) as error:
             raise UserError(_explain(error, config_name)) from None
         found = []
@@ -131,10 +138,8 @@ def _explain(error: Exception, config_name: str) -> str:
     message = " ".join(str(error).split())
     if found := re.search(r"Could not override '([^']+)'", message):
         return f"{found[1]}: unknown key; {_nearest_key(found[1], config_name)}"
-    if found := re.search(r"Could not find '(?:\w+/)*?(\w+)/(\w+)'", message):
-        options = [path.stem for path in (CONF / found[1]).glob("*.yaml")]
-        if options:
-            return f"{found[1]}={found[2]}: there is no conf/{found[1]}/{found[2]}.yaml; {nearest(found[2], options)}"
+    if (found := re.search(r"Could not find '(?:\w+/)*?(\w+)/(\w+)'", message)) and (known := options(found[1])):
+        return f"{found[1]}={found[2]}: there is no conf/{found[1]}/{found[2]}.yaml; {nearest(found[2], known)}"
     if isinstance(error, OverrideParseException):
         return f"{message.partition(' See https')[0]}; write what you change as KEY=VALUE, --help shows how"
     return message
@@ -148,9 +153,8 @@ def _nearest_key(key: str, config_name: str) -> str:
     for part in key.split("."):
         inner = OmegaConf.select(known, part) if isinstance(known, DictConfig) else None
         if inner is None:
-            options = sorted(path.stem for path in (CONF / part).glob("*.yaml")) if part in known else []
-            if options:
-                return f"choose one of that group first, e.g. {part}={options[0]}"
+            if part in known and (choices := options(part)):
+                return f"choose one of that group first, e.g. {part}={choices[0]}"
             return nearest(part, map(str, known)) if isinstance(known, DictConfig) else "it has no keys inside"
         known = inner
     return "it is set twice"
