@@ -49,5 +49,6 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $(INSTALLED)
 
+# Only what `make` itself has installed; runs/ holds what was trained and is yours.
 clean:
-	rm -rf $(VENV) runs
+	[ ! -f $(INSTALLED) ] || rm -rf $(VENV)

@@ -17,8 +17,9 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -292,18 +293,31 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--gigabytes", type=float, default=0.75, help="size of the dense source (8 experts: 5 times)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peers", type=Path, help="virtual environment with torch, transformers and mergekit")
-    parser.add_argument("--only", nargs="*", help="names of contestants")
-    parser.add_argument("--folder", type=Path, default=Path("runs/benchmark-growth"), help="on the disk to be measured")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="contestants: the first column of the table")
+    parser.add_argument("--folder", type=Path, default=Path("runs"), help="on the disk to be measured")
     parser.add_argument("--out", type=Path, help="Markdown page to write")
     parser.add_argument("--json", type=Path, help="file for every single measurement")
     parser.add_argument("--contestant", nargs=3, metavar=("NAME", "SOURCE", "TARGET"), help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def compete(arguments: argparse.Namespace, folder: Path) -> Iterator[dict[str, list[Row]]]:
+def contestants(arguments: argparse.Namespace) -> list[str]:
+    """The names of those that are asked for; SystemExit with one line for what cannot be measured."""
+    if arguments.rounds < 1:
+        raise SystemExit(f"--rounds: is {arguments.rounds}; use 1 or more")
+    if not 0 < arguments.gigabytes < float("inf"):
+        raise SystemExit(f"--gigabytes: is {arguments.gigabytes:g}; use a size above 0, e.g. 0.75")
+    known = [*LIMITS, *OURS, COLD, *(PEERS if arguments.peers else ())]
+    for name in arguments.only or ():
+        if name in PEERS and name not in known:
+            raise SystemExit(f"--only: {name!r} needs --peers; name a virtual environment with torch and mergekit")
+        if name not in known:
+            raise SystemExit(f"--only: there is no {name!r}; use names out of {', '.join(map(repr, known))}")
+    return [name for name in known if not arguments.only or name in arguments.only]
+
+
+def compete(arguments: argparse.Namespace, names: Sequence[str], folder: Path) -> Iterator[dict[str, list[Row]]]:
     """All measurements so far, after each round; contestants take turns, so that a moody disk is so to all of them."""
-    names = [*LIMITS, *OURS, COLD, *(PEERS if arguments.peers else ())]
-    names = [name for name in names if not arguments.only or name in arguments.only]
     rows: dict[str, list[Row]] = {name: [] for name in names}
     for number in range(arguments.rounds):
         for name in names:
@@ -339,16 +353,19 @@ def main() -> None:
         name, source, target = arguments.contestant
         run_contestant(name, Path(source), Path(target))
         return
-    folder = arguments.folder.absolute()
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    names = contestants(arguments)
     try:
+        arguments.folder.mkdir(parents=True, exist_ok=True)
+        # A folder of its own: whatever else lies in the one that was named stays there.
+        own = tempfile.TemporaryDirectory(prefix="growth-", dir=arguments.folder.absolute())
+    except OSError as error:
+        raise SystemExit(f"--folder: {arguments.folder}: {error.strerror}; name a folder that can be written") from None
+    with own as folder_name:
+        folder = Path(folder_name)
         make_source(folder / "source", arguments.gigabytes * 1e9)
         prepare("replicate", folder / "source")(folder / "source", folder / "grown")
-        for rows in compete(arguments, folder):
+        for rows in compete(arguments, names, folder):
             print("\n".join(tell(arguments, rows, folder)), flush=True)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _words(arguments: argparse.Namespace) -> list[str]:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from aquilamoe.training.job import Job, Rank
 
 POLL_S, CLOSE_S = 1.0, 10.0
+MADE_HERE = "efficientscale-"  # the names of folders that Ray Train's notes are in begin so
 
 Work = Callable[["Rank"], dict[str, Any]]
 
@@ -101,14 +102,15 @@ class Workers:
         self.label, self.storage, self.name = (
             label,
             str(root / "ray"),
-            f"{label}-{os.getpid()}-{time.monotonic_ns() // 1_000_000}",
+            f"{MADE_HERE}{label}-{os.getpid()}-{time.monotonic_ns() // 1_000_000}",
         )
         self.crew: Future[ActorHandle[Crew]] = Future()
         threading.Thread(target=self._start, daemon=True).start()
 
     def _start(self) -> None:
         try:
-            shutil.rmtree(self.storage, ignore_errors=True)  # what killed runs have left
+            for left in Path(self.storage).glob(f"{MADE_HERE}*-*[0-9]"):  # by killed runs; all else there is not ours
+                shutil.rmtree(left, ignore_errors=True)
             start_session(self.cluster)
             self.crew.set_result(_start_crew(self.cluster, self.storage, self.name, self.label))
         except BaseException as error:
