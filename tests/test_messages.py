@@ -3,6 +3,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.text import Text
 
 from aquilamoe.config import graph
 from aquilamoe.config.messages import UserError, nearest
@@ -14,6 +15,8 @@ from aquilamoe.config.schema import (
     ScheduleConfig,
     UpcyclingConfig,
 )
+from aquilamoe.terminal.screen import console
+from aquilamoe.terminal.tables import make_table
 
 Compose = Callable[..., dict[str, Any]]
 Change = tuple[str, Any]
@@ -200,3 +203,36 @@ def test_a_mistake_ends_the_command_with_one_line_and_status_1_before_anything_i
     assert answer.stderr.startswith(line)
     assert answer.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+NAMES = ["\x1b[2J\x1b[31mred", "a\rb", "line\nforged: line", "\x9b31m", "\u202egnp.exe", "\ud800", "\x07\x08\x7f"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_that_a_terminal_would_obey_is_escaped_in_every_message(name: str) -> None:
+    line = str(UserError(f"model.safetensors: tensor '{name}' is missing; copy 你好 é 👩‍🔬 again"))
+    assert line.isascii() or {c for c in line if not c.isascii()} <= set("你好é👩‍🔬")
+    assert not set(line) & set(name) - set(filter(str.isprintable, name))
+    assert line.endswith("' is missing; copy 你好 é 👩‍🔬 again")
+    assert str(UserError(line)) == line
+
+
+def test_a_name_as_long_as_its_file_does_not_fill_the_terminal() -> None:
+    line = str(UserError(f"model.safetensors: tensor '{'x' * 10**6}' is missing; copy it again"))
+    assert len(line) < 5000
+    assert line.endswith("' is missing; copy it again")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_that_a_terminal_would_obey_is_escaped_in_lines_and_tables(
+    name: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = console()
+    table = make_table("tensor", "shape")
+    table.add_row(name, "2 x 3")
+    table.add_row(Text(name), "4")
+    out.print(table)
+    out.print(f"  grow  {name}")
+    shown = capfd.readouterr().out
+    assert [c for c in shown if c != "\n" and not c.isprintable()] == []
+    assert "\u202e" not in shown

@@ -2,6 +2,7 @@
 
 import difflib
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, get_args, get_origin
 
@@ -10,11 +11,41 @@ from pydantic_core import ErrorDetails
 
 Location = tuple[int | str, ...]
 SHOWN_CHARACTERS = 60
+LONGEST_MESSAGE = 4000  # characters; a name in a hostile file can be as long as the file
+# Categories of characters that a terminal obeys instead of showing them: controls, lone surrogates, separators of
+# lines; and the marks that reverse the order of what follows.
+UNSHOWN = ("Cc", "Cs", "Zl", "Zp")
+REVERSING = frozenset("\u200e\u200f\u061c\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 PASSWORD = re.compile(r"(://[^/\s:@'\"]*):[^/\s'\"]+@")
 
 
 class UserError(Exception):
-    """A mistake that the user can repair; its text is one line and the command exits with status 1."""
+    """A mistake that the user can repair; its text is one line and the command exits with status 1.
+
+    Names of files, tensors and columns that are in it come from anybody: it never has a character that a terminal
+    obeys.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(shortened(printable(text)))
+
+
+def printable(text: str) -> str:
+    """The text with what a terminal would obey (escape sequences, line breaks) written as in Python: `\\x1b`."""
+    if text.isprintable():
+        return text
+    return "".join(_escaped(c) if unicodedata.category(c) in UNSHOWN or c in REVERSING else c for c in text)
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
+
+
+def shortened(text: str) -> str:
+    """The beginning and the end of a text that is longer than any message."""
+    if len(text) <= LONGEST_MESSAGE:
+        return text
+    return f"{text[: LONGEST_MESSAGE // 2]} ... {text[-LONGEST_MESSAGE // 2 :]}"
 
 
 def without_passwords(text: str) -> str:
