@@ -1,10 +1,10 @@
-# make run: install on the first call, then run the embedded experiment.   make test: the whole test suite.
+# make run: install on the first call, then run the embedded experiment.   make test: the fast tests; make test-all: all.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: run smoke plan test check rehearse rehearse-cluster audit prove-smollm2 clean
+.PHONY: run smoke plan test test-all check rehearse rehearse-cluster audit prove-smollm2 clean
 
 run: $(INSTALLED)
 	$(BIN)/python workflows/efficientscale.py
@@ -18,10 +18,15 @@ plan: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
+# With Ray, browsers, and processes that are killed: the tests marked `process`, too.
+test-all: $(INSTALLED)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" --durations=40
+
 check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/codespell
 
 # docker-compose.yml without Docker, as root: see docs/docker.md.
 rehearse: $(INSTALLED)

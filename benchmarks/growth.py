@@ -138,7 +138,7 @@ def make_source(directory: Path, num_bytes: float) -> None:
             out.write(name, [torch.empty(shape, dtype=torch.bfloat16).normal_(0.0, 0.02, generator=random)])
     configuration.write_config(directory, config, "bfloat16", eos_token_id=0)
     model = {"type": "WordLevel", "vocab": {"a": 0, "b": 1}, "unk_token": "a"}
-    tokenizer = {"version": "1.0", "added_tokens": [], "model": model}
+    tokenizer: dict[str, Any] = {"version": "1.0", "added_tokens": [], "model": model}
     tokenizer |= dict.fromkeys(("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder"))
     (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "a"}

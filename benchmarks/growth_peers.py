@@ -37,8 +37,10 @@ def transformers_in_memory(source: Path, target: Path) -> None:
 
     dense = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
     values = dense.config.to_dict()
-    shared = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    shared += ("num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_parameters")
+    shared = (
+        *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+        *("num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_parameters"),
+    )
     config = MixtralConfig(
         **{key: values[key] for key in shared},
         num_local_experts=EXPERTS,
@@ -47,7 +49,7 @@ def transformers_in_memory(source: Path, target: Path) -> None:
         dtype="bfloat16",
     )
     with torch.device("meta"):
-        sparse = MixtralForCausalLM(config).to(torch.bfloat16)
+        sparse = MixtralForCausalLM(config).bfloat16()
     sparse = sparse.to_empty(device="cpu")
     weights = dense.state_dict()
     with torch.no_grad():

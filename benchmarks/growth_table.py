@@ -47,6 +47,7 @@ SOURCE = ModelConfig(
     tie_word_embeddings=False,
     num_experts=0,
     num_experts_per_tok=0,
+    moe_intermediate_size=160,
 )
 WIDER = {"hidden_size": 80, "intermediate_size": 200, "num_attention_heads": 12}
 TWICE = {"hidden_size": 128, "intermediate_size": 320, "num_attention_heads": 16}

@@ -122,7 +122,8 @@ def compose(words: tuple[str, ...], seed: int) -> dict[str, Node]:
         values: Any = hydra.compose(
             "config", [f"seed={seed}", "cluster=local_process", prepare, *batches, *small, *words]
         )
-    return graph.build(graph.parse(OmegaConf.to_container(values, resolve=True)))
+    composed: Any = OmegaConf.to_container(values, resolve=True)
+    return graph.build(graph.parse(composed))
 
 
 class Bench:
@@ -281,7 +282,7 @@ def smooth(values: Sequence[float], width: int = 5) -> list[float]:
     return [statistics.mean(values[max(0, end - width) : end]) for end in range(1, len(values) + 1)]
 
 
-def draw(bench: Bench, figure: "Figure") -> None:
+def draw(bench: Bench, figure: "Figure", narrow: bool) -> None:  # noqa: ARG001 - of wide pages only
     """Mean training loss over the seeds, a panel for each growth."""
     panels = figure.subplots(1, 3).flatten()
     cases = [case for case in CASES if case.warmups]
@@ -335,7 +336,9 @@ def main() -> None:
                     bench.run(Run(case, seed, state, warmup))
     PAGE.write_text(page(bench), encoding="utf-8")
     title = "Training loss in the first steps after a growth, with grown and with reset moments"
-    FIGURE.write_text(canvas.svg(partial(draw, bench), (11.0, 3.4), title, "optimizer-state"), encoding="utf-8")
+    FIGURE.write_text(
+        canvas.Drawing("optimizer-state", title, partial(draw, bench), (11.0, 3.4)).svg(), encoding="utf-8"
+    )
     print(f"{PAGE.relative_to(ROOT)}, {FIGURE.relative_to(ROOT)}")
 
 

@@ -38,8 +38,7 @@ def experiment(root: Path) -> Any:
 
     words = [f"stages.prepare.total_tokens={STEPS * 4096}", "stages.prepare.schedule.warmup_tokens=8192"]
     with hydra.initialize_config_dir(str(HERE.parent / "conf"), version_base="1.3"):
-        values = OmegaConf.to_container(hydra.compose("config", [*words, f"paths.root={root}"]), resolve=True)
-    assert isinstance(values, dict)
+        values: Any = OmegaConf.to_container(hydra.compose("config", [*words, f"paths.root={root}"]), resolve=True)
     kept = ("corpus", "tokenizer", "tokens", "prepare")
     values["stages"] = {name: stage for name, stage in values["stages"].items() if name in kept}
     return graph.parse(values | {"report": {"chain": [], "control": None}})
@@ -52,7 +51,7 @@ def tokens_of(found: Any, root: Path) -> Path:
     from aquilamoe.pipeline import runner
     from aquilamoe.pipeline.store import Store
 
-    plan = planning.make(graph.build(found), Store(root), 1e9)
+    plan = planning.make(graph.build(found), Store(root), planning.Speed(1e9))
     return runner.run(plan[:-1], Store(root), found.cluster, [])["tokens"].directory
 
 
@@ -63,6 +62,8 @@ def measure(found: Any, tokens: Path, mode: str, out: Path, root: Path) -> tuple
     from aquilamoe.training.launch import launch
 
     node = graph.build(found)["prepare"]
+    assert node.stage.kind == "pretrain"
+    assert node.model is not None
     cluster = found.cluster.model_copy(update={"executor": "process" if mode == MODES[0] else "ray"})
     started = time.time()
     launch(Job("prepare", node.stage, node.model, tokens, None, out, 0, 0, cluster), root)

@@ -84,7 +84,7 @@ def train_one(values: dict[str, Any], mode: str, uri: str | None, root: Path) ->
 
     experiment = graph.parse(values)
     store = Store(root)
-    plan = planning.make(graph.build(experiment), store, experiment.cluster.flops_per_s)
+    plan = planning.make(graph.build(experiment), store, planning.Speed.of(experiment.cluster))
     tracker = tracker_of(uri, root) if mode != MODES[0] else None
     began = time.process_time()
     if tracker is not None:
@@ -239,6 +239,7 @@ def deliver_the_rest(mode: str, uri: str, root: Path) -> None:
     assert note is None, note
     client = MlflowClient(uri)
     experiment = client.get_experiment_by_name(mode)
+    assert experiment is not None
     runs = client.search_runs([experiment.experiment_id], "tags.stage = 'prepare'")
     arrived = sum(len(client.get_metric_history(run.info.run_id, "train/loss")) for run in runs)
     stages = [root / "stages" / Path(run.data.tags["directory"]).name for run in runs]

@@ -235,7 +235,7 @@ class _Master:
 
     @torch.no_grad()
     def round(self) -> None:
-        torch._foreach_copy_(self.copies, self.originals)
+        torch._foreach_copy_([*self.copies], [*self.originals])
 
 
 def product_peak(device: str, dtype: torch.dtype, sizes: tuple[int, ...], clock: Callable[[], float]) -> float:

@@ -98,7 +98,7 @@ def secrets(values: Mapping[str, Any], environment: Mapping[str, str]) -> dict[s
 def read_env(path: Path) -> dict[str, str]:
     """NAME=VALUE lines of a .env file; the rest are comments."""
     lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    return dict(line.split("=", 1) for line in lines if "=" in line and not line.startswith("#"))  # type: ignore[misc]
+    return dict(line.split("=", 1) for line in lines if "=" in line and not line.startswith("#"))
 
 
 def substitute(text: str, environment: Mapping[str, str]) -> str:

@@ -152,7 +152,7 @@ def _image_environment() -> dict[str, str]:
     line = re.findall(r"^ENV (PATH=.*)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)[-1]
     programs = sorted(Path("/usr/lib/postgresql").glob("*/bin"))[-1]
     path = f"/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin:{programs}"
-    return dict(word.replace("$PATH", path).split("=", 1) for word in shlex.split(line))  # type: ignore[misc]
+    return dict(word.replace("$PATH", path).split("=", 1) for word in shlex.split(line))
 
 
 def _ids(user: str) -> str:
