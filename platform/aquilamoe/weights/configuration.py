@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from aquilamoe.config.messages import UserError, first_problem
 from aquilamoe.config.network import ABSENT_SHARED_EXPERT_SIZE
 from aquilamoe.config.schema import ModelConfig
-from aquilamoe.weights import names
+from aquilamoe.weights import names, tying
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
@@ -246,9 +246,12 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def read_config(directory: Path) -> ModelConfig:
-    """Model of a checkpoint directory."""
+    """Model of a checkpoint directory; a head with other numbers than the embedding is untied, whatever it says."""
     path = directory / CONFIG_FILE
-    return config_from_dict(_read_json(path), where=str(path))
+    model = config_from_dict(_read_json(path), where=str(path))
+    if model.tie_word_embeddings and tying.has_own_head(directory):
+        return model.model_copy(update={"tie_word_embeddings": False})
+    return model
 
 
 def read_eos_token_id(directory: Path) -> int | None:
