@@ -22,15 +22,16 @@ SOURCES = sorted([*PACKAGE.rglob("*.py"), *(REPOSITORY / "workflows").glob("*.py
 # A room, and the rooms that it may import besides itself. Stages are loaded by their names: nobody imports them.
 MAY_IMPORT = {
     "config": set(),
+    "process": {"config"},
     "kernels": {"config"},
     "model": {"config", "kernels"},
     "weights": {"config", "model"},
     "growth": {"config", "kernels", "model", "weights"},
     "data": {"config"},
-    "training": {"config", "kernels", "model", "weights", "data"},
-    "pipeline": {"config", "estimates"},
+    "training": {"config", "process", "kernels", "model", "weights", "data"},
+    "pipeline": {"config", "process", "estimates"},
     # Of training only the session that trials run in; of weights only what files say of themselves.
-    "ablation": {"config", "lineage", "pipeline", "reports", "terminal", "tracking", "training", "weights"},
+    "ablation": {"config", "process", "lineage", "pipeline", "reports", "terminal", "tracking", "training", "weights"},
     "stages": {"config", "model", "weights", "growth", "data", "training", "evaluation", "pipeline", "estimates"},
     "lineage": {"config", "weights", "pipeline"},
     "evaluation": {"config", "model", "weights", "data", "pipeline", "lineage"},
@@ -44,11 +45,11 @@ MAY_IMPORT = {
     # Of training only what must be in the environment before torch is imported.
     "commands": {
         *("config", "pipeline", "lineage", "tracking", "reports", "preflight", "terminal", "evaluation", "training"),
-        *("estimates", "dryrun"),
+        *("estimates", "dryrun", "process"),
     },
     # The growth tool: from headers to a published directory, of the pipeline only recipes and how files become durable.
-    "growing": {"config", "weights", "growth", "pipeline", "reports", "terminal"},
-    "cli": {"config", "commands", "growing", "ablation"},
+    "growing": {"config", "process", "weights", "growth", "pipeline", "reports", "terminal"},
+    "cli": {"config", "process", "commands", "growing", "ablation"},
     "workflows": {"cli"},
 }
 # A package of others, and the only places that may import it (of a directory: all its files).

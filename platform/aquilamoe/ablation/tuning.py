@@ -10,13 +10,19 @@ from aquilamoe.ablation.plan import Task
 from aquilamoe.ablation.trials import Field, Stopped, Stopping, compute
 from aquilamoe.config.schema import ClusterConfig
 from aquilamoe.pipeline.store import METRICS, Record, Store, read_points
+from aquilamoe.process import interruption
 
 if TYPE_CHECKING:
     from ray.tune import Callback
     from ray.tune.schedulers import ASHAScheduler
 
 # Read by Tune when it is imported: no files of its loggers, no tables of its own in the terminal.
-TUNE_ENVIRONMENT = {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0"}
+# And no answer of its own to Ctrl-C, after which it returns what it has as if all was done.
+TUNE_ENVIRONMENT = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "RAY_AIR_NEW_OUTPUT": "0",
+}
 LOSS, ABOVE_SOURCE, TOKENS = "loss", "above_source", "tokens"
 # Early stopping: first after an eighth of the tokens, and the worse half each time.
 GRACE, REDUCTION = 8, 2
@@ -143,6 +149,9 @@ def _listener(field: Field, again: Sequence[str]) -> "Callback":
 
     class Listener(Callback):
         """Passes on how each trial ended, while others run."""
+
+        def on_step_begin(self, iteration: int, trials: list[Trial], **_: Any) -> None:  # noqa: ARG002
+            interruption.check()
 
         def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:  # noqa: ARG002
             name, last = trial.config["task"], trial.last_result or {}

@@ -4,10 +4,8 @@ import logging
 import os
 import re
 import shlex
-import signal
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come here instead of being printed by Hydra
@@ -20,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from aquilamoe.cli.shipped import CONF, config_folders, options
 from aquilamoe.config.messages import UserError, nearest, without_passwords
+from aquilamoe.process import interruption
 
 Execute = Callable[[dict[str, Any], str], None]
 
@@ -31,25 +30,20 @@ def run(config_name: str, execute: Execute, optional_groups: Sequence[str] = (),
     optional_groups: groups that the defaults leave out: both `experiment=x` and Hydra's own `+experiment=x` work.
     paths: keys whose values are taken as they are typed, whatever characters are in them.
     """
-    ended_by = [signal.SIGINT]
-    signal.signal(signal.SIGTERM, partial(_interrupt, ended_by))
+    interruption.handle()
     command = without_passwords(shlex.join([*_program(), *sys.argv[1:]]))
     sys.argv[1:] = [_normalized(word, optional_groups, paths) for word in sys.argv[1:]]
     try:
         for values in _composed(config_name):
             execute(values, command)
+        interruption.check()
     except UserError as error:
         raise SystemExit(f"error: {without_passwords(str(error))}") from None
-    except KeyboardInterrupt as interruption:
-        remedy = str(interruption) or "the same command continues where this stopped"
+    except KeyboardInterrupt as caught:
+        status = interruption.end()
+        remedy = str(caught) or "the same command continues where this stopped"
         print(f"\ninterrupted; {remedy}", file=sys.stderr)
-        raise SystemExit(128 + ended_by[-1]) from None
-
-
-def _interrupt(ended_by: list[signal.Signals], number: int, _: object) -> None:
-    """A scheduler that takes back the machine ends a run as Ctrl-C does."""
-    ended_by.append(signal.Signals(number))
-    raise KeyboardInterrupt
+        raise SystemExit(status) from None
 
 
 def _program() -> list[str]:

@@ -15,6 +15,7 @@ from aquilamoe.growing.held_out import HeldOut
 from aquilamoe.growing.output import Output
 from aquilamoe.growing.request import Request, open_checkpoint
 from aquilamoe.pipeline.store import write_atomically
+from aquilamoe.process import interruption
 from aquilamoe.reports import rows
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class Making:
         try:
             with output.full_disk(self.request.target):
                 record = self._make()
+                interruption.check()
                 run = {"started": started, "seconds": time.time() - started, **self.seconds}
                 write_atomically(self.place.partial / output.RUN, json.dumps(run, indent=1) + "\n")
                 self.place.publish(record)

@@ -15,6 +15,7 @@ from aquilamoe.growing import held_out, plan
 from aquilamoe.growing.card import certificate_rows
 from aquilamoe.growing.request import Checkpoint, Request
 from aquilamoe.growth.bounds import certificate_bytes
+from aquilamoe.process import interruption
 from aquilamoe.reports import rows
 from aquilamoe.reports.rows import duration, size
 from aquilamoe.terminal.tables import make_table
@@ -42,6 +43,7 @@ class Bar:
 
     def update(self, done: int, total: int) -> None:
         """Show how far the step is."""
+        interruption.check()
         now = time.monotonic()
         if self.out.is_terminal and (now - self._drawn > REFRESH_S or done == total):
             self._drawn = now

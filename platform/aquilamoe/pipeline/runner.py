@@ -20,6 +20,7 @@ from aquilamoe.pipeline.mirror import Mirror
 from aquilamoe.pipeline.plan import Planned
 from aquilamoe.pipeline.stage import Context, Input, module
 from aquilamoe.pipeline.store import METRICS, Record, Store
+from aquilamoe.process import interruption
 
 POLL_S = 0.2
 PACKAGES = ("aquilamoe", "torch", "ray", "mlflow", "transformers", "tokenizers", "safetensors", "grain", "numpy")
@@ -54,6 +55,7 @@ def run(
     done: dict[str, Input] = {}
     for planned in plan:
         try:
+            interruption.check()
             with alone(planned):
                 # Asked again: another stage of this plan, or another run, may have had the same recipe.
                 found = store.find(planned.name, planned.fingerprint)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from aquilamoe.config.messages import UserError
 from aquilamoe.config.schema import ClusterConfig
+from aquilamoe.process import interruption
 from aquilamoe.training.session import Patience, start_session
 
 if TYPE_CHECKING:
@@ -148,6 +149,7 @@ class Workers:
         pending: Any = crew.do.options(name=name).remote(pickle.dumps(work))
         watch = Patience(self.cluster)
         while not ray.wait([pending], timeout=POLL_S)[0]:
+            interruption.check()
             watch.look(ray.get(crew.is_standing.remote()))
         outcome: Outcome = ray.get(pending)
         if outcome.mistake is not None:

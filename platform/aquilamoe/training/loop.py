@@ -12,6 +12,7 @@ from torch import Tensor
 
 from aquilamoe.data.loader import Batches
 from aquilamoe.model import Decoder
+from aquilamoe.process import interruption
 from aquilamoe.training import optimizer as optimizers
 from aquilamoe.training import spikes, state
 from aquilamoe.training.job import FIRST, Job, Rank
@@ -67,6 +68,7 @@ def _finish(run: "_Run", batches: Batches) -> dict[str, Any]:
         run.write(run.validate())
     ahead = batches.iterate(run.position)
     for step in range(run.progress.step + 1, last + 1):
+        interruption.check()
         values = run.step(step, ahead)
         if step == last or _due(step, job.stage.validate_every_tokens, job):
             run.write(values | run.validate())

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import socket
 import sys
 import threading
@@ -35,6 +36,15 @@ PATIENCE_S, REMIND_S = 30.0, 60.0
 
 def start_session(cluster: ClusterConfig) -> None:
     """Connect this driver to Ray once: to `cluster.address`, or to a session of its own on this machine."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        _start_session(cluster)
+    finally:  # Ray's own answer to SIGTERM is an exit of this process, with another status
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+def _start_session(cluster: ClusterConfig) -> None:
     own = OWN_SESSION_ENVIRONMENT if cluster.address is None else {}
     for key, value in {**RAY_ENVIRONMENT, **own, **WORKER_ENVIRONMENT}.items():  # a session of our own inherits them
         os.environ.setdefault(key, value)
