@@ -9,16 +9,18 @@ the place of each.
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aquilamoe.config.messages import UserError
+from aquilamoe.config.messages import UserError, size
 from aquilamoe.config.plugins import PACKAGE_ROOT
 from aquilamoe.config.schema import CorpusStage, SourceConfig
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
 SPLITS = ("train", "validation")
@@ -28,6 +30,8 @@ PACKAGE_PREFIX = "package://"
 ROW_GROUP_BYTES = 4 << 20
 # Rows taken from an input file at a time: its own row groups may be gigabytes.
 INPUT_ROWS = 256
+# UTF-8 bytes of a document that is not cleaned: encoding one takes some thirty times its size in memory.
+MAX_DOCUMENT_BYTES = 1 << 25
 
 
 @dataclass(frozen=True)
@@ -241,7 +245,8 @@ def _check_sum(source: str, expected: str, files: list[Path]) -> None:
 def _documents(path: Path) -> Iterator[Document]:
     for document in _READERS[path.suffix](path):
         try:
-            document.text.encode()
+            if len(document.text.encode()) > MAX_DOCUMENT_BYTES:
+                raise _too_long(document.place)
         except UnicodeEncodeError as error:
             raise UserError(
                 f"{document.place}: text is not valid Unicode ({error.reason}); repair or drop it"
@@ -257,7 +262,7 @@ def open_parquet(path: Path) -> "pq.ParquetFile":
         return pq.ParquetFile(path, memory_map=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; it belongs to the output of a corpus stage") from None
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path}: not a readable parquet file ({first_line(error)}); copy or write it again") from None
 
 
@@ -266,6 +271,7 @@ def _read_parquet(path: Path) -> Iterator[Document]:
 
     with open_parquet(path) as file:
         schema = file.schema_arrow
+        check_columns(path, schema.names, ("text", "split"))
         if "text" not in schema.names:
             raise UserError(f"{path}: no column 'text', only {', '.join(schema.names)}; rename the text's column")
         kind = schema.field("text").type
@@ -275,22 +281,48 @@ def _read_parquet(path: Path) -> Iterator[Document]:
         row = 0
         try:
             for batch in file.iter_batches(batch_size=INPUT_ROWS, columns=columns):
-                for values in batch.to_pylist():
+                for values in _rows(batch, path, row):
                     row += 1
                     yield _document(values, f"{path}, row {row}")
-        except (pa.ArrowInvalid, OSError) as error:
+        except (pa.ArrowException, OSError) as error:
             raise UserError(f"{path}: corrupt after row {row} ({first_line(error)}); copy it again") from None
 
 
+def check_columns(path: Path | str, names: Sequence[str], wanted: Iterable[str]) -> None:
+    """Refuse a table with several columns of a name that is read."""
+    for name in wanted:
+        if (count := names.count(name)) > 1:
+            raise UserError(f"{path}: {count} columns '{name}'; remove or rename all but one")
+
+
+def _rows(batch: "pa.RecordBatch", path: Path, before: int) -> list[dict[str, Any]]:
+    """The rows of a batch; `before` rows of the file come before them."""
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:  # pyarrow does not check what a file calls a string
+        for row in range(batch.num_rows):
+            try:
+                batch.slice(row, 1).to_pylist()
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f"{path}, row {before + row + 1}: not UTF-8 at byte {error.start} of a text; repair or drop it, or "
+                    "let the corpus leave out what cannot be used: data.cleaning={deduplicate: true}"
+                ) from None
+        raise
+
+
 def _read_jsonl(path: Path) -> Iterator[Document]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
+    limit = 2 * MAX_DOCUMENT_BYTES  # JSON escapes a Chinese character in twice its bytes
+    with path.open("rb") as file:
+        for number, line in enumerate(iter(partial(file.readline, limit), b""), start=1):
             place = f"{path}, line {number}"
+            if len(line) == limit:
+                raise _too_long(place)
             if not line.strip():
                 continue
             try:
                 values = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{place}: not JSON ({first_line(error)}); repair or drop the line") from None
             if not isinstance(values, dict):
                 raise UserError(
@@ -300,10 +332,19 @@ def _read_jsonl(path: Path) -> Iterator[Document]:
 
 
 def _read_txt(path: Path) -> Iterator[Document]:
+    if path.stat().st_size > MAX_DOCUMENT_BYTES:
+        raise _too_long(str(path))
     try:
         yield Document(path.read_bytes().decode(), None, str(path))
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 at byte {error.start}; convert it") from None
+
+
+def _too_long(place: str) -> UserError:
+    return UserError(
+        f"{place}: a document longer than {size(MAX_DOCUMENT_BYTES)}; cut it into several, or let the corpus leave out "
+        "what is too long: data.cleaning={max_document_bytes: 10_000_000}"
+    )
 
 
 _READERS: dict[str, Callable[[Path], Iterator[Document]]] = {

@@ -20,7 +20,7 @@ import numpy as np
 
 from aquilamoe.data.corpus import SPLITS, group_sizes, read_groups, source_names, split_file, split_parts
 from aquilamoe.data.processes import available, share_out
-from aquilamoe.data.tokenizer import TOKENIZER_FILES, end_of_text_id, load_tokenizer
+from aquilamoe.data.tokenizer import TOKENIZER_FILES, encode, end_of_text_id, load_tokenizer
 from aquilamoe.data.tokens import (
     TokenCounts,
     TokensRecord,
@@ -168,8 +168,8 @@ def _encoded(shard: Shard, tokenizer: "Tokenizer", end: int, sizes: list[int]) -
     """The ids of a shard's documents, each with its end; `sizes` gets the UTF-8 bytes of every row group."""
     for texts in read_groups(shard.file, shard.start, shard.stop):
         sizes.append(sum(len(text.encode()) for text in texts))
-        for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False):
-            yield np.array([*encoding.ids, end], dtype=np.int64)
+        for ids in encode(tokenizer, texts):
+            yield np.array([*ids, end], dtype=np.int64)
 
 
 def _join(shards: list[Shard], prefix: Path, dtype: np.dtype) -> TokenCounts:

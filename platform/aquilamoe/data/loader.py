@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from aquilamoe.config.messages import UserError, nearest
-from aquilamoe.data.tokens import TokenFile, read_record, token_prefix
+from aquilamoe.data.tokens import TokenFile, bin_file, check_ids, read_record, token_prefix
 
 if TYPE_CHECKING:
     import grain
@@ -58,6 +58,8 @@ class Batches:
         self._first_row = rank * self._rows
         names = sorted(mixture)  # the order in which a mixture is written means nothing
         self._windows = [_windows(tokens, "train", name, sequence_length) for name in names]
+        self._files = [bin_file(token_prefix(tokens, "train", name)) for name in names]
+        self._vocab_size = read_record(tokens).vocab_size
         self._ends = np.cumsum([len(windows_wt) for windows_wt in self._windows])
         self._order = _order(names, [len(w) for w in self._windows], [mixture[name] for name in names], seed)
         self._shape = (self._rows, sequence_length + 1)
@@ -74,7 +76,9 @@ class Batches:
         rows_rt = np.empty(self._shape, dtype=np.int64)
         for source, windows_wt in enumerate(self._windows):
             mine_r = sources_r == source
-            rows_rt[mine_r] = windows_wt[ids_r[mine_r] - (self._ends[source] - len(windows_wt))]
+            read_rt = windows_wt[ids_r[mine_r] - (self._ends[source] - len(windows_wt))]
+            check_ids(self._files[source], read_rt, self._vocab_size)
+            rows_rt[mine_r] = read_rt
         return rows_rt
 
     def iterate(self, position: int) -> Iterator[np.ndarray]:
@@ -95,8 +99,15 @@ def validation_batches(
     """
     windows_wt = _windows(tokens, "validation", source, sequence_length)
     count = len(windows_wt) if max_tokens is None else min(len(windows_wt), max(1, max_tokens // sequence_length))
+    path, vocab_size = bin_file(token_prefix(tokens, "validation", source)), read_record(tokens).vocab_size
     starts = range(0, count, batch_sequences)
-    return (windows_wt[start : min(start + batch_sequences, count)].astype(np.int64) for start in starts)
+    parts = (windows_wt[start : min(start + batch_sequences, count)] for start in starts)
+    return (_checked(part_rt, path, vocab_size) for part_rt in parts)
+
+
+def _checked(rows_rt: np.ndarray, path: Path, vocab_size: int) -> np.ndarray:
+    check_ids(path, rows_rt, vocab_size)
+    return rows_rt.astype(np.int64)
 
 
 def _windows(tokens: Path, split: str, source: str, sequence_length: int) -> np.ndarray:

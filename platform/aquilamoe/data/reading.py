@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from aquilamoe.config.corpus import SourceConfig
 from aquilamoe.config.messages import UserError
 from aquilamoe.data import hub
-from aquilamoe.data.corpus import INPUT_ROWS, ROW_GROUP_BYTES, first_line, open_parquet, source_files
+from aquilamoe.data.corpus import INPUT_ROWS, ROW_GROUP_BYTES, check_columns, first_line, open_parquet, source_files
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -78,7 +78,7 @@ def shards(source: str, config: SourceConfig, shard_bytes: int) -> list[Shard]:
     filled = shard_bytes
     for path in source_files(source, config):
         for part in _parts(path, shard_bytes):
-            if filled + part.bytes > shard_bytes:
+            if not found or filled + part.bytes > shard_bytes:
                 found.append([])
                 filled = 0
             found[-1].append(part)
@@ -134,6 +134,7 @@ def _parquet_rows(part: Part, wanted: list[str]) -> Iterator[Row]:
 
     with open_parquet(Path(part.file)) as file:
         names = file.schema_arrow.names
+        check_columns(part.file, names, wanted)
         metadata = file.metadata
         before = sum(metadata.row_group(group).num_rows for group in range(part.start))
         group = metadata.row_group(part.start)
@@ -144,7 +145,7 @@ def _parquet_rows(part: Part, wanted: list[str]) -> Iterator[Row]:
         try:
             tables = (pa.Table.from_batches([batch]) for batch in batches)
             yield from _table_rows(tables, wanted, part.file, before, names)
-        except (pa.ArrowInvalid, OSError) as error:
+        except (pa.ArrowException, OSError) as error:
             raise UserError(f"{part.file}: corrupt ({first_line(error)}); copy it again") from None
 
 
@@ -155,6 +156,7 @@ def _table_rows(
     text, split, *others = wanted
     row = before
     for table in tables:
+        check_columns(file, table.column_names, wanted)
         for name in (text, *others):
             if name not in table.column_names:
                 known = ", ".join(names or table.column_names)

@@ -1,10 +1,11 @@
 """Byte-level BPE: one vocabulary for every language, no unknown token; decoding gives back the text (in NFC)."""
 
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from aquilamoe.config.messages import UserError
 from aquilamoe.data.corpus import count_bytes, read_documents, source_names, split_file
@@ -26,6 +27,8 @@ MIN_FREQUENCY = 2
 # Text to learn merges from; a larger corpus is thinned evenly. All distinct words are held in memory, and in Chinese a
 # clause is a word: measured, 37 bytes of memory per byte of a text in both languages, here 5 GB.
 TRAINING_BYTES = 1 << 27
+# How many times as long the rules of a tokenizer may make a text: those of published ones, at most 3 times.
+MAX_EXPANSION = 64
 
 
 def train_tokenizer(corpus: Path, vocab_size: int, out: Path) -> dict[str, float]:
@@ -90,17 +93,72 @@ def save_tokenizer(tokenizer: "Tokenizer", out: Path) -> None:
 
 def load_tokenizer(directory: Path) -> "Tokenizer":
     """Open a tokenizer for encoding documents: the name of a special token inside a text is ordinary text."""
-    from tokenizers import Tokenizer
-
     path = directory / "tokenizer.json"
     if not path.is_file():
         raise UserError(f"{path}: no such file; give the output folder of a tokenizer stage")
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
-        raise UserError(f"{path}: not a readable tokenizer ({error}); make it again") from None
+    tokenizer = open_tokenizer(path)
     tokenizer.encode_special_tokens = True
     return tokenizer
+
+
+def open_tokenizer(path: Path) -> "Tokenizer":
+    """Open a tokenizer.json that anybody may have written, for whole texts: it neither pads nor truncates them."""
+    from tokenizers import Tokenizer
+
+    try:
+        text = path.read_text(encoding="utf-8")
+        _check_expansion(path, json.loads(text))
+        tokenizer = Tokenizer.from_str(text)
+    except UserError:
+        raise
+    except Exception as error:  # the library raises bare Exception
+        raise UserError(f"{path}: not a readable tokenizer ({_reason(error)}); copy it again") from None
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def encode(tokenizer: "Tokenizer", texts: Sequence[str]) -> list[list[int]]:
+    """The ids of texts, without those that a tokenizer puts around them."""
+    try:
+        return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+    except Exception as error:  # the library raises bare Exception
+        raise UserError(
+            f"tokenizer: cannot encode a text ({_reason(error)}); take one that writes every text, such as a "
+            "byte-level BPE"
+        ) from None
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def _check_expansion(path: Path, values: Any) -> None:
+    """Refuse a tokenizer whose rules, one after the other, make a text many times as long as it is."""
+    parts = values if isinstance(values, dict) else {}
+    factor = _expansion(parts.get("normalizer")) * _expansion(parts.get("pre_tokenizer"))
+    if factor > MAX_EXPANSION:
+        raise UserError(
+            f"{path}: makes a text up to {factor:.3g} times as long before it is cut into tokens, at most "
+            f"{MAX_EXPANSION} times is expected; take the tokenizer from where it was published"
+        )
+
+
+def _expansion(part: Any) -> float:
+    """How many times as long a normalizer or pre-tokenizer makes a text at most, as far as its rules add up."""
+    if not isinstance(part, dict):
+        return 1.0
+    kind = part.get("type")
+    if kind == "Sequence":
+        inner = part.get("normalizers") or part.get("pretokenizers")
+        return math.prod(map(_expansion, inner)) if isinstance(inner, list) else 1.0
+    if kind == "ByteLevel":
+        return 2.0  # of UTF-8: a byte becomes a letter, of one or two bytes
+    if kind == "Replace":
+        content, pattern = str(part.get("content", "")), part.get("pattern")
+        replaced = pattern.get("String") if isinstance(pattern, dict) else None
+        return max(1.0, len(content) / max(1, len(replaced) if isinstance(replaced, str) else 1))
+    return 1.0
 
 
 def end_of_text_id(tokenizer: "Tokenizer") -> int:

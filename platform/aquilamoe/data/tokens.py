@@ -132,7 +132,12 @@ def write_ids(out: IO[bytes], lengths: IO[bytes], vocab_size: int, documents: It
     dtype = token_dtype(vocab_size)
     tokens = count = 0
     for document in documents:
-        assert document.size and document.min() >= 0 and document.max() < vocab_size
+        assert document.size and document.min() >= 0
+        if document.max() >= vocab_size:
+            raise UserError(
+                f"tokenizer: writes a document with the id {document.max()}, but has {vocab_size} tokens (0 to "
+                f"{vocab_size - 1}); take one whose ids have no gaps"
+            )
         out.write(document.astype(dtype).tobytes())
         lengths.write(struct.pack("<i", document.size))
         tokens += document.size
@@ -158,6 +163,16 @@ def _write_index(out: IO[bytes], lengths: IO[bytes], count: int, itemsize: int) 
         offset = int(ends[-1])
     for start in range(0, count + 1, INDEX_CHUNK):
         out.write(np.arange(start, min(start + INDEX_CHUNK, count + 1), dtype="<i8").tobytes())
+
+
+def check_ids(path: Path, ids: np.ndarray, vocab_size: int) -> None:
+    """Refuse ids, read from a file, that no token of the vocabulary has."""
+    if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
+        wrong = ids.max() if ids.max() >= vocab_size else ids.min()
+        raise UserError(
+            f"{path}: token {wrong}, the vocabulary has {vocab_size} (0 to {vocab_size - 1}); the file is not of this "
+            "tokenizer: make it again, or copy it again"
+        )
 
 
 def write_record(out: Path, record: TokensRecord) -> None:

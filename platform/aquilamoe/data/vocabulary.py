@@ -20,6 +20,7 @@ from aquilamoe.data.corpus import PACKAGE_PREFIX, path_inside
 from aquilamoe.data.tokenizer import (
     END_OF_TEXT,
     TOKENIZER_FILES,
+    encode,
     end_of_text_id,
     load_tokenizer,
     save_tokenizer,
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 # Of a package that is installed: python://dashscope/resources/qwen.tiktoken.
 INSTALLED_PREFIX = "python://"
+# In several scripts: a tokenizer that cannot write it cannot write a corpus.
+ANY_TEXT = "Aa 09 \N{LATIN SMALL LETTER E WITH ACUTE} \N{CJK UNIFIED IDEOGRAPH-5929}\n"
 QWEN_SPECIALS = (END_OF_TEXT, "<|im_start|>", "<|im_end|>", *(f"<|extra_{number}|>" for number in range(205)))
 
 
@@ -55,7 +58,17 @@ def adopt_tokenizer(path: str, sha256: str | None, vocab_size: int, out: Path) -
         raise UserError(
             f"tokenizer.vocab_size: {vocab_size}, but {file} has {tokenizer.get_vocab_size()} tokens; set it to that"
         )
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    if largest >= vocab_size:
+        raise UserError(
+            f"tokenizer.path: {file} has {vocab_size} tokens, and one with the id {largest}; take a tokenizer whose "
+            f"ids are 0 to {vocab_size - 1}"
+        )
     end_of_text_id(tokenizer)
+    try:
+        encode(tokenizer, [ANY_TEXT])
+    except UserError as error:
+        raise UserError(f"{file}: has no token for an unknown word; {error}") from None
     return {"vocab_size": vocab_size}
 
 

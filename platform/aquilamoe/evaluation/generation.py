@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from aquilamoe.config.evaluation import GenerationConfig
-from aquilamoe.data.tokenizer import load_tokenizer
+from aquilamoe.data.tokenizer import encode, load_tokenizer
 from aquilamoe.model import Decoder
 from aquilamoe.weights.configuration import read_eos_token_id
 from aquilamoe.weights.huggingface import load_model
@@ -38,7 +38,7 @@ class Writer:
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text; an empty one is what follows the end of a text."""
-        tokens = list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+        tokens = encode(self.tokenizer, [text])[0]
         return tokens or [self.eos_token_id or 0]
 
     def decode(self, tokens: Sequence[int]) -> str:

@@ -20,6 +20,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from aquilamoe.config.evaluation import GenerationConfig
 from aquilamoe.config.messages import UserError, nearest
+from aquilamoe.data.tokenizer import encode
 from aquilamoe.evaluation.generation import Writer
 
 ROWS = 16  # continuations scored at once
@@ -76,7 +77,7 @@ class Harness(TemplateLM):
         return self.writer.eos_token_id or 0
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        return list(self.writer.tokenizer.encode(string, add_special_tokens=False).ids)
+        return encode(self.writer.tokenizer, [string])[0]
 
     def _loglikelihood_tokens(self, requests: list[Request], **_: Any) -> list[tuple[float, bool]]:
         """Sum of log-probabilities of each continuation, and whether it is what greedy decoding gives."""

@@ -12,6 +12,7 @@ from aquilamoe.config.growing import CertificateConfig
 from aquilamoe.config.messages import UserError
 from aquilamoe.config.network import ModelConfig
 from aquilamoe.config.plugins import PACKAGE_ROOT
+from aquilamoe.data.tokenizer import encode, open_tokenizer
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,7 +45,7 @@ def read(source: Path, model: ModelConfig, certificate: CertificateConfig, seed:
         draw = random.Random(seed)
         ids = [[draw.randrange(model.vocab_size) for _ in range(length + 1)] for _ in range(rows)]
         return HeldOut(np.array(ids, np.int64), f"random ids, the source has no {TOKENIZER_FILE}")
-    tokenizer = _open(source / TOKENIZER_FILE)
+    tokenizer = open_tokenizer(source / TOKENIZER_FILE)
     path = None if certificate.text is None else Path(certificate.text).expanduser()
     texts = list(_embedded()) if path is None else [_read_text(path, rows * (length + 1))]
     share = math.ceil(rows / len(texts))
@@ -75,16 +76,6 @@ def _check_vocabulary(source: Path, largest: int, model: ModelConfig) -> None:
         )
 
 
-def _open(path: Path) -> "Tokenizer":
-    from tokenizers import Tokenizer
-
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path}: not a readable tokenizer ({reason}); copy it again") from None
-
-
 def _embedded() -> Iterator[str]:
     """The validation split of every embedded language, each as one text."""
     import pyarrow.parquet as pq
@@ -113,7 +104,7 @@ def _sequences(tokenizer: "Tokenizer", text: str, rows: int, length: int) -> "np
     import numpy as np
 
     # No more text than is needed: tokenizing all of it takes seconds.
-    ids = tokenizer.encode(text[: (rows * length + 1) * BYTES_PER_TOKEN], add_special_tokens=False).ids
+    (ids,) = encode(tokenizer, [text[: (rows * length + 1) * BYTES_PER_TOKEN]])
     rows = min(rows, (len(ids) - 1) // length)
     return np.array([ids[row * length : row * length + length + 1] for row in range(rows)], np.int64).reshape(
         -1, length + 1
