@@ -9,7 +9,7 @@ RUN python -m venv /opt/venv
 WORKDIR /build
 # What the package needs is installed with an empty package in its place: another line of code installs nothing anew.
 COPY pyproject.toml constraints.txt README.md LICENSE ./
-RUN mkdir -p platform/aquilamoe conf docs/studies && touch platform/aquilamoe/__init__.py
+RUN mkdir -p platform/aquilamoe conf docs/studies && echo '__version__ = "0"' > platform/aquilamoe/__init__.py
 
 # torch comes first: other packages would draw another build of it.
 FROM sources AS cpu-packages

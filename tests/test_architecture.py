@@ -50,13 +50,15 @@ MAY_IMPORT = {
     # The growth tool: from headers to a published directory, of the pipeline only recipes and how files become durable,
     # of data only how a tokenizer is opened.
     "growing": {"config", "process", "data", "weights", "growth", "pipeline", "reports", "terminal"},
+    "api": {"config", "cli", "growing", "lineage", "terminal"},
+    "__init__": {"api"},
     "cli": {"config", "process", "commands", "growing", "ablation"},
     "workflows": {"cli"},
 }
 # A package of others, and the only places that may import it (of a directory: all its files).
 ONLY_IN = {
     "hydra": ["aquilamoe/cli"],
-    "omegaconf": ["aquilamoe/cli"],
+    "omegaconf": ["aquilamoe/cli", "aquilamoe/api.py"],
     "ray": [
         *(f"aquilamoe/training/{name}.py" for name in ("session", "crew", "launch", "gauges")),
         "aquilamoe/ablation/tuning.py",
@@ -141,11 +143,11 @@ def test_the_source_root_is_no_package_and_so_does_not_hide_the_standard_library
 
 
 def test_every_room_is_on_the_map() -> None:
-    assert {room(path) for path in SOURCES if path != PACKAGE / "__init__.py"} == set(MAY_IMPORT)
+    assert {room(path) for path in SOURCES} == set(MAY_IMPORT)
 
 
 def test_imports_go_only_in_the_directions_of_the_map() -> None:
-    internal = [found for found in ALL_IMPORTS if found.module.split(".")[0] == "aquilamoe"]
+    internal = [found for found in ALL_IMPORTS if found.module.startswith("aquilamoe.")]
     assert len(internal) > 100
     wrong = [
         found.where
@@ -265,4 +267,5 @@ def test_no_file_is_named_after_its_lack_of_a_subject() -> None:
 
 
 def test_every_init_file_is_empty() -> None:
-    assert [path for path in PACKAGE.rglob("__init__.py") if path.read_text()] == []
+    """But the package's own, which has the public names."""
+    assert [path for path in PACKAGE.rglob("__init__.py") if path.read_text()] == [PACKAGE / "__init__.py"]

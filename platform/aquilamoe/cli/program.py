@@ -1,8 +1,8 @@
 """The program `efficientscale`; the scripts of `workflows/` are its commands under names of their own."""
 
-import importlib.metadata
 import sys
 
+import aquilamoe
 from aquilamoe.cli.hydra_cli import recompose, run
 from aquilamoe.cli.shipped import STUDIES, options
 from aquilamoe.config.messages import nearest
@@ -40,7 +40,7 @@ def main() -> None:
     """Run the command that the first word names; `run` where the first word is already one of its settings."""
     words = sys.argv[1:]
     if words == ["--version"]:
-        print(f"efficientscale {importlib.metadata.version('aquilamoe')}")
+        print(f"efficientscale {aquilamoe.__version__}")
         return
     name = words[0] if words else "run"
     if name in COMMANDS:

@@ -25,7 +25,10 @@ def execute(values: Mapping[str, Any], command: str) -> None:
     """
     config = growing.parse(values)
     if config.action == "certify":
-        _certify(config)
+        out = console()
+        certificate = certify(config, out)
+        out.print()
+        screen.show_certificate(out, certificate)
     elif config.action == "plan":
         _plan(resolve(config), config)
     else:
@@ -39,53 +42,58 @@ def _plan(request: Request, config: GrowConfig) -> None:
     screen.show_plan(console(), request, config, state, tolerance)
 
 
-def _certify(config: GrowConfig) -> None:
+def certify(config: GrowConfig, out: "Console") -> dict[str, Any]:
     """Compare two checkpoints as they are; one by this tool is held to what its record claims."""
     source = open_checkpoint("source", directory("source", config.source))
     target = open_checkpoint("target", directory("target", config.target))
     text = held_out.read(source.directory, source.model, config.certificate, config.seed)
-    out = console()
     screen.show_comparison(out, source, target)
     record = output.record(target.directory)
     claim = Claim.of_record(record) if record else Claim(config.certificate.tolerance is not None)
-    certificate = comparison.compare(out, source, target, text, config.certificate, claim)
-    out.print()
-    screen.show_certificate(out, certificate)
+    return comparison.compare(out, source, target, text, config.certificate, claim)
+
+
+def make(request: Request, config: GrowConfig, command: str, out: "Console") -> Mapping[str, Any]:
+    """Grow, certify and publish; return the target's record. A target that is complete is served as it is."""
+    cached = _cached(out, request)
+    if cached is not None:
+        return cached
+    with output.locked(request.target) as place:
+        # Another run may have finished it meanwhile, or was killed between the record and the name.
+        cached = _cached(out, request) or _finished(out, request, place)
+        if cached is None:
+            Making(out, request, config, command, place).run()
+    published = cached or output.record(request.target)
+    assert published is not None
+    return published
 
 
 def _run(request: Request, config: GrowConfig, command: str) -> None:
     out, began = console(), time.monotonic()
-    if _is_cached(out, request):
-        return
-    with output.locked(request.target) as place:
-        # Another run may have finished it meanwhile, or was killed between the record and the name.
-        if _is_cached(out, request) or _is_finished(out, request, place):
-            return
-        record = Making(out, request, config, command, place).run()
+    record = make(request, config, command, out)
     out.print()
     screen.show_result(out, request, record)
     seconds = rows.duration(time.monotonic() - began)
     out.print(f"\nDone in {seconds}: {screen.relative(request.target)}", soft_wrap=True)
 
 
-def _is_cached(out: "Console", request: Request) -> bool:
+def _cached(out: "Console", request: Request) -> dict[str, Any] | None:
     record = output.published(request.target)
     if record is None:
-        return False
+        return None
     identity.check_same(request.target, request, record)
-    _show_cached(out, request, record)
-    return True
+    _say_cached(out, request)
+    return record
 
 
-def _is_finished(out: "Console", request: Request, place: Output) -> bool:
+def _finished(out: "Console", request: Request, place: Output) -> dict[str, Any] | None:
     record = place.finished()
     if record is None or identity.changes(request, record):
-        return False
+        return None
     place.rename()
-    _show_cached(out, request, record)
-    return True
+    _say_cached(out, request)
+    return record
 
 
-def _show_cached(out: "Console", request: Request, record: Mapping[str, Any]) -> None:
-    out.print(f"cached: {screen.relative(request.target)} is complete, by this very recipe\n")
-    screen.show_result(out, request, record)
+def _say_cached(out: "Console", request: Request) -> None:
+    out.print(f"cached: {screen.relative(request.target)} is complete, by this very recipe")

@@ -1,0 +1,238 @@
+"""What notebooks and other programs use: growth, certificates and the records of a store, as plain objects.
+
+Nothing here prints or exits: what a caller can repair raises `UserError`, whose text is one line.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from aquilamoe.cli.shipped import CONF, options
+from aquilamoe.config import growing
+from aquilamoe.config.growing import GrowConfig
+from aquilamoe.config.messages import UserError, nearest
+from aquilamoe.growing import command, plan
+from aquilamoe.growing.plan import Cost, Line
+from aquilamoe.growing.request import resolve
+from aquilamoe.lineage.entries import Entry
+from aquilamoe.lineage.finding import find
+from aquilamoe.lineage.library import Library, read_library
+from aquilamoe.terminal.screen import silent_console
+
+# A method by its name, or its settings: {"method": "fpi", "noise": 0.2}; what is left out is as in conf/.
+Method = str | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class GrowthPlan:
+    """A growth before it is done, known from headers alone.
+
+    Attributes:
+        model: every field of the target's model, in Hugging Face's spelling.
+        parameters: parameters of the target; `active_parameters` are those that a token meets.
+        preserving: whether the growth claims to keep the function of the source.
+        tensors: where each tensor of the target comes from, one line each.
+        cost: bytes read, written and held in memory at most, and estimated seconds.
+    """
+
+    model: Mapping[str, Any]
+    parameters: int
+    active_parameters: int
+    preserving: bool
+    tensors: tuple[Line, ...]
+    cost: Cost
+
+
+@dataclass(frozen=True)
+class GrownCheckpoint:
+    """A published target: a complete Hugging Face directory.
+
+    Attributes:
+        directory: where it is.
+        record: what `record.json` has: recipe, digests of tensors, versions.
+        certificate: source and target compared on held-out tokens; None where that was switched off.
+    """
+
+    directory: Path
+    record: Mapping[str, Any]
+
+    @property
+    def certificate(self) -> Mapping[str, Any] | None:
+        found: Mapping[str, Any] | None = self.record["certificate"]
+        return found
+
+
+def plan_growth(
+    source: str | Path,
+    target: str | Path,
+    *,
+    model: Mapping[str, Any],
+    growth: Method | None = None,
+    upcycling: Method | None = None,
+    seed: int = 1234,
+) -> GrowthPlan:
+    """Plan a growth from the headers of the source; nothing is written.
+
+    Args:
+        source: directory of a Hugging Face checkpoint with safetensors.
+        target: directory that the growth would make.
+        model: the sizes that change, e.g. `{"hidden_size": 96}`.
+        growth: the method of a scale-up, e.g. "aki_pro"; exactly one of `growth` and `upcycling` is given.
+        upcycling: the method of a scale-out, e.g. "copy".
+        seed: of everything that is drawn.
+
+    Raises:
+        UserError: the source cannot be read, or the growth cannot be done.
+    """
+    config = _config(source, target, model, growth, upcycling, seed)
+    request = resolve(config)
+    return GrowthPlan(
+        model=request.model.model_dump(mode="json"),
+        parameters=request.model.num_params,
+        active_parameters=request.model.num_active_params,
+        preserving=request.preserving,
+        tensors=tuple(plan.lines(request, full=True)),
+        cost=plan.cost(request, config.disk_bytes_per_s),
+    )
+
+
+def grow(
+    source: str | Path,
+    target: str | Path,
+    *,
+    model: Mapping[str, Any],
+    growth: Method = "fpi",
+    seed: int = 1234,
+    certificate: Mapping[str, Any] | None = None,
+) -> GrownCheckpoint:
+    """Grow a checkpoint in width and depth (section 3.1 of the paper), certify it and publish the target.
+
+    Args:
+        source: directory of a Hugging Face checkpoint with safetensors.
+        target: directory to make; one that this very call has made is returned as it is.
+        model: the sizes that change, e.g. `{"hidden_size": 96, "num_hidden_layers": 6}`.
+        growth: the method, by name or with settings.
+        seed: of everything that is drawn.
+        certificate: settings that differ from conf/grow.yaml, e.g. `{"tokens": 256}` or `{"enabled": False}`.
+
+    Raises:
+        UserError: the growth cannot be done, or claims to keep the function and does not.
+    """
+    return _made(_config(source, target, model, growth, None, seed, certificate), "grow")
+
+
+def upcycle(
+    source: str | Path,
+    target: str | Path,
+    *,
+    model: Mapping[str, Any],
+    upcycling: Method = "copy",
+    seed: int = 1234,
+    certificate: Mapping[str, Any] | None = None,
+) -> GrownCheckpoint:
+    """Make a Mixture of Experts of a dense checkpoint (section 3.2 of the paper), or give one more experts.
+
+    Args and errors are those of `grow`; `model` names at least `num_experts` and `num_experts_per_tok`.
+    """
+    return _made(_config(source, target, model, None, upcycling, seed, certificate), "upcycle")
+
+
+def certify(source: str | Path, target: str | Path, **settings: Any) -> Mapping[str, Any]:
+    """Compare two checkpoints as they are, on held-out tokens.
+
+    Args:
+        source: directory of the checkpoint that the other was grown from.
+        target: directory of the grown checkpoint; one with a record is held to what that claims.
+        settings: what differs from `certificate` in conf/grow.yaml, e.g. `tokens=256, text="held-out.txt"`.
+
+    Raises:
+        UserError: the two cannot be compared, or the target claims to keep the function and does not.
+    """
+    return command.certify(_config(source, target, {}, None, None, 1234, settings, "certify"), silent_console())
+
+
+@dataclass(frozen=True)
+class Store:
+    """The outputs below a `paths.root`, with their records and their lineage.
+
+    Args:
+        root: the folder that `paths.root` named, `runs` by default.
+    """
+
+    root: str | Path = "runs"
+
+    def outputs(self) -> list[Entry]:
+        """All complete outputs, newest first."""
+        found = self._library().entries.values()
+        return sorted(found, key=lambda entry: str(entry.record.get("finished", "")), reverse=True)
+
+    def output(self, name: str) -> Entry:
+        """The output that a fingerprint, a directory's name or a SHA-256 prefix names, or a stage's newest.
+
+        Raises:
+            UserError: nothing is called so, or several outputs are.
+        """
+        library = self._library()
+        newest = library.of_stage(name)
+        return newest[0] if newest else find(library, {}, name)
+
+    def lineage(self, name: str) -> list[Entry]:
+        """The output that `name` names, then everything that it was made from, nearest first."""
+        entry = self.output(name)
+        return [entry, *self._library().ancestors(entry)]
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self.outputs())
+
+    def _library(self) -> Library:
+        folder = Path(self.root) / "stages"
+        if not folder.is_dir():
+            raise UserError(
+                f"{self.root}: has no outputs (there is no {folder}); name the folder that paths.root named"
+            )
+        return read_library(folder)
+
+
+def _made(config: GrowConfig, verb: str) -> GrownCheckpoint:
+    request = resolve(config)
+    call = f"aquilamoe.{verb}({config.source!r}, {config.target!r}, ...)"
+    return GrownCheckpoint(request.target, command.make(request, config, call, silent_console()))
+
+
+def _config(
+    source: str | Path,
+    target: str | Path,
+    model: Mapping[str, Any],
+    growth: Method | None,
+    upcycling: Method | None,
+    seed: int,
+    certificate: Mapping[str, Any] | None = None,
+    action: str = "run",
+) -> GrowConfig:
+    """What conf/grow.yaml says, with the arguments in their places."""
+    values = _yaml(CONF / "grow.yaml")
+    del values["defaults"], values["hydra"]
+    values |= {"source": str(source), "target": str(target), "seed": seed, "action": action}
+    values["model"] |= model
+    values["certificate"] |= certificate or {}
+    if growth is not None:
+        values["growth"] = _method("growth", growth)
+    if upcycling is not None:
+        values["upcycling"] |= _method("upcycling", upcycling)
+    return growing.parse(values)
+
+
+def _method(group: str, method: Method) -> dict[str, Any]:
+    settings = {"method": method} if isinstance(method, str) else dict(method)
+    name = str(settings.get("method"))
+    if name not in options(group):
+        raise UserError(f"{group}: '{name}' is no method; {nearest(name, options(group))}")
+    return _yaml(CONF / group / f"{name}.yaml") | settings
+
+
+def _yaml(path: Path) -> dict[str, Any]:
+    values: Any = OmegaConf.to_container(OmegaConf.load(path))
+    return {str(key): value for key, value in values.items()}
