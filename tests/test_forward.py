@@ -13,7 +13,7 @@ from torch import Tensor
 from aquilamoe.config.schema import ModelConfig, UpcyclingConfig
 from aquilamoe.growth.bounds import certificate_bytes
 from aquilamoe.growth.certificate import certify
-from aquilamoe.growth.forward import opened
+from aquilamoe.growth.forward import StreamedDecoder, opened
 from aquilamoe.growth.scale_out import scale_out
 from aquilamoe.weights import names, store
 from aquilamoe.weights.configuration import write_config
@@ -62,7 +62,8 @@ def save(directory: Path, family: str, seed: int) -> Any:
 
 @torch.no_grad()
 def streamed_logits(directory: Path) -> Tensor:
-    with opened(directory) as (decoder,):
+    with opened(directory) as (checkpoint,):
+        decoder = StreamedDecoder(*checkpoint)
         x_btd = decoder.embed(TOKENS_BT[:, :-1])
         for layer in range(decoder.config.num_hidden_layers):
             x_btd, _ = decoder.run_layer(layer, x_btd)

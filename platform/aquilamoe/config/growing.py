@@ -58,7 +58,8 @@ class CertificateConfig(Config):
     """On how much of which text source and target are compared, and how far a preserving growth may be off.
 
     text: a file of UTF-8 text; null is the embedded validation text.
-    tolerance: largest difference of a logit, as a fraction of the logits' spread; null follows the weights' dtype.
+    tolerance: largest difference of a logit, as a fraction of the logits' spread; null is what
+        float32 takes (float64 for its files), whatever the weights are rounded to.
     """
 
     enabled: bool

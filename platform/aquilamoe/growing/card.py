@@ -155,7 +155,10 @@ def _certificate(certificate: Mapping[str, Any] | None, preserving: bool) -> lis
 def certificate_rows(certificate: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The measures of a certificate, in words."""
     difference, spread = certificate["max_abs_dlogit"], certificate["logit_spread"]
-    found = [("largest difference of a logit", f"{difference:.3g}, {difference / spread:.3g} of the logits' spread")]
+    rounding = certificate.get("rounding")
+    before = f", before rounding to {rounding['dtype']}" if rounding else ""
+    share = f"{difference / spread:.3g} of the logits' spread" if spread else "the source's logits are all equal"
+    found = [("largest difference of a logit", f"{difference:.3g}, {share}{before}")]
     if certificate["preserving"]:
         found.append(("allowed", f"{certificate['tolerance']:.3g} of the spread"))
     if layers := certificate["layers"]:
@@ -164,6 +167,8 @@ def certificate_rows(certificate: Mapping[str, Any]) -> list[tuple[str, str]]:
         found.append(("largest difference of a layer", f"{layers[worst]:.3g} of what it adds, in {place}"))
     if certificate["ties"]:
         found.append(("ties", "logits differ by more where experts of equal score changed places"))
+    if rounding:
+        found += _rounding_rows(rounding)
     return [
         *found,
         ("KL(source, target), nats/token", f"{certificate['kl']:.3g}"),
@@ -171,6 +176,19 @@ def certificate_rows(certificate: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("loss of the target, nats/token", f"{certificate['target_loss']:.5f}"),
         ("tokens", f"{certificate['tokens']:,}"),
         ("text", str(certificate["text"])),
+    ]
+
+
+def _rounding_rows(rounding: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What rounding does to the target, and what it does to the source where its own weights are rounded once more."""
+
+    def effect(whose: str) -> str:
+        share, kl = rounding[f"{whose}_relative"], rounding[f"{whose}_kl"]
+        return f"a logit by up to {share:.3g} of the spread, KL {kl:.3g} nats/token"
+
+    return [
+        (f"rounding to {rounding['dtype']} moves", f"{effect('target')}, on {rounding['tokens']:,} tokens"),
+        ("the same, of the source's weights", f"{effect('source')}, rounded once more"),
     ]
 
 

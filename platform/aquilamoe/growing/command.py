@@ -38,7 +38,7 @@ def execute(values: Mapping[str, Any], command: str) -> None:
 def _plan(request: Request, config: GrowConfig) -> None:
     record = output.published(request.target)
     state = "the target exists, made by this tool: a run compares the recipes" if record else "the target is new"
-    tolerance = comparison.tolerance(request.source, config.certificate)
+    tolerance = comparison.tolerance(request.source, config.certificate, request.growth)
     screen.show_plan(console(), request, config, state, tolerance)
 
 

@@ -8,10 +8,10 @@ from pydantic import ValidationError
 
 from aquilamoe.config.growing import CertificateConfig
 from aquilamoe.config.schema import GrowthConfig, UpcyclingConfig
-from aquilamoe.growing import screen
+from aquilamoe.growing import identity, screen
 from aquilamoe.growing.held_out import HeldOut
 from aquilamoe.growing.request import Checkpoint
-from aquilamoe.growth.bounds import default_tolerance
+from aquilamoe.growth.bounds import default_tolerance, file_tolerance
 from aquilamoe.reports import rows
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ class Claim:
     def of_record(cls, record: Mapping[str, Any]) -> Self:
         """The claim of a target by this tool; of one whose recipe nobody knows any more, that of its logits alone."""
         settings = record["recipe"]["config"]
+        if record["recipe"].get("version") != identity.VERSION:  # the same recipe made other weights then
+            return cls(bool(record.get("preserving")))
         try:
             growth: GrowthConfig | UpcyclingConfig = (
                 GrowthConfig.model_validate(settings["growth"])
@@ -41,9 +43,12 @@ class Claim:
             return cls(bool(record.get("preserving")))
 
 
-def tolerance(source: Checkpoint, certificate: CertificateConfig) -> float:
+def tolerance(
+    source: Checkpoint, certificate: CertificateConfig, growth: GrowthConfig | UpcyclingConfig | None
+) -> float:
     """How far a growth may be off that claims to keep the function, as a fraction of the logits' spread."""
-    return certificate.tolerance or default_tolerance(source.dtype)
+    default = file_tolerance if growth is None else default_tolerance
+    return certificate.tolerance or default(source.dtype)
 
 
 def compare(
@@ -65,7 +70,7 @@ def compare(
             target.directory,
             torch.from_numpy(text.tokens_bt),
             claim.preserving,
-            tolerance(source, settings),
+            tolerance(source, settings, claim.growth),
             growth=claim.growth,
             seed=claim.seed,
             progress=bar.update,

@@ -5,6 +5,8 @@ layer of the target is also given the stream of the *source*, and has to add wha
 there is the fault of that layer alone, however deep it is, and rounding does not pile up over the layers.
 """
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,12 @@ import torch
 from torch import Tensor
 
 from aquilamoe.config.messages import UserError
-from aquilamoe.config.schema import GrowthConfig, UpcyclingConfig
+from aquilamoe.config.schema import GrowthConfig, ModelConfig, UpcyclingConfig
 from aquilamoe.growth.alignment import LEAST_UPDATE, Alignment, align
 from aquilamoe.growth.bounds import COMPARED_TOKENS
-from aquilamoe.growth.forward import StreamedDecoder, opened
+from aquilamoe.growth.forward import Stored, StreamedDecoder, Weights, opened
 from aquilamoe.growth.logits import Comparison, compare
+from aquilamoe.growth.rounding import RoundedAgain, unrounded
 from aquilamoe.growth.stream import Progress, silent
 from aquilamoe.model import Routing
 
@@ -42,36 +45,49 @@ def certify(
     preserving: whether the growth claims to keep the function.
     tolerance: how far such a growth may be off: the largest difference of a logit, as a fraction of the spread of the
         source's logits (their standard deviation over the vocabulary). What a layer adds may differ by an eighth of
-        that, as a fraction of what the source's layer adds. `bounds.default_tolerance` knows what rounding takes.
+        that, as a fraction of what the source's layer adds. `bounds.default_tolerance` knows a good one.
     growth, seed: what made the target of the source, so that layers can be compared; without it, logits alone are.
     progress: told of layers computed, of all layers of both.
 
     The target may have further tokens: logits are compared on the source's vocabulary, while `kl` and `target_loss`
     count the probability that the further ones take. Computed in float32, or float64 where a checkpoint has it, in
-    memory of `bounds.certificate_bytes`.
+    memory of `bounds.certificate_bytes`. Of a claim with its growth, files of fewer bits than that are compared with
+    what the growth makes, element by element, and what it makes before it is rounded is what is measured.
 
     Returned: `max_abs_dlogit`; `logit_spread`; `kl`, the mean of KL(source || target) in nats/token; `source_loss` and
     `target_loss` in nats/token; `tokens` (predicted); `preserving` and `tolerance` as given; `passed`: true, also of a
     growth that claims nothing; `layers`: of a claim with its growth, the relative difference behind the embedding and
     behind each layer of the target; `ties`: whether logits differ by more than the tolerance, and only because tokens
-    chose between experts with equal scores: a Mixture of Experts is not continuous there.
-    Raises UserError when the claim does not hold, naming the first place where the two part, and for damaged files.
+    chose between experts with equal scores: a Mixture of Experts is not continuous there; `rounding`: where the growth
+    was measured before it was rounded, what rounding does to it (see `_Walk.round`), otherwise None.
+    Raises UserError when the claim does not hold, naming the first place where the two part, when predictions are not
+    finite, and for damaged files.
     """
     with opened(source, target) as (before, after):
-        _check_vocabulary(before, after, tokens_bt)
-        walk = _Walk(before, after, tokens_bt, progress)
-        if preserving and growth is not None:
-            walk.together(align(before.config, after.config, growth, seed, before.dtype))
+        _check_vocabulary(before[1], after[1], tokens_bt)
+        growth = growth if preserving else None
+        is_rounded = torch.finfo(after[0].file_dtype).bits < torch.finfo(after[0].dtype).bits
+        exact = unrounded(before, after, growth, seed) if growth is not None and is_rounded else None
+        walk = _Walk(before, after, exact, tokens_bt, progress)
+        if growth is not None:
+            walk.together(align(before[1], after[1], growth, seed, before[0].dtype))
         else:
             walk.apart()
         found = walk.compare()
         fault, ties = walk.judge(found, tolerance) if preserving else (None, False)
-    if fault is not None:
-        raise UserError(
-            f"certificate: the growth claims to keep the function, but {fault}; logits differ by up to "
-            f"{found.max_abs_dlogit:.3g} over {found.tokens} tokens, {found.relative:.3g} of their spread (tolerance "
-            f"{tolerance:.3g}); raise the tolerance if the checkpoint's dtype rounds that much, otherwise grow it again"
-        )
+        if fault is not None:
+            raise _broken(fault, found, tolerance, growth is not None)
+        rounding = walk.round() if exact is not None else None
+    certificate = {
+        **_measures(found),
+        **{"preserving": preserving, "tolerance": tolerance, "passed": True},
+        **{"layers": walk.differences, "ties": ties, "rounding": rounding},
+    }
+    _check_finite(certificate)
+    return certificate
+
+
+def _measures(found: Comparison) -> dict[str, Any]:
     return {
         "max_abs_dlogit": found.max_abs_dlogit,
         "logit_spread": found.spread,
@@ -79,43 +95,94 @@ def certify(
         "source_loss": found.source_loss,
         "target_loss": found.target_loss,
         "tokens": found.tokens,
-        "preserving": preserving,
-        "tolerance": tolerance,
-        "passed": True,
-        "layers": walk.differences,
-        "ties": ties,
     }
+
+
+def _broken(fault: str, found: Comparison, tolerance: float, is_known: bool) -> UserError:
+    remedy = "grow it again" if is_known else "raise the tolerance if the files' dtype rounds that much"
+    return UserError(
+        f"certificate: the growth claims to keep the function, but {fault}; logits differ by up to "
+        f"{found.max_abs_dlogit:.3g} over {found.tokens} tokens, {found.relative:.3g} of their spread (tolerance "
+        f"{tolerance:.3g}); {remedy}"
+    )
+
+
+def _check_finite(certificate: Mapping[str, Any]) -> None:
+    """Refuse predictions that are infinite or no numbers: nothing is known of them, whatever was claimed."""
+    for whose in ("source", "target"):
+        if not math.isfinite(loss := certificate[f"{whose}_loss"]):
+            raise UserError(
+                f"certificate: the {whose}'s loss is {loss} nats/token, so its weights are too large to compute with; "
+                f"{'choose another source' if whose == 'source' else 'grow it with smaller numbers, e.g. less noise'}"
+            )
+    rounding = certificate["rounding"] or {}
+    measures = {**certificate, **{f"rounding.{key}": value for key, value in rounding.items()}}
+    for key, value in measures.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(
+                f"certificate: {key} is {value}, so weights of source or target are too large to compute with; choose "
+                "another source, or grow it with smaller numbers, e.g. less noise"
+            )
 
 
 class _Walk:
     """Source and target on their way through the layers.
 
+    unrounded: the target's weights before they were rounded to what is in its files, where that is what walks.
     differences: of the streams behind the embedding and behind each layer of the target, once they walk together.
     """
 
-    def __init__(self, source: StreamedDecoder, target: StreamedDecoder, tokens_bt: Tensor, progress: Progress) -> None:
-        self.source, self.target = source, target
+    def __init__(
+        self,
+        source: tuple[Stored, ModelConfig],
+        target: tuple[Stored, ModelConfig],
+        unrounded: Weights | None,
+        tokens_bt: Tensor,
+        progress: Progress,
+    ) -> None:
+        self._stored = source[0], target[0]
+        self.source, self.target = StreamedDecoder(*source), StreamedDecoder(unrounded or target[0], target[1])
         inputs_bt, self.labels_bt = tokens_bt[:, :-1], tokens_bt[:, 1:]
-        self.source_btd, self.target_btd = source.embed(inputs_bt), target.embed(inputs_bt)
+        self._inputs_bt = inputs_bt
+        self.source_btd, self.target_btd = self.source.embed(inputs_bt), self.target.embed(inputs_bt)
         self.compared = max(1, COMPARED_TOKENS // inputs_bt.shape[1])  # sequences
         self.differences: list[float] = []
         self.alignment: Alignment | None = None
-        self._progress, self._done = progress, 0
+        self._progress, self._done, self._rounds = progress, 0, 1 if unrounded is None else 2
         self._step(0)
 
     def _step(self, layers: int = 1) -> None:
         self._done += layers
         total = self.source.config.num_hidden_layers + self.target.config.num_hidden_layers
-        self._progress(self._done, total)
+        self._progress(self._done, self._rounds * total)
 
     def apart(self) -> None:
         """Each through its own layers."""
-        for layer in range(self.source.config.num_hidden_layers):
-            self.source_btd, _ = self.source.run_layer(layer, self.source_btd)
+        self.source_btd = self._run(self.source, self.source_btd)
+        self.target_btd = self._run(self.target, self.target_btd)
+
+    def _run(self, decoder: StreamedDecoder, x_btd: Tensor) -> Tensor:
+        for layer in range(decoder.config.num_hidden_layers):
+            x_btd, _ = decoder.run_layer(layer, x_btd)
             self._step()
-        for layer in range(self.target.config.num_hidden_layers):
-            self.target_btd, _ = self.target.run_layer(layer, self.target_btd)
-            self._step()
+        return x_btd
+
+    def round(self) -> dict[str, Any]:
+        """What rounding does to predictions of the source, on some sequences.
+
+        `dtype`, of the files; `tokens` (predicted); `target_*`: the target as it is in its files, beside the source;
+        `source_*`: the source, rounded once more, beside itself. Of both, `relative`, the largest difference of a logit
+        as a fraction of the logits' spread, and `kl` in nats/token.
+        """
+        source, target = self._stored
+        measured: dict[str, Any] = {"dtype": str(target.file_dtype).removeprefix("torch.")}
+        again = RoundedAgain(source, target.file_dtype)
+        for name, weights, config in (("target", target, self.target.config), ("source", again, self.source.config)):
+            decoder = StreamedDecoder(weights, config)
+            x_btd = self._run(decoder, decoder.embed(self._inputs_bt[: self.compared]))
+            found = compare((self.source, self._sample()), (decoder, x_btd), self.labels_bt[: self.compared])
+            measured |= {"tokens": found.tokens, f"{name}_relative": found.relative, f"{name}_kl": found.kl}
+        return measured
 
     def together(self, alignment: Alignment) -> None:
         """Every layer of the target beside the source's, which it must agree with."""
@@ -188,8 +255,8 @@ def _tied(routing: Routing) -> Tensor:
     return top_nk[:, -2] - top_nk[:, -1] <= TIE * routing.logits_ne.abs().amax(dim=1)
 
 
-def _check_vocabulary(source: StreamedDecoder, target: StreamedDecoder, tokens_bt: Tensor) -> None:
-    known, offered = source.config.vocab_size, target.config.vocab_size
+def _check_vocabulary(source: ModelConfig, target: ModelConfig, tokens_bt: Tensor) -> None:
+    known, offered = source.vocab_size, target.vocab_size
     if offered < known:
         raise UserError(
             f"vocab_size: target {offered} is smaller than the source's {known}; compare checkpoints of one tokenizer"

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,23 +27,63 @@ from aquilamoe.weights.store import Reader
 Tensors = dict[str, Tensor]
 
 
+class Weights(Protocol):
+    """Where a decoder takes its tensors from, by on-disk names; what it gets is its own, in the computation's dtype."""
+
+    dtype: torch.dtype
+
+    def get(self, name: str) -> Tensor:
+        """A tensor."""
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows that are neighbours."""
+
+    def look_up(self, name: str, numbers_n: Tensor) -> Tensor:
+        """Rows by their numbers."""
+
+
+class Stored:
+    """The tensors of a checkpoint's files.
+
+    dtype: of the computation.
+    file_dtype: of the files.
+    """
+
+    def __init__(self, reader: Reader, dtype: torch.dtype) -> None:
+        self.reader, self.dtype, self.file_dtype = reader, dtype, reader.dtype(names.EMBEDDING)
+
+    def get(self, name: str) -> Tensor:
+        """A tensor."""
+        return self._take(name, self.reader.get(name))
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows that are neighbours."""
+        return self._take(name, self.reader.rows(name, start, stop))
+
+    def look_up(self, name: str, numbers_n: Tensor) -> Tensor:
+        """Rows by their numbers."""
+        return self._take(name, self.reader.get(name)[numbers_n])
+
+    def _take(self, name: str, mapped: Tensor) -> Tensor:
+        tensor = mapped.to(self.dtype, copy=True)
+        self.reader.release(name)
+        return tensor
+
+
 class StreamedDecoder:
     """The network of a checkpoint, a step at a time: `embed`, `run_layer` for each layer, `normalize`, `head_rows`.
 
-    reader: the open checkpoint; its tensors are those of `config`.
-    dtype: of the computation.
+    weights: the tensors of `config`, in the dtype of the computation.
     """
 
-    def __init__(self, reader: Reader, config: ModelConfig, dtype: torch.dtype) -> None:
-        self.config, self.dtype, self._reader = config, dtype, reader
+    def __init__(self, weights: Weights, config: ModelConfig) -> None:
+        self.config, self.weights, self.dtype = config, weights, weights.dtype
 
     def embed(self, tokens_bt: Tensor) -> Tensor:
         """The residual stream that enters the first layer (b, t, d); only the rows of these tokens are read."""
-        embedding_vd = self._reader.get(names.EMBEDDING)
         out_btd = torch.empty(*tokens_bt.shape, self.config.hidden_size, dtype=self.dtype)
         for tokens_n, out_nd in _together(LOOKUPS, tokens_bt.flatten(), out_btd.flatten(0, 1)):
-            out_nd.copy_(embedding_vd[tokens_n])
-            self._reader.release(names.EMBEDDING)
+            out_nd.copy_(self.weights.look_up(names.EMBEDDING, tokens_n))
         return out_btd
 
     def run_layer(self, layer: int, x_btd: Tensor) -> tuple[Tensor, Routing | None]:
@@ -67,31 +108,26 @@ class StreamedDecoder:
         else:
             block.set_submodule("mlp", _Streamed(block.mlp, partial(read, "mlp."), flat=True))
         table = rotary_table(self.config, x_btd.shape[1], x_btd.device, x_btd.dtype)
-        weights = {role: self._get(names.layer_name(self.config, layer, role)) for role in resident}
+        weights = {role: self.weights.get(names.layer_name(self.config, layer, role)) for role in resident}
         return functional_call(block, weights, (x_btd, *table))
 
     def normalize(self, x_btd: Tensor) -> Tensor:
         """What the head reads (n, d), of the stream behind the last layer."""
         with torch.device("meta"):
             norm = RMSNorm(self.config.hidden_size, self.config.rms_norm_eps)
-        return functional_call(norm, {"weight": self._get(names.FINAL_NORM)}, (x_btd.flatten(0, 1),))
+        return functional_call(norm, {"weight": self.weights.get(names.FINAL_NORM)}, (x_btd.flatten(0, 1),))
 
     def head_rows(self, start: int, stop: int) -> Tensor:
         """Rows of the head (stop - start, d): what makes the logits of these tokens of the vocabulary."""
         head = names.EMBEDDING if self.config.tie_word_embeddings else names.HEAD
-        rows_vd = self._reader.rows(head, start, stop).to(self.dtype, copy=True)
-        self._reader.release(head)
-        return rows_vd
-
-    def _get(self, name: str) -> Tensor:
-        tensor = self._reader.get(name).to(self.dtype, copy=True)
-        self._reader.release(name)
-        return tensor
+        return self.weights.rows(head, start, stop)
 
     def _read(self, layer: int, prefix: str) -> Tensors:
         """The tensors of a part of a layer, by their names inside it."""
         on_disk = names.layer_names(self.config, layer)
-        return {role.removeprefix(prefix): self._get(on_disk[role]) for role in on_disk if role.startswith(prefix)}
+        return {
+            role.removeprefix(prefix): self.weights.get(on_disk[role]) for role in on_disk if role.startswith(prefix)
+        }
 
 
 class _Streamed(nn.Module):
@@ -140,8 +176,11 @@ def _together(count: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 @contextmanager
-def opened(*directories: Path) -> Iterator[tuple[StreamedDecoder, ...]]:
-    """Checkpoints, ready to compute in float32, or in float64 if one of them has it. UserError for damaged ones."""
+def opened(*directories: Path) -> Iterator[tuple[tuple[Stored, ModelConfig], ...]]:
+    """Weights and model of checkpoints, to compute in float32, or in float64 if one of them has it.
+
+    UserError for damaged ones.
+    """
     with ExitStack() as files:
         readers = [files.enter_context(Reader(directory)) for directory in directories]
         configs = [read_config(directory) for directory in directories]
@@ -149,4 +188,4 @@ def opened(*directories: Path) -> Iterator[tuple[StreamedDecoder, ...]]:
         for reader, config in zip(readers, configs, strict=True):
             check(config, reader)
             dtype = torch.promote_types(dtype, reader.dtype(names.EMBEDDING))
-        yield tuple(StreamedDecoder(reader, config, dtype) for reader, config in zip(readers, configs, strict=True))
+        yield tuple((Stored(reader, dtype), config) for reader, config in zip(readers, configs, strict=True))

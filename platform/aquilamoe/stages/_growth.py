@@ -56,8 +56,8 @@ def run(context: Context, growth: GrowthConfig | UpcyclingConfig, grow: Callable
         stage.seed,
         lambda done, total: context.progress(done, total, "layers"),
     )
-    write_atomically(context.out / CERTIFICATE, json.dumps(certificate, indent=1))
-    del certificate["layers"]  # metrics are single values
+    write_atomically(context.out / CERTIFICATE, json.dumps(certificate, indent=1, allow_nan=False))
+    del certificate["layers"], certificate["rounding"]  # metrics are single values
     return {
         "params_total": node.model.num_params,
         "params_active": node.model.num_active_params,

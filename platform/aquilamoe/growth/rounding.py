@@ -1,0 +1,128 @@
+"""A growth before its weights are rounded, and what rounding does: for files of fewer bits than are computed with."""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from aquilamoe.config.messages import UserError
+from aquilamoe.config.schema import GrowthConfig, ModelConfig, UpcyclingConfig
+from aquilamoe.growth import scale_out, scale_up
+from aquilamoe.growth.forward import Stored, Weights
+from aquilamoe.growth.rows import Rows, rows_of_block
+from aquilamoe.growth.stream import Recipe
+
+# No power of two: what is multiplied by it, rounded and divided again is rounded in every element.
+ONCE_MORE = 0.5**0.5
+
+
+def unrounded(
+    source: tuple[Stored, ModelConfig],
+    target: tuple[Stored, ModelConfig],
+    growth: GrowthConfig | UpcyclingConfig,
+    seed: int,
+) -> Weights:
+    """What `growth` makes of the source, before it is rounded to what is in the target's files."""
+    (before, old), (after, new) = source, target
+    if isinstance(growth, GrowthConfig):
+        recipes = scale_up.recipes(before.reader, old, new, growth, seed)
+    else:
+        recipes = scale_out.recipes(before.reader, old, new, growth, seed)
+    return _Unrounded(before, after, recipes)
+
+
+class _Unrounded:
+    """Tensors that are computed again, a block of rows at a time, and compared with those in the target's files.
+
+    What is asked for is therefore both what the growth makes and, but for rounding, what is on the disk. UserError,
+    naming the tensor, where these differ by more than rounding: half a unit in the last place, and as much again where
+    another machine computed it; not at all where a tensor was copied.
+    """
+
+    def __init__(self, source: Stored, target: Stored, recipes: Iterable[Recipe]) -> None:
+        self.dtype = target.dtype
+        self._source, self._target = source, target
+        self._rows = {name: recipe.rows for recipe in recipes for name in recipe.names}
+        self._kind = torch.finfo(target.file_dtype)
+
+    def get(self, name: str) -> Tensor:
+        """A tensor."""
+        return self.rows(name, 0, self._rows[name].shape[0])
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows that are neighbours."""
+        rows = self._rows[name]
+        out = torch.empty((stop - start, *rows.shape[1:]), dtype=self.dtype)
+        for block in _blocks(rows, start, stop):
+            part = out[block.start - start : block.stop - start]
+            part.copy_(rows[block])
+            self._check(name, part, self._target.reader.rows(name, block.start, block.stop), block.start)
+        self._release(name)
+        return out
+
+    def look_up(self, name: str, numbers_n: Tensor) -> Tensor:
+        """Rows by their numbers."""
+        rows = self._rows[name]
+        if rows.is_random:  # drawn from the first to the last of what is asked for
+            found = torch.cat([rows[slice(number, number + 1)] for number in numbers_n.tolist()])
+        else:
+            found = rows[numbers_n]
+        found = found.to(self.dtype, copy=True)
+        self._check(name, found, self._target.reader.get(name)[numbers_n], None)
+        self._release(name)
+        return found
+
+    def _check(self, name: str, computed: Tensor, written: Tensor, first_row: int | None) -> None:
+        """Refuse what is in the file unless it is what was computed, rounded."""
+        written = written.to(self.dtype)
+        allowed = computed.abs() * self._kind.eps + self._kind.smallest_normal * self._kind.eps
+        if self._rows[name].copies is not None:
+            allowed.zero_()
+        is_other = ~((written - computed).abs_() <= allowed)
+        if not is_other.any():
+            return
+        place = int(is_other.flatten().nonzero()[0])
+        where = "" if first_row is None else f" at element {first_row * computed[0].numel() + place}"
+        raise UserError(
+            f"certificate: tensor '{name}' of the target is {written.flatten()[place].item():.6g}{where}, the growth "
+            f"makes {computed.flatten()[place].item():.6g} of the source there and rounding to {self._kind.dtype} "
+            "changes less; grow it again"
+        )
+
+    def _release(self, name: str) -> None:
+        self._target.reader.release(name)
+        for source_name in self._rows[name].sources:
+            self._source.reader.release(source_name)
+
+
+def _blocks(rows: Rows, start: int, stop: int) -> Iterator[slice]:
+    step = rows_of_block(rows.shape)
+    return (slice(first, min(first + step, stop)) for first in range(start, stop, step))
+
+
+class RoundedAgain:
+    """The tensors of a checkpoint with every number off by a rounding, as those of something grown from it are.
+
+    Its numbers fit their type already; a fraction of them does not.
+
+    file_dtype: what they are rounded to.
+    """
+
+    def __init__(self, weights: Stored, file_dtype: torch.dtype) -> None:
+        self.dtype = weights.dtype
+        self._weights, self._file_dtype = weights, file_dtype
+
+    def get(self, name: str) -> Tensor:
+        """A tensor."""
+        return self._round(self._weights.get(name))
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows that are neighbours."""
+        return self._round(self._weights.rows(name, start, stop))
+
+    def look_up(self, name: str, numbers_n: Tensor) -> Tensor:
+        """Rows by their numbers."""
+        return self._round(self._weights.look_up(name, numbers_n))
+
+    def _round(self, tensor: Tensor) -> Tensor:
+        return tensor.mul_(ONCE_MORE).to(self._file_dtype).to(self.dtype).div_(ONCE_MORE)
