@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import aquilamoe
+from aquilamoe.cli import program
 from aquilamoe.config.messages import UserError
 from small_checkpoints import model, write_source
 
@@ -37,6 +38,23 @@ def test_a_plan_says_what_a_growth_makes_and_writes_nothing(source: Path, tmp_pa
     assert found.parameters == found.active_parameters == sum(torch.Size(t.shape).numel() for t in found.tensors)
     assert found.cost.written_bytes > 4 * found.parameters
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_json_of_the_growth_tools_plan_has_the_same_facts(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [f"source={source}", f"target={tmp_path / 'target'}", "growth=fpi", "action=plan", "json=true"]
+    sizes = [f"model.{field}={size}" for field, size in WIDER.items()]
+    monkeypatch.setattr(sys, "argv", ["workflows/grow.py", *words, *sizes])
+    program.grow()
+    document = json.loads(capsys.readouterr().out)
+    found = aquilamoe.plan_growth(source, tmp_path / "target", model=WIDER, growth="fpi")
+    assert document["model"] == found.model
+    assert document["parameters"] == found.parameters
+    assert [tensor["tensor"] for tensor in document["tensors"]] == [line.tensor for line in found.tensors]
+    monkeypatch.setattr(sys, "argv", ["workflows/grow.py", *words[:3], "json=true", *sizes])
+    with pytest.raises(SystemExit, match=r"^error: json: action=run has no JSON document; action=plan has one$"):
+        program.grow()
 
 
 def test_growing_keeps_the_function_and_prints_nothing(

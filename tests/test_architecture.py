@@ -41,7 +41,7 @@ MAY_IMPORT = {
     # Of kernels and weights what is known without torch: which kernel, how large chunks, shapes of tensors.
     "estimates": {"config", "kernels", "weights"},
     "dryrun": {"config", "model", "weights", "growth"},
-    "terminal": {"config", "pipeline", "reports", "estimates"},
+    "terminal": {"lineage", "config", "pipeline", "reports", "estimates"},
     # Of training only what must be in the environment before torch is imported.
     "commands": {
         *("config", "pipeline", "lineage", "tracking", "reports", "preflight", "terminal", "evaluation", "training"),

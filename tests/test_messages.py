@@ -20,7 +20,7 @@ from aquilamoe.terminal.tables import make_table
 
 Compose = Callable[..., dict[str, Any]]
 Change = tuple[str, Any]
-ACTIONS = "dryrun, evaluate, generate, lineage, plan, rebuild, run, status, verify, why"
+ACTIONS = "dryrun, evaluate, generate, lineage, list, plan, rebuild, report, run, status, verify, why"
 
 
 @pytest.fixture

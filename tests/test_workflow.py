@@ -145,6 +145,20 @@ def test_no_file_of_a_run_and_nothing_it_says_has_a_secret_of_its_environment(ba
     assert files_with(base, "swordfish") == []
 
 
+def test_the_report_of_finished_stages_is_written_again_without_running_any(
+    copy_of_base: Path, command: Command, tiny: list[str]
+) -> None:
+    folder = copy_of_base / "runs" / "reports"
+    pages = {path.name for path in (folder / "embedded").iterdir()}
+    shutil.rmtree(folder)
+    before = outputs(copy_of_base)
+    answer = command(*tiny, "action=report", cwd=copy_of_base)
+    assert (answer.returncode, answer.stderr) == (0, "")
+    assert answer.stdout == "report  runs/reports/embedded/index.html\n"
+    assert {path.name for path in (folder / "embedded").iterdir()} == pages
+    assert outputs(copy_of_base) == before
+
+
 def test_a_password_in_the_tracking_uri_is_neither_kept_nor_shown(
     copy_of_base: Path, command: Command, tiny: list[str]
 ) -> None:

@@ -166,8 +166,7 @@ class Store:
 
     def outputs(self) -> list[Entry]:
         """All complete outputs, newest first."""
-        found = self._library().entries.values()
-        return sorted(found, key=lambda entry: str(entry.record.get("finished", "")), reverse=True)
+        return self._library().newest_first()
 
     def output(self, name: str) -> Entry:
         """The output that a fingerprint, a directory's name or a SHA-256 prefix names, or a stage's newest.

@@ -11,12 +11,14 @@ from typing import Any
 from aquilamoe import preflight
 from aquilamoe.config import graph
 from aquilamoe.config.graph import Node
-from aquilamoe.config.messages import without_passwords
+from aquilamoe.config.messages import UserError, without_passwords
 from aquilamoe.config.schema import ExperimentConfig
 from aquilamoe.dryrun.small import shrunk
 from aquilamoe.estimates import layouts
 from aquilamoe.evaluation import actions as evaluation
 from aquilamoe.lineage import actions as lineage
+from aquilamoe.lineage.entries import Entry
+from aquilamoe.lineage.library import Library, read_library
 from aquilamoe.pipeline import plan as planning
 from aquilamoe.pipeline import runner
 from aquilamoe.pipeline.ledger import training_devices
@@ -24,7 +26,7 @@ from aquilamoe.pipeline.plan import Planned
 from aquilamoe.pipeline.stage import Input
 from aquilamoe.pipeline.store import Store
 from aquilamoe.reports import costs, rows
-from aquilamoe.terminal import capacity, live, screen, tables, watch
+from aquilamoe.terminal import capacity, documents, live, screen, tables, watch
 from aquilamoe.tracking.lineage import LOCAL_MLFLOW, comparison_url, ui_command
 from aquilamoe.tracking.observer import Tracker
 from aquilamoe.training.environment import WORKER_ENVIRONMENT
@@ -37,8 +39,15 @@ def execute(values: Mapping[str, Any], command: str) -> None:
     command: what the user typed, for the report's line on how to reproduce it.
     """
     experiment = graph.parse(values)
-    nodes = graph.build(experiment)
+    nodes = graph.until(graph.build(experiment), experiment.until)
     store = Store.of(experiment.paths)
+    if experiment.as_json and experiment.action not in documents.ACTIONS:
+        raise UserError(
+            f"json: action={experiment.action} has no JSON document; these have: {', '.join(documents.ACTIONS)}"
+        )
+    if experiment.action == "list":
+        _list(experiment, store)
+        return
     if experiment.action in lineage.ACTIONS:
         _answer(experiment, nodes, store)
         return
@@ -54,6 +63,8 @@ def execute(values: Mapping[str, Any], command: str) -> None:
         _show_plan(experiment, plan, store)
     elif experiment.action == "status":
         _show_status(experiment, plan, store)
+    elif experiment.action == "report":
+        _write_report(experiment, plan, store, command)
     else:
         preflight.check(experiment, plan, store.root)
         with store.lock():
@@ -61,6 +72,35 @@ def execute(values: Mapping[str, Any], command: str) -> None:
             plan = planning.make(nodes, store, planning.Speed.of(cluster), training_devices(cluster))
             with watch.announced(store, experiment.name, plan):
                 _run(experiment, plan, store, command)
+
+
+def _list(experiment: ExperimentConfig, store: Store) -> None:
+    """All outputs of the store, whichever experiment they are of."""
+    library = read_library(store.stages)
+    out = screen.console()
+    if experiment.as_json:
+        print(documents.text(documents.outputs(library)))
+        return
+    out.print(tables.output_table(library.newest_first(), out.width))
+    for reason in library.damaged.values():
+        out.print(f"damaged: {reason}", style="yellow", soft_wrap=True)
+    out.print(f"\n{len(library.entries)} outputs in {_relative(store.stages)}")
+
+
+def _write_report(experiment: ExperimentConfig, plan: Sequence[Planned], store: Store, command: str) -> None:
+    """Write the report of finished stages again, without running anything."""
+    done = {
+        planned.name: Input(planned.name, planned.directory, planned.record)
+        for planned in plan
+        if planned.state == "cached" and planned.record is not None
+    }
+    missing = [planned.name for planned in plan if planned.name not in done]
+    if missing:
+        raise UserError(
+            f"report: {', '.join(missing)} of experiment {experiment.name} {'has' if len(missing) == 1 else 'have'} no "
+            "output yet; run them first (action=status shows what is there)"
+        )
+    screen.console().print(f"report  {_relative(_report(experiment, done, store, command))}", soft_wrap=True)
 
 
 def _answer(experiment: ExperimentConfig, nodes: Mapping[str, Node], store: Store) -> None:
@@ -74,7 +114,11 @@ def _answer(experiment: ExperimentConfig, nodes: Mapping[str, Node], store: Stor
         with _workers(experiment, plan, scratch):
             return runner.run(plan, scratch, experiment.cluster, [view])
 
-    lineage.answer(experiment, nodes, store, lambda line: out.print(line, soft_wrap=True), run)
+    lineage.answer(experiment, nodes, store, lambda line: out.print(line, soft_wrap=True), run, _lineage_text)
+
+
+def _lineage_text(library: Library, entry: Entry) -> str:
+    return documents.text(documents.lineage(library, entry))
 
 
 def _examine(experiment: ExperimentConfig, nodes: Mapping[str, Node], store: Store) -> None:
@@ -114,6 +158,9 @@ def _rehearse(values: Mapping[str, Any], experiment: ExperimentConfig, nodes: Ma
 
 
 def _show_plan(experiment: ExperimentConfig, plan: Sequence[Planned], store: Store) -> None:
+    if experiment.as_json:
+        print(documents.text(documents.pipeline(experiment, plan, costs.foreseen(plan, experiment.cluster))))
+        return
     out = screen.console()
     out.print(f"{experiment.name}: {experiment.description}\n")
     out.print(tables.plan_table(plan, out.width))
@@ -140,6 +187,11 @@ def _show_devices(out: Any, experiment: ExperimentConfig, plan: Sequence[Planned
 
 
 def _show_status(experiment: ExperimentConfig, plan: Sequence[Planned], store: Store) -> None:
+    if experiment.as_json:
+        records = {planned.name: planned.record for planned in plan if planned.record is not None}
+        found = documents.pipeline(experiment, plan, costs.spent(records))
+        print(documents.text(found | {"running": store.holder()}))
+        return
     out = screen.console()
     holder, running = store.holder(), watch.Watched.find(store)
     if running is not None:
@@ -186,7 +238,7 @@ def _run(experiment: ExperimentConfig, plan: Sequence[Planned], store: Store, co
     try:
         with _workers(experiment, plan, store):
             done = runner.run(plan, store, experiment.cluster, [progress, *([tracker] if tracker else [])])
-        report = _report(experiment, done, store, command)
+        report = _report(experiment, done, store, command) if experiment.until is None else None
         succeeded = True
     finally:
         if tracker:
@@ -243,9 +295,10 @@ def _report_path(experiment: ExperimentConfig, store: Store) -> Path:
 
 
 def _where_to_look(
-    out: Any, experiment: ExperimentConfig, report: Path, store: Store, mlflow_experiment: str | None
+    out: Any, experiment: ExperimentConfig, report: Path | None, store: Store, mlflow_experiment: str | None
 ) -> None:
-    out.print(f"\nreport         {_relative(report)}   (open it in a browser)")
+    if report is not None:
+        out.print(f"\nreport         {_relative(report)}   (open it in a browser)")
     if experiment.tracking.enabled:
         out.print(f"MLflow         {ui_command(_shown_uri(experiment), store.root)}", soft_wrap=True)
     if mlflow_experiment:

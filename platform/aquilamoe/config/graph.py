@@ -76,6 +76,21 @@ def build(experiment: ExperimentConfig) -> dict[str, Node]:
     return builder.nodes
 
 
+def until(nodes: Mapping[str, Node], last: str | None) -> dict[str, Node]:
+    """The stage `last` and everything that it is made from; all stages where it is None."""
+    if last is None:
+        return dict(nodes)
+    if last not in nodes:
+        raise UserError(f"until: there is no stage '{last}'; {nearest(last, nodes)}")
+    kept, waiting = set(), [last]
+    while waiting:
+        name = waiting.pop()
+        if name not in kept:
+            kept.add(name)
+            waiting += nodes[name].stage.inputs.values()
+    return {name: node for name, node in nodes.items() if name in kept}
+
+
 class _Builder:
     """Depth-first over inputs and `equal_flops`, so that a stage's facts are known before they are needed."""
 

@@ -82,6 +82,7 @@ class GrowConfig(Config):
     upcycling: SparseUpcycling | None
     certificate: CertificateConfig
     disk_bytes_per_s: PositiveFloat
+    as_json: Annotated[bool, Field(alias="json")] = False
 
 
 def parse(values: Mapping[str, Any]) -> GrowConfig:

@@ -327,8 +327,23 @@ class ExperimentConfig(Config):
 
     name: Name
     description: str
-    action: Literal["run", "plan", "dryrun", "status", "lineage", "why", "verify", "rebuild", "generate", "evaluate"]
+    action: Literal[
+        "run",
+        "plan",
+        "dryrun",
+        "status",
+        "lineage",
+        "why",
+        "verify",
+        "rebuild",
+        "generate",
+        "evaluate",
+        "list",
+        "report",
+    ]
     watch: bool = False
+    until: Name | None = None
+    as_json: Annotated[bool, Field(alias="json")] = False
     checkpoint: str | None = None
     prompt: str | None = None
     generation: GenerationConfig = GenerationConfig()

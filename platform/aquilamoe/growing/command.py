@@ -1,12 +1,14 @@
 """What `action=run`, `plan` and `certify` do with one growth of one checkpoint."""
 
+import json
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from aquilamoe.config import growing
 from aquilamoe.config.growing import GrowConfig
-from aquilamoe.growing import comparison, held_out, identity, output, screen
+from aquilamoe.config.messages import UserError
+from aquilamoe.growing import comparison, held_out, identity, output, plan, screen
 from aquilamoe.growing.comparison import Claim
 from aquilamoe.growing.making import Making
 from aquilamoe.growing.output import Output
@@ -24,6 +26,8 @@ def execute(values: Mapping[str, Any], command: str) -> None:
     command: what the user typed, for the model card.
     """
     config = growing.parse(values)
+    if config.as_json and config.action != "plan":
+        raise UserError(f"json: action={config.action} has no JSON document; action=plan has one")
     if config.action == "certify":
         out = console()
         certificate = certify(config, out)
@@ -36,6 +40,9 @@ def execute(values: Mapping[str, Any], command: str) -> None:
 
 
 def _plan(request: Request, config: GrowConfig) -> None:
+    if config.as_json:
+        print(json.dumps(plan.document(request, config.disk_bytes_per_s), indent=1))
+        return
     record = output.published(request.target)
     state = "the target exists, made by this tool: a run compares the recipes" if record else "the target is new"
     tolerance = comparison.tolerance(request.source, config.certificate, request.growth)

@@ -2,8 +2,9 @@
 
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from aquilamoe.config.network import ModelConfig
 from aquilamoe.config.schema import GrowthConfig
@@ -46,6 +47,24 @@ class Cost:
     memory_bytes: int
     free_bytes: int
     seconds: float
+
+
+def document(request: Request, disk_bytes_per_s: float) -> dict[str, Any]:
+    """The whole plan as one JSON document, a line of it for every tensor."""
+    return {
+        "version": 1,
+        "action": "plan",
+        "source": str(request.source.directory),
+        "target": str(request.target),
+        "kind": request.kind,
+        "method": request.growth.method,
+        "preserving": request.preserving,
+        "model": request.model.model_dump(mode="json"),
+        "parameters": request.model.num_params,
+        "active_parameters": request.model.num_active_params,
+        "tensors": [asdict(line) for line in lines(request, full=True)],
+        "cost": asdict(cost(request, disk_bytes_per_s)),
+    }
 
 
 def lines(request: Request, full: bool) -> list[Line]:

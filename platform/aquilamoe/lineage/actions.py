@@ -22,6 +22,7 @@ from aquilamoe.pipeline.store import METRICS, Store
 ACTIONS = ("lineage", "why", "verify", "rebuild")
 MEGABYTE = 1e6
 Say = Callable[[str], None]
+AsJson = Callable[[Library, Entry], str]
 Run = Callable[[Sequence[Planned], Store], Mapping[str, Input]]
 
 
@@ -29,7 +30,8 @@ Run = Callable[[Sequence[Planned], Store], Mapping[str, Input]]
 class Question:
     """An experiment and the outputs that are there.
 
-    say: takes a line for the user. run: runs a plan in a store and returns every stage's output.
+    say: takes a line for the user. run: runs a plan in a store and returns every stage's output. as_json: an output's
+    lineage as a document.
     """
 
     experiment: ExperimentConfig
@@ -38,6 +40,7 @@ class Question:
     library: Library
     say: Say
     run: Run
+    as_json: AsJson
 
     def find(self, key: str, text: str | None, latest: bool = False) -> tuple["Question", Entry]:
         """An output by what a key of the configuration says, and the question with what lies beside that output."""
@@ -51,9 +54,11 @@ class Question:
         return replace(self, library=self.library.with_neighbours(entry)), entry
 
 
-def answer(experiment: ExperimentConfig, nodes: Mapping[str, Node], store: Store, say: Say, run: Run) -> None:
+def answer(
+    experiment: ExperimentConfig, nodes: Mapping[str, Node], store: Store, say: Say, run: Run, as_json: AsJson
+) -> None:
     """Do one of `ACTIONS`; UserError for what cannot be answered, and for what is not as it should be."""
-    question = Question(experiment, wanted_of(nodes), store, read_library(store.stages), say, run)
+    question = Question(experiment, wanted_of(nodes), store, read_library(store.stages), say, run, as_json)
     actions: dict[str, Callable[[Question], None]] = {
         "lineage": _lineage,
         "why": _why,
@@ -65,6 +70,9 @@ def answer(experiment: ExperimentConfig, nodes: Mapping[str, Node], store: Store
 
 def _lineage(question: Question) -> None:
     question, entry = question.find("checkpoint", question.experiment.checkpoint)
+    if question.experiment.as_json:
+        question.say(question.as_json(question.library, entry))
+        return
     for line in tree(question.library, entry):
         question.say(line)
 

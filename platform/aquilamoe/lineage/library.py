@@ -38,6 +38,10 @@ class Library:
         found = [entry for entry in self.entries.values() if entry.is_stage and entry.stage == stage]
         return sorted(found, key=_age, reverse=True)
 
+    def newest_first(self) -> list[Entry]:
+        """All outputs."""
+        return sorted(self.entries.values(), key=_age, reverse=True)
+
     def with_neighbours(self, entry: Entry) -> "Library":
         """This library and what lies beside an output: its ancestors, if it is in another store."""
         neighbours = read_library(entry.directory.parent)

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from rich.table import Table
 from rich.text import Text
 
+from aquilamoe.lineage.entries import Entry
 from aquilamoe.pipeline.plan import Planned
 from aquilamoe.pipeline.store import Record
 from aquilamoe.reports import rows
@@ -62,6 +63,26 @@ def cost_table(costs: CostTable, width: int) -> Table:
     titles = ["cost", *costs.figures, *(f"lineage {figure}" for figure in costs.figures)]
     lines = [dict(zip(titles, costs.cells(row), strict=True)) for row in [*costs.rows, costs.total]]
     return _fitting(lines[:-1], lines[-1], width, left=("cost",))
+
+
+def output_table(entries: Sequence[Entry], width: int) -> Table:
+    """One row an output, in the given order: what it is, how good, where."""
+    lines = [
+        {
+            "stage": entry.stage,
+            "kind": entry.kind,
+            "fingerprint": entry.fingerprint,
+            "parameters": rows.count(rows.metric(entry.record, "params_total")) if entry.is_stage else "",
+            "tokens": rows.count(rows.metric(entry.record, "tokens")) if entry.kind == "pretrain" else "",
+            "loss": rows.decimal(rows.metric(entry.record, "loss_end"), 4) if entry.kind == "pretrain" else "",
+            "disk": rows.size(sum(size for size, _ in entry.files.values())),
+            "finished": str(entry.record.get("finished", ""))[:19],
+        }
+        for entry in entries
+    ]
+    if not lines:
+        return make_table()
+    return _fitting(lines, None, width, left=("stage", "kind", "fingerprint", "finished"))
 
 
 def task_table(figures: Sequence[tuple[str, str, float, int]]) -> Table:
