@@ -80,8 +80,12 @@ def certify(
         rounding = walk.round() if exact is not None else None
     certificate = {
         **_measures(found),
-        **{"preserving": preserving, "tolerance": tolerance, "passed": True},
-        **{"layers": walk.differences, "ties": ties, "rounding": rounding},
+        "preserving": preserving,
+        "tolerance": tolerance,
+        "passed": True,
+        "layers": walk.differences,
+        "ties": ties,
+        "rounding": rounding,
     }
     _check_finite(certificate)
     return certificate
