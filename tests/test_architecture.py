@@ -22,10 +22,11 @@ SOURCES = sorted([*PACKAGE.rglob("*.py"), *(REPOSITORY / "workflows").glob("*.py
 # A room, and the rooms that it may import besides itself. Stages are loaded by their names: nobody imports them.
 MAY_IMPORT = {
     "config": set(),
-    "process": {"config"},
+    "format": set(),
+    "process": {"config", "format"},
     "kernels": {"config"},
     "model": {"config", "kernels"},
-    "weights": {"config", "model"},
+    "weights": {"config", "format", "model"},
     "growth": {"config", "kernels", "model", "weights"},
     "data": {"config"},
     "training": {"config", "process", "kernels", "model", "weights", "data"},
@@ -36,12 +37,12 @@ MAY_IMPORT = {
     "lineage": {"config", "weights", "pipeline"},
     "evaluation": {"config", "model", "weights", "data", "pipeline", "lineage"},
     "tracking": {"config", "pipeline", "lineage"},
-    "reports": {"config", "pipeline", "lineage"},
-    "preflight": {"config", "pipeline"},
+    "reports": {"config", "format", "pipeline", "lineage"},
+    "preflight": {"config", "format", "pipeline"},
     # Of kernels and weights what is known without torch: which kernel, how large chunks, shapes of tensors.
     "estimates": {"config", "kernels", "weights"},
     "dryrun": {"config", "model", "weights", "growth"},
-    "terminal": {"lineage", "config", "pipeline", "reports", "estimates"},
+    "terminal": {"config", "process", "lineage", "pipeline", "reports", "estimates"},
     # Of training only what must be in the environment before torch is imported.
     "commands": {
         *("config", "pipeline", "lineage", "tracking", "reports", "preflight", "terminal", "evaluation", "training"),
@@ -49,7 +50,7 @@ MAY_IMPORT = {
     },
     # The growth tool: from headers to a published directory, of the pipeline only recipes and how files become durable,
     # of data only how a tokenizer is opened.
-    "growing": {"config", "process", "data", "weights", "growth", "pipeline", "reports", "terminal"},
+    "growing": {"config", "format", "process", "data", "weights", "growth", "pipeline", "reports", "terminal"},
     "api": {"config", "cli", "growing", "lineage", "terminal"},
     "__init__": {"api"},
     "cli": {"config", "process", "commands", "growing", "ablation"},

@@ -24,8 +24,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from aquilamoe.config.messages import UserError
+from aquilamoe.format import size
 from aquilamoe.growing import command, comparison, identity, making, output
 from aquilamoe.growing.output import RECORD, RUN
+from aquilamoe.process.errors import described
 from aquilamoe.weights import headers
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
@@ -403,8 +405,8 @@ def test_a_disk_that_is_too_small_is_foreseen_before_the_first_byte(
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=free))
     line = refusal(grow, source("llama"), tmp_path / "target", *FPI)
-    assert line.startswith(f"target: {tmp_path / 'target'} needs 0.06")
-    assert f" GB, {free / 1e9:.3g} GB are free on its disk; make room" in line
+    assert line.startswith(f"target: {tmp_path / 'target'} needs 6")
+    assert f" MB, {size(free)} are free on its disk; make room" in line
     assert list(tmp_path.iterdir()) == []
 
 
@@ -416,8 +418,11 @@ def test_a_disk_that_becomes_full_all_the_same_is_one_line_and_nothing_is_left(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(making.Making, "_grow_tensors", fill)
-    line = refusal(grow, source("llama"), tmp_path / "target", *FPI)
-    assert line.startswith(f"target: the disk of {tmp_path / 'target'} is full (No space left on device), nothing is ")
+    with pytest.raises(OSError) as caught:
+        grow(source("llama"), tmp_path / "target", *FPI)
+    line = described(caught.value)
+    assert line is not None
+    assert line.startswith(f"{tmp_path / 'target'}: No space left on device, ") and " are free; make room" in line
     assert list(tmp_path.iterdir()) == []
 
 

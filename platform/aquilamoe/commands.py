@@ -2,8 +2,8 @@
 
 import os
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,6 +25,7 @@ from aquilamoe.pipeline.ledger import training_devices
 from aquilamoe.pipeline.plan import Planned
 from aquilamoe.pipeline.stage import Input
 from aquilamoe.pipeline.store import Store
+from aquilamoe.process import errors
 from aquilamoe.reports import costs, rows
 from aquilamoe.terminal import capacity, documents, live, screen, tables, watch
 from aquilamoe.tracking.lineage import LOCAL_MLFLOW, comparison_url, ui_command
@@ -67,10 +68,10 @@ def execute(values: Mapping[str, Any], command: str) -> None:
         _write_report(experiment, plan, store, command)
     else:
         preflight.check(experiment, plan, store.root)
-        with store.lock():
+        with _held(store, plan) as is_writable:
             # Planned again under the lock: what another run has finished meanwhile is cached now.
             plan = planning.make(nodes, store, planning.Speed.of(cluster), training_devices(cluster))
-            with watch.announced(store, experiment.name, plan):
+            with watch.announced(store, experiment.name, plan) if is_writable else nullcontext():
                 _run(experiment, plan, store, command)
 
 
@@ -101,6 +102,21 @@ def _write_report(experiment: ExperimentConfig, plan: Sequence[Planned], store: 
             "output yet; run them first (action=status shows what is there)"
         )
     screen.console().print(f"report  {_relative(_report(experiment, done, store, command))}", soft_wrap=True)
+
+
+@contextmanager
+def _held(store: Store, plan: Sequence[Planned]) -> Iterator[bool]:
+    """Hold the store's lock; yield whether it could be written: a run that finds all complete needs only to read."""
+    with ExitStack() as stack:
+        try:
+            with errors.at(store.root):
+                stack.enter_context(store.lock())
+            is_writable = True
+        except OSError as error:
+            if error.errno not in errors.READ_ONLY or any(planned.is_computed for planned in plan):
+                raise
+            is_writable = False
+        yield is_writable
 
 
 def _answer(experiment: ExperimentConfig, nodes: Mapping[str, Node], store: Store) -> None:
@@ -234,11 +250,16 @@ def _run(experiment: ExperimentConfig, plan: Sequence[Planned], store: Store, co
     resolved["tracking"]["uri"] = _shown_uri(experiment)
     if tracker:
         tracker.pipeline_started(experiment.name, experiment.description, resolved, store.root)
-    report, succeeded, warning = None, False, None
+    report, succeeded, warning, unwritten = None, False, None, None
     try:
         with _workers(experiment, plan, store):
             done = runner.run(plan, store, experiment.cluster, [progress, *([tracker] if tracker else [])])
-        report = _report(experiment, done, store, command) if experiment.until is None else None
+        try:
+            report = _report(experiment, done, store, command) if experiment.until is None else None
+        except OSError as error:
+            if error.errno not in errors.READ_ONLY:
+                raise
+            unwritten = f"report: not written: {errors.described(error)}"
         succeeded = True
     finally:
         if tracker:
@@ -250,8 +271,8 @@ def _run(experiment: ExperimentConfig, plan: Sequence[Planned], store: Store, co
     out.print()
     out.print(tables.cost_table(costs.spent(records), out.width))
     out.print(f"\nDone in {rows.duration(time.monotonic() - started)}.")
-    if warning:
-        out.print(warning, style="yellow")
+    for line in filter(None, (warning, unwritten)):
+        out.print(line, style="yellow", soft_wrap=True)
     _where_to_look(out, experiment, report, store, tracker.experiment_id if tracker else None)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from aquilamoe.config.messages import UserError
 from aquilamoe.config.schema import ExperimentConfig, PretrainStage
+from aquilamoe.format import size
 from aquilamoe.pipeline.plan import Planned
 
 GIGABYTE = 1e9
@@ -87,6 +88,6 @@ def _check_disk(plan: Sequence[Planned], root: Path) -> None:
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise UserError(
-            f"{root}: the run writes about {needed / GIGABYTE:.1f} GB, {free / GIGABYTE:.1f} GB are free; "
+            f"{root}: the run writes about {size(needed)}, {size(free)} are free; "
             "make room, or set paths.root to a larger disk"
         )

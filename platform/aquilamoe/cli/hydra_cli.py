@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from aquilamoe.cli.shipped import CONF, config_folders, options
 from aquilamoe.config.messages import UserError, nearest, without_passwords
-from aquilamoe.process import interruption
+from aquilamoe.process import ending
 
 Execute = Callable[[dict[str, Any], str], None]
 
@@ -30,20 +30,11 @@ def run(config_name: str, execute: Execute, optional_groups: Sequence[str] = (),
     optional_groups: groups that the defaults leave out: both `experiment=x` and Hydra's own `+experiment=x` work.
     paths: keys whose values are taken as they are typed, whatever characters are in them.
     """
-    interruption.handle()
     command = without_passwords(shlex.join([*_program(), *sys.argv[1:]]))
     sys.argv[1:] = [_normalized(word, optional_groups, paths) for word in sys.argv[1:]]
-    try:
+    with ending.in_one_line():
         for values in _composed(config_name):
             execute(values, command)
-        interruption.check()
-    except UserError as error:
-        raise SystemExit(f"error: {without_passwords(str(error))}") from None
-    except KeyboardInterrupt as caught:
-        status = interruption.end()
-        remedy = str(caught) or "the same command continues where this stopped"
-        print(f"\ninterrupted; {remedy}", file=sys.stderr)
-        raise SystemExit(status) from None
 
 
 def _program() -> list[str]:

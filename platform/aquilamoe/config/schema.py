@@ -24,7 +24,8 @@ from aquilamoe.config.network import (
 from aquilamoe.config.steps import OptimizerConfig, RouterConfig, ScheduleConfig, SpikesConfig
 
 Precision = Literal["bf16", "bf16_master", "fp32"]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]  # it names files
+# It names files, of which the longest adds some 50 characters; file systems allow 255 bytes.
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=100)]
 
 
 def _inherit(stage: Any, groups: dict[str, Any]) -> Any:

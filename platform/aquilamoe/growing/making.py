@@ -15,7 +15,7 @@ from aquilamoe.growing.held_out import HeldOut
 from aquilamoe.growing.output import Output
 from aquilamoe.growing.request import Request, open_checkpoint
 from aquilamoe.pipeline.store import write_atomically
-from aquilamoe.process import interruption
+from aquilamoe.process import errors, interruption
 from aquilamoe.reports import rows
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class Making:
         """Publish the target and return its record. What fails leaves nothing; what is interrupted can continue."""
         started = time.time()
         try:
-            with output.full_disk(self.request.target):
+            with errors.at(self.request.target):
                 record = self._make()
                 interruption.check()
                 run = {"started": started, "seconds": time.time() - started, **self.seconds}

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from aquilamoe.config.messages import UserError
+from aquilamoe.format import size
 from aquilamoe.pipeline.store import RECORD, temporary, write_atomically
 
 LOCK = ".lock"
 GROWN = ".grown.json"  # the weights are complete: what is missing is their certificate
 RUN = "run.json"
-GIGABYTE = 1e9
 ATTEMPTS = 10
 
 
@@ -62,8 +62,8 @@ class Output:
         free = shutil.disk_usage(self.partial).free
         if needed > free:
             raise UserError(
-                f"target: {self.target} needs {needed / GIGABYTE:.3g} GB, {free / GIGABYTE:.3g} GB are free on its "
-                "disk; make room, or name a target on another disk"
+                f"target: {self.target} needs {size(needed)}, {size(free)} are free on its disk; "
+                "make room, or name a target on another disk"
             )
 
     def publish(self, record: dict[str, Any]) -> None:
@@ -228,17 +228,3 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return values if isinstance(values, dict) else None
-
-
-@contextmanager
-def full_disk(target: Path) -> Iterator[None]:
-    """A disk that becomes full all the same is said in one line."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise UserError(
-            f"target: the disk of {target} is full ({error.strerror}), nothing is left behind; make room, or name a "
-            "target on another disk"
-        ) from None

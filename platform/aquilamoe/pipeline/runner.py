@@ -20,7 +20,7 @@ from aquilamoe.pipeline.mirror import Mirror
 from aquilamoe.pipeline.plan import Planned
 from aquilamoe.pipeline.stage import Context, Input, module
 from aquilamoe.pipeline.store import METRICS, Record, Store
-from aquilamoe.process import interruption
+from aquilamoe.process import errors, interruption
 
 POLL_S = 0.2
 PACKAGES = ("aquilamoe", "torch", "ray", "mlflow", "transformers", "tokenizers", "safetensors", "grain", "numpy")
@@ -56,7 +56,7 @@ def run(
     for planned in plan:
         try:
             interruption.check()
-            with alone(planned):
+            with alone(planned), errors.at(store.partial(planned.name, planned.fingerprint)):
                 # Asked again: another stage of this plan, or another run, may have had the same recipe.
                 found = store.find(planned.name, planned.fingerprint)
                 found = found or store.fetch(planned.name, planned.fingerprint)
@@ -162,7 +162,8 @@ def _following(path: Path, stage: str, observers: Sequence[Observer], attempts: 
     def poll() -> None:
         while not finished.wait(POLL_S):
             attempts.touch()
-            tell()
+            with suppress(OSError):  # said when the stage ends, if it lasts
+                tell()
 
     thread = Thread(target=poll, daemon=True)
     thread.start()

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from aquilamoe import format as formats
+
 Record = Mapping[str, Any]
 
 GROWTH_KINDS = ("scale_up", "scale_out")
@@ -154,14 +156,7 @@ def seconds(value: float | None) -> str:
 
 def size(count: int) -> str:
     """Bytes with a unit: 8.5 MB."""
-    if not count:
-        return ABSENT
-    value = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{value:,.3g} TB"
+    return formats.size(count) if count else ABSENT
 
 
 def duration(seconds: float | None) -> str:

@@ -13,6 +13,7 @@ from rich.text import Text
 from aquilamoe.pipeline.attempts import Attempts
 from aquilamoe.pipeline.plan import Planned
 from aquilamoe.pipeline.store import METRICS, RECORD, Record, Store, read_points, write_atomically
+from aquilamoe.process import standard_output
 from aquilamoe.terminal import view
 from aquilamoe.terminal.progress import PipelineProgress, StageProgress
 
@@ -137,7 +138,7 @@ def _follow_in_lines(out: Console, watched: Watched) -> None:
     """The view of this moment, then what finishes, and now and then how far the running stage is."""
     show(out, watched)
     said = time.monotonic()
-    while watched.store.holder() is not None:
+    while watched.store.holder() is not None and not standard_output.is_lost():
         running = watched.read().running
         for line in watched.newly_finished():
             out.print(line)
@@ -145,5 +146,4 @@ def _follow_in_lines(out: Console, watched: Watched) -> None:
         if running is not None and time.monotonic() - said > view.PLAIN_EVERY_S:
             out.print(f"  {running.name:<{watched.width}}  {view.plain(running, time.time())}")
             said = time.monotonic()
-        out.file.flush()
         time.sleep(1 / REFRESHES_PER_S)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from aquilamoe.config.messages import UserError
 from aquilamoe.config.schema import ClusterConfig
+from aquilamoe.process import errors
 from aquilamoe.training import notice
 from aquilamoe.training.session import resources_per_worker
 
@@ -285,9 +286,14 @@ def _watch(crew: "ActorHandle[Crew]") -> None:
 
 
 def perform(work: bytes, rank: Any) -> Outcome:
-    """Do one work. A mistake of the user is returned, not raised: raising would make Ray try again."""
+    """Do one work. What would happen again is returned, not raised: raising would make Ray try again."""
     try:
         with notice.at_work():
             return Outcome(value=pickle.loads(work)(rank))
     except UserError as error:
         return Outcome(mistake=str(error))
+    except Exception as error:
+        refused = errors.of_system(error)
+        if refused is None or refused.errno not in errors.LASTING:
+            raise
+        return Outcome(mistake=errors.described(error))

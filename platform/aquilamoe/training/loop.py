@@ -12,7 +12,7 @@ from torch import Tensor
 
 from aquilamoe.data.loader import Batches
 from aquilamoe.model import Decoder
-from aquilamoe.process import interruption
+from aquilamoe.process import errors, interruption
 from aquilamoe.training import optimizer as optimizers
 from aquilamoe.training import spikes, state
 from aquilamoe.training.job import FIRST, Job, Rank
@@ -35,7 +35,7 @@ def train(job: Job, rank: Rank = FIRST) -> dict[str, Any]:
     """
     keep_large_buffers()
     group = Group(job.cluster, rank)
-    with state.only_writer(job.out) if group.is_first else nullcontext():
+    with errors.at(job.out), state.only_writer(job.out) if group.is_first else nullcontext():
         group.wait()  # nobody reads a checkpoint before the writer of this run is the only one
         try:
             return _train(job, group, rank)

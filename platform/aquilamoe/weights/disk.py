@@ -14,6 +14,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from threading import Lock, Thread
 
+from aquilamoe import format as formats
 from aquilamoe.config.messages import UserError
 from aquilamoe.weights.layout import PAGE
 
@@ -187,9 +188,10 @@ def refusal(path: Path, size: int, error: OSError) -> UserError:
         return UserError(
             f"{path}: cannot be written ({error.strerror}); name a directory on a disk that can be written"
         )
-    free = os.statvfs(path.parent)
+    disk = os.statvfs(path.parent)
+    free = disk.f_bavail * disk.f_frsize
     return UserError(
-        f"{path}: {reason}: the file needs {gigabytes(size)}, {gigabytes(free.f_bavail * free.f_frsize)} are free and "
+        f"{path}: {reason}: the file needs {formats.size(size)}, {formats.size(free)} are free and "
         "nothing of it is left behind; make room or name another directory"
     )
 
@@ -200,13 +202,9 @@ def check_space(directory: Path, needed: int) -> None:
     free = disk.f_bavail * disk.f_frsize
     if needed > free:
         raise UserError(
-            f"{directory}: needs {gigabytes(needed)}, {gigabytes(free)} are free; free {gigabytes(needed - free)} or "
-            "name a directory on another disk"
+            f"{directory}: needs {formats.size(needed)}, {formats.size(free)} are free; "
+            f"free {formats.size(needed - free)} or name a directory on another disk"
         )
-
-
-def gigabytes(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:.3g} GB"
 
 
 def sync_directory(directory: Path) -> None:
