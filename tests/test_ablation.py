@@ -28,6 +28,7 @@ from aquilamoe.config.messages import UserError
 from aquilamoe.config.schema import PretrainStage
 from aquilamoe.pipeline.plan import Speed
 from aquilamoe.pipeline.store import Store
+from aquilamoe.reports import intervals
 
 Composed = Callable[..., dict[str, Any]]
 REPOSITORY = Path(__file__).parent.parent
@@ -412,7 +413,7 @@ def test_the_interval_of_paired_differences_is_students() -> None:
     """Against the textbook formula with a table's quantile: t(0.975; 4) = 2.776."""
     ones = {1: 3.0, 2: 3.2, 3: 2.9, 4: 3.1, 5: 3.3}
     others = {1: 3.1, 2: 3.1, 3: 3.1, 4: 3.2, 5: 3.2, 6: 9.0}
-    found = statistics.paired_difference(ones, others)
+    found = intervals.paired_difference(ones, others)
     differences = [ones[seed] - others[seed] for seed in ones]
     assert found.pairs == 5 and math.isclose(found.mean, stdlib.fmean(differences))
     assert found.half_width is not None
@@ -426,7 +427,7 @@ def test_intervals_cover_the_true_difference_as_often_as_they_say() -> None:
     for _ in range(2000):
         shared = {seed: draw.gauss(0, 5) for seed in range(3)}
         ones = {seed: value + 0.3 + draw.gauss(0, 0.1) for seed, value in shared.items()}
-        found = statistics.paired_difference(ones, {seed: value + draw.gauss(0, 0.1) for seed, value in shared.items()})
+        found = intervals.paired_difference(ones, {seed: value + draw.gauss(0, 0.1) for seed, value in shared.items()})
         assert found.half_width is not None
         hits += abs(found.mean - 0.3) <= found.half_width
     assert 0.94 <= hits / 2000 <= 0.96
@@ -437,7 +438,7 @@ def test_one_pair_gives_no_interval_and_no_winner() -> None:
     assert [entry.rank for entry in found] == [1, 1]
     assert found[1].to_baseline.half_width is None
     with pytest.raises(ValueError, match="no seed in common"):
-        statistics.paired_difference({1: 1.0}, {2: 1.0})
+        intervals.paired_difference({1: 1.0}, {2: 1.0})
 
 
 def test_variants_that_the_seeds_do_not_tell_apart_share_a_rank() -> None:
@@ -481,11 +482,32 @@ def test_the_saving_is_scratchs_cost_over_the_lines_to_the_loss_that_scratch_end
     assert statistics.saving(scratch, [(20.0, 5.0), (50.0, 3.5)]) is None
 
 
+def test_a_source_that_had_scratchs_loss_already_gives_no_saving() -> None:
+    """200 / 20, whatever is grown and however: a constant."""
+    scratch = [(0.0, 8.0), (100.0, 4.0), (200.0, 3.0)]
+    for start in (3.0, 2.9):
+        assert statistics.saving(scratch, [(20.0, start), (50.0, 2.5)]) is None
+
+
+def test_the_interval_of_a_ratio_is_that_of_its_logarithm_and_never_below_zero() -> None:
+    found = intervals.mean_ratio([0.5, 2.0, 8.0])
+    logs = [math.log(value) for value in (0.5, 2.0, 8.0)]
+    half = 4.30265 * stdlib.stdev(logs) / math.sqrt(3)
+    assert math.isclose(found.mean, 2.0) and found.low is not None and found.high is not None
+    assert math.isclose(found.low, math.exp(math.log(2) - half), rel_tol=1e-4)
+    assert math.isclose(found.high, math.exp(math.log(2) + half), rel_tol=1e-4)
+    assert found.low > 0 and not found.excludes_one
+    assert intervals.mean_ratio([1.9, 2.0, 2.1]).excludes_one and intervals.mean_ratio([0.5, 0.51, 0.49]).excludes_one
+    assert intervals.mean_ratio([3.0]).low is None and not intervals.mean_ratio([3.0]).excludes_one
+    apart = intervals.mean_ratio([1e-9, 1e9])
+    assert apart.low is not None and apart.high is not None and apart.low > 0 and math.isfinite(apart.high)
+
+
 @pytest.mark.parametrize(
     ("freedom", "quantile"), [(1, 12.7062), (2, 4.30265), (3, 3.18245), (10, 2.22814), (60, 2.00030)]
 )
 def test_the_quantile_of_students_t_is_the_tables(freedom: int, quantile: float) -> None:
-    assert math.isclose(statistics.t_quantile(freedom), quantile, rel_tol=1e-5)
+    assert math.isclose(intervals.t_quantile(freedom), quantile, rel_tol=1e-5)
 
 
 def test_a_curve_is_read_between_its_points_and_not_outside_of_them() -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aquilamoe.training.metrics import MetricsFile, PointsFile, recovery_tokens
+from aquilamoe.training.metrics import RECOVERED, MetricsFile, PointsFile, recovery_tokens
 
 BATCH, FLOPS = 64, 10
 
@@ -147,26 +147,35 @@ def test_the_summary_is_of_the_first_and_the_last_validation(tmp_path: Path) -> 
 # Recovery
 
 
-def test_recovery_is_interpolated_between_validations() -> None:
+def test_recovery_is_interpolated_between_validations_and_then_whole_steps() -> None:
     points = [validated(0, 4.0), {"tokens": 50}, validated(100, 3.0), validated(200, 2.0)]
-    assert recovery_tokens(points, 3.5) == 50.0
-    assert recovery_tokens(points, 3.0) == 100.0
-    assert recovery_tokens(points, 2.25) == 175.0
+    assert recovery_tokens(points, 3.5 - RECOVERED, 1) == 50
+    assert recovery_tokens(points, 3.5 - RECOVERED, 20) == 60
+    assert recovery_tokens(points, 3.0 - RECOVERED, 20) == 100
+    assert recovery_tokens(points, 2.25 - RECOVERED, 25) == 175
+
+
+def test_recovery_does_not_hang_on_the_rounding_of_a_loss() -> None:
+    """A growth that keeps the function starts some 1e-7 above or below its source's loss."""
+    for rounding in (-4e-7, 0.0, 4e-7):
+        assert recovery_tokens([validated(0, 2.0 + rounding), validated(4096, 1.5)], 2.0, 1024) == 0
+    found = [recovery_tokens([validated(0, 2.0 + off), validated(4096, 1.5)], 2.0, 1024) for off in (0.0011, 0.5)]
+    assert found == [1024, 2048], "never a part of a step"
 
 
 def test_nothing_is_to_be_recovered_when_the_loss_starts_at_the_goal() -> None:
-    assert recovery_tokens([validated(0, 2.0), validated(100, 3.0)], 2.0) == 0.0
+    assert recovery_tokens([validated(0, 2.0), validated(100, 3.0)], 2.0, 10) == 0
 
 
 def test_a_loss_that_never_comes_back_has_no_recovery() -> None:
-    assert recovery_tokens([validated(0, 4.0), validated(100, 3.0)], 2.9) is None
-    assert recovery_tokens([{"tokens": 0, "train/loss": 1.0}], 2.9) is None
+    assert recovery_tokens([validated(0, 4.0), validated(100, 3.0)], 2.9, 10) is None
+    assert recovery_tokens([{"tokens": 0, "train/loss": 1.0}], 2.9, 10) is None
 
 
 def test_recovery_is_the_first_return_even_if_the_loss_rises_again() -> None:
     points = [validated(0, 4.0), validated(100, 5.0), validated(200, 3.0), validated(300, 6.0), validated(400, 1.0)]
-    assert recovery_tokens(points, 4.0) == 0.0
-    assert recovery_tokens(points, 3.5) == 175.0
+    assert recovery_tokens(points, 4.0, 25) == 0
+    assert recovery_tokens(points, 3.5 - RECOVERED, 25) == 175
 
 
 @settings(derandomize=True, deadline=None, max_examples=50)
@@ -174,8 +183,8 @@ def test_recovery_is_the_first_return_even_if_the_loss_rises_again() -> None:
 def test_recovery_lies_between_the_last_validation_above_the_goal_and_the_first_at_it(
     losses: list[float], goal: float
 ) -> None:
-    found = recovery_tokens([validated(100 * index, loss) for index, loss in enumerate(losses)], goal)
-    reached = next((index for index, loss in enumerate(losses) if loss <= goal), None)
+    found = recovery_tokens([validated(100 * index, loss) for index, loss in enumerate(losses)], goal, 1)
+    reached = next((index for index, loss in enumerate(losses) if loss <= goal + RECOVERED), None)
     if reached is None:
         assert found is None
     else:

@@ -275,8 +275,18 @@ def test_the_numbers_of_the_tables_are_the_numbers_of_the_records(tmp_path: Path
 def test_growth_rows_do_not_show_certificate_tokens_as_training_tokens() -> None:
     rows = {row.stage: row for row in stage_rows(example()[0])}
     assert rows["scale_up"].tokens is None
-    assert rows["scale_up"].loss_end == 4.57
     assert rows["dense"].tokens == 1_200_000
+
+
+def test_a_column_of_losses_is_of_the_same_tokens_for_growths_and_training() -> None:
+    """What a certificate measured is on tokens of its own, and in a table of its own."""
+    records = example()[0]
+    rows = {row.stage: row for row in stage_rows(records)}
+    for growth, before, after in (("scale_up", "prepare", "dense"), ("scale_out", "dense", "moe")):
+        assert rows[growth].loss_start == rows[before].loss_end
+        assert rows[growth].loss_end == rows[after].loss_start != records[growth]["metrics"]["target_loss"]
+    alone = {name: record for name, record in records.items() if name != "dense"}
+    assert stage_rows(alone)[1].loss_end is None, "nobody has measured it on these tokens"
 
 
 @pytest.mark.parametrize(

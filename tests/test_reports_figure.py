@@ -1,6 +1,10 @@
 """What the figures and tables of the report are made of: curves, windows, ticks, labels, numbers as text."""
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -109,3 +113,17 @@ def test_numbers_are_written_short_and_never_with_a_thousand_too_many() -> None:
     assert [power(n) for n in (None, 0, 1.3e13, 9.999e12, 5e22)] == ["-", "0", "1.3e13", "1e13", "5e22"]
     assert [seconds(n) for n in (None, 0.84, 9.96, 3601.2)] == ["-", "0.8", "10", "3,601"]
     assert decimal(4.8712, 2) == "4.87"
+
+
+def test_the_first_figure_on_a_machine_says_nothing_of_caches(tmp_path: Path) -> None:
+    code = """
+import logging, sys
+logging.basicConfig(level=logging.INFO, stream=sys.stdout)
+from aquilamoe.reports.canvas import Drawing
+drawing = Drawing("one", "One", lambda figure, narrow: figure.add_subplot().plot([0, 1]), (2.0, 1.0))
+assert drawing.svg() and drawing.png()
+"""
+    environment = {**os.environ, "MPLCONFIGDIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert list(tmp_path.glob("fontlist-*.json")), "matplotlib had a cache to make"

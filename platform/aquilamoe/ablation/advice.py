@@ -15,10 +15,11 @@ from typing import Literal
 from pydantic import TypeAdapter
 
 from aquilamoe.ablation.question import Question
-from aquilamoe.ablation.statistics import mean_curve, mean_interval, value_at
+from aquilamoe.ablation.statistics import mean_curve, value_at
 from aquilamoe.config.network import Config
 from aquilamoe.reports import study as studies
 from aquilamoe.reports.comparison_findings import horizon, listed, shown
+from aquilamoe.reports.intervals import mean_interval
 from aquilamoe.reports.rows import count
 from aquilamoe.reports.study import Control, Entry, Interval, Study
 

@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 
 from aquilamoe.ablation import statistics
-from aquilamoe.ablation.statistics import mean_curve, mean_interval, paired_difference, ranking
+from aquilamoe.ablation.statistics import mean_curve, ranking
+from aquilamoe.reports.intervals import mean_interval, mean_ratio, paired_difference
 from aquilamoe.reports.study import Control, Crossing, Entry, Horizon, Interval, Leader, Seed
 
 EQUAL = 0.01  # budgets are whole batches: FLOPs this close are the same
@@ -124,7 +125,7 @@ def _scratch_of(entry: Entry) -> list[str]:
 
 
 def _with_saving(entry: Entry, scratch: Entry | None) -> Entry:
-    """An entry whose seeds have a saving where their line reaches the loss that scratch ends with."""
+    """An entry whose seeds have a saving where their line reaches the loss that scratch ends with, after its growth."""
     if scratch is None:
         return entry
     seeds: dict[int, Seed] = {}
@@ -134,8 +135,8 @@ def _with_saving(entry: Entry, scratch: Entry | None) -> Entry:
         figures = {key: value for key, value in seed.figures.items() if key != "saving"}
         seeds[number] = seed.model_copy(update={"figures": figures | ({"saving": found} if found else {})})
     savings = [seed.figures["saving"] for seed in seeds.values() if "saving" in seed.figures]
-    interval = mean_interval(savings) if savings and len(savings) == len(seeds) else None
-    return entry.model_copy(update={"seeds": seeds, "saving": interval})
+    ratio = mean_ratio(savings) if savings and len(savings) == len(seeds) else None
+    return entry.model_copy(update={"seeds": seeds, "saving": ratio})
 
 
 def _at_equal_flops(entries: Sequence[Entry], baseline: str, flops: float) -> list[Entry]:

@@ -1,57 +1,15 @@
-"""What the numbers of an ablation allow to be said: paired differences, intervals, ranks with ties, crossings."""
+"""What the curves of an ablation allow to be said: ranks with ties, crossings, savings."""
 
 import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import pairwise
 
+from aquilamoe.reports.intervals import mean_interval, paired_difference
 from aquilamoe.reports.study import Interval
 
-CONFIDENCE = 0.95
 Curve = Sequence[tuple[float, float]]  # (tokens or FLOPs, loss), rising in the first
-
-
-def paired_difference(ones: Mapping[int, float], others: Mapping[int, float]) -> Interval:
-    """Mean of `ones - others` over the seeds that both have, by Student's t on the differences.
-
-    Pairing takes out what a seed gives to both: data order and source model. ValueError if no seed is common.
-    """
-    seeds = sorted(ones.keys() & others.keys())
-    if not seeds:
-        raise ValueError("the two have no seed in common")
-    return mean_interval([ones[seed] - others[seed] for seed in seeds])
-
-
-def mean_interval(values: Sequence[float]) -> Interval:
-    """The mean of one figure for each seed, with its interval by Student's t."""
-    mean = statistics.fmean(values)
-    if len(values) == 1:
-        return Interval(mean=mean, half_width=None, pairs=1)
-    error = statistics.stdev(values) / math.sqrt(len(values))
-    return Interval(mean=mean, half_width=t_quantile(len(values) - 1) * error, pairs=len(values))
-
-
-@cache
-def t_quantile(freedom: int) -> float:
-    """How many standard errors hold a mean with 95 %, by halving; SciPy would take a second to be imported."""
-    low, high = 0.0, 1000.0
-    while high - low > 1e-10 * high:
-        middle = (low + high) / 2
-        low, high = (middle, high) if _t_inside(middle, freedom) < CONFIDENCE else (low, middle)
-    return high
-
-
-def _t_inside(t: float, freedom: int) -> float:
-    """The probability that Student's t lies between -t and t (Abramowitz and Stegun 26.7.3 and 26.7.4)."""
-    angle = math.atan(t / math.sqrt(freedom))
-    term, total = (math.cos(angle), 0.0) if freedom % 2 else (1.0, 0.0)
-    for power in range(1 + freedom % 2, freedom, 2):
-        total += term
-        term *= math.cos(angle) ** 2 * power / (power + 1)
-    inside = total * math.sin(angle)
-    return 2 / math.pi * (angle + inside) if freedom % 2 else inside
 
 
 @dataclass(frozen=True)
@@ -159,9 +117,17 @@ def first_at(curve: Curve, loss: float) -> float | None:
 
 
 def saving(scratch: Curve, line: Curve) -> float | None:
-    """Scratch's FLOPs to its final loss over the line's to the same (METHODS 6); None if the line never has it.
+    """Scratch's FLOPs to its final loss over the line's to the same (METHODS 6).
 
-    Both are losses against cumulative FLOPs, the line's ancestors included.
+    None if the line never has it, and where it had it when it was grown: then the source reached it, at a place that
+    is not on this curve, and every way of growing would be given the same figure.
+
+    Args:
+        scratch: loss against cumulative FLOPs.
+        line: the same of the grown line from its growth on; its first place has the FLOPs of all ancestors.
     """
-    reached = first_at(line, scratch[-1][1])
+    goal = scratch[-1][1]
+    if not line or line[0][1] <= goal:
+        return None
+    reached = first_at(line, goal)
     return None if reached is None else scratch[-1][0] / reached

@@ -131,7 +131,10 @@ def _cost(cost: Mapping[str, Mapping[str, float]] | None) -> str:
 
 def _loss(metrics: Mapping[str, Any]) -> str:
     """Validation losses of a training; of a growth those of source and target, on the certificate's tokens."""
-    for keys, where in ((("loss_start", "loss_end"), ""), (("source_loss", "target_loss"), ", on the certificate's")):
+    for keys, where in (
+        (("loss_start", "loss_end"), ""),
+        (("source_loss", "target_loss"), ", on the certificate's tokens"),
+    ):
         start, end = (metrics.get(key) for key in keys)
         if start is not None and end is not None:
             return f"{start:.4f} -> {end:.4f} nats per token{where}"

@@ -64,6 +64,10 @@ CSS = (
 )
 
 
+# Before its first import, wherever that is: on a new machine it reports that it made a cache of fonts.
+logging.getLogger("matplotlib").setLevel(logging.ERROR)
+
+
 @dataclass(frozen=True)
 class Drawing:
     """A figure that can be drawn: `draw` gets a figure of a size and whether it is the one for a narrow page.
@@ -110,7 +114,6 @@ class Drawing:
 
     @contextmanager
     def _drawn(self, narrow: bool) -> Iterator["Figure"]:
-        logging.getLogger("matplotlib").setLevel(logging.ERROR)  # or a first import tells of its font cache
         from matplotlib import style
         from matplotlib.figure import Figure
 

@@ -9,7 +9,7 @@ from aquilamoe.reports import comparison_curves as curves
 from aquilamoe.reports import comparison_dots as dots
 from aquilamoe.reports import template
 from aquilamoe.reports.canvas import Drawing
-from aquilamoe.reports.comparison_findings import findings, horizon, shown, signed
+from aquilamoe.reports.comparison_findings import findings, horizon, shown, signed, times
 from aquilamoe.reports.rows import ABSENT, count, decimal, power
 from aquilamoe.reports.study import Entry, Study
 
@@ -80,9 +80,7 @@ def _ranking_row(entry: Entry, tints: dict[str, str]) -> Row:
     spent = next(iter(entry.seeds.values())).lineage_flops
     saving = ABSENT
     if entry.saving is not None:
-        saving = f"{entry.saving.mean:.2f}"
-        if entry.saving.half_width:
-            saving += f" ± {entry.saving.half_width:.2f}"
+        saving = times(entry.saving)
     cells = (
         str(entry.rank),
         decimal(entry.mean, 4) if (entry.mean or 0) < 1000 else count(entry.mean),

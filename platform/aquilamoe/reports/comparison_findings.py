@@ -5,8 +5,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from aquilamoe.reports.intervals import mean_ratio, paired_difference
 from aquilamoe.reports.rows import count, power
-from aquilamoe.reports.study import Control, Entry, Interval, Study
+from aquilamoe.reports.study import Control, Entry, Interval, Ratio, Study
+
+KEPT = 5e-4  # nats/token: a change at growth that the third decimal does not show
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,7 @@ def findings(study: Study) -> list[Sentence]:
         return [Sentence("There is no result yet that could be compared."), *_missing(study)]
     return [
         *_ranks(study, ranked),
+        *_few_seeds(ranked),
         *_controls(study, ranked),
         *_starts(ranked),
         *_recoveries(study, ranked),
@@ -61,6 +65,17 @@ def shown(interval: Interval, places: int = 3) -> str:
     return f"{text} ({signed(low, places)} to {signed(high, places)})"
 
 
+def times(ratio: Ratio) -> str:
+    """A ratio with its interval: 1.27 (0.97 to 1.66)."""
+    if ratio.low is None or ratio.high is None:
+        return f"{ratio.mean:.2f} (one seed, no interval)"
+    return f"{ratio.mean:.2f} ({_factor(ratio.low)} to {_factor(ratio.high)})"
+
+
+def _factor(value: float) -> str:
+    return f"{value:.2f}" if 0.005 <= value < 1000 else f"{value:.0e}"
+
+
 def measure(study: Study) -> str:
     """The unit of the objective."""
     metric = study.objective["metric"]
@@ -94,8 +109,11 @@ def _ranks(study: Study, ranked: Sequence[Entry]) -> Iterator[Sentence]:
         yield Sentence(f"One seed each: {lowest}, which no interval backs.")
         return
     leading = [entry for entry in ranked if entry.rank == 1]
+    apart = {entry.name for entry in others if _difference(entry, first).excludes_zero}
+    close = [entry for entry in others if entry.rank != 1 and entry.name not in apart]
     if len(leading) == 1:
-        text = f"After {where}, '{first.name}' is best of {len(ranked)}, at {_number(first)} {unit}"
+        place = "lowest" if close else "best"
+        text = f"After {where}, '{first.name}' is {place} of {len(ranked)}, at {_number(first)} {unit}"
         if first.name != study.baseline and first.to_baseline:
             text += f", {shown(first.to_baseline)} to the baseline '{study.baseline}'"
         yield Sentence(text + f" ({pairs} seeds, paired, 95 %).")
@@ -104,9 +122,42 @@ def _ranks(study: Study, ranked: Sequence[Entry]) -> Iterator[Sentence]:
             f"After {where}, {_quoted(leading)} share the first rank at {_number(first)} to {_number(leading[-1])} "
             f"{unit}: {pairs} seeds do not tell them apart."
         )
+    if close:
+        yield Sentence(
+            f"{_quoted(close)} {'have' if len(close) > 1 else 'has'} a higher mean, but the seeds do not tell "
+            f"{'them' if len(close) > 1 else 'it'} from '{first.name}' either."
+        )
     last = ranked[-1]
-    if last.rank != 1 and last.mean is not None and first.mean is not None:
-        yield Sentence(f"From the first to the last, '{last.name}', it is {last.mean - first.mean:.3f} {unit}.")
+    if last.rank != 1:
+        yield Sentence(f"From the first to the last, '{last.name}', it is {shown(_difference(last, first))} {unit}.")
+
+
+def _few_seeds(ranked: Sequence[Entry]) -> Iterator[Sentence]:
+    if max((entry.to_baseline.pairs for entry in ranked if entry.to_baseline), default=0) == 2:
+        yield Sentence(
+            "Two seeds: intervals of two differences are 12.7 standard errors wide on each side, and the error itself "
+            "is known from two numbers only. Add seeds before anything is concluded; with three it is 4.3.",
+            "warning",
+        )
+
+
+def _difference(one: Entry, other: Entry, figure: str | None = None) -> Interval:
+    """`one - other` of the objective, or of a figure, over the seeds that both have; no interval if none is common."""
+    ones, others = (
+        {number: seed.value if figure is None else seed.figures[figure] for number, seed in entry.seeds.items()}
+        for entry in (one, other)
+    )
+    if not ones.keys() & others.keys():
+        return Interval(
+            mean=statistics.fmean(ones.values()) - statistics.fmean(others.values()), half_width=None, pairs=0
+        )
+    return paired_difference(ones, others)
+
+
+def _complete(entries: Sequence[Entry], figure: str) -> list[tuple[float, Entry]]:
+    """The entries all of whose seeds have a figure, with its means, least first."""
+    found = [entry for entry in entries if entry.seeds and len(entry.figure(figure)) == len(entry.seeds)]
+    return sorted(((statistics.fmean(entry.figure(figure)), entry) for entry in found), key=lambda each: each[0])
 
 
 def _number(entry: Entry) -> str:
@@ -144,55 +195,70 @@ def _against(entry: Entry, control: Control, study: Study, other: Entry) -> str:
 
 def _starts(ranked: Sequence[Entry]) -> Iterator[Sentence]:
     """What growing lost at once, and whether that decides the end."""
-    jumps = {entry.name: statistics.fmean(values) for entry in ranked if (values := entry.figure("loss_jump"))}
-    if len(jumps) < 2:
+    changes = sorted(_complete(ranked, "loss_jump"), key=lambda each: abs(each[0]))
+    if len(changes) < 2:
         return
-    order = sorted(jumps, key=jumps.__getitem__)
-    least, most = order[0], order[-1]
-    text = (
-        f"At the moment of growth '{least}' changes the loss least ({signed(jumps[least])} nats/token) and '{most}' "
-        f"most ({signed(jumps[most])})"
-    )
-    if len({entry.rank for entry in ranked}) < 2:
-        yield Sentence(f"{text}.")
+    kept = [entry for change, entry in changes if abs(change) < KEPT]
+    (least, first), (most, last) = changes[0], changes[-1]
+    if abs(most) < KEPT:
+        yield Sentence(f"At the moment of growth {_quoted(kept)} keep the loss.")
         return
-    rank = next(entry.rank for entry in ranked if entry.name == least)
-    decides = "which leads at the end, too" if rank == 1 else f"which ends at rank {rank} of {len(ranked)}"
-    yield Sentence(f"{text}; the former is the one {decides}.")
+    if kept:
+        text = f"At the moment of growth {_quoted(kept)} {'keep' if len(kept) > 1 else 'keeps'} the loss"
+    else:
+        text = f"At the moment of growth '{first.name}' changes the loss least in the mean ({signed(least)} nats/token)"
+    text += f"; '{last.name}' changes it most in the mean ({signed(most)} nats/token)"
+    if not _difference(last, first, "loss_jump").excludes_zero:
+        text += ", which the seeds do not tell from the least"
+    ends = listed(list(dict.fromkeys(f"rank {entry.rank}" for entry in kept or [first])))
+    has = "have" if len(kept) > 1 else "has"
+    yield Sentence(f"{text}. At the end the former {has} {ends}, the latter rank {last.rank}.")
 
 
 def _recoveries(study: Study, ranked: Sequence[Entry]) -> Iterator[Sentence]:
     grown = [entry for entry in ranked if entry.figure("loss_source")]
-    back = [entry for entry in grown if len(entry.figure("recovery_tokens")) == len(entry.seeds)]
+    back = _complete(grown, "recovery_tokens")
     if not grown:
         return
     if not back:
         yield Sentence(f"No variant is back at its source's final loss in every seed within {horizon(study)}.")
         return
-    means = {entry.name: statistics.fmean(entry.figure("recovery_tokens")) for entry in back}
-    first, last = min(means, key=means.__getitem__), max(means, key=means.__getitem__)
-    text = f"{len(back)} of {len(grown)} variants are back at their source's final loss in every seed"
-    span = f": '{first}' first, after {count(means[first])} tokens"
-    if last != first:
-        span += f", '{last}' last, after {count(means[last])}"
-    yield Sentence(f"{text}{span}.")
+    never_left = [entry for mean, entry in back if mean == 0]
+    later = [(mean, entry) for mean, entry in back if mean > 0]
+    text = (
+        f"{len(back)} of {len(grown)} variants {'are' if len(back) > 1 else 'is'} back at "
+        f"{'their' if len(back) > 1 else 'its'} source's final loss in every seed, within 0.001 nats/token"
+    )
+    parts = [f"{_quoted(never_left)} never left it"] if never_left else []
+    if later:
+        parts.append(f"'{later[0][1].name}' is there after {count(later[0][0])} tokens in the mean")
+    if len(later) > 1:
+        parts[-1] += f", '{later[-1][1].name}' after {count(later[-1][0])}"
+        if not _difference(later[-1][1], later[0][1], "recovery_tokens").excludes_zero:
+            parts[-1] += ", which the seeds do not tell apart"
+    yield Sentence(f"{text}: {'; '.join(parts)}.")
 
 
 def _savings(study: Study, ranked: Sequence[Entry]) -> Iterator[Sentence]:
-    scratch = [entry.control for entry in study.controls if entry.control and entry.control.kind == "scratch_flops"]
-    compared = {name for control in scratch for name in control.differences}
-    saved = [entry for entry in ranked if entry.saving is not None]
+    scratch = {
+        name: entry
+        for entry in study.controls
+        if entry.control and entry.control.kind == "scratch_flops"
+        for name in entry.control.differences
+    }
+    had = [entry for entry in ranked if entry.name in scratch and _had_it(entry, scratch[entry.name])]
+    saved = sorted(
+        ((entry.saving, entry) for entry in ranked if entry.saving is not None and entry not in had),
+        key=lambda each: -each[0].mean,
+    )
     if saved:
-        best = max(saved, key=lambda entry: entry.saving.mean if entry.saving else 0.0)
-        assert best.saving is not None
-        width = best.saving.half_width
-        low, high = best.saving.mean - (width or 0.0), best.saving.mean + (width or 0.0)
-        inside = f" ({low:.2f} to {high:.2f})" if width is not None else ""
+        yield Sentence(_most_saved(saved))
+    if had:
         yield Sentence(
-            f"Most is saved by '{best.name}': training from scratch costs {best.saving.mean:.2f} times{inside} the "
-            "FLOPs of its whole line to the loss that scratch ends with."
+            f"{_quoted(had)} {'have' if len(had) > 1 else 'has'}, in at least one seed, the loss that training from "
+            "scratch ends with already at growth: a saving would say nothing about growing."
         )
-    short = [entry for entry in ranked if entry.saving is None and entry.name in compared]
+    short = [entry for entry in ranked if entry.saving is None and entry.name in scratch and entry not in had]
     if short:
         yield Sentence(
             f"{_quoted(short)} {'do' if len(short) > 1 else 'does'} not reach, in every seed, the loss that training "
@@ -200,22 +266,56 @@ def _savings(study: Study, ranked: Sequence[Entry]) -> Iterator[Sentence]:
         )
 
 
+def _had_it(entry: Entry, scratch: Entry) -> bool:
+    """Whether a line was, in any seed, at scratch's final loss when its compared stage began."""
+    return any(
+        seed.curve[0][2] <= scratch.seeds[number].curve[-1][2]
+        for number, seed in entry.seeds.items()
+        if number in scratch.seeds and seed.curve and scratch.seeds[number].curve
+    )
+
+
+def _most_saved(saved: Sequence[tuple[Ratio, Entry]]) -> str:
+    ratio, best = saved[0]
+    costs = (
+        f"training from scratch costs {times(ratio)} times the FLOPs of the whole line of '{best.name}' to the loss "
+        "that scratch ends with"
+    )
+    if ratio.low is None:
+        return f"In one seed, which no interval backs, {costs}."
+    if not ratio.excludes_one:
+        return f"Whether anything is saved is open: {costs}, and the interval holds 1."
+    if ratio.mean < 1:
+        return f"Nothing is saved: {costs}."
+    equal = [entry for _, entry in saved[1:] if not _saves_less(entry, best)]
+    also = f"; the seeds do not tell {_quoted(equal)} from it" if equal else ""
+    return f"Most is saved by '{best.name}': {costs}{also}."
+
+
+def _saves_less(entry: Entry, best: Entry) -> bool:
+    common = entry.seeds.keys() & best.seeds.keys()
+    quotients = [best.seeds[number].figures["saving"] / entry.seeds[number].figures["saving"] for number in common]
+    return bool(quotients) and mean_ratio(quotients).excludes_one
+
+
 def _structure(ranked: Sequence[Entry]) -> Iterator[Sentence]:
     for key, what in (("rank", "effective rank of the matrices"), ("similarity", "cosine similarity of experts")):
-        ends = {entry.name: statistics.fmean(values) for entry in ranked if (values := entry.figure(f"{key}_end"))}
-        starts = {entry.name: statistics.fmean(values) for entry in ranked if (values := entry.figure(f"{key}_grown"))}
-        if len(ends) > 1 and starts.keys() == ends.keys():
-            low, high = min(ends, key=ends.__getitem__), max(ends, key=ends.__getitem__)
+        ends = _complete(ranked, f"{key}_end")
+        starts = {entry.name: mean for mean, entry in _complete(ranked, f"{key}_grown")}
+        if len(ends) > 1 and starts.keys() == {entry.name for _, entry in ends}:
+            (low, lowest), (high, highest) = ends[0], ends[-1]
+            is_shown = _difference(highest, lowest, f"{key}_end").excludes_zero
             yield Sentence(
-                f"The {what} ends lowest in '{low}' ({ends[low]:.3f}, {starts[low]:.3f} after growth) and highest in "
-                f"'{high}' ({ends[high]:.3f}, {starts[high]:.3f})."
+                f"The mean {what} ends lowest in '{lowest.name}' ({low:.3f}, {starts[lowest.name]:.3f} after growth) "
+                f"and highest in '{highest.name}' ({high:.3f}, {starts[highest.name]:.3f})"
+                f"{'' if is_shown else '; the seeds do not tell them apart'}."
             )
     loads = {entry.name: statistics.fmean(values) for entry in ranked if (values := entry.figure("load_end"))}
     if loads:
         worst = max(loads, key=loads.__getitem__)
         yield Sentence(
-            f"The fullest expert has at the end at most {loads[worst]:.2f} times the mean load ('{worst}'); "
-            "1 is balance."
+            f"The fullest expert ends, in the mean over seeds, with at most {loads[worst]:.2f} times the mean load "
+            f"('{worst}'); 1 is balance."
         )
 
 

@@ -29,7 +29,11 @@ HEADER = (
 
 @dataclass(frozen=True)
 class StageRow:
-    """One stage; None is what it does not have. Losses are held-out nats/token, of a growth before and after it."""
+    """One stage; None is what it does not have.
+
+    Losses are held-out nats/token, all by the validation of training, on the same tokens: a growth begins where its
+    source ended, and ends where the training after it begins. What its certificate measured is in the certificate.
+    """
 
     stage: str
     kind: str
@@ -88,13 +92,19 @@ def _row(name: str, record: Record, records: Mapping[str, Record], status: str) 
         # A growth's `tokens` are those of its certificate: nothing was trained on them.
         tokens=metric(record, "tokens") if trains else None,
         flops=metric(record, "flops") if trains else None,
-        loss_start=metric(record, "source_loss" if grows else "loss_start"),
-        loss_end=metric(record, "target_loss" if grows else "loss_end"),
+        loss_start=metric(record, "source_final_loss" if grows else "loss_start"),
+        loss_end=_loss_after(name, records) if grows else metric(record, "loss_end"),
         recovers=trains and _continues_growth(record, records),
         recovery_tokens=metric(record, "recovery_tokens"),
         seconds=number(record.get("seconds")),
         tokens_per_s=metric(record, "tokens_per_s") if trains else None,
     )
+
+
+def _loss_after(growth: str, records: Mapping[str, Record]) -> float | None:
+    """The held-out loss of a growth's result: the first validation of the training that continues it."""
+    continued = (record for record in records.values() if input_stages(record).get("source") == growth)
+    return next((metric(record, "loss_start") for record in continued if record.get("kind") == "pretrain"), None)
 
 
 def _continues_growth(record: Record, records: Mapping[str, Record]) -> bool:

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 
 from aquilamoe.config.messages import UserError, first_problem
 from aquilamoe.config.network import Config
@@ -28,6 +28,19 @@ class Interval(Config):
     @property
     def excludes_zero(self) -> bool:
         return self.half_width is not None and abs(self.mean) > self.half_width
+
+
+class Ratio(Config):
+    """A geometric mean over seeds with its 95 % interval, which is that of the logarithms; null for a single seed."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    pairs: int
+
+    @property
+    def excludes_one(self) -> bool:
+        return self.low is not None and self.high is not None and not self.low <= 1.0 <= self.high
 
 
 class Ancestor(Config):
@@ -80,10 +93,10 @@ class Seed(Config):
 # What else a seed may have, and how a reader calls it.
 FIGURES = {
     "loss_source": "loss of the source, on the certificate's tokens",
-    "loss_grown": "loss of the grown model before training, on the same tokens",
-    "loss_jump": "what the growth lost at once",
+    "loss_grown": "loss of the grown model before training, on the certificate's tokens",
+    "loss_jump": "loss_grown - loss_source: what the growth lost at once",
     "kl": "KL divergence of the grown model's distribution from the source's",
-    "recovery_tokens": "tokens until the source's final loss is reached again",
+    "recovery_tokens": "tokens until the source's final loss is reached again, within 0.001 nats/token",
     "recovery_flops": "FLOPs until then",
     "rank_grown": "effective rank of the matrices after growth, as a fraction of full rank",
     "rank_end": "the same after training",
@@ -91,7 +104,7 @@ FIGURES = {
     "similarity_end": "the same after training",
     "load_end": "load of the fullest expert over the mean, at the end",
     "router_entropy_end": "entropy of the router in nats, at the end",
-    "saving": "scratch's FLOPs to its final loss over the line's FLOPs to the same",
+    "saving": "scratch's FLOPs to its final loss over the line's FLOPs to the same; absent where the source had it",
 }
 
 
@@ -142,7 +155,13 @@ class Entry(Config):
     equal_flops: float | None = None
     equal_flops_rank: int | None = None
     equal_flops_minus_baseline: Interval | None = None
-    saving: Interval | None = None
+    saving: Ratio | None = None
+
+    @field_validator("saving", mode="before")
+    @classmethod
+    def _without_symmetric_interval(cls, value: object) -> object:
+        """Studies of before had intervals of ratios that reached below zero: they are computed anew, not read."""
+        return None if isinstance(value, dict) and "half_width" in value else value
 
     def figure(self, name: str) -> list[float]:
         """A figure of every seed that has it."""

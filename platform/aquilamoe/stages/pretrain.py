@@ -50,7 +50,10 @@ def run(context: Context) -> Metrics:
     write_config(context.out / "model", node.model, "float32", read_record(tokens.directory).eos_token_id)
     goal = source.metrics.get("source_final_loss") if source else None
     if goal is not None:
-        recovery = recovery_tokens(read_points(context.metrics_file), float(goal))
+        assert source is not None
+        recovery = recovery_tokens(read_points(context.metrics_file), float(goal), job.stage.batch_tokens)
+        if source.metrics.get("preserving"):
+            recovery = 0  # certified: the function was never left, whatever rounding makes of its loss
         per_token = node.model.flops_per_token(job.stage.sequence_length)
         metrics["recovery_tokens"] = recovery
         metrics["recovery_flops"] = None if recovery is None else recovery * per_token

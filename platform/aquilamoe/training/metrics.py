@@ -14,6 +14,10 @@ from typing import Any
 
 Point = Mapping[str, Any]
 
+# Nats/token above the source's loss at which it counts as reached again: far above what float32 rounds in a mean over
+# thousands of tokens (1e-6), and below what the third decimal of a table shows.
+RECOVERED = 1e-3
+
 
 class PointsFile:
     """Appends points as they are measured, one a line.
@@ -111,8 +115,17 @@ def _read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
 
 
-def recovery_tokens(points: Iterable[Point], threshold: float) -> float | None:
-    """Tokens until the validation loss is first at or under `threshold`, interpolated; None if it never is."""
+def recovery_tokens(points: Iterable[Point], source_loss: float, batch_tokens: int) -> int | None:
+    """Tokens until the validation loss is first at the source's, within `RECOVERED`; None if it never is.
+
+    Interpolated between validations, and then whole steps: with less than a step nothing has changed.
+
+    Args:
+        points: of metrics.jsonl, in their order.
+        source_loss: what the source ended with, in nats/token, on the same held-out tokens.
+        batch_tokens: tokens of a step.
+    """
+    threshold = source_loss + RECOVERED
     before: tuple[float, float] | None = None
     for point in points:
         if "val/loss" not in point:
@@ -120,8 +133,9 @@ def recovery_tokens(points: Iterable[Point], threshold: float) -> float | None:
         tokens, loss = float(point["tokens"]), float(point["val/loss"])
         if loss <= threshold:
             if before is None:
-                return tokens
+                return round(tokens)
             share = (before[1] - threshold) / (before[1] - loss)
-            return before[0] + share * (tokens - before[0])
+            steps = (before[0] + share * (tokens - before[0])) / batch_tokens
+            return math.ceil(round(steps, 6)) * batch_tokens
         before = (tokens, loss)
     return None
