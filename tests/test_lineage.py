@@ -17,7 +17,7 @@ from aquilamoe.lineage.entries import Entry, read_entry, weights_sha256
 from aquilamoe.lineage.finding import find
 from aquilamoe.lineage.library import Library, read_library
 from aquilamoe.lineage.reasons import circumstances, differ, differing_files, made
-from aquilamoe.lineage.tree import tree
+from aquilamoe.lineage.tree import _loss, tree
 from aquilamoe.lineage.verification import verify
 from aquilamoe.pipeline import fingerprint as identity
 from aquilamoe.pipeline.store import Store
@@ -429,3 +429,10 @@ def test_asking_imports_nothing_heavy_and_writes_nothing(base: Path, tiny: list[
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines()[-1].strip() == "none"
     assert (sorted(base.rglob("*")), list(tmp_path.iterdir())) == (before, [])
+
+
+def test_a_loss_says_on_which_tokens_it_was_measured() -> None:
+    assert (
+        _loss({"source_loss": 3.0, "target_loss": 3.25})
+        == "3.0000 -> 3.2500 nats per token, on the certificate's tokens"
+    )
