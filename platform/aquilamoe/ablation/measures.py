@@ -11,7 +11,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aquilamoe.pipeline.store import write_atomically
+from aquilamoe.pipeline.store import to_json, write_atomically
 from aquilamoe.weights import headers
 from aquilamoe.weights.headers import TensorInfo
 
@@ -43,7 +43,7 @@ def of_checkpoint(directory: Path, kept: Path) -> dict[str, float]:
     if experts:
         found["similarity"] = _similarity(directory, experts)
     kept.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(kept, json.dumps(found))
+    write_atomically(kept, to_json(found, str(directory)))
     return found
 
 
@@ -66,7 +66,8 @@ def mean_cosine(vectors: Mapping[int, "np.ndarray"]) -> float:
     """Mean cosine similarity of all pairs."""
     import numpy as np
 
-    unit = [vector / np.linalg.norm(vector) for vector in vectors.values()]
+    # Experts of zeros have no direction: they are at right angles to all others.
+    unit = [vector / (np.linalg.norm(vector) or 1.0) for vector in vectors.values()]
     pairs = [float(one @ other) for one, other in combinations(unit, 2)]
     return math.fsum(pairs) / len(pairs)
 

@@ -19,6 +19,11 @@ NonNegativeInt = Annotated[Int, Field(ge=0)]
 PositiveFloat = Annotated[Float, Field(gt=0.0)]
 NonNegativeFloat = Annotated[Float, Field(ge=0.0)]
 Fraction = Annotated[Float, Field(ge=0.0, le=1.0)]
+# Numbers that float32 computes something with: a frequency that rises or is 0, a norm that is all epsilon, and weights
+# that overflow in the first product are mistakes.
+RopeTheta = Annotated[Float, Field(ge=1.0, le=1e15)]
+Epsilon = Annotated[Float, Field(gt=0.0, le=1.0)]
+InitialStd = Annotated[Float, Field(gt=0.0, le=1e3)]
 
 # Qwen2-MoE, the architecture that transformers and vLLM both open for experts beside a QKV bias, always has a shared
 # expert. One that is all zeros adds nothing to the output, gets no gradient, and is no part of our model. Size 0 does
@@ -55,9 +60,9 @@ class ModelConfig(Config):
     num_key_value_heads: PositiveInt
     head_dim: PositiveInt
     max_position_embeddings: PositiveInt
-    rope_theta: PositiveFloat
-    rms_norm_eps: PositiveFloat
-    initializer_range: PositiveFloat
+    rope_theta: RopeTheta
+    rms_norm_eps: Epsilon
+    initializer_range: InitialStd
     qkv_bias: bool
     tie_word_embeddings: bool
     num_experts: NonNegativeInt

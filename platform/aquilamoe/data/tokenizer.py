@@ -118,13 +118,13 @@ def open_tokenizer(path: Path) -> "Tokenizer":
     return tokenizer
 
 
-def encode(tokenizer: "Tokenizer", texts: Sequence[str]) -> list[list[int]]:
-    """The ids of texts, without those that a tokenizer puts around them."""
+def encode(tokenizer: "Tokenizer", texts: Sequence[str], name: str = "tokenizer") -> list[list[int]]:
+    """The ids of texts, without those that a tokenizer puts around them. UserError, which begins with `name`."""
     try:
         return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
     except Exception as error:  # the library raises bare Exception
         raise UserError(
-            f"tokenizer: cannot encode a text ({_reason(error)}); take one that writes every text, such as a "
+            f"{name}: cannot encode a text ({_reason(error)}); take one that writes every text, such as a "
             "byte-level BPE"
         ) from None
 

@@ -1,6 +1,7 @@
 """What `action=generate` and `action=evaluate` do with a checkpoint."""
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -60,8 +61,17 @@ def _keep(path: Path, directory: Path, results: Mapping[str, Any]) -> None:
     """Add the results to what the checkpoint answered before; the same task again is replaced."""
     before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     kept = {key: {**before.get(key, {}), **results.get(key, {})} for key in KEPT}
-    text = json.dumps({"checkpoint": str(directory), **kept}, indent=1, ensure_ascii=False, default=str)
-    write_atomically(path, text)
+    values = {"checkpoint": str(directory), **_plain(kept)}
+    write_atomically(path, json.dumps(values, indent=1, ensure_ascii=False, default=str, allow_nan=False))
+
+
+def _plain(value: Any) -> Any:
+    """A task's results as JSON has them: what it could not measure (NaN, or infinite) is null."""
+    if isinstance(value, dict):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def checkpoint(experiment: ExperimentConfig, nodes: Mapping[str, Node], store: Store) -> tuple[str, Path]:

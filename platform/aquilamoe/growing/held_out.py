@@ -49,12 +49,12 @@ def read(source: Path, model: ModelConfig, certificate: CertificateConfig, seed:
     path = None if certificate.text is None else Path(certificate.text).expanduser()
     texts = list(_embedded()) if path is None else [_read_text(path, rows * (length + 1))]
     share = math.ceil(rows / len(texts))
-    parts = [_sequences(tokenizer, text, share, length) for text in texts]
+    parts = [_sequences(tokenizer, text, share, length, str(source / TOKENIZER_FILE)) for text in texts]
     tokens_bt = np.concatenate(parts)
     if not len(tokens_bt):
         raise UserError(
-            f"certificate.text: {path} is shorter than one sequence of {length + 1} tokens; give a longer text, or a "
-            "smaller certificate.sequence_length"
+            f"certificate.text: {path or 'the embedded validation text'} is shorter than one sequence of {length + 1} "
+            f"tokens; give a {'longer ' if path else ''}text, or a smaller certificate.sequence_length"
         )
     _check_vocabulary(source, int(tokens_bt.max()), model)
     digest = hashlib.sha256(tokens_bt.astype("<i8").tobytes()).hexdigest()
@@ -99,12 +99,12 @@ def _read_text(path: Path, tokens: int) -> str:
         return data[: error.start].decode()
 
 
-def _sequences(tokenizer: "Tokenizer", text: str, rows: int, length: int) -> "np.ndarray":
+def _sequences(tokenizer: "Tokenizer", text: str, rows: int, length: int, name: str) -> "np.ndarray":
     """Sequences of length + 1 tokens, each beginning with the token that the one before ends with."""
     import numpy as np
 
     # No more text than is needed: tokenizing all of it takes seconds.
-    (ids,) = encode(tokenizer, [text[: (rows * length + 1) * BYTES_PER_TOKEN]])
+    (ids,) = encode(tokenizer, [text[: (rows * length + 1) * BYTES_PER_TOKEN]], name)
     rows = min(rows, (len(ids) - 1) // length)
     return np.array([ids[row * length : row * length + length + 1] for row in range(rows)], np.int64).reshape(
         -1, length + 1

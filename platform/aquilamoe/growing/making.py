@@ -1,6 +1,5 @@
 """From a request to a published target: grow, certify, describe, rename."""
 
-import json
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +13,7 @@ from aquilamoe.growing.comparison import Claim
 from aquilamoe.growing.held_out import HeldOut
 from aquilamoe.growing.output import Output
 from aquilamoe.growing.request import Request, open_checkpoint
-from aquilamoe.pipeline.store import write_atomically
+from aquilamoe.pipeline.store import to_json, write_atomically
 from aquilamoe.process import errors, interruption
 from aquilamoe.reports import rows
 
@@ -43,7 +42,7 @@ class Making:
                 record = self._make()
                 interruption.check()
                 run = {"started": started, "seconds": time.time() - started, **self.seconds}
-                write_atomically(self.place.partial / output.RUN, json.dumps(run, indent=1) + "\n")
+                write_atomically(self.place.partial / output.RUN, to_json(run, str(self.request.target)) + "\n")
                 self.place.publish(record)
         except KeyboardInterrupt:
             if not self._is_grown:

@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 from aquilamoe.config.messages import UserError
 from aquilamoe.format import size
-from aquilamoe.pipeline.store import RECORD, temporary, write_atomically
+from aquilamoe.pipeline.store import RECORD, temporary, to_json, write_atomically
 
 LOCK = ".lock"
 GROWN = ".grown.json"  # the weights are complete: what is missing is their certificate
@@ -40,7 +40,7 @@ class Output:
     def note_grown(self, note: dict[str, Any]) -> None:
         """Say that all files but card and record are complete, and what they are."""
         sync(self.partial)
-        write_atomically(self.partial / GROWN, json.dumps({**note, "files": sizes(self.partial)}))
+        write_atomically(self.partial / GROWN, to_json({**note, "files": sizes(self.partial)}, str(self.target)))
 
     def finished(self) -> dict[str, Any] | None:
         """The record of what was complete when its run was killed, between the record and the name."""
@@ -68,7 +68,8 @@ class Output:
 
     def publish(self, record: dict[str, Any]) -> None:
         """Write the record, make everything durable, rename: the target exists from this moment, whole."""
-        write_atomically(self.partial / RECORD, json.dumps({**record, "files": sizes(self.partial)}, indent=1) + "\n")
+        text = to_json({**record, "files": sizes(self.partial)}, str(self.target))
+        write_atomically(self.partial / RECORD, text + "\n")
         self.rename()
 
     def rename(self) -> None:

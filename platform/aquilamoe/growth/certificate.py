@@ -104,6 +104,8 @@ def _measures(found: Comparison) -> dict[str, Any]:
 
 def _broken(fault: str, found: Comparison, tolerance: float, is_known: bool) -> UserError:
     remedy = "grow it again" if is_known else "raise the tolerance if the files' dtype rounds that much"
+    if not math.isfinite(found.relative):
+        remedy = "choose less noise, or a source with smaller weights"
     return UserError(
         f"certificate: the growth claims to keep the function, but {fault}; logits differ by up to "
         f"{found.max_abs_dlogit:.3g} over {found.tokens} tokens, {found.relative:.3g} of their spread (tolerance "

@@ -16,7 +16,7 @@ from aquilamoe.config.schema import ModelConfig
 from aquilamoe.growth.rows import Rows, block_slices
 from aquilamoe.weights import configuration, names, store
 from aquilamoe.weights.allocator import keep_large_buffers
-from aquilamoe.weights.elements import cast, torch_dtype
+from aquilamoe.weights.elements import cast, check_finite, check_representable, torch_dtype
 from aquilamoe.weights.headers import DTYPE_NAMES
 
 if TYPE_CHECKING:
@@ -51,8 +51,8 @@ def rewrite(
     Returns the SHA-256 of every tensor. Bytes that stay what they are go from file to file; everything else is
     computed on as many threads as torch has, a block of rows at a time, and does not depend on their number. Where
     nothing has to be, torch is not imported.
-    Raises UserError when the source's weights are not what its config.json says or not finite, when the disk is too
-    small, or source and target are the same.
+    Raises UserError when the source's weights are not what its config.json says or not finite, when a tensor of the
+    target would not be, when the disk is too small, or source and target are the same.
     """
     source_config, target_config = configs
     if source.resolve() == target.resolve():
@@ -90,6 +90,7 @@ def _write(
             if recipe.rows.copies is not None:
                 writer.copy(recipe.names, reader, recipe.rows.copies)
             elif recipe.rows.values is not None:
+                check_representable(recipe.rows.values, dtype, recipe.names[0])
                 writer.write(recipe.names, [recipe.rows.values])
             else:
                 writer.write(recipe.names, islice(blocks, len(list(block_slices(recipe.rows.shape)))))
@@ -121,7 +122,10 @@ def _computed(recipes: Sequence[Recipe], dtype: str) -> Iterator[Iterator[Tensor
 
         def compute(recipe: Recipe, index: slice) -> Tensor:
             with torch.inference_mode():
-                return cast(recipe.rows[index], kind, recipe.names[0])
+                block = recipe.rows[index]
+                elements = cast(block, kind, recipe.names[0])
+                check_finite(elements, block, recipe.names[0])
+                return elements
 
         def take() -> Iterator[Tensor]:
             due: deque[Future[Tensor]] = deque(pool.submit(compute, *task) for task in islice(tasks, 2 * threads))

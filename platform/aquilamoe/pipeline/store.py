@@ -3,11 +3,12 @@
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -92,7 +93,7 @@ class Store:
                 for path, digest in zip(files, digests, strict=True)
             },
         }
-        write_atomically(partial / RECORD, json.dumps(record, indent=1, ensure_ascii=False))
+        write_atomically(partial / RECORD, to_json(record, partial.stem))
         self._rename(partial)
         return record
 
@@ -166,6 +167,29 @@ def _locked(file: TextIO) -> bool:
         else:
             return True
     return False
+
+
+def to_json(values: Mapping[str, Any], what: str) -> str:
+    """The text of a record, which every reader of JSON can parse; UserError, naming the key, for NaN and infinity.
+
+    what: whose record it is, for the message.
+    """
+    for key, value in _numbers(values):
+        if not math.isfinite(value):
+            raise UserError(
+                f"{what}: {key} is {value}, which is no measurement and no JSON; look for weights, or a step, whose "
+                "numbers became too large"
+            )
+    return json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False)
+
+
+def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
+    """Every float inside, by where it is: `certificate.layers.3`."""
+    if isinstance(value, float):
+        yield key, value
+    inner = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list | tuple) else ()
+    for name, each in inner:
+        yield from _numbers(each, f"{key}.{name}" if key else str(name))
 
 
 def write_atomically(path: Path, text: str) -> None:

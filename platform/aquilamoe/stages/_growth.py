@@ -1,6 +1,5 @@
 """What both growth stages share: check, grow, and certify on held-out tokens."""
 
-import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
@@ -9,7 +8,7 @@ from aquilamoe.config.messages import UserError
 from aquilamoe.config.schema import GrowthConfig, GrowthStage, UpcyclingConfig
 from aquilamoe.growth import rules
 from aquilamoe.pipeline.stage import Context, Estimate, Metrics
-from aquilamoe.pipeline.store import write_atomically
+from aquilamoe.pipeline.store import to_json, write_atomically
 
 if TYPE_CHECKING:
     import numpy as np
@@ -56,7 +55,7 @@ def run(context: Context, growth: GrowthConfig | UpcyclingConfig, grow: Callable
         stage.seed,
         lambda done, total: context.progress(done, total, "layers"),
     )
-    write_atomically(context.out / CERTIFICATE, json.dumps(certificate, indent=1, allow_nan=False))
+    write_atomically(context.out / CERTIFICATE, to_json(certificate, node.name))
     del certificate["layers"], certificate["rounding"]  # metrics are single values
     return {
         "params_total": node.model.num_params,

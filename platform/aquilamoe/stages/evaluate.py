@@ -3,7 +3,6 @@
 Of a Mixture of Experts also which experts the tokens of each language choose, and how alike the experts are.
 """
 
-import json
 import math
 from functools import partial
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 from aquilamoe.config.graph import Node
 from aquilamoe.config.schema import ClusterConfig, EvaluateStage
 from aquilamoe.pipeline.stage import Context, Estimate, Metrics
+from aquilamoe.pipeline.store import to_json
 from aquilamoe.stages._routing import Choices, figures
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def run(context: Context) -> Metrics:
     if prompts:
         (context.out / SAMPLES).write_text(page(stage.prompts, written, stage.generation), encoding="utf-8")
     if routing:
-        (context.out / ROUTING).write_text(json.dumps(routing), encoding="utf-8")
+        (context.out / ROUTING).write_text(to_json(routing, context.node.name), encoding="utf-8")
     context.progress(len(checkpoints), len(checkpoints), "checkpoints")
     return metrics
 

@@ -5,12 +5,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from aquilamoe.config.messages import UserError
+from aquilamoe.weights.finite import first_nonfinite
 from aquilamoe.weights.headers import DTYPE_NAMES
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+LARGEST = {"F64": 1.7976931348623157e308, "F32": 3.4028234663852886e38, "F16": 65504.0, "BF16": 3.3895313892515355e38}
 _PLAIN = {"F64": np.float64, "F32": np.float32, "F16": np.float16}  # of NumPy; it has no bfloat16
 
 
@@ -48,6 +50,27 @@ def encode(values: np.ndarray, dtype: str, name: str) -> np.ndarray:
     if beyond.size:
         raise _overflow(name, float(beyond[0]))
     return elements
+
+
+def check_finite(elements: "Tensor", block: "Tensor", name: str) -> None:
+    """Refuse, by UserError, elements that are infinite or no numbers; `block` is what they were cast from."""
+    index = first_nonfinite(elements)
+    if index is not None:
+        raise _not_finite(name, block.flatten()[index].item(), str(elements.dtype).removeprefix("torch."))
+
+
+def check_representable(values: np.ndarray, dtype: str, name: str) -> None:
+    """Refuse, by UserError, numbers that a type cannot hold, or that are none."""
+    is_inside = np.abs(values) <= LARGEST[dtype]
+    if not is_inside.all():
+        raise _not_finite(name, float(values[~is_inside][0]), DTYPE_NAMES[dtype])
+
+
+def _not_finite(name: str, value: float, dtype: str) -> UserError:
+    return UserError(
+        f"tensor '{name}': one of its weights becomes {value:.6g}, which is no number of {dtype}; choose a smaller "
+        "noise, router_std or initializer_range, or a source with smaller weights"
+    )
 
 
 def _overflow(name: str, value: float) -> UserError:
