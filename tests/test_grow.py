@@ -277,6 +277,33 @@ def test_the_card_says_how_it_was_made_and_on_which_terms(grown: Callable[..., t
     assert "The terms of the source hold for what is grown from it" in card
 
 
+def test_plan_and_card_say_what_grew_and_in_which_format_it_is_written(
+    source: Callable[[str], Path], grow: Grow, tmp_path: Path
+) -> None:
+    wider = ["model.hidden_size=48", "model.intermediate_size=72"]
+    layers = ["model.num_hidden_layers=4"]
+    llama = "The source is a Llama, the target is written as a "
+    for name, words, deed, remark in (
+        ("llama", ["growth=fpi", *wider], "grown in width by `fpi` to ", ""),
+        ("llama", ["growth=fpi", *layers], "grown in depth by `fpi` to ", ""),
+        ("llama", ["growth=fpi", *layers, *wider], "grown in width and depth by `fpi` to ", ""),
+        ("llama", ["growth=fpi", "model.vocab_size=300"], "grown in vocabulary by `fpi` to ", ""),
+        ("llama", ["growth=fpi"], "copied in all its sizes by `fpi` to ", ""),
+        ("llama", FPI, "grown in width and depth", f"{llama}Mistral: the same network, whose 6 heads do not divide"),
+        ("llama", COPY, "upcycled to 4 experts", f"{llama}Mixtral: the format of transformers for these experts."),
+        ("mistral fp16", ["growth=fpi", *layers], "grown in depth", "a Mistral, the target is written as a Llama: "),
+        ("qwen3", ["growth=fpi", *layers], "grown in depth", ""),
+    ):
+        target = tmp_path / str(len(list(tmp_path.iterdir())))
+        plan = grow(source(name), target, *words, "action=plan")
+        grow(source(name), target, *words, "certificate.enabled=false")
+        card = (target / "README.md").read_text()
+        assert deed in card
+        for text in (plan, card):
+            assert remark in text
+            assert bool(remark) == ("is written as a" in text)
+
+
 def test_a_source_in_a_hubs_cache_goes_by_its_name_there(
     source: Callable[[str], Path], grow: Grow, tmp_path: Path
 ) -> None:

@@ -13,6 +13,7 @@ from aquilamoe.growth.scale_up import scale_up
 from aquilamoe.weights import names
 from aquilamoe.weights.configuration import read_config
 from small_checkpoints import growth, logits, model, transformers_logits, upcycle, upcycling, write_source
+from test_grow import Grow, grow  # noqa: F401
 
 TIED = model(tie_word_embeddings=True, qkv_bias=False)
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
@@ -75,3 +76,11 @@ def test_what_is_grown_of_it_keeps_the_function_that_transformers_sees(other_hea
         certify(source, other_head / name, TOKENS_BT, True, 1e-6, claim)
         after = transformers_logits(other_head / name, dtype=torch.float32)
         torch.testing.assert_close(after, before, atol=1e-4, rtol=0)
+
+
+def test_plan_and_card_say_that_a_head_is_read_as_untied(other_head: Path, grow: Grow) -> None:  # noqa: F811
+    words = ["growth=fpi", "model.hidden_size=12", "certificate.enabled=false"]
+    plan = grow(other_head / "source", other_head / "target", *words, "action=plan")
+    grow(other_head / "source", other_head / "target", *words)
+    for text in (plan, (other_head / "target" / "README.md").read_text()):
+        assert "config.json says tie_word_embeddings, its lm_head.weight has other numbers than the embedding: " in text

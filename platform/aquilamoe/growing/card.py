@@ -9,6 +9,7 @@ from typing import Any
 
 from aquilamoe.config.growing import GrowConfig
 from aquilamoe.growing.plan import sizes
+from aquilamoe.growing.remarks import deed, remarks
 from aquilamoe.growing.request import Request
 from aquilamoe.reports import rows
 
@@ -128,14 +129,14 @@ def _summary(request: Request, source: str) -> str:
     old, new = request.source.model, request.model
     claim = "claims to compute the same function" if request.preserving else "does not claim to keep the function"
     if request.kind == "scale_up":
-        deed = f"grown in width and depth by `{request.growth.method}`"
+        what = f"{deed(request)} by `{request.growth.method}`"
     else:
         experts = f"{new.num_experts} experts, {new.num_experts_per_tok} for a token"
-        deed = f"upcycled to {experts}, by `{request.growth.method}`"
+        what = f"upcycled to {experts}, by `{request.growth.method}`"
     return (
-        f"`{source}` with {rows.count(old.num_params)} parameters, {deed} to {rows.count(new.num_params)} parameters "
+        f"`{source}` with {rows.count(old.num_params)} parameters, {what} to {rows.count(new.num_params)} parameters "
         f"({rows.count(new.num_active_params)} active). It has not been trained since; the growth {claim}. "
-        f"Made by {TOOL}."
+        f"{' '.join([*remarks(request), f'Made by {TOOL}.'])}"
     )
 
 

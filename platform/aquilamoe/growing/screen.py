@@ -13,13 +13,13 @@ from aquilamoe.config.growing import GrowConfig
 from aquilamoe.config.network import ModelConfig
 from aquilamoe.growing import held_out, plan
 from aquilamoe.growing.card import certificate_rows
+from aquilamoe.growing.remarks import architecture, remarks, written
 from aquilamoe.growing.request import Checkpoint, Request
 from aquilamoe.growth.bounds import certificate_bytes
 from aquilamoe.process import interruption
 from aquilamoe.reports import rows
 from aquilamoe.reports.rows import duration, size
 from aquilamoe.terminal.tables import make_table
-from aquilamoe.weights import names
 from aquilamoe.weights.headers import ITEM_BYTES
 
 REFRESH_S = 0.1
@@ -97,15 +97,17 @@ def show_plan(out: Console, request: Request, config: GrowConfig, state: str, to
 def _show_heads(out: Console, request: Request, state: str) -> None:
     heads = make_table("", "", "", ">parameters", ">active", ">bytes", "")
     source, dtype = request.source, request.source.dtype_name
-    heads.add_row("source", relative(source.directory), *_summary(source.model), size(source.weight_bytes), dtype)
-    heads.add_row("target", relative(request.target), *_summary(request.model), size(plan.target_bytes(request)), dtype)
+    places = (relative(source.directory), architecture(source)), (relative(request.target), written(request.model))
+    heads.add_row("source", *places[0], *_counts(source.model), size(source.weight_bytes), dtype)
+    heads.add_row("target", *places[1], *_counts(request.model), size(plan.target_bytes(request)), dtype)
     out.print(heads)
     out.print(f"{request.kind} by {request.growth.method}; {state}\n")
+    for remark in remarks(request):
+        out.print(f"{remark}\n", soft_wrap=True)
 
 
-def _summary(model: ModelConfig) -> tuple[str, str, str]:
-    architecture = names.architecture(model).removesuffix("ForCausalLM")
-    return architecture, rows.count(model.num_params), rows.count(model.num_active_params)
+def _counts(model: ModelConfig) -> tuple[str, str]:
+    return rows.count(model.num_params), rows.count(model.num_active_params)
 
 
 def _show_tensors(out: Console, request: Request, full: bool) -> None:
@@ -169,15 +171,14 @@ def show_certificate(out: Console, certificate: Mapping[str, Any]) -> None:
 def show_result(out: Console, request: Request, record: Mapping[str, Any]) -> None:
     """The last table: what there was and what there is."""
     table = make_table("", "", ">layers", ">hidden", ">heads", ">experts", ">parameters", ">active", ">bytes")
-    for name, model, count in (
-        ("source", request.source.model, request.source.weight_bytes),
-        ("target", request.model, plan.target_bytes(request)),
+    for name, kind, model, count in (
+        ("source", architecture(request.source), request.source.model, request.source.weight_bytes),
+        ("target", written(request.model), request.model, plan.target_bytes(request)),
     ):
-        architecture, parameters, active = _summary(model)
         experts = f"{model.num_experts}, top {model.num_experts_per_tok}" if model.is_moe else rows.ABSENT
         heads = f"{model.num_attention_heads}/{model.num_key_value_heads}"
         shape = (str(model.num_hidden_layers), str(model.hidden_size), heads, experts)
-        table.add_row(name, architecture, *shape, parameters, active, size(count))
+        table.add_row(name, kind, *shape, *_counts(model), size(count))
     out.print(table)
     if record["certificate"] is not None:
         out.print()
@@ -188,9 +189,8 @@ def show_comparison(out: Console, source: Checkpoint, target: Checkpoint) -> Non
     """Which two checkpoints are compared."""
     table = make_table("", "", "", ">parameters", ">active", ">bytes", "")
     for name, found in (("source", source), ("target", target)):
-        table.add_row(
-            name, relative(found.directory), *_summary(found.model), size(found.weight_bytes), found.dtype_name
-        )
+        counts = *_counts(found.model), size(found.weight_bytes)
+        table.add_row(name, relative(found.directory), architecture(found), *counts, found.dtype_name)
     out.print(table)
 
 

@@ -7,6 +7,7 @@ compute something else.
 import json
 import shutil
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -252,6 +253,21 @@ def read_config(directory: Path) -> ModelConfig:
     if model.tie_word_embeddings and tying.has_own_head(directory):
         return model.model_copy(update={"tie_word_embeddings": False})
     return model
+
+
+@dataclass(frozen=True)
+class Stated:
+    """What config.json says where `read_config` need not follow it: the class in transformers, and a tied head."""
+
+    architecture: str
+    tied: bool
+
+
+def read_stated(directory: Path) -> Stated:
+    """What a checkpoint directory says of itself."""
+    path = directory / CONFIG_FILE
+    values = _read_json(path)
+    return Stated(_architecture_of(values, str(path)), bool(values.get("tie_word_embeddings", False)))
 
 
 def read_eos_token_id(directory: Path) -> int | None:
