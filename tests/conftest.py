@@ -154,6 +154,18 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [f"{key}={value}" for key, value in values.items()]
 
 
+@pytest.fixture(scope="session")
+def finished_store(
+    tmp_path_factory: pytest.TempPathFactory, tiny: list[str], compose: Callable[..., dict[str, Any]]
+) -> Path:
+    """The root of the tiny experiment, run once in this process, untracked. Tests that change it take a copy."""
+    from aquilamoe import commands
+
+    root = tmp_path_factory.mktemp("finished") / "runs"
+    commands.execute(compose(*tiny, f"paths.root={root}", "tracking.enabled=false"), "")
+    return root
+
+
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
     """What a test sets is gone after it."""

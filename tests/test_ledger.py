@@ -16,6 +16,7 @@ from aquilamoe.pipeline.attempts import Attempts
 from aquilamoe.pipeline.ledger import Cost, Rates
 from aquilamoe.pipeline.store import Store
 from aquilamoe.reports import costs
+from stage_records import stage_record
 
 Compose = Callable[..., dict[str, Any]]
 DAY_S = 86_400.0
@@ -177,17 +178,8 @@ def test_the_figures_of_a_record_are_flat_and_survive_json() -> None:
 def test_how_fast_another_number_of_devices_was_says_nothing_about_this_one(compose: Compose, tmp_path: Path) -> None:
     nodes, store = graph.build(graph.parse(compose())), Store(tmp_path)
     planned = {each.name: each for each in planning.make(nodes, store, planning.Speed(1e9))}["prepare"]
-    record = {
-        "stage": "prepare",
-        "kind": "pretrain",
-        "fingerprint": "0123456789ab",
-        "recipe": planned.recipe,
-        "metrics": {"flops": 2e9},
-        "seconds": 1.0,
-        "finished": "2026-01-01",
-        "resumed": False,
-        "cost": ledger.entry(Cost(), {"fingerprint": "x"}, [], attempts=1, devices=1),
-    }
+    cost = ledger.entry(Cost(), {"fingerprint": "x"}, [], attempts=1, devices=1)
+    record = stage_record(recipe=planned.recipe, metrics={"flops": 2e9}, cost=cost)
     (partial := store.partial("prepare", "0123456789ab")).mkdir(parents=True)
     store.publish(partial, record)
 

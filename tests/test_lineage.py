@@ -20,6 +20,8 @@ from aquilamoe.lineage.reasons import circumstances, differ, differing_files, ma
 from aquilamoe.lineage.tree import _loss, tree
 from aquilamoe.lineage.verification import verify
 from aquilamoe.pipeline import fingerprint as identity
+from aquilamoe.pipeline.integrity import files_sha256
+from aquilamoe.pipeline.records import seal
 from aquilamoe.pipeline.store import Store
 
 MODEL = {"hidden_size": 16, "num_experts": 0}
@@ -52,7 +54,12 @@ class Shelf:
             "fingerprint": digest,
             "recipe": recipe,
             "inputs": {
-                role: {"stage": each.stage, "fingerprint": each.fingerprint, "directory": each.directory.name}
+                role: {
+                    "stage": each.stage,
+                    "fingerprint": each.fingerprint,
+                    "directory": each.directory.name,
+                    "sha256": files_sha256(each.record),
+                }
                 for role, each in sources.items()
             },
             "metrics": {"params_total": 1000, "params_active": 400, "tokens": 512, "lineage_tokens": 2048},
@@ -100,7 +107,7 @@ def wanted(*entries: Entry) -> dict[str, str]:
 
 
 def rewrite(entry: Entry, **changes: Any) -> None:
-    (entry.directory / "record.json").write_text(json.dumps({**entry.record, **changes}))
+    (entry.directory / "record.json").write_text(seal({**entry.record, **changes}))
 
 
 def test_an_output_is_found_by_stage_directory_content_fingerprint_and_sha256(shelf: Shelf, line: list[Entry]) -> None:
@@ -180,15 +187,26 @@ def test_an_unknown_output_is_one_line(shelf: Shelf, line: list[Entry], text: st
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda path: path.write_text("{"), r"record.json: cannot be read \(.*\); restore it, or remove"),
+        (lambda path: path.write_text("{"), r"record.json: cannot be read \(.*\); it is .*; restore it, or remove"),
         (lambda path: path.write_text('{"recipe": {"kind": "x"}}'), "record.json: has no fingerprint; it is no record"),
         (lambda path: path.write_text("[]"), "record.json: has no fields; it is no record"),
         (lambda path: path.write_text(path.read_text().replace('"version": 1', '"version": "1"')), "no recipe.version"),
         (
             lambda path: path.write_text(path.read_text().replace('"files": {', '"files": {"../x": 1, ')),
-            "'../x', which is",
+            "has a files that is none",
         ),
-        (lambda path: path.write_text(path.read_text().replace('"files": {', '"files": {"/x": 1, ')), "'/x', which is"),
+        (
+            lambda path: path.write_text(
+                path.read_text().replace('"files": {', '"files": {"/x": {"sha256": "", "bytes": 1}, ')
+            ),
+            "'/x', which is",
+        ),
+        (
+            lambda path: path.write_text(
+                path.read_text().replace("0.003", "0.004").replace("0.001", "0.002").replace("fpi", "aki")
+            ),
+            "without its own",
+        ),
         (lambda path: path.unlink(), "(record.json: is missing|has no record.json)"),
     ],
 )
@@ -298,17 +316,27 @@ def test_a_changed_record_a_stranger_and_a_lost_ancestor_are_named(shelf: Shelf,
     ]
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory, tiny: list[str], compose: Callable[..., dict[str, Any]]) -> Path:
-    """The root of the tiny experiment, run once in this process."""
-    root = tmp_path_factory.mktemp("lineage") / "runs"
-    commands.execute(compose(*tiny, f"paths.root={root}", "tracking.enabled=false"), "")
-    return root
+def test_an_input_that_was_made_again_with_other_bytes_is_named_and_one_with_the_same_is_not(
+    shelf: Shelf, line: list[Entry]
+) -> None:
+    tokens, small, *_ = line
+    curves = {**tokens.record["files"], "metrics.jsonl": {"sha256": "f" * 64, "bytes": 3}}
+    rewrite(tokens, files=curves, seconds=77.0)
+    assert verify(small, shelf.library).problems == []
+    was = files_sha256(tokens.record)
+    rewrite(tokens, files={**curves, "model/config.json": {"sha256": "f" * 64, "bytes": 2}})
+    now = files_sha256(read_entry(tokens.directory).record)
+    assert verify(small, shelf.library).problems == [
+        f"record.json: was made from tokens {tokens.fingerprint} when its files had SHA-256 {was[:12]}, now {now[:12]}"
+    ]
+    reference = {key: value for key, value in small.inputs["tokens"].items() if key != "sha256"}
+    rewrite(small, inputs={"tokens": reference})
+    assert verify(read_entry(small.directory), shelf.library).problems == []  # one from before inputs had digests
 
 
 @pytest.fixture
-def root(base: Path, tmp_path: Path) -> Path:
-    shutil.copytree(base, tmp_path / "runs")
+def root(finished_store: Path, tmp_path: Path) -> Path:
+    shutil.copytree(finished_store, tmp_path / "runs")
     return tmp_path / "runs"
 
 
@@ -411,8 +439,8 @@ def test_a_recipe_whose_record_is_gone_is_taken_from_the_experiment_or_missed(as
         ask("action=rebuild", f"checkpoint={output(root, 'prepare')}", "stages.tokenizer.vocab_size=310")
 
 
-def test_asking_imports_nothing_heavy_and_writes_nothing(base: Path, tiny: list[str], tmp_path: Path) -> None:
-    before = sorted(base.rglob("*"))
+def test_asking_imports_nothing_heavy_and_writes_nothing(finished_store: Path, tiny: list[str], tmp_path: Path) -> None:
+    before = sorted(finished_store.rglob("*"))
     script = """
         import sys
         from aquilamoe.cli.program import run_pipeline
@@ -422,13 +450,17 @@ def test_asking_imports_nothing_heavy_and_writes_nothing(base: Path, tiny: list[
             run_pipeline()
         print(*sorted({"torch", "ray", "mlflow", "numpy"} & set(sys.modules)), "none")
     """
-    words = [*tiny, f"paths.root={base}", f"checkpoint={read_entry(output(base, 'moe')).fingerprint}"]
+    words = [
+        *tiny,
+        f"paths.root={finished_store}",
+        f"checkpoint={read_entry(output(finished_store, 'moe')).fingerprint}",
+    ]
     code = "\n".join(line.removeprefix("        ") for line in script.splitlines())
     command = [sys.executable, "-c", code, *words]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines()[-1].strip() == "none"
-    assert (sorted(base.rglob("*")), list(tmp_path.iterdir())) == (before, [])
+    assert (sorted(finished_store.rglob("*")), list(tmp_path.iterdir())) == (before, [])
 
 
 def test_a_loss_says_on_which_tokens_it_was_measured() -> None:

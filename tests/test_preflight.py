@@ -11,6 +11,7 @@ from aquilamoe.config import graph
 from aquilamoe.config.messages import UserError
 from aquilamoe.pipeline import plan as planning
 from aquilamoe.pipeline.store import Store
+from stage_records import stage_record
 
 Compose = Callable[..., dict[str, Any]]
 
@@ -124,5 +125,6 @@ def test_what_is_cached_needs_no_disk(compose: Compose, tmp_path: Path, monkeypa
     for planned in planning.make(nodes, store, planning.Speed(1e9)):
         partial = store.partial(planned.name, planned.fingerprint)
         partial.mkdir(parents=True)
-        store.publish(partial, {"stage": planned.name, "kind": planned.node.stage.kind, "resumed": False})
+        about = {"stage": planned.name, "kind": planned.node.stage.kind, "fingerprint": planned.fingerprint}
+        store.publish(partial, stage_record(**about))
     preflight.check(experiment, planning.make(nodes, store, planning.Speed(1e9)), tmp_path / "runs")

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -183,9 +184,11 @@ def test_a_record_says_what_was_done_with_what_when_and_by_which_code(pipeline: 
     assert record["fingerprint"] == planned.fingerprint
     assert record["recipe"] == planned.recipe
     text = done["text"]
-    assert record["inputs"] == {
-        "corpus": {"stage": "text", "fingerprint": text.record["fingerprint"], "directory": text.directory.name}
-    }
+    (source,) = record["inputs"].values()
+    assert (source["stage"], source["fingerprint"]) == ("text", text.record["fingerprint"])
+    assert source["directory"] == text.directory.name
+    files = f"{hashlib.sha256(b'made by text').hexdigest()}  result.txt\n"
+    assert source["sha256"] == hashlib.sha256(files.encode()).hexdigest()
     assert record["metrics"] == {"size": 1}
     assert set(record["files"]) == {"result.txt"}
     assert {"python", "torch", "aquilamoe"} <= set(record["versions"])

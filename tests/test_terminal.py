@@ -29,6 +29,7 @@ from aquilamoe.reports import costs
 from aquilamoe.terminal import live, tables, view, watch
 from aquilamoe.terminal.progress import PipelineProgress, StageProgress
 from aquilamoe.terminal.screen import SPARKS, spark
+from stage_records import stage_record
 
 Compose = Callable[..., dict[str, Any]]
 NOW = 1_000_000.0
@@ -309,8 +310,8 @@ def test_where_there_is_no_terminal_a_run_is_followed_in_lines_until_it_ends(
         follower = threading.Thread(target=watch.follow, args=(Console(file=file, width=100), watched))
         follower.start()
         wait_for("  prepare    8.19k of 860k tokens  loss 6.000")
-        record = {"stage": "prepare", "kind": "pretrain", "metrics": {}, "seconds": 3.0}
-        store.publish(store.partial("prepare", prepare.fingerprint), {**record, "fingerprint": prepare.fingerprint})
+        record = stage_record(fingerprint=prepare.fingerprint, seconds=3.0)
+        store.publish(store.partial("prepare", prepare.fingerprint), record)
         wait_for("  prepare    3 s\n")
         assert follower.is_alive(), "others wait still"
     follower.join(60)
@@ -325,13 +326,7 @@ def test_a_stage_that_is_finished_is_told_once(running: tuple[Store, list[Planne
     with store.lock(), watch.announced(store, "demo", plan):
         watched = watch.Watched.find(store)
         assert watched is not None
-        record = {
-            "stage": "prepare",
-            "kind": "pretrain",
-            "fingerprint": prepare.fingerprint,
-            "metrics": {},
-            "seconds": 3.0,
-        }
+        record = stage_record(fingerprint=prepare.fingerprint, seconds=3.0)
         store.publish(store.partial("prepare", prepare.fingerprint), record)
         assert watched.read()["prepare"].state == "run"
         assert [line.plain for line in watched.newly_finished()] == ["  prepare    3 s"]

@@ -11,6 +11,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from aquilamoe.config.points import is_number
 from aquilamoe.pipeline.store import to_json, write_atomically
 from aquilamoe.weights import headers
 from aquilamoe.weights.headers import TensorInfo
@@ -30,8 +31,8 @@ def of_checkpoint(directory: Path, kept: Path) -> dict[str, float]:
 
     directory: with its safetensors. kept: the file that has them after the first time.
     """
-    if kept.is_file():
-        return dict(json.loads(kept.read_text(encoding="utf-8")))
+    if (known := kept_figures(kept)) is not None:
+        return known
     tensors = headers.read(directory)
     matrices = {name: info for name, info in tensors.items() if MATRIX.search(name)}
     numbers = sum(math.prod(info.shape) for info in matrices.values())
@@ -45,6 +46,15 @@ def of_checkpoint(directory: Path, kept: Path) -> dict[str, float]:
     kept.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(kept, to_json(found, str(directory)))
     return found
+
+
+def kept_figures(kept: Path) -> dict[str, float] | None:
+    """What `of_checkpoint` found before; None if it has not been asked, or the file is damaged."""
+    try:
+        found = json.loads(kept.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) and all(map(is_number, found.values())) else None
 
 
 def effective_rank(matrix: "np.ndarray") -> float:

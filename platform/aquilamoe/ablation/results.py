@@ -13,7 +13,8 @@ from aquilamoe.ablation.variants import baseline
 from aquilamoe.config.ablation import AblationConfig
 from aquilamoe.config.messages import UserError, nearest
 from aquilamoe.config.schema import ExperimentConfig, PretrainStage
-from aquilamoe.pipeline.store import METRICS, Record, Store, read_points
+from aquilamoe.pipeline import integrity
+from aquilamoe.pipeline.store import METRICS, RECORD, Record, Store, read_points
 from aquilamoe.reports.rows import GROWTH_KINDS, metric
 from aquilamoe.reports.study import Ancestor, Control, Entry, Point, Seed, Study
 
@@ -151,15 +152,15 @@ class _Reader:
     def _seed(self, directory: Path, record: Record, value: float) -> Seed:
         self.versions |= record.get("versions") or {}
         self.commits |= {str(record["git_commit"])} if record.get("git_commit") else set()
-        points = read_points(directory / METRICS)
+        points = _points(directory, record)
         return Seed(
             fingerprint=record["fingerprint"],
             value=value,
-            loss=record["metrics"]["loss_end"],
-            tokens=record["metrics"]["tokens"],
-            flops=record["metrics"]["flops"],
-            lineage_tokens=record["metrics"]["lineage_tokens"],
-            lineage_flops=record["metrics"]["lineage_flops"],
+            loss=_required(record, "loss_end"),
+            tokens=_required(record, "tokens"),
+            flops=_required(record, "flops"),
+            lineage_tokens=_required(record, "lineage_tokens"),
+            lineage_flops=_required(record, "lineage_flops"),
             ancestors=self._line(record),
             figures=self._figures(directory, record, points),
             curve=_curve(points),
@@ -176,15 +177,14 @@ class _Reader:
         before = self._line(own)
         if own["kind"] != "pretrain":
             return before
-        metrics = own["metrics"]
         self.ancestors[own["fingerprint"]] = Ancestor(
             stage=own["stage"],
-            params=metrics["params_total"],
+            params=_required(own, "params_total"),
             learning_rate=own["recipe"]["config"].get("learning_rate"),
-            tokens=metrics["lineage_tokens"],
-            flops=metrics["lineage_flops"],
-            loss=metrics["loss_end"],
-            curve=[(flops, loss) for _, flops, loss in _curve(read_points(directory / METRICS))],
+            tokens=_required(own, "lineage_tokens"),
+            flops=_required(own, "lineage_flops"),
+            loss=_required(own, "loss_end"),
+            curve=[(flops, loss) for _, flops, loss in _curve(_points(directory, own))],
         )
         return [*before, own["fingerprint"]]
 
@@ -208,10 +208,28 @@ class _Reader:
     def _measured(self, directory: Path, record: Record) -> dict[str, float]:
         """Of the weights, if they are there still."""
         kept = self.store.root / "ablations" / "measures" / f"{record['fingerprint']}.json"
+        if (directory / "model").is_dir() and measures.kept_figures(kept) is None:
+            integrity.check(directory, record, "the comparison")
         try:
             return measures.of_checkpoint(directory / "model", kept)
         except UserError:
             return {}
+
+
+def _required(record: Record, name: str) -> Any:
+    """What every training measures; UserError if a record has it not."""
+    value = record["metrics"].get(name)
+    if value is None:
+        directory = f"{record['stage']}-{record['fingerprint']}"
+        raise UserError(f"{directory}/{RECORD}: has no metrics.{name}; remove {directory} and run again to rebuild it")
+    return value
+
+
+def _points(directory: Path, record: Record) -> list[dict[str, Any]]:
+    """The curve of a finished stage; UserError if it is not the one that was measured."""
+    if METRICS in record["files"]:
+        integrity.check(directory, record, "the comparison", [METRICS])
+    return read_points(directory / METRICS)
 
 
 def _curve(points: Iterable[Mapping[str, Any]]) -> list[Point]:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from aquilamoe.ablation.plan import Task
+from aquilamoe.config.points import note
 from aquilamoe.config.schema import ClusterConfig
 from aquilamoe.pipeline import runner
 from aquilamoe.pipeline.runner import Observer
@@ -92,9 +93,15 @@ class Field:
             self.told(self.tasks[name], None)
 
     def _read(self) -> dict[str, Stopped]:
-        if not self.notes.exists():
+        try:
+            noted = json.loads(self.notes.read_text(encoding="utf-8"))
+            stopped = {name: Stopped(int(where["tokens"]), float(where["loss"])) for name, where in noted.items()}
+        except FileNotFoundError:
             return {}
-        return {name: Stopped(**where) for name, where in json.loads(self.notes.read_text()).items()}
+        except (OSError, ValueError, RecursionError, TypeError, KeyError, AttributeError, OverflowError):
+            note(f"{self.notes}: is damaged; trials that were stopped early run again")
+            return {}
+        return stopped
 
 
 def _notes(logs: Path, name: str) -> tuple[Path, Path]:
@@ -135,8 +142,8 @@ def run(
 def compute(task: Task, store: Store, cluster: ClusterConfig, logs: Path, observers: Sequence[Observer]) -> None:
     """Compute a task. What goes wrong would do so again if it were tried again: it is written down, not raised."""
     log, stopped = _notes(logs, task.name)
-    for note in (log, stopped):
-        note.unlink(missing_ok=True)
+    for each in (log, stopped):
+        each.unlink(missing_ok=True)
     try:
         # Ray Train's notes lie apart for each trial: whoever starts workers clears the folder of those before.
         with workers_for(cluster, store.root / "trials" / task.name, task.name, will_train=True):

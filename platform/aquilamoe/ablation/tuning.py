@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from aquilamoe.ablation.plan import Task
 from aquilamoe.ablation.trials import Field, Stopped, Stopping, compute
 from aquilamoe.config.schema import ClusterConfig
+from aquilamoe.pipeline import integrity
 from aquilamoe.pipeline.store import METRICS, Record, Store, read_points
 from aquilamoe.process import interruption
 
@@ -56,8 +57,9 @@ class Reporter:
     def stage_finished(self, stage: str, directory: Path, record: Record, cached: bool) -> None:
         """Of a trial that ended before this run, tell what it told then: others are compared with it."""
         self.goal = record["metrics"].get("source_final_loss") or self.goal
-        if cached:
-            self.stage_progress(stage, read_points(directory / METRICS) if stage == self.stage else [])
+        if cached and stage == self.stage:
+            integrity.check(directory, record, "early stopping", [METRICS])
+            self.stage_progress(stage, read_points(directory / METRICS))
 
     def stage_failed(self, stage: str, message: str) -> None:
         pass

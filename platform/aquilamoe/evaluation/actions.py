@@ -9,17 +9,21 @@ from typing import TYPE_CHECKING, Any
 
 from aquilamoe.config.graph import Node
 from aquilamoe.config.messages import UserError
+from aquilamoe.config.points import note
 from aquilamoe.config.schema import EvaluateStage, ExperimentConfig
+from aquilamoe.lineage.entries import read_entry
 from aquilamoe.lineage.finding import WAYS, find
 from aquilamoe.lineage.library import read_library
+from aquilamoe.lineage.verification import check_unchanged
 from aquilamoe.lineage.wanted import wanted_of
-from aquilamoe.pipeline.store import Store, write_atomically
+from aquilamoe.pipeline import integrity
+from aquilamoe.pipeline.store import RECORD, Store, write_atomically
 
 if TYPE_CHECKING:
     from aquilamoe.evaluation.generation import Writer
 
 ACTIONS = ("generate", "evaluate")
-FOLDER = "evaluations"
+FOLDER, MODEL = "evaluations", "model"
 KEPT = ("results", "configs", "versions", "n-samples", "higher_is_better")
 EXTRA = "pip install 'aquilamoe[evaluation]', in a checkout pip install -c constraints.txt -e '.[evaluation]'"
 Say = Callable[[str], None]
@@ -59,7 +63,7 @@ def evaluate(experiment: ExperimentConfig, nodes: Mapping[str, Node], store: Sto
 
 def _keep(path: Path, directory: Path, results: Mapping[str, Any]) -> None:
     """Add the results to what the checkpoint answered before; the same task again is replaced."""
-    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    before = _read(path)
     kept = {key: {**before.get(key, {}), **results.get(key, {})} for key in KEPT}
     values = {"checkpoint": str(directory), **_plain(kept)}
     write_atomically(path, json.dumps(values, indent=1, ensure_ascii=False, default=str, allow_nan=False))
@@ -74,20 +78,39 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _read(path: Path) -> dict[str, dict[str, Any]]:
+    """Results that were kept; of a damaged file nothing, with a note."""
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(before, dict) and all(isinstance(before.get(key, {}), dict) for key in KEPT):
+            return before
+        raise ValueError("it does not hold results")
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        note(f"{path}: cannot be read ({' '.join(str(error).split())}); it is replaced")
+        return {}
+
+
 def checkpoint(experiment: ExperimentConfig, nodes: Mapping[str, Node], store: Store) -> tuple[str, Path]:
     """A name for a checkpoint, and its Hugging Face directory: any on the disk, or an output that `find` knows."""
     text = experiment.checkpoint
     if text is None:
         raise UserError(f"checkpoint: action={experiment.action} needs one; {WAYS}")
     path = Path(text).expanduser()
+    reader = f"action={experiment.action}"
     if text not in nodes and (path / "config.json").is_file():
+        for directory in (path, *([path.parent] if path.name == MODEL else [])):
+            if (directory / RECORD).is_file():
+                check_unchanged(read_entry(directory), reader)
         return path.resolve().name, path
     fingerprints = {name: wanted.fingerprint for name, wanted in wanted_of(nodes).items()}
     try:
         entry = find(read_library(store.stages), fingerprints, text, latest=True)
     except UserError as error:
         raise UserError(f"checkpoint: {error}") from None
-    directory = entry.directory / "model" if entry.is_stage else entry.directory
+    directory = entry.directory / MODEL if entry.is_stage else entry.directory
+    check_unchanged(entry, reader)
     if not (directory / "config.json").is_file():
         raise UserError(f"checkpoint: {entry.directory.name} is a {entry.kind} stage and has no checkpoint; {WAYS}")
     return entry.directory.name, directory
@@ -117,6 +140,7 @@ def _tasks(experiment: ExperimentConfig, nodes: Mapping[str, Node], store: Store
         if node.stage.kind == "corpus" and (found := store.find(name, wanted[name].fingerprint)):
             from aquilamoe.evaluation.cloze import write_tasks
 
+            integrity.check(*found, f"action={experiment.action}")
             own = store.root / FOLDER / "tasks" / f"{wanted[name].fingerprint}-{experiment.evaluation.items}"
             names += write_tasks(found[0], own, experiment.evaluation.items)
             folders.append(own)

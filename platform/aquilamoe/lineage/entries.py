@@ -1,21 +1,16 @@
 """What is known of an output: its record, read as it is, whichever tool wrote it."""
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from aquilamoe.config.messages import UserError
+from aquilamoe.pipeline import records
 from aquilamoe.pipeline.fingerprint import Recipe
-from aquilamoe.pipeline.store import RECORD, Record
+from aquilamoe.pipeline.records import Record
 
 WEIGHTS = ".safetensors"
-# What both tools write, and what a recipe has.
-FIELDS = {"fingerprint": str, "recipe": dict, "files": dict}
-RECIPE_FIELDS = {"kind": str, "version": int, "config": dict, "inputs": dict}
-STAGE_FIELDS = {"inputs": dict, "metrics": dict}
 
 
 @dataclass(frozen=True)
@@ -96,40 +91,6 @@ def weights_sha256(digests: Mapping[str, str]) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def sha256(path: Path) -> str:
-    """Of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def read_entry(directory: Path) -> Entry:
     """The output in a directory; UserError when its record is missing, damaged, or of something else."""
-    path = directory / RECORD
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: is missing; without its record nobody knows how {directory} was made") from None
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"{path}: cannot be read ({reason}); restore it, or remove {directory} and make it anew"
-        ) from None
-    missing = _missing(record)
-    if missing is not None:
-        raise UserError(f"{path}: has no {missing}; it is no record of this platform, or was changed by hand")
-    for name in record["files"]:
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise UserError(f"{path}: names the file '{name}', which is not in {directory}; it was changed by hand")
-    return Entry(directory, record)
-
-
-def _missing(record: Any) -> str | None:
-    """The first field that a record should have and has not, or not of the right type."""
-    if not isinstance(record, dict):
-        return "fields"
-    own = {**FIELDS, **(STAGE_FIELDS if "stage" in record else {})}
-    for where, values, fields in (("", record, own), ("recipe.", record.get("recipe", {}), RECIPE_FIELDS)):
-        for field, kind in fields.items():
-            if not isinstance(values.get(field), kind):
-                return f"{where}{field}"
-    return None
+    return Entry(directory, records.read(directory))

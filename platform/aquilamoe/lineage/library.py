@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from aquilamoe.config.messages import UserError
-from aquilamoe.lineage.entries import WEIGHTS, Entry, read_entry, sha256
+from aquilamoe.lineage.entries import WEIGHTS, Entry, read_entry
+from aquilamoe.pipeline.integrity import sha256
 from aquilamoe.pipeline.store import RECORD
 
 CONFIG, CARD = "config.json", "README.md"

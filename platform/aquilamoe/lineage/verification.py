@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from aquilamoe.config.messages import UserError
-from aquilamoe.lineage.entries import Entry, sha256
+from aquilamoe.lineage.entries import Entry
 from aquilamoe.lineage.library import Library
+from aquilamoe.pipeline import integrity
 from aquilamoe.pipeline.fingerprint import fingerprint
+from aquilamoe.pipeline.integrity import files_sha256, sha256
 from aquilamoe.pipeline.store import RECORD
 from aquilamoe.weights import headers
 from aquilamoe.weights.headers import TensorInfo
@@ -39,10 +41,21 @@ def verify(entry: Entry, library: Library | None = None) -> Verified:
         problems = [*_record_problems(entry), *filter(None, found)]
         problems += _tensor_problems(entry, pool)
     problems += [f"{name}: its record does not know it" for name in _strangers(entry)]
-    parents = library.parents(entry) if library and entry.is_stage else []
-    gone = [parent for parent in parents if parent.entry is None]
-    problems += [f"{RECORD}: was made from {parent.stage} {parent.fingerprint}; {parent.problem}" for parent in gone]
+    if library and entry.is_stage:
+        problems += _parent_problems(entry, library)
     return Verified(entry, len(entry.files), sum(size for size, _ in entry.files.values()), problems)
+
+
+def check_unchanged(entry: Entry, reader: str) -> None:
+    """UserError, one line, if a checkpoint is not what its record says. reader: who is going to read it."""
+    if entry.is_stage:
+        integrity.check(entry.directory, entry.record, reader)
+    elif sum(size for size, _ in entry.files.values()) <= integrity.WHOLE_BYTES:
+        problems = verify(entry).problems
+        if problems:
+            raise UserError(
+                f"{entry.directory / problems[0]}, and {reader} does not read it; restore it or grow it again"
+            )
 
 
 def _record_problems(entry: Entry) -> Iterator[str]:
@@ -55,6 +68,21 @@ def _record_problems(entry: Entry) -> Iterator[str]:
             yield f"{RECORD}: is of {entry.fingerprint}, the directory is {entry.directory.name}"
         if {role: each["fingerprint"] for role, each in entry.inputs.items()} != entry.recipe["inputs"]:
             yield f"{RECORD}: names other inputs than its recipe"
+
+
+def _parent_problems(entry: Entry, library: Library) -> Iterator[str]:
+    """Whether what the output was made from is there, and has the bytes that it was made from."""
+    for parent in library.parents(entry):
+        made_from = f"{RECORD}: was made from {parent.stage} {parent.fingerprint}"
+        if parent.entry is None:
+            yield f"{made_from}; {parent.problem}"
+            continue
+        reference = entry.inputs[parent.role]
+        # Of several outputs of one recipe, in stores beside each other, the one that it names.
+        read = library.entries.get(entry.directory.parent / reference["directory"], parent.entry)
+        noted, found = reference.get("sha256"), files_sha256(read.record)
+        if noted is not None and noted != found:
+            yield f"{made_from} when its files had SHA-256 {noted[:SHOWN_DIGITS]}, now {found[:SHOWN_DIGITS]}"
 
 
 def _file_problem(directory: Path, name: str, size: int, digest: str | None) -> str | None:

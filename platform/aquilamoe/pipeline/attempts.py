@@ -10,7 +10,9 @@ import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+from aquilamoe.config.points import is_number, note
 from aquilamoe.pipeline.ledger import Cost, Rates
 
 FOLDER = "attempts"
@@ -28,6 +30,15 @@ class Attempt:
         return self.rates.cost(seconds if self.seconds is None else self.seconds)
 
 
+def _attempt(entry: dict[str, Any]) -> Attempt:
+    """An entry of the file; ValueError, TypeError or KeyError for one that is none."""
+    attempt = Attempt(entry["started"], entry["seconds"], Rates(**entry["rates"]))
+    figures = [attempt.started, *asdict(attempt.rates).values()]
+    if not all(map(is_number, [*figures, *([] if attempt.seconds is None else [attempt.seconds])])):
+        raise ValueError("an attempt that is none")
+    return attempt
+
+
 class Attempts:
     """The attempts at one recipe, in a file."""
 
@@ -38,9 +49,12 @@ class Attempts:
         """All attempts since the stage was last complete, the last as it was begun."""
         try:
             entries = json.loads(self.path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # none, or one whose machine went down as it was written
+            return [_attempt(each) for each in entries]
+        except FileNotFoundError:
             return []
-        return [Attempt(each["started"], each["seconds"], Rates(**each["rates"])) for each in entries]
+        except (OSError, ValueError, RecursionError, TypeError, KeyError) as error:  # its machine went down, say
+            note(f"{self.path}: cannot be read ({' '.join(str(error).split())}); earlier attempts are not counted")
+            return []
 
     def last_alive(self) -> float | None:
         """When the driver of the last attempt last said that it is alive (seconds since 1970)."""

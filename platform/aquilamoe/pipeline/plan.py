@@ -14,7 +14,7 @@ from aquilamoe.pipeline import fingerprint as identity
 from aquilamoe.pipeline import mirror
 from aquilamoe.pipeline.fingerprint import Recipe
 from aquilamoe.pipeline.stage import Estimate, module
-from aquilamoe.pipeline.store import METRICS, RECORD, Record, Store, read_points
+from aquilamoe.pipeline.store import METRICS, Record, Store, read_points
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def _planned(
     history = store.history(node.name)
     seconds = _expected_seconds(node, estimate, history, store, speed, devices)
     directory, partial = store.directory(node.name, digest), store.partial(node.name, digest)
-    if (partial / RECORD).is_file():
+    if store.is_complete(partial):
         reason = "interrupted when it was complete"
         return Planned(node, recipe, digest, "resumes", reason, estimate, 0.0, directory, None)
     if partial.exists() and resumes:
@@ -161,8 +161,9 @@ def _resume_point(partial: Path, node: Node) -> str:
     steps = [point for point in points if "tokens" in point]
     if steps and node.tokens:
         return f"interrupted at {steps[-1]['tokens']:,} of {node.tokens:,} tokens"
-    if points and points[-1].get("done"):
-        return f"interrupted at {points[-1]['done']:,} of {points[-1]['total']:,} {points[-1]['unit']}"
+    last = points[-1] if points else {}
+    if last.get("done") and {"total", "unit"} <= last.keys():
+        return f"interrupted at {last['done']:,} of {last['total']:,} {last['unit']}"
     return "interrupted at its start"
 
 
@@ -170,7 +171,7 @@ def _expected_seconds(
     node: Node, estimate: Estimate, history: list[Record], store: Store, speed: Speed, devices: int | None
 ) -> float | None:
     """By the speed of this stage's last run; of a training without one, by the one most like it here, or by `speed`."""
-    whole = [record for record in history if not record["resumed"]]
+    whole = [record for record in history if not record.get("resumed")]
     if not node.flops:
         return float(whole[0]["seconds"]) if whole else estimate.seconds
     comparable = [record for record in whole if _on(record, devices)][:1]
@@ -187,7 +188,7 @@ def _expected_seconds(
 
 
 def _all_training(store: Store) -> list[Record]:
-    return [record for record in store.history() if record["kind"] == "pretrain" and not record["resumed"]]
+    return [record for record in store.history() if record["kind"] == "pretrain" and not record.get("resumed")]
 
 
 def _most_alike(node: Node, records: Iterable[Record]) -> list[Record]:
@@ -208,4 +209,4 @@ def _most_alike(node: Node, records: Iterable[Record]) -> list[Record]:
 
 def _on(record: Record, devices: int | None) -> bool:
     """Whether a stage ran on so many devices; a record without a ledger may have."""
-    return devices is None or record.get("cost", {}).get("devices", devices) == devices
+    return devices is None or (record.get("cost") or {}).get("devices", devices) == devices

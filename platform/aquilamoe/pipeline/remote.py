@@ -13,16 +13,16 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, urlsplit
 
 from aquilamoe.config.messages import UserError
+from aquilamoe.pipeline import records
+from aquilamoe.pipeline.records import RECORD, Record
 
 if TYPE_CHECKING:
     from pyarrow import fs
 
-Record = dict[str, Any]
-RECORD = "record.json"
 CHUNK_BYTES = 1 << 22
 COPIES_AT_ONCE = 4
 SECRETS = {"access_key", "secret_key", "session_token"}
@@ -52,7 +52,8 @@ class Remote:
         target = f"{root}/stages/{directory.name}"
         try:
             if _read_record(files, f"{target}/{RECORD}") is None:
-                _upload_all(files, {name: directory / name for name in record["files"]}, target)
+                copied = _upload_all(files, {name: directory / name for name in record["files"]}, target)
+                _check_copied(copied, directory, record)
                 _upload(files, directory / RECORD, f"{target}/{RECORD}")
         except OSError as error:
             raise self._failed(f"cannot write {directory.name}", error) from None
@@ -73,7 +74,7 @@ class Remote:
         except OSError as error:
             raise self._failed(f"cannot read the output {fingerprint}", error) from None
         with (growing / RECORD).open("w", encoding="utf-8") as file:
-            json.dump(record, file, indent=1, ensure_ascii=False)
+            json.dump(record, file, indent=1, ensure_ascii=False)  # the text that was read, see `records.seal`
             file.flush()
             os.fsync(file.fileno())
         growing.rename(target)
@@ -100,10 +101,10 @@ class Remote:
         try:
             entries = files.get_file_info(fs.FileSelector(f"{root}/{place}", allow_not_found=True))
             names = sorted((entry.base_name for entry in entries), reverse=True)
-            records = [(name, _read_record(files, f"{root}/{place}/{name}/{RECORD}")) for name in names]
+            found = [(name, _read_saved(files, f"{root}/{place}/{name}/{RECORD}")) for name in names]
         except OSError as error:
             raise self._failed(f"cannot read {place}", error) from None
-        return [(name, record) for name, record in records if record is not None]
+        return [(name, record) for name, record in found if record is not None]
 
     def restore(self, place: str, record: Record, target: Path) -> None:
         """Copy what was saved into the directory `target`, which is emptied before. UserError if it is not whole."""
@@ -181,13 +182,32 @@ class Remote:
 
 
 def _read_record(files: "fs.FileSystem", path: str) -> Record | None:
-    """A record, or None where there is none, or one whose writing was cut short."""
+    """The record of an output, or None where there is none, or one that is damaged."""
+    try:
+        with files.open_input_stream(path) as stream:
+            return records.parse(stream.read())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _read_saved(files: "fs.FileSystem", path: str) -> Record | None:
+    """What `save` wrote last, or None where there is nothing, or something damaged."""
     try:
         with files.open_input_stream(path) as stream:
             record = json.loads(stream.read())
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return None
-    return cast(Record, record) if isinstance(record, dict) and isinstance(record.get("files"), dict) else None
+    return record if isinstance(record, dict) and records.has_digests(record.get("files")) else None
+
+
+def _check_copied(copied: Mapping[str, Mapping[str, Any]], directory: Path, record: Record) -> None:
+    """UserError for a file that is not what its record says: others would fetch it."""
+    for name, entry in copied.items():
+        if entry["sha256"] != record["files"][name]["sha256"]:
+            raise UserError(
+                f"{directory / name}: has changed since stage {record['stage']} finished, and is not copied to the "
+                f"remote; remove {directory} and run again to rebuild it"
+            )
 
 
 def _checked(name: str, source: str) -> str:

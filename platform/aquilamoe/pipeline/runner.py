@@ -1,6 +1,5 @@
 """Runs a plan: every stage that is not cached, in order, telling observers what happens."""
 
-import json
 import os
 import platform
 import subprocess
@@ -13,8 +12,9 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Any, Protocol
 
+from aquilamoe.config.points import parse_points
 from aquilamoe.config.schema import ClusterConfig
-from aquilamoe.pipeline import ledger
+from aquilamoe.pipeline import integrity, ledger
 from aquilamoe.pipeline.attempts import Attempts
 from aquilamoe.pipeline.mirror import Mirror
 from aquilamoe.pipeline.plan import Planned
@@ -105,6 +105,8 @@ def _execute(
     """Run the stage in its partial directory; return its record, without the files."""
     stage = module(planned.node.stage.kind)
     inputs = {role: done[name] for role, name in planned.node.stage.inputs.items()}
+    for source in inputs.values():
+        integrity.check(source.directory, source.record, f"stage {planned.name}")
     references = {role: _reference(source) for role, source in inputs.items()}
     if not stage.RESUMES:
         store.discard(partial)
@@ -144,7 +146,8 @@ def _execute(
 
 def _reference(source: Input) -> dict[str, str]:
     fingerprint = str(source.record["fingerprint"])
-    return {"stage": source.stage, "fingerprint": fingerprint, "directory": source.directory.name}
+    sha256 = integrity.files_sha256(source.record)
+    return {"stage": source.stage, "fingerprint": fingerprint, "directory": source.directory.name, "sha256": sha256}
 
 
 @contextmanager
@@ -200,7 +203,7 @@ class _Follower:
         if not complete:
             return []
         self.offset += len(complete) + 1
-        return [point for point in map(json.loads, complete.split(b"\n")) if self._is_new(point)]
+        return [point for point in parse_points(complete, self.path) if self._is_new(point)]
 
     def _is_new(self, point: Point) -> bool:
         if "step" not in point:

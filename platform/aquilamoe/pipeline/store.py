@@ -1,24 +1,24 @@
 """Where outputs live: `<stage>-<fingerprint>/`, complete or absent, each with a record of how it was made."""
 
 import fcntl
-import hashlib
-import json
-import math
 import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self, TextIO, cast
+from typing import Any, Self, TextIO
 
 from aquilamoe.config.messages import UserError
+from aquilamoe.config.points import METRICS, note, read_points
 from aquilamoe.config.schema import PathsConfig
-from aquilamoe.pipeline.remote import RECORD, Record, Remote
+from aquilamoe.pipeline import integrity, records
+from aquilamoe.pipeline.records import RECORD, Record, to_json
+from aquilamoe.pipeline.remote import Remote
 
-METRICS = "metrics.jsonl"
+__all__ = ["METRICS", "RECORD", "SCRATCH", "Record", "Store", "read_points", "temporary", "to_json", "write_atomically"]
 SCRATCH = "checkpoints"  # what only an unfinished stage needs: no part of its output
 LOCK_ATTEMPTS, LOCK_WAIT_S = 4, 0.05
 
@@ -47,13 +47,21 @@ class Store:
         return self.stages / f"{stage}-{fingerprint}.partial"
 
     def find(self, stage: str, fingerprint: str) -> tuple[Path, Record] | None:
-        """The complete output of a recipe, whatever name made it; UserError if files differ from the record."""
+        """The complete output of a recipe, whatever name made it; UserError if its files have not the noted sizes.
+
+        Who reads the files checks their bytes, too: see `integrity.check`.
+        """
         named = self.directory(stage, fingerprint)
         others = [path for path in self.stages.glob(f"*-{fingerprint}") if path != named]
         for path in [named, *others]:
             if path.is_dir():
-                record = _read_record(path)
-                _check_sizes(path, record)
+                record = records.read(path)
+                if record["fingerprint"] != fingerprint:
+                    raise UserError(
+                        f"{path / RECORD}: is of {record['fingerprint']}, the directory is {path.name}; remove {path} "
+                        "and run again to rebuild it"
+                    )
+                integrity.check_sizes(path, record)
                 return path, record
         return None
 
@@ -70,11 +78,19 @@ class Store:
             self.remote.push(directory, record)
 
     def history(self, stage: str | None = None) -> list[Record]:
-        """Records of all complete outputs (of one stage), newest first."""
-        paths = [path for path in self.stages.glob(f"{stage or ''}*/{RECORD}") if path.parent.suffix != ".partial"]
-        records = [_read_record(path.parent) for path in paths]
-        own = [record for record in records if stage in (None, record["stage"])]
-        return sorted(own, key=lambda record: str(record["finished"]), reverse=True)
+        """Records of all complete outputs (of one stage), newest first; damaged ones are ignored with a note."""
+        found = []
+        for path in self.stages.glob(f"{stage or ''}*/{RECORD}"):
+            if path.parent.suffix == ".partial":
+                continue
+            try:
+                record = records.read(path.parent)
+            except UserError as error:
+                note(f"{error} (it is ignored)")
+                continue
+            if "stage" in record and stage in (None, record["stage"]):
+                found.append(record)
+        return sorted(found, key=lambda record: str(record["finished"]), reverse=True)
 
     def publish(self, partial: Path, record: Record) -> Record:
         """Hash every file, write the record, make all durable, rename: the output exists from this moment, whole."""
@@ -83,27 +99,35 @@ class Store:
         kept = [path for path in everything if path.relative_to(partial).parts[0] not in not_kept]
         files = [path for path in kept if path.is_file()]
         with ThreadPoolExecutor() as pool:
-            digests = list(pool.map(_digest_and_sync, files))
+            entries = list(pool.map(_digest_and_sync, files))
         for directory in (path for path in kept if path.is_dir()):
             _sync_directory(directory)
-        record = {
-            **record,
-            "files": {
-                str(path.relative_to(partial)): {"sha256": digest, "bytes": path.stat().st_size}
-                for path, digest in zip(files, digests, strict=True)
-            },
-        }
-        write_atomically(partial / RECORD, to_json(record, partial.stem))
+        names = [str(path.relative_to(partial)) for path in files]
+        write_atomically(
+            partial / RECORD, records.seal({**record, "files": dict(zip(names, entries, strict=True))}, partial.stem)
+        )
+        published = records.read(partial)
         self._rename(partial)
-        return record
+        return published
 
     def finish_publishing(self, partial: Path) -> Record | None:
         """Publish what was complete when its run was killed, between the record and the name; None if it was not."""
-        if not (partial / RECORD).is_file():
+        if not self.is_complete(partial):
             return None
-        record = _read_record(partial)
+        record = records.read(partial)
         self._rename(partial)
         return record
+
+    def is_complete(self, partial: Path) -> bool:
+        """Whether all that a stage leaves is there, and only its name is missing. A damaged record is none."""
+        if not (partial / RECORD).is_file():
+            return False
+        try:
+            integrity.check_sizes(partial, records.read(partial))
+        except UserError as error:
+            note(f"{error} (the stage is taken for unfinished)")
+            return False
+        return True
 
     def _rename(self, partial: Path) -> None:
         _sync_directory(partial)
@@ -169,29 +193,6 @@ def _locked(file: TextIO) -> bool:
     return False
 
 
-def to_json(values: Mapping[str, Any], what: str) -> str:
-    """The text of a record, which every reader of JSON can parse; UserError, naming the key, for NaN and infinity.
-
-    what: whose record it is, for the message.
-    """
-    for key, value in _numbers(values):
-        if not math.isfinite(value):
-            raise UserError(
-                f"{what}: {key} is {value}, which is no measurement and no JSON; look for weights, or a step, whose "
-                "numbers became too large"
-            )
-    return json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False)
-
-
-def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
-    """Every float inside, by where it is: `certificate.layers.3`."""
-    if isinstance(value, float):
-        yield key, value
-    inner = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list | tuple) else ()
-    for name, each in inner:
-        yield from _numbers(each, f"{key}.{name}" if key else str(name))
-
-
 def write_atomically(path: Path, text: str) -> None:
     """Write a small file so that a reader sees the old text or the new, never a part."""
     unfinished = temporary(path)
@@ -207,40 +208,11 @@ def temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp")
 
 
-def read_points(path: Path) -> list[dict[str, Any]]:
-    """The points of a metrics.jsonl; a half-written last line is left out."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    return [json.loads(line) for line in lines if line]
-
-
-def _read_record(path: Path) -> Record:
-    try:
-        record = json.loads((path / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path / RECORD}: cannot be read ({error}); remove {path} and run again to rebuild it"
-        ) from None
-    return cast(Record, record)
-
-
-def _check_sizes(path: Path, record: Record) -> None:
-    for name, expected in record["files"].items():
-        file = path / name
-        actual = file.stat().st_size if file.exists() else None
-        if actual != expected["bytes"]:
-            found = "is missing" if actual is None else f"has {actual} bytes"
-            raise UserError(
-                f"{file}: {found}, its record says {expected['bytes']} bytes; remove {path} and run again to rebuild it"
-            )
-
-
-def _digest_and_sync(path: Path) -> str:
+def _digest_and_sync(path: Path) -> dict[str, Any]:
+    entry = integrity.entry(path)
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
         os.fsync(file.fileno())
-    return digest
+    return entry
 
 
 def _sync_directory(path: Path) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from aquilamoe.pipeline import integrity
 from aquilamoe.pipeline.stage import Input
 from aquilamoe.pipeline.store import METRICS, read_points
 from aquilamoe.reports import figure, lineage_page, page, router_page
@@ -25,6 +26,9 @@ def write(
     command: str,
 ) -> Path:
     """Write all pages and figures into `folder`; return the first page. What it shows is read from finished outputs."""
+    for output in done.values():
+        read = [name for name in (METRICS, ROUTER_POINTS, ROUTING) if name in output.record["files"]]
+        integrity.check(output.directory, output.record, "the report", read)
     records = {name: output.record for name, output in done.items()}
     curves = {name: read_points(output.directory / METRICS) for name, output in done.items()}
     routers = {

@@ -39,8 +39,10 @@ class StageProgress:
     def add(self, points: Iterable[Point]) -> None:
         """Take over what was measured; points from before this attempt are those that it resumes from."""
         for point in points:
-            if "done" in point:
+            if {"done", "total", "unit"} <= point.keys():
                 self.done, self.total, self.unit = point["done"], point["total"], point["unit"]
+                continue
+            if not {"tokens", "time"} <= point.keys():
                 continue
             self.done = point["tokens"]
             self.held_out = point.get("val/loss", self.held_out)

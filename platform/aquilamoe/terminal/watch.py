@@ -10,6 +10,9 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from aquilamoe.config.messages import UserError
+from aquilamoe.config.points import is_number, note
+from aquilamoe.pipeline import records
 from aquilamoe.pipeline.attempts import Attempts
 from aquilamoe.pipeline.plan import Planned
 from aquilamoe.pipeline.store import METRICS, RECORD, Record, Store, read_points, write_atomically
@@ -44,6 +47,21 @@ def announced(store: Store, name: str, plan: Sequence[Planned]) -> Iterator[None
         path.unlink(missing_ok=True)
 
 
+def _is_announcement(value: Any) -> bool:
+    """Whether a JSON value is what `announced` writes."""
+    if not (isinstance(value, dict) and isinstance(value.get("name"), str) and isinstance(value.get("stages"), list)):
+        return False
+    return bool(value["stages"]) and all(
+        isinstance(stage, dict)
+        and all(isinstance(stage.get(key), str) for key in ("name", "fingerprint"))
+        and isinstance(stage.get("cached"), bool)
+        and is_number(stage.get("tokens"))
+        and is_number(stage.get("flops"))
+        and (stage.get("expected_s") is None or is_number(stage["expected_s"]))
+        for stage in value["stages"]
+    )
+
+
 class Watched:
     """What another process runs in a store."""
 
@@ -60,9 +78,13 @@ class Watched:
         if store.holder() is None:
             return None
         try:
-            return Watched(store, json.loads((store.root / RUNNING).read_text(encoding="utf-8")))
-        except (OSError, ValueError):  # it has just begun, or just ended
+            announcement = json.loads((store.root / RUNNING).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):  # it has just begun, or just ended
             return None
+        if not _is_announcement(announcement):
+            note(f"{store.root / RUNNING}: is damaged; how far the running pipeline is cannot be shown")
+            return None
+        return Watched(store, announcement)
 
     def read(self) -> PipelineProgress:
         """How far it is now."""
@@ -89,8 +111,8 @@ class Watched:
     def _record(self, fingerprint: str) -> Record | None:
         """Of a complete output, whatever name made it."""
         for path in self.store.stages.glob(f"*-{fingerprint}/{RECORD}"):
-            with suppress(OSError, ValueError):
-                return dict(json.loads(path.read_text(encoding="utf-8")))
+            with suppress(UserError):
+                return records.read(path.parent)
         return None
 
     def newly_finished(self) -> list[Text]:

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from aquilamoe.config.points import read_points
+
 Point = Mapping[str, Any]
 
 # Nats/token above the source's loss at which it counts as reached again: far above what float32 rounds in a mean over
@@ -28,7 +30,8 @@ class PointsFile:
 
     def __init__(self, path: Path, resume_step: int, batch_tokens: int, enabled: bool) -> None:
         self.path, self.batch_tokens, self.enabled = path, batch_tokens, enabled
-        self.points = [point for point in _read(path) if resume_step and point["step"] <= resume_step]
+        kept = read_points(path) if resume_step else []
+        self.points = [point for point in kept if "step" in point and point["step"] <= resume_step]
         if enabled:
             # A new file, not a shorter one: a reader that follows the old one notices.
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -107,12 +110,6 @@ def _is_number(value: Any) -> bool:
 
 def _line(point: Point) -> str:
     return json.dumps(point) + "\n"
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
 
 
 def recovery_tokens(points: Iterable[Point], source_loss: float, batch_tokens: int) -> int | None:
