@@ -30,12 +30,27 @@ class Variant:
 
 def variants(config: AblationConfig) -> Iterator[Variant]:
     """All combinations that are not excluded, the first axis slowest."""
-    for names in itertools.product(*(axis.values for axis in config.axes.values())):
+    for names in _combinations(config):
         chosen = dict(zip(config.axes, names, strict=True))
         if config.leaves_out(chosen):
             continue
         overrides = [word for axis, name in chosen.items() for word in config.axes[axis].values[name]]
         yield Variant(chosen, tuple(overrides))
+
+
+def _combinations(config: AblationConfig) -> Iterator[tuple[str, ...]]:
+    """The values' names of all axes, together, in the order of the axes and of their values."""
+    if config.combinations == "all":
+        yield from itertools.product(*(axis.values for axis in config.axes.values()))
+        return
+    places = [{name: place for place, name in enumerate(axis.values)} for axis in config.axes.values()]
+    middle = tuple(axis.baseline for axis in config.axes.values())
+    found = {
+        (*middle[:index], name, *middle[index + 1 :])
+        for index, axis in enumerate(config.axes.values())
+        for name in axis.values
+    }
+    yield from sorted(found, key=lambda names: [place[name] for place, name in zip(places, names, strict=True)])
 
 
 def baseline(config: AblationConfig) -> Variant:

@@ -1,6 +1,7 @@
 """The command line of every program: Hydra composes the configuration, the platform validates it and acts."""
 
 import logging
+import math
 import os
 import re
 import shlex
@@ -11,29 +12,35 @@ from typing import Any
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come here instead of being printed by Hydra
 
 import hydra
+import yaml
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, Override, RangeSweep
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from aquilamoe.cli.shipped import CONF, config_folders, options
-from aquilamoe.config.messages import UserError, nearest, without_passwords
+from aquilamoe.cli import words as words_of
+from aquilamoe.cli.shipped import CONF, config_folders
+from aquilamoe.cli.words import Program, Words
+from aquilamoe.config.messages import UserError, without_passwords
 from aquilamoe.process import ending
 
+# What Hydra, OmegaConf and YAML raise for a configuration that cannot be composed.
+COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, RecursionError)
+MAX_JOBS = 1000
 Execute = Callable[[dict[str, Any], str], None]
 
 
-def run(config_name: str, execute: Execute, optional_groups: Sequence[str] = (), paths: Sequence[str] = ()) -> None:
-    """Compose `conf/<config_name>.yaml` with the command line and execute it; exit with 1 and one line on a mistake.
+def run(program: Program, execute: Execute) -> None:
+    """Compose the program's configuration with the command line and execute it; exit with 1 and a line for a mistake.
 
     execute: is given the composed values, and the command as it was typed, but for passwords in URLs.
-    optional_groups: groups that the defaults leave out: both `experiment=x` and Hydra's own `+experiment=x` work.
-    paths: keys whose values are taken as they are typed, whatever characters are in them.
     """
     command = without_passwords(shlex.join([*_program(), *sys.argv[1:]]))
-    sys.argv[1:] = [_normalized(word, optional_groups, paths) for word in sys.argv[1:]]
     with ending.in_one_line():
-        for values in _composed(config_name):
+        for values in composed(program, sys.argv[1:]):
             execute(values, command)
 
 
@@ -44,72 +51,93 @@ def _program() -> list[str]:
     return ["python", os.path.relpath(sys.argv[0], CONF.parent)]
 
 
-def _normalized(word: str, optional_groups: Sequence[str], paths: Sequence[str]) -> str:
-    """A word of the command line as Hydra's grammar wants it."""
-    key, equals, value = word.partition("=")
-    if key in optional_groups and equals:
-        return f"+{word}"
-    if key in paths and value != "null":  # 012345678901 and 1e10 are fingerprints, not numbers
-        quoted = re.sub(r"(\\*)'", r"\1\1\\'", value).replace("${", "\\${")
-        return f"{key}='{quoted}'"
-    return word
+def composed(program: Program, arguments: Sequence[str]) -> list[dict[str, Any]]:
+    """The configurations that a command line composes: one, or with --multirun one for every job."""
+    logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
+    words = words_of.read(program, arguments)
+    if (words.options and not words.multirun) or any(word.startswith("hydra") for word in words.overrides):
+        return _answered(program, words)
+    jobs = _jobs(words.overrides) if words.multirun else [words.overrides]
+    return [_composed_once(program.config_name, job) for job in jobs]
 
 
-def _composed(config_name: str) -> list[dict[str, Any]]:
-    """The composed configurations: one, or with --multirun one for every job."""
-    if not any(word.startswith(("-", "hydra")) for word in sys.argv[1:]):
-        return [_composed_once(config_name)]
-    sys.argv += _searchpath()
+def _answered(program: Program, words: Words) -> list[dict[str, Any]]:
+    """What Hydra's own `main` does: it answers the options that only look, and ends; and it composes all others."""
+    sys.argv[1:] = [*words.options, *words.overrides, *_searchpath(words.overrides)]
     configs: list[DictConfig] = []
 
     # Nothing is done inside: Hydra prints a line of its own about what goes wrong there.
-    @hydra.main(config_path=str(CONF), config_name=config_name, version_base="1.3")
+    @hydra.main(config_path=str(CONF), config_name=program.config_name, version_base="1.3")
     def keep(config: DictConfig) -> None:
         configs.append(config)
 
     try:
         keep()
         return [_plain(config) for config in configs]
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
-        raise UserError(_explain(error, config_name)) from None
+    except COMPOSITION_ERRORS as error:
+        raise UserError(_explain(error)) from None
 
 
-def _composed_once(config_name: str) -> dict[str, Any]:
+def _jobs(overrides: Sequence[str]) -> list[list[str]]:
+    """The words of every job of --multirun: all combinations of the values that are named."""
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+        count = math.prod(_values(override) for override in parsed if override.is_sweep_override())
+        if count > MAX_JOBS:
+            raise UserError(f"--multirun: {count} combinations, at most {MAX_JOBS} are run; name fewer values")
+        (jobs,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
+    except COMPOSITION_ERRORS as error:
+        raise UserError(_explain(error)) from None
+    return [list(job) for job in jobs]
+
+
+def _values(override: Override) -> int:
+    """How many values a word of --multirun stands for."""
+    value = override.value()
+    if isinstance(value, RangeSweep):
+        return len(range(int(value.start or 0), int(value.stop or 0), int(value.step or 1) or 1))
+    return len(value.list) if isinstance(value, ChoiceSweep) else 1
+
+
+def _composed_once(config_name: str, overrides: Sequence[str]) -> dict[str, Any]:
     """What Hydra's own `main` makes of words without options, which it composes twice: half the time of a plan."""
-    logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
+    GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            return _plain(hydra.compose(config_name, [*sys.argv[1:], *_searchpath()]))
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
-        raise UserError(_explain(error, config_name)) from None
+            return _plain(hydra.compose(config_name, [*overrides, *_searchpath(overrides)]))
+    except COMPOSITION_ERRORS as error:
+        raise UserError(_explain(error)) from None
 
 
-def _searchpath() -> list[str]:
+def _searchpath(overrides: Sequence[str]) -> list[str]:
     """The override that lets Hydra look into `conf/` of the working folder, too, where there is one."""
-    if any(word.startswith("hydra.searchpath=") for word in sys.argv[1:]):
+    if any(word.startswith("hydra.searchpath=") for word in overrides):
         return []
     quoted = [str(folder).replace("\\", "\\\\").replace("'", "\\'") for folder in config_folders()[1:]]
     return [f"hydra.searchpath=['file://{folder}']" for folder in quoted]
 
 
-def recompose(config_name: str) -> Callable[[Sequence[str], Sequence[int]], list[dict[str, Any]]]:
-    """How to compose the command's configuration anew: with further overrides, once for each seed."""
-    words = [word for word in sys.argv[1:] if not word.startswith("-")]
+def recompose(program: Program) -> Callable[[Sequence[str], Sequence[int]], list[dict[str, Any]]]:
+    """How to compose the command's configuration again: with further overrides, once for each seed."""
+    words = words_of.read(program, sys.argv[1:])
+    if words.multirun:
+        raise UserError("--multirun: an ablation runs all of its variants; make what you vary an axis of it")
 
-    def composed(overrides: Sequence[str], seeds: Sequence[int]) -> list[dict[str, Any]]:
+    def composed_with(overrides: Sequence[str], seeds: Sequence[int]) -> list[dict[str, Any]]:
         GlobalHydra.instance().clear()
+        changed = [*words.overrides, *words_of.normalized(program, overrides, words)]
         try:
             with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-                config = hydra.compose(config_name, [*words, *overrides, *_searchpath()])
-        except (HydraException, OmegaConfBaseException, ValueError) as error:
-            raise UserError(_explain(error, config_name)) from None
+                config = hydra.compose(program.config_name, [*changed, *_searchpath(changed)])
+        except COMPOSITION_ERRORS as error:
+            raise UserError(_explain(error)) from None
         found = []
         for seed in seeds:
             config.seed = seed
             found.append(_plain(config))
         return found
 
-    return composed
+    return composed_with
 
 
 def _plain(config: DictConfig) -> dict[str, Any]:
@@ -118,28 +146,25 @@ def _plain(config: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in values.items()}
 
 
-def _explain(error: Exception, config_name: str) -> str:
-    """Hydra's message for a misspelt key, group or option, with the nearest name that exists."""
+def _explain(error: Exception) -> str:
+    """Hydra's message in one line, without what only its authors need."""
+    causes = [error]
+    while (cause := causes[-1].__cause__) is not None and isinstance(cause, Exception):
+        causes.append(cause)
     message = " ".join(str(error).split())
-    if found := re.search(r"Could not override '([^']+)'", message):
-        return f"{found[1]}: unknown key; {_nearest_key(found[1], config_name)}"
-    if (found := re.search(r"Could not find '(?:\w+/)*?(\w+)/(\w+)'", message)) and (known := options(found[1])):
-        return f"{found[1]}={found[2]}: there is no conf/{found[1]}/{found[2]}.yaml; {nearest(found[2], known)}"
+    if isinstance(error, RecursionError):
+        return "a configuration is nested too deep to be read; write it with fewer levels"
+    if isinstance(error, yaml.YAMLError):
+        return f"a configuration is no YAML: {message}; correct it there"
+    if found := re.search(r"Could not find '([^']+)'", message):
+        return f"{found[1]}: no such file in conf/; name one that is there, --help shows them"
     if isinstance(error, OverrideParseException):
         return f"{message.partition(' See https')[0]}; write what you change as KEY=VALUE, --help shows how"
-    return message
-
-
-def _nearest_key(key: str, config_name: str) -> str:
-    """Among the keys of the default configuration, beside the last part of `key` that exists."""
-    GlobalHydra.instance().clear()
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        known = hydra.compose(config_name)
-    for part in key.split("."):
-        inner = OmegaConf.select(known, part) if isinstance(known, DictConfig) else None
-        if inner is None:
-            if part in known and (choices := options(part)):
-                return f"choose one of that group first, e.g. {part}={choices[0]}"
-            return nearest(part, map(str, known)) if isinstance(known, DictConfig) else "it has no keys inside"
-        known = inner
-    return "it is set twice"
+    if found := re.match(r"Error merging override \+\+([^=]+)", message):
+        reason = " ".join(str(causes[-1]).split()).partition(" full_key:")[0]
+        return f"{found[1]}: cannot be set ({reason}); --cfg job prints the keys there are"
+    if found := re.match(r"Interpolation key '([^']+)' not found full_key: (\S+)", message):
+        return f"{found[1]}: is needed by {found[2]}, and is not there; set it, or {found[2]}"
+    if found := re.match(r"Ambiguous value for argument '\+*([^=]+)=(.*?)' 1\.", message):
+        return f"{found[1]}={found[2]}: several values; write [{found[2]}] for a list, or add --multirun"
+    return message.replace("++", "")

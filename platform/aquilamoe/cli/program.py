@@ -1,36 +1,54 @@
 """The program `efficientscale`; the scripts of `workflows/` are its commands under names of their own."""
 
 import sys
+from typing import Any
 
 import aquilamoe
 from aquilamoe.cli.hydra_cli import recompose, run
 from aquilamoe.cli.shipped import STUDIES, options
+from aquilamoe.cli.words import Program
+from aquilamoe.config.ablation import AblationConfig
+from aquilamoe.config.growing import GrowConfig
 from aquilamoe.config.messages import nearest
+from aquilamoe.config.schema import ExperimentConfig
+
+WITH_DEFAULTS = ("data", "model", "growth", "upcycling", "optimizer", "schedule", "cluster")
+
+
+class Ablations(ExperimentConfig):
+    """The keys of `ablate`: an experiment's, the ablation, and the source that advice is about."""
+
+    ablation: AblationConfig
+    source: str | None
+
+
+PIPELINE = Program("config", ExperimentConfig, ("experiment",), WITH_DEFAULTS)
+ABLATIONS = Program("ablations", Ablations, ("experiment", "ablation"), WITH_DEFAULTS)
+GROW = Program("grow", GrowConfig, ("growth", "upcycling"))
 
 
 def run_pipeline() -> None:
     """`efficientscale [run]`, `workflows/efficientscale.py`: pretrain small, scale up, scale out."""
     from aquilamoe.commands import execute
 
-    run("config", execute, optional_groups=("experiment",), paths=("checkpoint", "other", "prompt", "tasks"))
+    run(PIPELINE, execute)
 
 
 def grow() -> None:
     """`efficientscale grow`, `workflows/grow.py`: grow one Hugging Face checkpoint."""
     from aquilamoe.growing.command import execute
 
-    run("grow", execute, optional_groups=("growth", "upcycling"), paths=("source", "target", "certificate.text"))
+    run(GROW, execute)
 
 
 def ablate() -> None:
     """`efficientscale ablate`, `workflows/ablations.py`: compare ways of growing."""
     from aquilamoe.ablation.command import execute
 
-    run(
-        "ablations",
-        lambda values, command: execute(values, options("ablation"), recompose("ablations"), command, STUDIES),
-        optional_groups=("ablation",),
-    )
+    def compare(values: dict[str, Any], command: str) -> None:
+        execute(values, options("ablation"), recompose(ABLATIONS), command, STUDIES)
+
+    run(ABLATIONS, compare)
 
 
 COMMANDS = {"run": run_pipeline, "grow": grow, "ablate": ablate}

@@ -1,15 +1,17 @@
 """The configuration of an ablation: what is varied, how often, and what it is compared with."""
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from aquilamoe.config.messages import nearest
-from aquilamoe.config.network import Config, Int, NonNegativeInt, PositiveFloat, PositiveInt
+from aquilamoe.config.network import Config, Int, PositiveFloat, PositiveInt, Seed
 from aquilamoe.config.schema import Name
 
 RECOVERY = ("recovery_tokens", "recovery_flops")  # of a stage that continues what was grown
+MAX_SEEDS, MAX_TRIALS = 1000, 10_000
 Overrides = tuple[str, ...]  # as on the command line: KEY=VALUE
 
 
@@ -36,15 +38,15 @@ class ControlsConfig(Config):
     """
 
     scratch_of: Literal["all", "baseline", "none"] = "all"
-    scratch_learning_rate_ratios: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)]
-    continued_learning_rate_ratios: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)]
+    scratch_learning_rate_ratios: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (0.5, 1.0)
+    continued_learning_rate_ratios: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (1.0,)
 
 
 class BudgetConfig(Config):
     """What the objective's stage may cost in every variant: tokens or model FLOPs; the other is null."""
 
-    tokens: PositiveInt | None
-    flops: PositiveFloat | None
+    tokens: PositiveInt | None = None
+    flops: PositiveFloat | None = None
 
     @model_validator(mode="after")
     def _check_one(self) -> Self:
@@ -74,11 +76,11 @@ class AblationConfig(Config):
 
     axes: Annotated[dict[Name, AxisConfig], Field(min_length=1)]
     combinations: Literal["all", "one_at_a_time"] = "all"
-    exclude: tuple[dict[Name, str], ...]
+    exclude: tuple[dict[Name, str], ...] = ()
     objective: ObjectiveConfig
-    budget: BudgetConfig
-    controls: ControlsConfig
-    seeds: tuple[NonNegativeInt, ...]
+    budget: BudgetConfig = BudgetConfig()
+    controls: ControlsConfig = ControlsConfig()
+    seeds: tuple[Seed, ...]
     scheduler: Literal["none", "asha"]
     trial_cpus: PositiveInt
 
@@ -96,6 +98,21 @@ class AblationConfig(Config):
             raise ValueError("exclude leaves out the baseline, which all are compared with; take it out of the list")
         return self
 
+    @model_validator(mode="after")
+    def _check_number(self) -> Self:
+        """Every variant is composed and planned before anything runs, with every seed."""
+        values = [len(spec.values) for spec in self.axes.values()]
+        alone = self.combinations == "one_at_a_time"
+        number = 1 + sum(count - 1 for count in values) if alone else math.prod(values)
+        if number * len(self.seeds) > MAX_TRIALS:
+            fewer = "" if alone else ", or combinations: one_at_a_time"
+            raise ValueError(
+                f"axes: {len(values)} axes make {number:,} combinations, with {len(self.seeds):,} seeds "
+                f"{number * len(self.seeds):,} trials, at most {MAX_TRIALS:,} are planned; name fewer values or "
+                f"seeds{fewer}"
+            )
+        return self
+
     def leaves_out(self, values: Mapping[str, str]) -> bool:
         """Whether a combination of the axes' values is no variant."""
         changed = sum(values[axis] != spec.baseline for axis, spec in self.axes.items())
@@ -107,6 +124,11 @@ class AblationConfig(Config):
     @classmethod
     def _count(cls, seeds: Any) -> Any:
         """A number of seeds means the first so many."""
+        if isinstance(seeds, float) and seeds.is_integer():
+            seeds = int(seeds)  # 1e2 on a command line
+        number = len(seeds) if isinstance(seeds, (list, tuple)) else seeds
+        if isinstance(number, int) and not isinstance(number, bool) and number > MAX_SEEDS:
+            raise ValueError(f"{number:,} seeds, at most {MAX_SEEDS:,} are run; 3 to 10 give an interval")
         if isinstance(seeds, int) and not isinstance(seeds, bool):
             if seeds < 1:
                 raise ValueError(f"{seeds} seeds compare nothing; give at least 1, and 3 for an interval")

@@ -6,6 +6,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, field_validator, mode
 
 from aquilamoe.config.network import Config, NonNegativeInt, PositiveInt
 
+VALIDATION_FRACTION = 0.05  # held out where a corpus says nothing
 Scalar = bool | int | float | str
 
 
@@ -97,6 +98,19 @@ class CleaningConfig(Config):
     deduplicate: bool = True
     max_document_bytes: PositiveInt = 10_000_000
     shard_bytes: PositiveInt = 1 << 26
+
+
+def with_mixture(data: Any) -> Any:
+    """A corpus without the sources that are null, and with a share of each other: the mixture's, or equal ones."""
+    if not isinstance(data, dict) or not isinstance(sources := data.get("sources"), dict):
+        return data
+    there = {name: source for name, source in sources.items() if source is not None}
+    mixture = data.get("mixture")
+    if mixture is None:
+        mixture = dict.fromkeys(there, 1.0)
+    elif isinstance(mixture, dict):
+        mixture = {name: share for name, share in mixture.items() if name in there or name not in sources}
+    return {**data, "sources": there, "mixture": mixture}
 
 
 def check_cleaned(sources: dict[str, SourceConfig], cleaning: CleaningConfig | None) -> None:

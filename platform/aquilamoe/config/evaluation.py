@@ -1,6 +1,6 @@
 """How checkpoints are made to write, and what they are asked."""
 
-from aquilamoe.config.network import Config, NonNegativeFloat, NonNegativeInt, PositiveInt
+from aquilamoe.config.network import Config, NonNegativeFloat, PositiveInt, Seed
 
 
 class GenerationConfig(Config):
@@ -8,7 +8,7 @@ class GenerationConfig(Config):
 
     max_new_tokens: PositiveInt = 48
     temperature: NonNegativeFloat = 0.0
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
 
 
 class EvaluationConfig(Config):

@@ -6,9 +6,10 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field, ValidationError, field_validator
 
 from aquilamoe.config.messages import UserError, first_problem, nearest
-from aquilamoe.config.network import Config, Int, NonNegativeInt, PositiveFloat, PositiveInt
+from aquilamoe.config.network import Config, Int, NonNegativeInt, PositiveFloat, PositiveInt, Seed
 from aquilamoe.config.schema import GrowthConfig, UpcyclingConfig
 
+EXAMPLES = {"growth": "fpi", "upcycling": "copy"}
 SparseLayers = Literal["all", "every_other"]
 
 
@@ -76,7 +77,7 @@ class GrowConfig(Config):
     target: str
     action: Literal["run", "plan", "certify"]
     plan: Literal["grouped", "full"]
-    seed: NonNegativeInt
+    seed: Seed
     model: dict[str, Any]
     growth: GrowthConfig | None
     upcycling: SparseUpcycling | None
@@ -87,9 +88,10 @@ class GrowConfig(Config):
 
 def parse(values: Mapping[str, Any]) -> GrowConfig:
     """Validate a composed configuration; UserError with one line for the first problem."""
-    for key, what in (("source", "a directory with a Hugging Face checkpoint"), ("target", "the directory to make")):
-        if values.get(key) is None:
-            raise UserError(f"{key}: required but not set; name {what}, {key}=DIR")
+    needed = {"source": "a directory with a Hugging Face checkpoint", "target": "the directory to make"}
+    missing = [key for key in needed if values.get(key) is None]
+    if missing:
+        raise UserError(*(f"{key}: required but not set; name {needed[key]}, {key}=DIR" for key in missing))
     values = {**values, "upcycling": _chosen(values.get("upcycling"))}
     _check_one_growth(values)
     try:
@@ -109,6 +111,10 @@ def _chosen(upcycling: Any) -> Any:
 
 def _check_one_growth(values: Mapping[str, Any]) -> None:
     growth, upcycling = values.get("growth"), values["upcycling"]
+    for key, chosen in (("growth", growth), ("upcycling", upcycling)):
+        if isinstance(chosen, Mapping) and chosen and "method" not in chosen:
+            first = next(iter(chosen))
+            raise UserError(f"{key}.{first}: {chosen[first]} of no {key}; name one, e.g. {key}={EXAMPLES[key]}")
     if growth is not None and upcycling is not None:
         raise UserError(
             "growth, upcycling: both are named, a call does one of them; grow first, then upcycle the result in a "

@@ -9,8 +9,11 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from aquilamoe.config.keys import elsewhere
+
 Location = tuple[int | str, ...]
 SHOWN_CHARACTERS = 60
+SHOWN_PROBLEMS = 4  # lines
 LONGEST_MESSAGE = 4000  # characters; a name in a hostile file can be as long as the file
 # Categories of characters that a terminal obeys instead of showing them: controls, lone surrogates, separators of
 # lines; and the marks that reverse the order of what follows.
@@ -20,14 +23,14 @@ PASSWORD = re.compile(r"(://[^/\s:@'\"]*):[^/\s'\"]+@")
 
 
 class UserError(Exception):
-    """A mistake that the user can repair; its text is one line and the command exits with status 1.
+    """A mistake that the user can repair, in one line, or several, a line each; the command exits with status 1.
 
     Names of files, tensors and columns that are in it come from anybody: it never has a character that a terminal
     obeys.
     """
 
-    def __init__(self, text: str) -> None:
-        super().__init__(shortened(printable(text)))
+    def __init__(self, *texts: str) -> None:
+        super().__init__("\n".join(shortened(printable(text)) for text in texts))
 
 
 def printable(text: str) -> str:
@@ -71,15 +74,18 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 
 
 def first_problem(error: ValidationError, model: type[BaseModel], values: Any, where: str = "") -> UserError:
-    """Turn a pydantic error into one line: path, value, what is wrong, nearest valid name.
+    """Turn a pydantic error into a line for each problem: path, value, what is wrong, nearest valid name.
 
     Unknown keys come first: a misspelt key usually causes the "field required" beside it.
     """
     problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
     # One mistake in a shared group shows up in every stage that refers to it.
-    causes = {(problem["type"], problem["msg"], str(problem["loc"][-1:])) for problem in problems}
-    more = f" (and {len(causes) - 1} more problem{'s' if len(causes) > 2 else ''})" if len(causes) > 1 else ""
-    return UserError(_describe(problems[0], model, values, where) + more)
+    causes = {(problem["type"], problem["msg"], str(problem["loc"][-1:])): problem for problem in reversed(problems)}
+    lines = [_describe(problem, model, values, where) for problem in problems if problem in causes.values()]
+    if len(lines) > SHOWN_PROBLEMS:
+        left = len(lines) - SHOWN_PROBLEMS + 1
+        lines = [*lines[: SHOWN_PROBLEMS - 1], f"and {left} more problems; correct these first"]
+    return UserError(*lines)
 
 
 def _describe(problem: ErrorDetails, model: type[BaseModel], values: Any, where: str) -> str:
@@ -87,7 +93,10 @@ def _describe(problem: ErrorDetails, model: type[BaseModel], values: Any, where:
     path = ".".join(part for part in (where, *_keys(location, values)) if part) or model.__name__
     kind, value = problem["type"], problem.get("input")
     if kind == "extra_forbidden":
-        return f"{path}: unknown key; {nearest(str(location[-1]), _fields_at(model, location[:-1]))}"
+        fields = _fields_at(model, location[:-1])
+        other = [] if difflib.get_close_matches(str(location[-1]), fields, cutoff=0.75) else elsewhere(values, path)
+        offered = " or ".join(f"'{key}'" for key in other)
+        return f"{path}: unknown key; {f'did you mean {offered}?' if other else nearest(str(location[-1]), fields)}"
     if kind == "missing":
         return f"{path}: required but not set; give it a value, e.g. +{path}=VALUE"
     if kind == "value_error":

@@ -18,6 +18,8 @@ PositiveInt = Annotated[Int, Field(gt=0)]
 NonNegativeInt = Annotated[Int, Field(ge=0)]
 PositiveFloat = Annotated[Float, Field(gt=0.0)]
 NonNegativeFloat = Annotated[Float, Field(ge=0.0)]
+Seed = Annotated[Int, Field(ge=0, lt=10**18)]  # what every generator takes
+Divisor = Annotated[Int, Field(gt=0, le=10**15)]
 Fraction = Annotated[Float, Field(ge=0.0, le=1.0)]
 # Numbers that float32 computes something with: a frequency that rises or is 0, a norm that is all epsilon, and weights
 # that overflow in the first product are mistakes.

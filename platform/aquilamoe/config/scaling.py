@@ -5,13 +5,14 @@ nothing behind this module knows that there was another size. Ratios stay: those
 queries to keys and values (the groups of grouped-query attention), of heads to each other, of budgets to each other.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pydantic import ValidationError
 
 from aquilamoe.config.messages import UserError, first_problem
-from aquilamoe.config.network import Config, PositiveFloat, PositiveInt
+from aquilamoe.config.network import Config, Divisor, PositiveFloat
 
 Values = Mapping[str, Any]
 KEY = "scale"
@@ -33,11 +34,11 @@ class ScaleConfig(Config):
     learning_rate: what rates are multiplied by, because narrow models want larger ones.
     """
 
-    width: PositiveInt = 1
-    layers: PositiveInt = 1
-    sequence: PositiveInt = 1
-    batch: PositiveInt = 1
-    tokens: PositiveInt = 1
+    width: Divisor = 1
+    layers: Divisor = 1
+    sequence: Divisor = 1
+    batch: Divisor = 1
+    tokens: Divisor = 1
     learning_rate: PositiveFloat = 1.0
 
 
@@ -50,6 +51,12 @@ def scaled(values: Values) -> dict[str, Any]:
     except ValidationError as error:
         raise first_problem(error, ScaleConfig, given, KEY) from None
     return rest if scale == ScaleConfig() else _Scaling(rest, scale).values()
+
+
+def _divisors(number: int) -> Iterator[int]:
+    for divisor in range(1, math.isqrt(number) + 1):
+        if number % divisor == 0:
+            yield from (divisor, number // divisor)
 
 
 class _Scaling:
@@ -107,13 +114,9 @@ class _Scaling:
         models = [self.experiment.get("model"), *(stage.get("model") for stage in self._stages())]
         numbers = [model.get(field) for model in models if isinstance(model, Mapping) for field in _HEADS]
         counts = [number for number in numbers if isinstance(number, int) and number > 0]
-        width = self.scale.width
-        fits = [
-            divisor
-            for divisor in range(1, width + 1)
-            if width % divisor == 0 and all(n % divisor == 0 and n // divisor >= FEWEST_GROUPS for n in counts)
-        ]
-        return max(fits, default=1)
+        common = math.gcd(self.scale.width, *counts)
+        largest = min(counts, default=common) // FEWEST_GROUPS
+        return max((divisor for divisor in _divisors(common) if divisor <= largest), default=1)
 
     def _stages(self) -> Iterator[Values]:
         stages = self.experiment.get("stages")

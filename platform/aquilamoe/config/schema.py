@@ -8,9 +8,18 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from aquilamoe.config.corpus import CleaningConfig, Extended, SourceConfig, check_cleaned
+from aquilamoe.config.corpus import (
+    VALIDATION_FRACTION,
+    CleaningConfig,
+    Extended,
+    SourceConfig,
+    check_cleaned,
+    with_mixture,
+)
 from aquilamoe.config.evaluation import EvaluationConfig, GenerationConfig
 from aquilamoe.config.growth import GrowthConfig, UpcyclingConfig
+from aquilamoe.config.inheritance import inherited, without_null
+from aquilamoe.config.keys import AsTyped
 from aquilamoe.config.network import (
     Config,
     Float,
@@ -20,29 +29,13 @@ from aquilamoe.config.network import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    Seed,
 )
 from aquilamoe.config.steps import OptimizerConfig, RouterConfig, ScheduleConfig, SpikesConfig
 
 Precision = Literal["bf16", "bf16_master", "fp32"]
 # It names files, of which the longest adds some 50 characters; file systems allow 255 bytes.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=100)]
-
-
-def _inherit(stage: Any, groups: dict[str, Any]) -> Any:
-    if not isinstance(stage, dict):
-        return stage
-    merged = {
-        group: {**groups[group], **_without_null(stage[group])}
-        for group in ("growth", "upcycling", "optimizer", "schedule")
-        if isinstance(stage.get(group), dict) and isinstance(groups.get(group), dict)
-    }
-    return {**stage, **merged}
-
-
-def _without_null(values: Any) -> Any:
-    if not isinstance(values, dict):
-        return values
-    return {key: value for key, value in values.items() if value is not None}
 
 
 class DataConfig(Config):
@@ -54,8 +47,13 @@ class DataConfig(Config):
     folder: str | None = None
     sources: Annotated[dict[str, SourceConfig], Field(min_length=1)]
     mixture: dict[str, PositiveFloat]
-    validation_fraction: Annotated[Float, Field(gt=0.0, lt=0.5)]
+    validation_fraction: Annotated[Float, Field(gt=0.0, lt=0.5)] = VALIDATION_FRACTION
     cleaning: CleaningConfig | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, values: Any) -> Any:
+        return with_mixture(values)
 
 
 class StageConfig(Config):
@@ -71,7 +69,7 @@ class StageConfig(Config):
     @classmethod
     def _leave_out_null(cls, inputs: Any) -> Any:
         """`role: null` takes an input away that a template names."""
-        return _without_null(inputs)
+        return without_null(inputs)
 
     @model_validator(mode="after")
     def _check_roles(self) -> Self:
@@ -88,9 +86,14 @@ class StageConfig(Config):
 class CorpusStage(Extended, StageConfig):
     kind: Literal["corpus"]
     sources: Annotated[dict[str, SourceConfig], Field(min_length=1)]
-    validation_fraction: Annotated[Float, Field(gt=0.0, lt=0.5)]
+    validation_fraction: Annotated[Float, Field(gt=0.0, lt=0.5)] = VALIDATION_FRACTION
     cleaning: CleaningConfig | None = None
     added = ("cleaning",)
+
+    @field_validator("sources", mode="before")
+    @classmethod
+    def _leave_out_sources(cls, sources: Any) -> Any:
+        return without_null(sources)
 
     @model_validator(mode="after")
     def _check_cleaning(self) -> Self:
@@ -144,7 +147,7 @@ class PretrainStage(StageConfig):
     learning_rate: PositiveFloat
     precision: Precision
     optimizer_state: Literal["reset", "keep"]
-    seed: NonNegativeInt
+    seed: Seed
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
     router: RouterConfig
@@ -193,7 +196,7 @@ class GrowthStage(StageConfig):
 
     model: dict[str, Any]
     optimizer_state: Literal["reset", "grow"]
-    seed: NonNegativeInt
+    seed: Seed
     tolerance: PositiveFloat
     certificate_tokens: PositiveInt
     roles = ("source", "tokens")
@@ -346,12 +349,12 @@ class ExperimentConfig(Config):
     until: Name | None = None
     as_json: Annotated[bool, Field(alias="json")] = False
     checkpoint: str | None = None
-    prompt: str | None = None
+    prompt: Annotated[str | None, AsTyped()] = None
     generation: GenerationConfig = GenerationConfig()
-    tasks: tuple[str, ...] | None = None
+    tasks: Annotated[tuple[str, ...] | None, AsTyped()] = None
     evaluation: EvaluationConfig = EvaluationConfig()
     other: str | None = None
-    seed: NonNegativeInt
+    seed: Seed
     precision: Precision
     model: ModelConfig
     data: DataConfig
@@ -375,7 +378,7 @@ class ExperimentConfig(Config):
     @classmethod
     def _leave_out_null(cls, stages: Any) -> Any:
         """`stages: {control: null}` takes a stage away that the default experiment has."""
-        return _without_null(stages)
+        return without_null(stages)
 
     @model_validator(mode="before")
     @classmethod
@@ -383,4 +386,4 @@ class ExperimentConfig(Config):
         """What a stage leaves null in a group is as the experiment's group has it."""
         if not isinstance(values, dict) or not isinstance(stages := values.get("stages"), dict):
             return values
-        return {**values, "stages": {name: _inherit(stage, values) for name, stage in stages.items()}}
+        return {**values, "stages": {name: inherited(stage, values) for name, stage in stages.items()}}

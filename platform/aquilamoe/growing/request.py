@@ -1,6 +1,7 @@
 """What a call asks for: source and target with all sizes, which of them follow, and what the growth claims."""
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from aquilamoe.config.network import ModelConfig
 from aquilamoe.config.schema import GrowthConfig, UpcyclingConfig
 from aquilamoe.growth import rules
 from aquilamoe.weights import configuration, headers, names
+
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # OWNER/NAME: also a path, but of no directory
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,8 @@ def open_checkpoint(key: str, path: Path) -> Checkpoint:
     """Read config.json and the headers; UserError unless they are of one model that can be computed."""
     if not path.is_dir():
         what = "is a file" if path.exists() else "no such directory"
+        if HUB_NAME.fullmatch(typed := os.path.relpath(path)):
+            what += f" (from the Hugging Face hub: hf download {typed} --local-dir {path.name}, then {key}={path.name})"
         raise UserError(f"{key}: {path}: {what}; name a directory with a Hugging Face checkpoint")
     model = configuration.read_config(path)
     tensors = headers.read(path)

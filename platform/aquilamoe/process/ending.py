@@ -34,5 +34,6 @@ def in_one_line() -> Iterator[None]:
         raise SystemExit(1)
 
 
-def _failure(line: str) -> SystemExit:
-    return SystemExit(f"error: {without_passwords(line)}")
+def _failure(text: str) -> SystemExit:
+    """A line for each problem."""
+    return SystemExit("\n".join(f"error: {line}" for line in without_passwords(text).splitlines()))
