@@ -1,3 +1,4 @@
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -5,12 +6,15 @@ from typing import Any
 
 import pytest
 
-from aquilamoe.config import graph
+from aquilamoe.config import graph, plugins
+from aquilamoe.config.messages import UserError
+from aquilamoe.pipeline import code
 from aquilamoe.pipeline import fingerprint as identity
 from aquilamoe.pipeline import plan as planning
 from aquilamoe.pipeline.fingerprint import differences, fingerprint, recipe
 from aquilamoe.pipeline.stage import module
 from aquilamoe.pipeline.store import Store
+from stage_records import stage_record
 
 Compose = Callable[..., dict[str, Any]]
 CONF = Path(__file__).parent.parent / "conf"
@@ -179,3 +183,110 @@ def test_equal_recipes_have_no_differences() -> None:
         "a.c": [1, {"d": 2}],
         "e": None,
     }
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the code that recipes name, in which recipes look for it."""
+    root = tmp_path / "package"
+    for files in code.NAMED.values():
+        for path in plugins.PACKAGE_ROOT.glob(files[0].replace("{}", "*")):
+            files_beside = [plugins.PACKAGE_ROOT / file for file in files if "{}" not in file]
+            for each in (path, *files_beside):
+                target = root / each.relative_to(plugins.PACKAGE_ROOT)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(each, target)
+    shutil.copytree(plugins.PACKAGE_ROOT / "stages", root / "stages")
+    monkeypatch.setattr(plugins, "PACKAGE_ROOT", root)
+    return root
+
+
+def edit(path: Path, *pairs: tuple[str, str]) -> None:
+    text = path.read_text()
+    for old, new in pairs:
+        assert old in text
+        text = text.replace(old, new)
+    path.write_text(text)
+
+
+def test_the_code_of_a_growth_method_is_part_of_the_identity_of_its_growth_and_of_no_other(
+    package: Path, fingerprints: Callable[..., dict[str, str]]
+) -> None:
+    words = {method: f"growth={method}" for method in ("aki", "aki_pro", "fpi")}
+    before = {method: fingerprints(word) for method, word in words.items()}
+    method = package / "growth" / "methods" / "aki.py"
+    edit(method, ("    spaces = [", "    # A comment.\n    spaces = ["), ('"""Grow one tensor', '"""Say it anew'))
+    assert {method: fingerprints(word) for method, word in words.items()} == before
+    edit(method, ("new_rows=upper_layer[role]", "new_rows=upper_layer[role + '']"))  # a helper, which `aki_pro` takes
+    after = {method: fingerprints(word) for method, word in words.items()}
+    assert after["fpi"] == before["fpi"]
+    for method_name in ("aki", "aki_pro"):
+        changed = {stage for stage, digest in after[method_name].items() if digest != before[method_name][stage]}
+        assert changed == {"scale_up", "dense", "scale_out", "moe", "evaluate", "export"}
+    edit(method, ("new_rows=upper_layer[role + '']", "new_rows=upper_layer[role]"))
+    assert {method: fingerprints(word) for method, word in words.items()} == before
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "first", "said"),
+    [
+        (
+            "growth/methods/aki_pro.py",
+            "return num_layers == 1",
+            "return num_layers == 2",
+            "scale_up",
+            "growth method aki_pro",
+        ),
+        (
+            "growth/depth.py",
+            "layer * num_sources //",
+            "layer * num_sources // 1 //",
+            "scale_up",
+            "growth depth interpolate",
+        ),
+        ("growth/variety.py", "size, drawn =", "drawn, size =", "scale_out", "upcycling method copy"),
+        ("training/schedules.py", "return 1.0", "return 2.0", "prepare", "schedule name wsd"),
+    ],
+)
+def test_what_is_changed_in_named_code_is_said_by_the_plan(
+    package: Path,
+    compose: Compose,
+    tmp_path: Path,
+    file: str,
+    old: str,
+    new: str,
+    first: str,
+    said: str,
+) -> None:
+    def plan() -> dict[str, planning.Planned]:
+        nodes = graph.build(graph.parse(compose()))
+        return {planned.name: planned for planned in planning.make(nodes, store, planning.Speed(1e9))}
+
+    store = Store(tmp_path)
+    for planned in plan().values():
+        partial = store.partial(planned.name, planned.fingerprint)
+        partial.mkdir(parents=True)
+        about = {"stage": planned.name, "kind": planned.node.stage.kind, "fingerprint": planned.fingerprint}
+        store.publish(partial, stage_record(**about, recipe=planned.recipe))
+    assert {planned.state for planned in plan().values()} == {"cached"}
+    edit(package / file, (old, new))
+    assert plan()[first].reason == f"code of {said} changed"
+    edit(package / file, (new, old))
+    assert plan()[first].state == "cached"
+
+
+def test_code_that_is_not_python_is_one_line(package: Path, fingerprints: Callable[..., dict[str, str]]) -> None:
+    path = package / "growth" / "methods" / "fpi.py"
+    path.write_text("def grow(:\n")
+    with pytest.raises(UserError, match=rf"^{path}: is not Python \(line 1: .*\); correct it$"):
+        fingerprints("growth=fpi")
+
+
+def test_a_method_of_ones_own_is_known_by_its_code_from_the_start(package: Path) -> None:
+    shutil.copy(package / "growth" / "methods" / "fpi.py", package / "growth" / "methods" / "mine.py")
+    assert code.of({"growth": {"method": "fpi", "depth": [0, 0, 1]}}) == {}
+    assert set(code.of({"growth": {"method": "mine", "depth": "stack"}})) == {"growth.method"}
+    assert differences(
+        recipe("scale_up", 1, {"growth": {"method": "fpi"}}, {}),
+        recipe("scale_up", 1, {"growth": {"method": "mine"}}, {}, {"growth.method": "0"}),
+    ) == ["growth.method fpi -> mine"]

@@ -9,6 +9,7 @@ from typing import Any
 
 from aquilamoe.config.messages import UserError
 from aquilamoe.growing.request import Request
+from aquilamoe.pipeline import code
 from aquilamoe.pipeline.fingerprint import Recipe, differences, fingerprint
 from aquilamoe.weights import configuration
 
@@ -51,12 +52,10 @@ def recipe(request: Request, source: Mapping[str, str]) -> Recipe:
     """All that the bytes of the weights depend on; `source` are the digests of its files."""
     name = "growth" if request.kind == "scale_up" else "upcycling"
     model, growth = request.model.model_dump(mode="json"), request.growth.model_dump(mode="json")
-    return {
-        "kind": request.kind,
-        "version": VERSION,
-        "config": {name: growth, "model": model, "dtype": request.source.dtype_name, "seed": request.seed},
-        "inputs": {"source": dict(sorted(source.items()))},
-    }
+    config = {name: growth, "model": model, "dtype": request.source.dtype_name, "seed": request.seed}
+    changed = {"code": own} if (own := code.of(config)) else {}
+    inputs = {"source": dict(sorted(source.items()))}
+    return {"kind": request.kind, "version": VERSION, "config": config, "inputs": inputs, **changed}
 
 
 def identity(recipe: Recipe) -> str:

@@ -6,12 +6,23 @@ from collections.abc import Mapping
 from typing import Any
 
 Recipe = dict[str, Any]
+CODE = "code."
 
 
-def recipe(kind: str, version: int, config: Mapping[str, Any], inputs: Mapping[str, str]) -> Recipe:
-    """A stage's semantic configuration, with each input replaced by the fingerprint of the stage it names."""
+def recipe(
+    kind: str,
+    version: int,
+    config: Mapping[str, Any],
+    inputs: Mapping[str, str],
+    code: Mapping[str, str] | None = None,
+) -> Recipe:
+    """A stage's semantic configuration, with each input replaced by the fingerprint of the stage it names.
+
+    code: digests of what the configuration names, where it is not what was shipped (`pipeline.code`).
+    """
     own = {key: value for key, value in config.items() if key not in ("kind", "inputs")}
-    return {"kind": kind, "version": version, "config": own, "inputs": dict(inputs)}
+    changed = {"code": dict(code)} if code else {}
+    return {"kind": kind, "version": version, "config": own, "inputs": dict(inputs), **changed}
 
 
 def fingerprint(value: Recipe) -> str:
@@ -36,7 +47,16 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
     before, after = flatten(old), flatten(new)
     changed = [key for key in {**after, **before} if before.get(key) != after.get(key)]
     changed.sort(key=lambda key: (key.startswith("inputs."), key))
-    return [f"{key.removeprefix('config.')} {_show(before, key)} -> {_show(after, key)}" for key in changed]
+    return [line for key in changed if (line := _difference(key, before, after))]
+
+
+def _difference(key: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    if not key.startswith(CODE):
+        return f"{key.removeprefix('config.')} {_show(before, key)} -> {_show(after, key)}"
+    field = key.removeprefix(CODE)
+    names = [values.get(f"config.{field}") for values in (before, after)]
+    # Of another name the code is another: that the name changed says it.
+    return f"code of {field.replace('.', ' ')} {names[1]} changed" if names[0] == names[1] else ""
 
 
 def _show(values: Mapping[str, Any], key: str) -> str:

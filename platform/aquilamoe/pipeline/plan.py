@@ -10,8 +10,8 @@ from typing import Literal, Self
 from aquilamoe.config.graph import Node
 from aquilamoe.config.schema import ClusterConfig
 from aquilamoe.estimates import machine
+from aquilamoe.pipeline import code, mirror
 from aquilamoe.pipeline import fingerprint as identity
-from aquilamoe.pipeline import mirror
 from aquilamoe.pipeline.fingerprint import Recipe
 from aquilamoe.pipeline.stage import Estimate, module
 from aquilamoe.pipeline.store import METRICS, Record, Store, read_points
@@ -103,7 +103,8 @@ def recipes(nodes: Mapping[str, Node]) -> dict[str, Recipe]:
     for node in nodes.values():
         inputs = {role: identity.fingerprint(found[name]) for role, name in node.stage.inputs.items()}
         config = node.stage.model_dump(mode="json")
-        found[node.name] = identity.recipe(node.stage.kind, module(node.stage.kind).VERSION, config, inputs)
+        version = module(node.stage.kind).VERSION
+        found[node.name] = identity.recipe(node.stage.kind, version, config, inputs, code.of(config))
     return found
 
 
