@@ -158,3 +158,17 @@ def test_a_transposed_expert_is_refused_by_its_tensor(tmp_path: Path) -> None:
 
 def test_layers_of_these_growths_are_where_the_tests_look_for_them() -> None:
     assert map_layers(SOURCE, LARGER, FPI).sources == (0, 0, 1, 2, 2, 3)
+
+
+@pytest.mark.parametrize("place", ["embedding", "expert"])
+def test_numbers_that_no_token_needed_are_compared_too(tmp_path: Path, place: str) -> None:
+    write_source(tmp_path / "source", dtype=torch.bfloat16)
+    scale_out(tmp_path / "source", tmp_path / "target", SOURCE.model_copy(update=SPARSE), COPY, SEED)
+    tokens_bt = torch.full((1, 2), 3)  # one token is computed with: it chooses two of four experts
+    config = read_config(tmp_path / "target")
+    experts = [names.layer_name(config, 1, names.expert_role(each, names.UP)) for each in range(config.num_experts)]
+    for damaged in [names.EMBEDDING] if place == "embedding" else experts:
+        damage(tmp_path / "target", lambda tensors, name=damaged: tensors[name][9].mul_(2))
+        with pytest.raises(UserError, match=f"tensor '{damaged}' of the target is "):
+            certify(tmp_path / "source", tmp_path / "target", tokens_bt, True, 1e-3, COPY, SEED)
+        damage(tmp_path / "target", lambda tensors, name=damaged: tensors[name][9].div_(2))

@@ -153,8 +153,11 @@ def _show_claim(out: Console, request: Request, config: GrowConfig, tolerance: f
     elif config.certificate.enabled:
         tokens = f"{config.certificate.tokens:,} tokens"
         limit = f"{tolerance:.3g} of the logits' spread"
+        is_rounded = ITEM_BYTES[request.source.dtype] < 4
+        before = f", before it is rounded to {request.source.dtype_name}" if is_rounded else ""
         out.print(
-            f"claim   the function is kept; refused if a logit is off by more than {limit} on {tokens}", soft_wrap=True
+            f"claim   the function is kept; refused if a logit is off by more than {limit} on {tokens}{before}",
+            soft_wrap=True,
         )
     else:
         out.print("claim   the function is kept; certificate.enabled is false, so nothing will be measured")

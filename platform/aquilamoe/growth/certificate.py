@@ -19,7 +19,7 @@ from aquilamoe.growth.alignment import LEAST_UPDATE, Alignment, align
 from aquilamoe.growth.bounds import COMPARED_TOKENS
 from aquilamoe.growth.forward import Stored, StreamedDecoder, Weights, opened
 from aquilamoe.growth.logits import Comparison, compare
-from aquilamoe.growth.rounding import RoundedAgain, unrounded
+from aquilamoe.growth.rounding import RoundedAgain, Unrounded, unrounded
 from aquilamoe.growth.stream import Progress, silent
 from aquilamoe.model import Routing
 
@@ -77,7 +77,7 @@ def certify(
         fault, ties = walk.judge(found, tolerance) if preserving else (None, False)
         if fault is not None:
             raise _broken(fault, found, tolerance, growth is not None)
-        rounding = walk.round() if exact is not None else None
+        rounding = walk.round(exact) if exact is not None else None
     certificate = {
         **_measures(found),
         "preserving": preserving,
@@ -173,13 +173,14 @@ class _Walk:
             self._step()
         return x_btd
 
-    def round(self) -> dict[str, Any]:
-        """What rounding does to predictions of the source, on some sequences.
+    def round(self, exact: Unrounded) -> dict[str, Any]:
+        """What rounding does to predictions of the source, on some sequences; the files are that, to their last number.
 
         `dtype`, of the files; `tokens` (predicted); `target_*`: the target as it is in its files, beside the source;
         `source_*`: the source, rounded once more, beside itself. Of both, `relative`, the largest difference of a logit
         as a fraction of the logits' spread, and `kl` in nats/token.
         """
+        exact.check_rest()
         source, target = self._stored
         measured: dict[str, Any] = {"dtype": str(target.file_dtype).removeprefix("torch.")}
         again = RoundedAgain(source, target.file_dtype)

@@ -8,7 +8,7 @@ from torch import Tensor
 from aquilamoe.config.messages import UserError
 from aquilamoe.config.schema import GrowthConfig, ModelConfig, UpcyclingConfig
 from aquilamoe.growth import scale_out, scale_up
-from aquilamoe.growth.forward import Stored, Weights
+from aquilamoe.growth.forward import Stored
 from aquilamoe.growth.rows import Rows, rows_of_block
 from aquilamoe.growth.stream import Recipe
 
@@ -21,17 +21,17 @@ def unrounded(
     target: tuple[Stored, ModelConfig],
     growth: GrowthConfig | UpcyclingConfig,
     seed: int,
-) -> Weights:
+) -> "Unrounded":
     """What `growth` makes of the source, before it is rounded to what is in the target's files."""
     (before, old), (after, new) = source, target
     if isinstance(growth, GrowthConfig):
         recipes = scale_up.recipes(before.reader, old, new, growth, seed)
     else:
         recipes = scale_out.recipes(before.reader, old, new, growth, seed)
-    return _Unrounded(before, after, recipes)
+    return Unrounded(before, after, recipes)
 
 
-class _Unrounded:
+class Unrounded:
     """Tensors that are computed again, a block of rows at a time, and compared with those in the target's files.
 
     What is asked for is therefore both what the growth makes and, but for rounding, what is on the disk. UserError,
@@ -43,6 +43,7 @@ class _Unrounded:
         self.dtype = target.dtype
         self._source, self._target = source, target
         self._rows = {name: recipe.rows for recipe in recipes for name in recipe.names}
+        self._unread = {name: rows.shape[0] for name, rows in self._rows.items()}  # rows, of each
         self._kind = torch.finfo(target.file_dtype)
 
     def get(self, name: str) -> Tensor:
@@ -57,8 +58,19 @@ class _Unrounded:
             part = out[block.start - start : block.stop - start]
             part.copy_(rows[block])
             self._check(name, part, self._target.reader.rows(name, block.start, block.stop), block.start)
+        self._unread[name] -= stop - start
         self._release(name)
         return out
+
+    def check_rest(self) -> None:
+        """Compare what was not read as a whole: experts that no token chose, and the embedding of other tokens."""
+        for name, rows in self._rows.items():
+            if self._unread[name] <= 0:
+                continue
+            for block in _blocks(rows, 0, rows.shape[0]):
+                written = self._target.reader.rows(name, block.start, block.stop)
+                self._check(name, rows[block].to(self.dtype), written, block.start)
+                self._release(name)
 
     def look_up(self, name: str, numbers_n: Tensor) -> Tensor:
         """Rows by their numbers."""
