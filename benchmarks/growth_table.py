@@ -47,7 +47,7 @@ SOURCE = ModelConfig(
     tie_word_embeddings=False,
     num_experts=0,
     num_experts_per_tok=0,
-    moe_intermediate_size=160,
+    moe_intermediate_size=0,
 )
 WIDER = {"hidden_size": 80, "intermediate_size": 200, "num_attention_heads": 12}
 TWICE = {"hidden_size": 128, "intermediate_size": 320, "num_attention_heads": 16}
@@ -56,6 +56,11 @@ EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2}
 PARTS = {"num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 80}
 SHARED = {**EXPERTS, "shared_expert_intermediate_size": 160}
 ALTERNATING = {**EXPERTS, "mlp_only_layers": (0, 2)}
+# Mixtures as sources, and sizes that fit no ratio; OLMoE's heads together are as wide as its residual stream.
+OLMOE = {**EXPERTS, "qkv_bias": False, "qk_norm": "projection", "norm_topk_prob": False}
+WIDER_EXPERTS = {"hidden_size": 80, "num_attention_heads": 10, "num_key_value_heads": 5, "moe_intermediate_size": 200}
+WIDER_SHARED = {**WIDER_EXPERTS, "shared_expert_intermediate_size": 170}
+WIDER_ALTERNATING = {**WIDER_EXPERTS, "intermediate_size": 180}
 # Of Qwen3: norms on queries and keys, and no bias.
 NORMED = {"qkv_bias": False, "qk_norm": "head"}
 
@@ -138,7 +143,22 @@ def cases() -> list[Case]:
     found += [Case("growth/aki_pro", {}, WIDER, NORMED), Case("upcycling/copy", {}, ALTERNATING, NORMED)]
     for family in (EXPERTS, SHARED, ALTERNATING, EXPERTS | NORMED):
         found += [Case("upcycling/copy", {}, {"num_experts": 16, "num_experts_per_tok": k}, family) for k in (4, 2)]
+    for sizes, family in _mixtures():
+        found.append(Case("growth/fpi", {"new_layers": "zero"}, sizes, family))
+        found += [Case(f"growth/{method}", {}, sizes, family) for method in ("fpi", "aki_pro") if family is EXPERTS]
     return sorted(found, key=lambda case: case.yaml.startswith("upcycling/"))
+
+
+def _mixtures() -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Sizes and sources: Mixtral, Qwen2-MoE with a shared expert, Qwen3-MoE with dense layers, OLMoE."""
+    dense = {"mlp_only_layers": (0, 1, 3, 4)}  # the copies of layers 0 and 2 of 4, of which 6 are made
+    return [
+        (WIDER_EXPERTS | DEEPER, {**EXPERTS, "qkv_bias": False}),
+        (WIDER_EXPERTS | DEEPER, EXPERTS),
+        (WIDER_SHARED | DEEPER, SHARED),
+        (WIDER_ALTERNATING | DEEPER | dense, ALTERNATING | NORMED),
+        (WIDER_EXPERTS | DEEPER, OLMOE),
+    ]
 
 
 @torch.no_grad()
@@ -257,7 +277,7 @@ def line(case: Case, measured: Measured) -> str:
         sizes += f" (source: {', '.join(f'{key} {_cell(value)}' for key, value in case.changes.items())})"
     exact = measured.difference <= EXACT
     up = measured.ups[0]
-    if len(measured.ups) > 1:
+    if case.yaml.startswith("upcycling/"):
         learns_apart = f"{similarity(measured.ups):.2f}"
     else:
         learns_apart = f"{int(torch.linalg.matrix_rank(up))} of {min(up.shape)} ({effective_rank(up):.0f})"
@@ -275,8 +295,9 @@ every option.
 - **exact?** Whether the grown model computes the source's function: no logit of the source's tokens differs by more
   than {exact:g}. Where it says so here, the certificate of a growth holds the method to it.
 - **difference** The largest of those differences; the logits are around 1. `random` shows what forgetting costs.
-- **rank** Of the second layer's up_proj, out of the largest possible, and its effective rank (the exponential of the
-  entropy of the singular values). Copies that nothing tells apart have the rank of the source, and AdamW keeps it so.
+- **rank** Of the second layer's up_proj (of a Mixture of Experts, the first expert's), out of the largest possible, and
+  its effective rank (the exponential of the entropy of the singular values). Copies that nothing tells apart have the
+  rank of the source, and AdamW keeps it so.
 - **similarity** Mean cosine between the up_proj of neighbouring experts. Parts of a feed-forward are not alike.
 - **parameters**, **FLOPs** of a training token, and bytes of the rows **read** while growing: times the source's. Rows
   that get noise are read once more, for their size.

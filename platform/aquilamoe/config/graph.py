@@ -261,6 +261,13 @@ def grown_model(
         if growth is not None and "rms_norm_eps" not in changes:
             values["rms_norm_eps"] = growth.grown_eps(source, hidden_size)
     try:
-        return ModelConfig.model_validate(values)
+        grown = ModelConfig.model_validate(values)
     except ValidationError as error:
         raise first_problem(error, ModelConfig, values, where) from None
+    neurons = changes.get("intermediate_size", grown.intermediate_size)
+    if source.is_moe and grown.intermediate_size != neurons:
+        raise UserError(
+            f"{where}.intermediate_size: {neurons}, but every layer has experts, of {grown.moe_intermediate_size} "
+            "neurons; set moe_intermediate_size"
+        )
+    return grown

@@ -21,9 +21,8 @@ from aquilamoe.weights import names
 OWN, ABOVE = "own", "above"
 ABOVE_TEXT = "layer above"
 SILENT = "zeros: a new layer is silent"
-_LAST = (names.O_WEIGHT, names.DOWN)  # what a layer writes to the residual stream with
+FILLER = "zeros: the format asks for it"
 _NORMS = (names.INPUT_NORM, names.POST_ATTENTION_NORM, names.FINAL_NORM)
-_SCALED = (names.EMBEDDING, *_LAST, *_NORMS)  # by norm exact: what writes channels, and the gains
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,8 @@ class _TracedWidth(SimpleNamespace):
 def _describe_units(units: Units, role: str, norm: str) -> list[str]:
     """What grows in a tensor: of its rows, then of its columns."""
     notes = []
-    scaled = norm == "exact" and role in _SCALED
+    # By norm exact: what writes channels, and the gains.
+    scaled = norm == "exact" and (role in (names.EMBEDDING, *_NORMS) or names.writes_residual(role))
     if role in (names.EMBEDDING, *_NORMS):
         spaces: list[UnitMap | None] = [units.residual]
     else:
@@ -137,6 +137,8 @@ def space_names(units: Units) -> dict[str, UnitMap]:
     return {
         "channels": units.residual,
         "neurons": units.ffn,
+        "experts' neurons": units.expert_ffn,
+        "shared neurons": units.shared_ffn,
         "query heads": units.q_heads,
         "KV heads": units.kv_heads,
         "channels of a head": units.rotary,
@@ -151,8 +153,9 @@ def _scale_up(request: Request, growth: GrowthConfig) -> Iterator[Origin]:
     source, model = request.source.model, request.model
     units = map_units(source, model, growth, request.seed)
     layers = map_layers(source, model, growth)
-    roles, outer = names.role_shapes(model, 0), names.outer_shapes(model)
-    traced = _run_method(growth, units, model, tuple(roles))
+    outer, fillers = names.outer_shapes(model), set(names.filler_roles(model))
+    every_role = dict.fromkeys(role for layer in _one_of_each(model) for role in names.role_shapes(model, layer))
+    traced = _run_method(growth, units, model, tuple(role for role in every_role if role not in fillers))
     for role, shape in outer.items():
         alone = _run_method(growth, units, model, (role,))[role]
         notes = [*alone.notes, *_vocabulary(role, source, model)]
@@ -161,17 +164,28 @@ def _scale_up(request: Request, growth: GrowthConfig) -> Iterator[Origin]:
         yield Origin(role, shape, None, sources, how, role, ("same" if sources else "", how))
     for layer, below in enumerate(layers.sources):
         above = min(below + 1, source.num_hidden_layers - 1)
-        for role, shape in roles.items():
-            if growth.new_layers == "zero" and layers.is_new[layer] and role in _LAST:
+        above_roles = names.role_shapes(source, above)
+        for role, shape in names.role_shapes(model, layer).items():
+            if role in fillers:
+                yield _in_layer(request, layer, role, shape, (), FILLER, ("", FILLER))
+                continue
+            if growth.new_layers == "zero" and layers.is_new[layer] and names.writes_residual(role):
                 yield _in_layer(request, layer, role, shape, (), SILENT, ("", SILENT))
                 continue
-            shared = growth.new_layers == "scaled" and layers.copies[layer] > 1 and role in _LAST
+            shared = growth.new_layers == "scaled" and layers.copies[layer] > 1 and names.writes_residual(role)
             notes = [*traced[role].notes, *([f"divided by {layers.copies[layer]}"] if shared else [])]
-            own_layer = {OWN: below, ABOVE: above}
+            # A layer above of the other kind has no namesakes: the layer's own stand for them.
+            own_layer = {OWN: below, ABOVE: above if role in above_roles else below}
             found = [names.layer_name(source, own_layer[where], part) for where, part in traced[role].parts]
             how = "; ".join(notes) or "copied"
             pattern = _relative(role, traced[role].parts)
             yield _in_layer(request, layer, role, shape, tuple(dict.fromkeys(found)), how, (pattern, how))
+
+
+def _one_of_each(model: ModelConfig) -> list[int]:
+    """A layer with experts and one without, where the model has them."""
+    kinds = {model.is_sparse(layer): layer for layer in range(model.num_hidden_layers)}
+    return list(kinds.values())
 
 
 def _run_method(
@@ -182,7 +196,7 @@ def _run_method(
     width = _TracedWidth(
         units=units,
         growth=growth,
-        shapes=names.role_shapes(model, 0) | names.outer_shapes(model),
+        shapes=names.outer_shapes(model),
         tied=model.tie_word_embeddings,
         initializer_range=model.initializer_range,
         seed=0,
@@ -255,7 +269,7 @@ def _explain_new(
     """Roles of the source that a tensor of a sparse layer is made of, how, and both for a shared line."""
     source, model = request.source.model, request.model
     if role in names.filler_roles(model):
-        return (), "zeros: the format asks for it", ("", "zeros: the format asks for it")
+        return (), FILLER, ("", FILLER)
     if role == names.ROUTER:
         return _explain_router(request, upcycling)
     if role == names.SHARED_ROUTER:

@@ -25,7 +25,6 @@ from aquilamoe.weights import names
 
 _NORMS = (names.INPUT_NORM, names.POST_ATTENTION_NORM, names.FINAL_NORM)
 _LAYERS = "model.layers."
-_WRITERS = (names.O_WEIGHT, names.DOWN)
 
 
 @dataclass(frozen=True)
@@ -97,9 +96,12 @@ def _scale_up(source: ModelConfig, target: ModelConfig, growth: GrowthConfig, se
             yield name, [width.past(name, name)]
             continue
         origin = layers.sources[layer]
-        past = width.past(role, f"{_LAYERS}{origin}.{role}", has_upper=origin + 1 < source.num_hidden_layers)
+        on_disk = f"{role}.weight" if role.startswith("mlp.experts.") else role
+        past = width.past(on_disk, f"{_LAYERS}{origin}.{role}", has_upper=origin + 1 < source.num_hidden_layers)
         # A further copy of a layer has another input, or is silent.
-        yield name, [replace(past, known=not layers.is_new[layer])]
+        past = replace(past, known=not layers.is_new[layer])
+        experts = range(target.num_experts) if on_disk != role else (None,)
+        yield name, [replace(past, expert=expert) for expert in experts]
 
 
 def split(name: str) -> tuple[int | None, str]:
@@ -127,8 +129,10 @@ class _Width:
             unseen = role == names.EMBEDDING and not self.target.tie_word_embeddings
             columns = self._writing() if role == names.EMBEDDING else self._reading(self.units.residual, False)
             return Past(name, rows=Axis(padding=more, unseen=unseen), columns=columns)
-        if role in (names.Q_NORM, names.K_NORM):  # of one head, for all of them: the sum over heads stays
-            return Past(name)
+        if role in (names.Q_NORM, names.K_NORM):
+            return Past(name, rows=self._head_gain(role))
+        if role in (names.ROUTER, names.SHARED_ROUTER):
+            return Past(name, columns=self._reading(self.units.residual, False))
         above_rows, above_columns = False, False
         if has_upper and hasattr(self.method, "from_above"):
             above_rows, above_columns = self.method.from_above(role, self.growth)
@@ -140,23 +144,41 @@ class _Width:
 
     def _rows(self, role: str) -> Axis:
         units = self.units
-        if role in _WRITERS:
+        if names.writes_residual(role):
             return self._writing()
-        if role in (names.GATE, names.UP):
-            return Axis(_index(units.ffn), 1 / _copies(units.ffn))
+        if role.startswith("mlp."):
+            neurons = units.rows(role)
+            assert neurons is not None, role
+            return Axis(_index(neurons), 1 / _copies(neurons))
         if role in (names.Q_WEIGHT, names.Q_BIAS):
             # Attention divides by the root of head_dim, which queries make good for. Their further channels are silent,
             # but what they would be multiplied with is not.
             ratio = len(units.rotary.sources) / units.rotary.num_sources
-            share = _each(1 / _copies(units.q_heads) / ratio**0.5 / self._normed(), self.target.head_dim)
+            share = 1 / _copies(units.q_heads) / ratio**0.5 / self._normed() / self._head_factor(units.q_heads)
+            share = _each(share, self.target.head_dim)
             return _forget_inside(Axis(_index(units.q_channels), share), units.rotary, units.q_heads)
         heads = self._key_value_share()
         if role in (names.K_WEIGHT, names.K_BIAS):
-            share = _each(heads / self._normed(), self.target.head_dim)
+            share = _each(heads / self._normed() / self._head_factor(units.kv_heads), self.target.head_dim)
             return _forget_inside(Axis(_index(units.k_channels), share), units.rotary, units.kv_heads)
         return Axis(
             _index(units.v_channels), _each(heads, self.target.head_dim) / _copies(units.plain).repeat(len(heads))
         )
+
+    def _head_factor(self, heads: UnitMap) -> Tensor:
+        """What the copies of a head carry for the sake of a norm over all heads (OLMoE); 1 for every other network."""
+        if self.source.qk_norm != "projection":
+            return torch.ones(len(heads.sources), dtype=torch.float64)
+        return (len(heads.sources) / heads.num_sources / _copies(heads)).sqrt()
+
+    def _head_gain(self, role: str) -> Axis:
+        """Of the norm of each head its gradient stays, the sum over heads; the gains of all heads are divided."""
+        if self.source.qk_norm != "projection":
+            return Axis()
+        heads = self.units.q_heads if role == names.Q_NORM else self.units.kv_heads
+        channels = self.units.q_channels if role == names.Q_NORM else self.units.k_channels
+        parts = 1 / _copies(heads) if role == names.Q_NORM else self._key_value_share()
+        return Axis(_index(channels), _each(parts * self._head_factor(heads), self.target.head_dim))
 
     def _normed(self) -> float:
         """What queries and keys with norms of their own are multiplied by, for an epsilon that padding changes."""

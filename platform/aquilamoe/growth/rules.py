@@ -9,6 +9,7 @@ from aquilamoe.growth.depth import map_layers
 from aquilamoe.growth.units import map_units
 
 _WIDTHS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+_EXPERT_WIDTHS = ("moe_intermediate_size", "shared_expert_intermediate_size")
 _EXPERTS = ("num_experts", "num_experts_per_tok")
 # What the first experts decide, and further ones keep.
 _FEED_FORWARDS = (
@@ -69,20 +70,22 @@ def _keeps_depth(source: ModelConfig, target: ModelConfig, growth: GrowthConfig)
 
 
 def _check_scale_up(source: ModelConfig, target: ModelConfig, growth: GrowthConfig) -> None:
-    if source.is_moe or target.is_moe:
+    if source.num_experts != target.num_experts:
         raise UserError(
-            f"num_experts: target {target.num_experts}, source {source.num_experts}; a scale-up makes dense models of "
-            "dense models, leave num_experts out and add experts in a scale_out stage"
+            f"num_experts: target {target.num_experts}, source {source.num_experts}; a scale-up keeps the experts, "
+            "leave num_experts out and add experts in a scale_out stage"
         )
-    grows = (*_WIDTHS, "num_hidden_layers", "head_dim", "vocab_size", "max_position_embeddings")
+    grows = (*_WIDTHS, *_EXPERT_WIDTHS, "num_hidden_layers", "head_dim", "vocab_size", "max_position_embeddings")
     for field in grows:
-        _check_not_smaller(field, source, target, "scale-up")
+        if field != "intermediate_size" or source.num_sparse_layers < source.num_hidden_layers:  # else nobody has it
+            _check_not_smaller(field, source, target, "scale-up")
     for field in ModelConfig.model_fields:
-        if field not in (*grows, "rms_norm_eps") and field not in _FREE:
+        if field not in (*grows, "rms_norm_eps", "mlp_only_layers") and field not in _FREE:
             _check_kept(field, source, target, "a scale-up cannot change it, keep the source's")
     _check_eps(source, target, growth)
     _check_head_dim(source, target)
     _check_layers(source, target, growth)
+    _check_experts_of_layers(source, target, growth)
     if not map_units(source, target, growth).q_heads.is_onto:
         _refuse_heads(source, target)
     method = plugins.load("growth/methods", growth.method)
@@ -128,6 +131,28 @@ def _check_layers(source: ModelConfig, target: ModelConfig, growth: GrowthConfig
             f"growth.depth: layer {max(growth.depth)} in the list, the source has {source.num_hidden_layers} layers; "
             f"count them from 0 to {source.num_hidden_layers - 1}"
         )
+
+
+def _check_experts_of_layers(source: ModelConfig, target: ModelConfig, growth: GrowthConfig) -> None:
+    """A copy of a layer has experts where the layer has them; a shared expert does not come out of nothing."""
+    dense = dense_layers(source, target, growth)
+    if target.mlp_only_layers != dense:
+        raise UserError(
+            f"mlp_only_layers: target {list(target.mlp_only_layers)}, but the copies of the source's dense layers "
+            f"{list(source.mlp_only_layers)} are {list(dense)}; set mlp_only_layers to that"
+        )
+    old, new = source.shared_expert_intermediate_size, target.shared_expert_intermediate_size
+    if new and not old:
+        raise UserError(
+            f"shared_expert_intermediate_size: target {new}, the source has no shared expert; a scale-up grows what is "
+            "there, leave it out"
+        )
+
+
+def dense_layers(source: ModelConfig, target: ModelConfig, growth: GrowthConfig) -> tuple[int, ...]:
+    """Layers of the target that stay without experts: the copies of the source's."""
+    copies = map_layers(source, target, growth).sources
+    return tuple(layer for layer, origin in enumerate(copies) if origin in source.mlp_only_layers)
 
 
 def num_shards(source: ModelConfig, target: ModelConfig) -> int:

@@ -1,4 +1,8 @@
-"""Scale-Up: a dense checkpoint becomes a wider (first) and deeper (then) one, block by block (METHODS 2, 3)."""
+"""Scale-Up: a checkpoint becomes a wider (first) and deeper (then) one, block by block (METHODS 2, 3).
+
+Of a Mixture of Experts the router is one more reader of the residual stream, and every expert a feed-forward with
+neurons of its own: choices, shares and balance stay what they were.
+"""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -24,7 +28,7 @@ def scale_up(
     seed: int,
     progress: Progress = silent,
 ) -> dict[str, str]:
-    """Grow the dense checkpoint in `source` to `target_config` and write it to `target`, with its tokenizer files.
+    """Grow the checkpoint in `source` to `target_config` and write it to `target`, with its tokenizer files.
 
     The result depends on the arguments alone and keeps the source's dtype. In memory there are some blocks of rows.
     Returns the SHA-256 of every tensor. Raises UserError for a growth that cannot be done (see `rules.check`) and for a
@@ -46,7 +50,7 @@ def recipes(
     width = Width(
         units=map_units(source, target, growth, seed),
         growth=growth,
-        shapes=names.role_shapes(target, 0) | outer,
+        shapes=outer,
         tied=target.tie_word_embeddings,
         initializer_range=target.initializer_range,
         seed=seed,
@@ -59,10 +63,16 @@ def recipes(
     for origin in range(source.num_hidden_layers):
         copies = [index for index, layer in enumerate(layers.sources) if layer == origin]
         upper = min(origin + 1, source.num_hidden_layers - 1)
-        layer, upper_layer = (_layer(reader, source, index) for index in (origin, upper))
+        layer, above = (_layer(reader, source, index) for index in (origin, upper))
+        # Beside a layer without experts one with experts has no namesakes: its own stand for them.
+        upper_layer = {role: above.get(role, tensor) for role, tensor in layer.items()}
+        shapes = names.role_shapes(target, copies[0]) | outer if copies else outer
         grown = {
-            index: method.grow(layer, upper_layer, replace(width, place=f"model.layers.{index}.")) for index in copies
+            index: method.grow(layer, upper_layer, replace(width, shapes=shapes, place=f"model.layers.{index}."))
+            for index in copies
         }
+        for role in names.filler_roles(target) if copies and target.is_sparse(copies[0]) else ():
+            yield Recipe([names.layer_name(target, index, role) for index in copies], filled(shapes[role], 0.0))
         for role in layer:
             yield from _share(
                 (names.layer_name(target, index, role), as_rows(tensors[role]), _softening(role, index, layers, growth))
@@ -71,8 +81,10 @@ def recipes(
 
 
 def _layer(reader: Reader, config: ModelConfig, index: int) -> dict[str, Rows]:
-    """Tensors of one source layer by role."""
-    return {role: stored(reader, name) for role, name in names.layer_names(config, index).items()}
+    """Tensors of one source layer by role, without those that only the format demands."""
+    fillers = names.filler_roles(config) if config.is_sparse(index) else []
+    on_disk = names.layer_names(config, index)
+    return {role: stored(reader, name) for role, name in on_disk.items() if role not in fillers}
 
 
 def _softening(role: str, index: int, layers: UnitMap, growth: GrowthConfig) -> float:
@@ -80,7 +92,7 @@ def _softening(role: str, index: int, layers: UnitMap, growth: GrowthConfig) -> 
 
     `zero` silences all but the first copy of a layer (LLaMA-Pro: the function is kept); `scaled` lets the copies share.
     """
-    if role not in (names.O_WEIGHT, names.DOWN) or growth.new_layers == "copy":
+    if not names.writes_residual(role) or growth.new_layers == "copy":
         return 1.0
     if growth.new_layers == "scaled":
         return 1 / layers.copies[index]

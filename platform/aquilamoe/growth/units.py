@@ -134,6 +134,12 @@ _ROWS = {
     names.GATE: "ffn",
     names.UP: "ffn",
     names.DOWN: "residual",
+    names.EXPERT_GATE: "expert_ffn",
+    names.EXPERT_UP: "expert_ffn",
+    names.EXPERT_DOWN: "residual",
+    names.SHARED_GATE: "shared_ffn",
+    names.SHARED_UP: "shared_ffn",
+    names.SHARED_DOWN: "residual",
 }
 _COLUMNS = {
     names.Q_WEIGHT: "residual",
@@ -144,6 +150,14 @@ _COLUMNS = {
     names.UP: "residual",
     names.DOWN: "ffn",
     names.HEAD: "residual",
+    names.ROUTER: "residual",
+    names.EXPERT_GATE: "residual",
+    names.EXPERT_UP: "residual",
+    names.EXPERT_DOWN: "expert_ffn",
+    names.SHARED_GATE: "residual",
+    names.SHARED_UP: "residual",
+    names.SHARED_DOWN: "shared_ffn",
+    names.SHARED_ROUTER: "residual",
 }
 
 
@@ -151,11 +165,15 @@ _COLUMNS = {
 class Units:
     """The unit maps of one growth in width. All layers share them.
 
-    `rotary` maps the channels inside a query or key head, `plain` those inside a value head.
+    `ffn` maps the neurons of a dense feed-forward, `expert_ffn` those of every expert, `shared_ffn` those of a shared
+    expert; what the network does not have is an empty map. `rotary` maps the channels inside a query or key head,
+    `plain` those inside a value head.
     """
 
     residual: UnitMap
     ffn: UnitMap
+    expert_ffn: UnitMap
+    shared_ffn: UnitMap
     q_heads: UnitMap
     kv_heads: UnitMap
     rotary: UnitMap
@@ -180,16 +198,23 @@ class Units:
 
     def rows(self, role: str) -> UnitMap | None:
         """Map of the rows of a projection or the entries of its bias; None where rows are no units (the head)."""
-        return getattr(self, _ROWS[role]) if role in _ROWS else None
+        space = _ROWS.get(names.general(role))
+        return getattr(self, space) if space else None
 
     def columns(self, role: str) -> UnitMap | None:
         """Map of the columns of a projection; None for a bias."""
-        return getattr(self, _COLUMNS[role]) if role in _COLUMNS else None
+        space = _COLUMNS.get(names.general(role))
+        return getattr(self, space) if space else None
+
+    @property
+    def feed_forwards(self) -> tuple[UnitMap, ...]:
+        """The neurons of everything between attention and the next layer."""
+        return self.ffn, self.expert_ffn, self.shared_ffn
 
     @property
     def is_identity(self) -> bool:
         """Whether nothing grows in width."""
-        spaces = (self.residual, self.ffn, self.q_heads, self.kv_heads, self.rotary)
+        spaces = (self.residual, *self.feed_forwards, self.q_heads, self.kv_heads, self.rotary)
         return all(space.is_identity for space in spaces)
 
 
@@ -214,9 +239,21 @@ def map_units(source: ModelConfig, target: ModelConfig, growth: GrowthConfig, se
     kv_heads = spread("kv_heads")(source_heads[1], target_heads[1])
     return Units(
         residual=replace(residual, padding=target.hidden_size - copied),
-        ffn=spread("ffn")(source.intermediate_size, target.intermediate_size),
+        ffn=spread("ffn")(*_neurons(source, target, "intermediate_size") if _has_dense(source) else (0, 0)),
+        expert_ffn=spread("expert_ffn")(*_neurons(source, target, "moe_intermediate_size")),
+        shared_ffn=spread("shared_ffn")(*_neurons(source, target, "shared_expert_intermediate_size")),
         q_heads=query_heads(source_heads, target_heads, kv_heads, spread("q_heads")),
         kv_heads=kv_heads,
         rotary=rotary_channels(source.head_dim, target.head_dim // source.head_dim),
         plain=circular(source.head_dim, target.head_dim),
     )
+
+
+def _has_dense(config: ModelConfig) -> bool:
+    """Whether a layer has a feed-forward without experts."""
+    return config.num_sparse_layers < config.num_hidden_layers
+
+
+def _neurons(source: ModelConfig, target: ModelConfig, field: str) -> tuple[int, int]:
+    """Neurons of the source and of the target."""
+    return getattr(source, field), getattr(target, field)

@@ -68,7 +68,7 @@ class Width:
         if role in _NORMS:
             return self._copy_gain(role, tensor)
         if role in (names.Q_NORM, names.K_NORM):
-            return tensor  # of one head, whose size stays; all heads share it
+            return self._copy_head_gain(role, tensor)
         if role in (names.EMBEDDING, names.HEAD):
             # Logits of the old tokens stay, and by Jensen's inequality a new token takes no more probability than the
             # mean old one: the KL divergence of the predictions is at most log(1 + new / old) nats.
@@ -129,11 +129,11 @@ class Width:
 
         Norms on queries and keys have the epsilon of all norms. Where padding changes it, what they divide changes too.
         """
-        if role in (names.O_WEIGHT, names.DOWN):
+        if names.writes_residual(role):
             factor = self._residual_factor
         elif role in (names.Q_WEIGHT, names.K_WEIGHT) and names.Q_NORM in self.shapes:
             residual = self.units.residual
-            factor = torch.full(grown.shape[:1], (len(residual.sources) / residual.size) ** 0.5, dtype=torch.float64)
+            factor = self._head_factor(role) * (len(residual.sources) / residual.size) ** 0.5
         elif role in (names.Q_WEIGHT, names.Q_BIAS):
             factor = self._query_factor
         else:
@@ -142,6 +142,30 @@ class Width:
             return grown
         shape = (-1, *(1 for _ in grown.shape[1:]))
         return grown.derive(lambda index: multiply(grown[index], factor[index].view(shape)))
+
+    def _head_factor(self, role: str) -> Tensor:
+        """beta of every query or key channel, where one norm is over the channels of all heads (OLMoE).
+
+        Copies of a head carry beta times its channels, so that the mean square over all heads stays at uneven counts.
+        A norm over each head (Qwen3) sees whole heads: 1.
+        """
+        heads = self.units.q_heads if role in (names.Q_WEIGHT, names.Q_NORM) else self.units.kv_heads
+        channels = self.units.q_channels if heads is self.units.q_heads else self.units.k_channels
+        gains = self.shapes[names.Q_NORM if heads is self.units.q_heads else names.K_NORM][0]
+        if gains != channels.size:
+            return torch.ones(channels.size, dtype=torch.float64)
+        copies = torch.tensor(channels.copies, dtype=torch.float64)
+        return (channels.size / channels.num_sources / copies).sqrt()
+
+    def _copy_head_gain(self, role: str, gain: Rows) -> Rows:
+        """Gains of the norm on queries or keys: of one head, shared by all, or of all heads together."""
+        if gain.shape == self.shapes[role]:
+            return gain
+        copied = _copy_rows(gain, self.units.q_channels if role == names.Q_NORM else self.units.k_channels)
+        factor = 1 / self._head_factor(role)
+        if (factor == 1).all():
+            return copied
+        return copied.derive(lambda index: multiply(copied[index], factor[index]))
 
     def _copy_gain(self, role: str, gain: Rows) -> Rows:
         """Gains of a norm, changed so that readers see equal copies; the gain of padding multiplies zeros.

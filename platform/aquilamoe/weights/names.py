@@ -25,6 +25,11 @@ ROUTER = "mlp.gate.weight"
 SHARED_GATE, SHARED_UP = "mlp.shared_expert.gate_proj.weight", "mlp.shared_expert.up_proj.weight"
 SHARED_DOWN, SHARED_ROUTER = "mlp.shared_expert.down_proj.weight", "mlp.shared_expert_gate.weight"
 
+# Of every expert, its number left out.
+EXPERT_GATE, EXPERT_UP = "mlp.experts.gate_proj.weight", "mlp.experts.up_proj.weight"
+EXPERT_DOWN = "mlp.experts.down_proj.weight"
+
+_WRITERS = (O_WEIGHT, DOWN, EXPERT_DOWN, SHARED_DOWN)
 _MIXTRAL_PROJECTIONS = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 
 
@@ -47,6 +52,19 @@ def expert_role(expert: int, role: str) -> str:
     """Role of `GATE`, `UP` or `DOWN` in an expert, e.g. `mlp.experts.3.up_proj.weight`."""
     assert role in (GATE, UP, DOWN), role
     return f"mlp.experts.{expert}.{role.removeprefix('mlp.')}"
+
+
+def general(role: str) -> str:
+    """A role without the number of its expert: `mlp.experts.3.up_proj.weight` is `EXPERT_UP`."""
+    if not role.startswith("mlp.experts."):
+        return role
+    number, _, projection = role.removeprefix("mlp.experts.").partition(".")
+    return f"mlp.experts.{projection}" if number.isdigit() else role
+
+
+def writes_residual(role: str) -> bool:
+    """Whether the rows of a matrix are what a layer adds to the residual stream."""
+    return general(role) in _WRITERS
 
 
 def role_shapes(config: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]:

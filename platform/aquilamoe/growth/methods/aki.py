@@ -11,13 +11,11 @@ from typing import TYPE_CHECKING
 
 from aquilamoe.config.schema import GrowthConfig
 from aquilamoe.growth.units import Units
-from aquilamoe.weights import names
+from aquilamoe.weights.names import writes_residual
 
 if TYPE_CHECKING:  # plans ask `keeps_function`, and they do not wait for torch
     from aquilamoe.growth.rows import Rows
     from aquilamoe.growth.width import Tensors, Width
-
-WRITERS = (names.O_WEIGHT, names.DOWN)
 
 
 def grow(layer: Tensors, upper_layer: Tensors, width: Width) -> Tensors:
@@ -29,14 +27,14 @@ def advance(role: str, tensor: Rows, upper_layer: Tensors, width: Width) -> Rows
     """Grow one tensor with its namesake in the layer above, by `scope`."""
     if width.units.rows(role) is None:
         return width.copy(role, tensor)
-    if role not in WRITERS or width.growth.scope == "all":
+    if not writes_residual(role) or width.growth.scope == "all":
         return width.copy(role, tensor, new_rows=upper_layer[role])
     return width.copy(role, tensor, new_columns=upper_layer[role] if width.growth.scope == "transplant" else None)
 
 
 def keeps_function(units: Units, num_layers: int, growth: GrowthConfig) -> bool:
     """Only where there is nothing new to take, or no layer above: then it is `fpi`."""
-    spaces = [units.ffn, units.q_heads, units.v_channels]
+    spaces = [*units.feed_forwards, units.q_heads, units.v_channels]
     if growth.scope == "all":
         spaces.append(units.residual)
     return num_layers == 1 or not any(space.has_new for space in spaces)
@@ -44,6 +42,6 @@ def keeps_function(units: Units, num_layers: int, growth: GrowthConfig) -> bool:
 
 def from_above(role: str, growth: GrowthConfig) -> tuple[bool, bool]:
     """Whether the new rows and the new columns of a tensor are the layer above's: they bring no optimizer state."""
-    if role not in WRITERS or growth.scope == "all":
+    if not writes_residual(role) or growth.scope == "all":
         return True, False
     return False, growth.scope == "transplant"

@@ -27,7 +27,7 @@ def grow(layer: Tensors, upper_layer: Tensors, width: Width) -> Tensors:
 
 def keeps_function(units: Units, num_layers: int, growth: GrowthConfig) -> bool:
     """Only where nothing outside keys and values is new, or where there is no layer above: then it is `fpi`."""
-    spaces = [units.ffn, units.q_heads]
+    spaces = [*units.feed_forwards, units.q_heads]
     if growth.scope == "all":
         spaces.append(units.residual)
     if growth.scope == "transplant":
