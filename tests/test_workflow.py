@@ -31,35 +31,6 @@ SECRETS = {
     "HF_TOKEN": "swordfish-hub",
 }
 
-# Python imports this when it starts: it stops the process, or the Ray worker, that is about to touch a certain file.
-AMBUSH = """
-import os, re, signal, sys, time
-from pathlib import Path
-
-pattern, deed = re.compile(os.environ["AMBUSH_PATH"]), os.environ["AMBUSH"]
-
-def watch(event, arguments):
-    if event in ("open", "os.mkdir", "os.rename"):
-        touched = arguments[1] if event == "os.rename" else arguments[0]
-        if pattern.search(str(touched)):
-            if deed == "kill":
-                os.kill(os.getpid(), signal.SIGKILL)
-            elif not Path(deed).exists():
-                Path(deed).touch()  # whoever waits for this file will stop the process
-                time.sleep(300)
-
-sys.addaudithook(watch)
-"""
-
-
-@pytest.fixture(scope="module")
-def ambush(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], dict[str, str]]:
-    """Environment in which a process is killed, or waits, when it touches a path that matches."""
-    folder = tmp_path_factory.mktemp("ambush")
-    (folder / "sitecustomize.py").write_text(AMBUSH)
-    python_path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return lambda path, deed: {"PYTHONPATH": python_path, "AMBUSH_PATH": path, "AMBUSH": deed}
-
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory, command: Command, tiny: list[str]) -> Path:
