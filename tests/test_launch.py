@@ -28,7 +28,7 @@ from pydantic import ValidationError
 from aquilamoe.config.messages import UserError
 from aquilamoe.config.schema import ClusterConfig
 from aquilamoe.data.tokens import TokenCounts, TokensRecord, write_record, write_token_file
-from aquilamoe.training import crew, example, gauges, session, state
+from aquilamoe.training import crew, example, gauges, session, sessions, state
 from aquilamoe.training.environment import WORKER_ENVIRONMENT
 from aquilamoe.training.job import Job, Rank
 from aquilamoe.training.launch import has_workers, launch, release
@@ -412,10 +412,11 @@ class LostWorkerError(Exception):
     health_check_failure = OSError("The actor died\nunexpectedly.")
 
 
-def test_workers_that_are_lost_too_often_are_one_line_that_says_how_to_go_on() -> None:
+def test_workers_that_are_lost_too_often_are_one_line_that_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sessions, "_kept", set())
     cause = crew.cause("small", 2, {0: RuntimeError("Connection closed by peer"), 1: LostWorkerError()})
     assert isinstance(cause, UserError) and "\n" not in str(cause)
-    assert str(cause).startswith("stage small: worker 1 was lost, and cluster.max_failures (2) ")
+    assert str(cause).startswith("stage small: worker 1, restarted 2 times (cluster.max_failures), was lost (")
     assert "(The actor died unexpectedly.)" in str(cause)
 
 

@@ -10,10 +10,11 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -343,11 +344,19 @@ class Driver:
         return found
 
 
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """A folder whose path leaves room for those of sockets, unlike that of `tmp_path`."""
+    with TemporaryDirectory(prefix="t-", dir="/tmp") as folder:
+        yield Path(folder)
+
+
 def test_a_run_on_ray_whose_driver_is_terminated_and_killed_ends_with_the_bytes_of_one_without_ray(
     base: Path,
     tmp_path: Path,
     tiny: list[str],
     ambush: Callable[[str, str], dict[str, str]],
+    short_folder: Path,
 ) -> None:
     later = ("scale_up", "dense", "scale_out", "moe", "control", "evaluate", "export")
     words = [
@@ -359,8 +368,10 @@ def test_a_run_on_ray_whose_driver_is_terminated_and_killed_ends_with_the_bytes_
         (signal.SIGTERM, 128 + signal.SIGTERM, ["", "interrupted; the same command continues where this stopped"]),
         (signal.SIGKILL, -signal.SIGKILL, []),
     ):
-        trap = tmp_path / signal_sent.name
+        trap, temporary = tmp_path / signal_sent.name, short_folder / signal_sent.name
+        temporary.mkdir()
         in_training = ambush(r"prepare-\w+\.partial/checkpoints/.*step-0*8\b", str(trap))
+        in_training |= {"TMPDIR": str(temporary)}
         with Driver(words, tmp_path, in_training) as driver:
             wait_for(trap.exists, driver.process)
             assert driver.processes("ray::RayTrainWorker")
@@ -368,6 +379,7 @@ def test_a_run_on_ray_whose_driver_is_terminated_and_killed_ends_with_the_bytes_
             assert driver.said() == (status, expected)
             wait_for(lambda: not driver.processes("ray::RayTrainWorker"), limit_s=120)  # which may write to the stage
             assert list((tmp_path / "runs" / "stages").glob("prepare-*.partial"))
+            assert signal_sent == signal.SIGKILL or not list(temporary.iterdir())
     with Driver(words, tmp_path) as again:
         assert again.said() == (0, [])
         assert not processes.left_after(120, processes.of(again.processes()))

@@ -12,7 +12,7 @@ from aquilamoe import preflight
 from aquilamoe.config import graph
 from aquilamoe.config.graph import Node
 from aquilamoe.config.messages import UserError, without_passwords
-from aquilamoe.config.schema import ExperimentConfig
+from aquilamoe.config.schema import ClusterConfig, ExperimentConfig
 from aquilamoe.dryrun.small import shrunk
 from aquilamoe.estimates import layouts
 from aquilamoe.evaluation import actions as evaluation
@@ -25,7 +25,7 @@ from aquilamoe.pipeline.ledger import training_devices
 from aquilamoe.pipeline.plan import Planned
 from aquilamoe.pipeline.stage import Input
 from aquilamoe.pipeline.store import Store
-from aquilamoe.process import errors
+from aquilamoe.process import errors, temporary
 from aquilamoe.reports import costs, rows
 from aquilamoe.terminal import capacity, documents, live, screen, tables, watch
 from aquilamoe.tracking.lineage import LOCAL_MLFLOW, comparison_url, ui_command
@@ -125,7 +125,7 @@ def _answer(experiment: ExperimentConfig, nodes: Mapping[str, Node], store: Stor
 
     def run(plan: Sequence[Planned], scratch: Store) -> dict[str, Input]:
         preflight.check(experiment, plan, scratch.root)
-        _set_environment()
+        _set_environment(experiment.cluster)
         view = live.LiveView(out, experiment.name, plan)
         with _workers(experiment, plan, scratch):
             return runner.run(plan, scratch, experiment.cluster, [view])
@@ -139,7 +139,7 @@ def _lineage_text(library: Library, entry: Entry) -> str:
 
 def _examine(experiment: ExperimentConfig, nodes: Mapping[str, Node], store: Store) -> None:
     """Let a checkpoint write, or answer tasks."""
-    _set_environment()
+    _set_environment(experiment.cluster)
     out = screen.console()
     if experiment.action == "generate":
         evaluation.generate(experiment, nodes, store, lambda line: out.print(line, soft_wrap=True))
@@ -152,7 +152,7 @@ def _examine(experiment: ExperimentConfig, nodes: Mapping[str, Node], store: Sto
 
 def _rehearse(values: Mapping[str, Any], experiment: ExperimentConfig, nodes: Mapping[str, Node]) -> None:
     """Check every tensor at full size without values, then run the graph small; nothing is left of it."""
-    _set_environment()
+    _set_environment(experiment.cluster)
     from aquilamoe.dryrun.shapes import check_growth, check_model
 
     out, started = screen.console(), time.monotonic()
@@ -238,7 +238,7 @@ def _kept(plan: Sequence[Planned]) -> dict[str, str]:
 
 
 def _run(experiment: ExperimentConfig, plan: Sequence[Planned], store: Store, command: str) -> None:
-    _set_environment()
+    _set_environment(experiment.cluster)
     out = screen.console()
     out.print(f"{experiment.name}: {experiment.description}")
     if hint := preflight.slow_precision(experiment, plan):
@@ -282,8 +282,9 @@ def _workers(experiment: ExperimentConfig, plan: Sequence[Planned], store: Store
     return workers_for(experiment.cluster, store.root, experiment.name, will_train)
 
 
-def _set_environment() -> None:
+def _set_environment(cluster: ClusterConfig) -> None:
     """Before a stage of this process imports torch."""
+    temporary.use(short=cluster.executor == "ray", keep_compiled=cluster.compile)
     for key, value in WORKER_ENVIRONMENT.items():
         os.environ.setdefault(key, value)
 

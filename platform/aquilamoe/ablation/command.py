@@ -21,6 +21,7 @@ from aquilamoe.config.schema import ClusterConfig, ExperimentConfig
 from aquilamoe.pipeline import runner
 from aquilamoe.pipeline.plan import Speed
 from aquilamoe.pipeline.store import Store, write_atomically
+from aquilamoe.process import temporary
 from aquilamoe.reports import comparison
 from aquilamoe.reports.study import SUMMARY, Study
 from aquilamoe.reports.study import text as study_text
@@ -56,6 +57,7 @@ def execute(values: Mapping[str, Any], known: list[str], compose: Compose, comma
     elif experiment.action == "status":
         _show_status(experiment, store, collect(union, store, config, experiment, command))
     else:
+        temporary.use(short=experiment.cluster.executor == "ray", keep_compiled=experiment.cluster.compile)
         with store.lock():
             failures = _run(experiment, union, store, config)
             _tell(experiment, store, collect(union, store, config, experiment, command), failures)

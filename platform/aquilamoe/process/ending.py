@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from aquilamoe.config.messages import UserError, without_passwords
-from aquilamoe.process import errors, interruption, standard_output
+from aquilamoe.process import errors, interruption, standard_output, temporary
 
 
 @contextmanager
@@ -13,6 +13,7 @@ def in_one_line() -> Iterator[None]:
     """Around all that a program does. A traceback remains for our own mistakes alone."""
     interruption.handle()
     standard_output.guard()
+    temporary.name_user()
     try:
         yield
         interruption.check()

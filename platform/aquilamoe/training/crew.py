@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from aquilamoe.config.messages import UserError
 from aquilamoe.config.schema import ClusterConfig
 from aquilamoe.process import errors
-from aquilamoe.training import notice
+from aquilamoe.training import notice, sessions
 from aquilamoe.training.session import resources_per_worker
 
 if TYPE_CHECKING:
@@ -155,13 +155,11 @@ def cause(name: str, max_failures: int, failures: Mapping[int, BaseException]) -
     """What to tell of the last failures of a work, by rank: a lost worker, or else what a worker raised."""
     for rank, failure in sorted(failures.items()):
         if (lost := _lost(failure)) is not None:
-            reason = " ".join(str(lost).split())
-            return UserError(
-                f"stage {name}: worker {rank} was lost, and cluster.max_failures ({max_failures}) "
-                f"does not allow another restart ({reason[:300]}); see what ended it - memory? - and run again: "
-                "the stage continues from its last checkpoint"
-            )
-    return failures[min(failures)]
+            often = f"worker {rank}, restarted {max_failures} times (cluster.max_failures)," if max_failures else ""
+            return sessions.lost(name, often or f"worker {rank}", lost)
+    first = failures[min(failures)]
+    is_rays = type(first).__module__.startswith("ray.") and not hasattr(first, "cause")
+    return sessions.lost(name, "Ray's group of workers", first) if is_rays else first
 
 
 def _fit(cluster: ClusterConfig, storage: str, name: str, label: str, crew: "ActorHandle[Crew]") -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from aquilamoe.config.messages import UserError
 from aquilamoe.config.schema import ClusterConfig
 from aquilamoe.process import interruption
+from aquilamoe.training import sessions
 from aquilamoe.training.session import Patience, start_session
 
 if TYPE_CHECKING:
@@ -128,11 +129,8 @@ class Workers:
         self.is_over = True  # unless it ends well
         try:
             outcome = self._outcome(name, work)
-        except ray.exceptions.ActorDiedError as error:
-            raise UserError(
-                f"stage {name}: the process that starts Ray's workers was lost ({' '.join(str(error).split())[:300]}); "
-                "see what ended it - memory? - and run again: the stage continues from its last checkpoint"
-            ) from error
+        except ray.exceptions.RayError as error:
+            raise sessions.lost(name, "the process that starts Ray's workers", error) from error
         finally:
             if self.is_over:
                 self.kill()

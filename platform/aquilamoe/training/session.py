@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from aquilamoe.config.messages import UserError
 from aquilamoe.config.schema import ClusterConfig
+from aquilamoe.process import temporary
+from aquilamoe.training import sessions
 from aquilamoe.training.environment import WORKER_ENVIRONMENT
 
 if TYPE_CHECKING:
@@ -56,18 +58,20 @@ def _start_session(cluster: ClusterConfig) -> None:
         return
     if ray.is_initialized():
         return
-    needed = cluster.workers * cluster.cpus_per_worker
-    _in_a_thread_that_stays(
-        partial(
-            ray.init,
-            address="local",
-            num_cpus=max(needed, os.cpu_count() or 1),
-            include_dashboard=True,
-            dashboard_host="127.0.0.1",
-            log_to_driver=False,
-            logging_level=logging.ERROR,
+    needed, folder = cluster.workers * cluster.cpus_per_worker, temporary.for_sockets() / "ray"
+    with sessions.removed_at_exit(folder):
+        _in_a_thread_that_stays(
+            partial(
+                ray.init,
+                address="local",
+                num_cpus=max(needed, os.cpu_count() or 1),
+                include_dashboard=True,
+                dashboard_host="127.0.0.1",
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                _temp_dir=str(folder),
+            )
         )
-    )
 
 
 def _in_a_thread_that_stays(start: Callable[[], object]) -> None:
