@@ -355,3 +355,57 @@ def test_a_growth_that_cannot_be_done_is_refused_before_anything_runs(
 def test_planning_writes_nothing(plan: Callable[..., Plan], tmp_path: Path) -> None:
     plan()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tiny_run_in_the_store_does_not_make_the_plan_of_a_large_model_short(
+    plan: Callable[..., Plan], store: Store
+) -> None:
+    tiny = plan()
+    publish(store, *tiny.values(), seconds=5.0)
+    large = plan("+experiment=7b")
+    assert large["scale_up"].estimate.disk_bytes > 10e9
+    for name, planned in large.items():
+        disk_s = planned.estimate.disk_bytes / 1e9
+        assert planned.seconds is None or planned.node.flops or planned.seconds > disk_s, name
+    assert (large["evaluate"].seconds, large["tokens"].seconds) == (None, None)
+
+
+def test_a_growth_is_expected_to_take_what_it_took_by_what_is_moved_and_certified(
+    plan: Callable[..., Plan], store: Store
+) -> None:
+    words = ["stages.scale_up.model.intermediate_size=200_000"]
+    small, large = plan()["scale_up"], plan(*words)["scale_up"]
+    publish(store, small, seconds=8.0)
+    again = plan(*words)["scale_up"]
+    assert large.estimate.work is not None
+    assert again.seconds == pytest.approx(8.0 * large.estimate.work / work(small))
+    assert again.seconds > 8.0
+
+
+def test_a_stage_that_reads_text_is_expected_by_the_bytes_of_what_it_reads(
+    compose: Compose, store: Store, tmp_path: Path
+) -> None:
+    def planned(size: int) -> Plan:
+        for name in ("en", "zh"):
+            (tmp_path / f"{name}-{size}.jsonl").write_bytes(b"x" * size)
+        words = [f"data.sources.{name}.path={tmp_path}/{name}-{size}.jsonl" for name in ("en", "zh")]
+        words += [f"data.sources.{name}.sha256=null" for name in ("en", "zh")]
+        return make(graph.build(graph.parse(compose(*words))), store)
+
+    def publish_with(stage: Planned, size: int) -> None:
+        partial = store.partial(stage.name, stage.fingerprint)
+        partial.mkdir(parents=True)
+        (partial / "text").write_bytes(b"x" * size)
+        publish(store, stage, seconds=3.0)
+
+    first = planned(1000)
+    assert [first[name].seconds for name in ("corpus", "tokenizer", "tokens", "evaluate")] == [None] * 4
+    for name in ("corpus", "tokenizer", "tokens"):
+        publish_with(first[name], 1000)
+    second = planned(4000)
+    assert second["corpus"].seconds == pytest.approx(12.0)
+    assert (second["tokenizer"].seconds, second["tokens"].seconds) == (None, None)  # nobody knows the corpus yet
+    publish_with(second["corpus"], 5000)
+    third = planned(4000)
+    assert [third[name].seconds for name in ("tokenizer", "tokens")] == pytest.approx([15.0, 15.0])
+    assert planned(400_000)["corpus"].seconds is None  # too far from what was measured

@@ -11,6 +11,15 @@ from aquilamoe.kernels.choice import Kernels
 FLOPS_A_BYTE = 100.0
 
 
+# What a stage that reads and writes weights takes: to start, for a byte on a usual disk, and for a FLOP on some cores.
+START_S, DISK_BYTES_PER_S, FLOPS_PER_S = 4.0, 1e9, 1e11
+
+
+def moving_s(num_bytes: float, flops: float = 0.0) -> float:
+    """Seconds to read and write so many bytes, and to compute so many FLOPs, on a usual machine."""
+    return START_S + num_bytes / DISK_BYTES_PER_S + flops / FLOPS_PER_S
+
+
 def per_token(model: ModelConfig, stage: PretrainStage) -> float:
     """FLOPs of a token, those of the model and those that activations and logits are worth."""
     run = Pass(1, stage.sequence_length, "cpu", PRECISIONS[stage.precision], Kernels("auto", "auto"))

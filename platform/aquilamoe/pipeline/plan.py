@@ -1,6 +1,5 @@
 """What a run would do, and why, without doing it."""
 
-import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -10,7 +9,7 @@ from typing import Literal, Self
 from aquilamoe.config.graph import Node
 from aquilamoe.config.schema import ClusterConfig
 from aquilamoe.estimates import machine
-from aquilamoe.pipeline import code, mirror
+from aquilamoe.pipeline import code, expectation, mirror
 from aquilamoe.pipeline import fingerprint as identity
 from aquilamoe.pipeline.fingerprint import Recipe
 from aquilamoe.pipeline.stage import Estimate, module
@@ -129,7 +128,9 @@ def _planned(
         directory, reason = store.directory(node.name, digest), f"in {elsewhere[0]} of {store.remote}"
         return Planned(node, recipe, digest, "fetched", reason, estimate, 0.0, directory, elsewhere[1])
     history = store.history(node.name)
-    seconds = _expected_seconds(node, estimate, history, store, speed, devices)
+    inputs = {role: done[name] for role, name in node.stage.inputs.items()}
+    by_speed = speed.seconds(node.flops, estimate.work) if node.flops else None
+    seconds = expectation.seconds(node, estimate, _sizes(inputs), history, store, by_speed, devices)
     directory, partial = store.directory(node.name, digest), store.partial(node.name, digest)
     if store.is_complete(partial):
         reason = "interrupted when it was complete"
@@ -142,6 +143,17 @@ def _planned(
         return Planned(node, recipe, digest, "resumes", reason, estimate, seconds, directory, None)
     reason = "interrupted, starts anew" if partial.exists() else _why(recipe, history, node, done)
     return Planned(node, recipe, digest, "runs", reason, estimate, seconds, directory, None)
+
+
+def _sizes(inputs: Mapping[str, Planned]) -> dict[str, tuple[str, int | None]]:
+    """Of every input its fingerprint and its bytes, as far as they are known before it is there."""
+    return {
+        role: (
+            each.fingerprint,
+            expectation.num_bytes(each.record) if each.record is not None else each.estimate.disk_bytes or None,
+        )
+        for role, each in inputs.items()
+    }
 
 
 def _why(recipe: Recipe, history: Iterable[Record], node: Node, done: Mapping[str, Planned]) -> str:
@@ -166,48 +178,3 @@ def _resume_point(partial: Path, node: Node) -> str:
     if last.get("done") and {"total", "unit"} <= last.keys():
         return f"interrupted at {last['done']:,} of {last['total']:,} {last['unit']}"
     return "interrupted at its start"
-
-
-def _expected_seconds(
-    node: Node, estimate: Estimate, history: list[Record], store: Store, speed: Speed, devices: int | None
-) -> float | None:
-    """By the speed of this stage's last run; of a training without one, by the one most like it here, or by `speed`."""
-    whole = [record for record in history if not record.get("resumed")]
-    if not node.flops:
-        return float(whole[0]["seconds"]) if whole else estimate.seconds
-    comparable = [record for record in whole if _on(record, devices)][:1]
-    if not comparable:
-        others = [record for record in _all_training(store) if _on(record, devices)]
-        comparable = _most_alike(node, others) or others
-    records = [record for record in comparable if record["metrics"].get("flops")]
-    if not records:
-        return speed.seconds(node.flops, estimate.work)
-    seconds = sum(record["seconds"] for record in records)
-    if estimate.work and all(record.get("work") for record in records):
-        return float(seconds * estimate.work / sum(record["work"] for record in records))
-    return float(seconds * node.flops / sum(record["metrics"]["flops"] for record in records))
-
-
-def _all_training(store: Store) -> list[Record]:
-    return [record for record in store.history() if record["kind"] == "pretrain" and not record.get("resumed")]
-
-
-def _most_alike(node: Node, records: Iterable[Record]) -> list[Record]:
-    """The training of a model with experts as this one, or without as this one, that is nearest in FLOPs a token.
-
-    Experts make another speed of the same device, and so do sizes: small products leave it idle.
-    """
-    assert node.model is not None
-    per_token, found = node.flops / node.tokens, []
-    for record in records:
-        known = record["metrics"]
-        if not known.get("flops") or not known.get("tokens"):
-            continue
-        if (known.get("params_total") != known.get("params_active")) == node.model.is_moe:
-            found.append((abs(math.log(known["flops"] / known["tokens"] / per_token)), record))
-    return [min(found, key=lambda pair: pair[0])[1]] if found else []
-
-
-def _on(record: Record, devices: int | None) -> bool:
-    """Whether a stage ran on so many devices; a record without a ledger may have."""
-    return devices is None or (record.get("cost") or {}).get("devices", devices) == devices

@@ -53,11 +53,17 @@ class Context:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What is known of a stage before it runs. work: of training, what its time grows with (`estimates.work`)."""
+    """What is known of a stage before it runs.
+
+    seconds: by a formula, where no run of the stage tells it. work: what its time grows with, in a unit of its own
+    kind (`estimates.work`). grows_with: roles of inputs with whose bytes, together, it grows too; several groups
+    multiply.
+    """
 
     disk_bytes: int = 0
     seconds: float | None = None
     work: float | None = None
+    grows_with: tuple[tuple[str, ...], ...] = ()
 
 
 class StageModule(Protocol):

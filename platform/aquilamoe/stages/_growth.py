@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, cast
 from aquilamoe.config.graph import Node
 from aquilamoe.config.messages import UserError
 from aquilamoe.config.schema import GrowthConfig, GrowthStage, UpcyclingConfig
+from aquilamoe.estimates import work
 from aquilamoe.growth import rules
 from aquilamoe.pipeline.stage import Context, Estimate, Metrics
 from aquilamoe.pipeline.store import to_json, write_atomically
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 CERTIFICATE = "certificate.json"
 SEQUENCE_LENGTH = 128
 BYTES_PER_PARAMETER = 4
-SECONDS, DISK_BYTES_PER_S = 4.0, 1e9  # of a small growth, certificate included; read and written on a usual disk
+FORWARD = 1 / 3  # of the FLOPs of a training step, which a certificate takes of both models
 
 
 def estimate(node: Node, growth: GrowthConfig | UpcyclingConfig) -> Estimate:
@@ -29,8 +30,10 @@ def estimate(node: Node, growth: GrowthConfig | UpcyclingConfig) -> Estimate:
         inside = "" if str(error).startswith(("growth", "upcycling")) else "model."
         raise UserError(f"stages.{node.name}.{inside}{error}") from None
     moved = BYTES_PER_PARAMETER * (node.source_model.num_params + node.model.num_params)
-    seconds = SECONDS + moved / DISK_BYTES_PER_S
-    return Estimate(disk_bytes=BYTES_PER_PARAMETER * node.model.num_params, seconds=seconds)
+    per_token = sum(model.flops_per_token(SEQUENCE_LENGTH) for model in (node.source_model, node.model))
+    certified = FORWARD * per_token * cast(GrowthStage, node.stage).certificate_tokens
+    seconds = work.moving_s(moved, certified)
+    return Estimate(disk_bytes=BYTES_PER_PARAMETER * node.model.num_params, seconds=seconds, work=seconds)
 
 
 def run(context: Context, growth: GrowthConfig | UpcyclingConfig, grow: Callable[..., dict[str, str]]) -> Metrics:

@@ -5,6 +5,7 @@ from typing import cast
 
 from aquilamoe.config.graph import Node
 from aquilamoe.config.schema import GrowthConfig, GrowthStage, UpcyclingConfig
+from aquilamoe.estimates.work import DISK_BYTES_PER_S
 from aquilamoe.pipeline.stage import Context, Estimate
 
 BYTES_PER_PARAMETER = 8  # two moments in float32
@@ -15,7 +16,11 @@ def estimate(node: Node, weights: Estimate) -> Estimate:
     assert node.model is not None
     if cast(GrowthStage, node.stage).optimizer_state == "reset":
         return weights
-    return replace(weights, disk_bytes=weights.disk_bytes + BYTES_PER_PARAMETER * node.model.num_params)
+    assert node.source_model is not None and weights.seconds is not None
+    moved = BYTES_PER_PARAMETER * (node.source_model.num_params + node.model.num_params)
+    seconds = weights.seconds + moved / DISK_BYTES_PER_S
+    disk_bytes = weights.disk_bytes + BYTES_PER_PARAMETER * node.model.num_params
+    return replace(weights, disk_bytes=disk_bytes, seconds=seconds, work=seconds)
 
 
 def run(context: Context, growth: GrowthConfig | UpcyclingConfig) -> None:

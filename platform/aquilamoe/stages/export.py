@@ -4,6 +4,7 @@ from typing import cast
 
 from aquilamoe.config.graph import Node
 from aquilamoe.config.schema import ExportStage
+from aquilamoe.estimates.work import moving_s
 from aquilamoe.pipeline.stage import Context, Estimate, Metrics
 
 VERSION = 1
@@ -13,7 +14,9 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 def estimate(node: Node) -> Estimate:
     assert node.model is not None
-    return Estimate(disk_bytes=node.model.num_params * BYTES[cast(ExportStage, node.stage).dtype], seconds=1.0)
+    written = node.model.num_params * BYTES[cast(ExportStage, node.stage).dtype]
+    seconds = moving_s(node.model.num_params * BYTES["float32"] + written)
+    return Estimate(disk_bytes=written, seconds=seconds, work=seconds)
 
 
 def run(context: Context) -> Metrics:

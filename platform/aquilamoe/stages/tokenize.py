@@ -9,7 +9,7 @@ RESUMES = True  # every shard that is finished
 
 
 def estimate(_: Node) -> Estimate:
-    return Estimate()
+    return Estimate(grows_with=(("corpus",),))
 
 
 def run(context: Context) -> Metrics:

@@ -10,8 +10,8 @@ VERSION = 1
 RESUMES = False
 
 
-def estimate(_: Node) -> Estimate:
-    return Estimate()
+def estimate(node: Node) -> Estimate:
+    return Estimate(grows_with=(("corpus",),) if "corpus" in node.stage.inputs else ())
 
 
 def run(context: Context) -> Metrics:

@@ -47,9 +47,16 @@ def plan_table(plan: Sequence[Planned], width: int) -> Table:
         "tokens": rows.count(sum(planned.node.tokens for planned in pending) or None),
         "FLOPs": rows.power(sum(planned.node.flops for planned in pending) or None),
         "disk": rows.size(sum(planned.estimate.disk_bytes for planned in new)),
-        "time": rows.duration(sum(planned.seconds or 0.0 for planned in pending)),
+        "time": _total_time(pending),
     }
     return _fitting(lines, total, width, left=("stage", "", "why"), shrinks="why")
+
+
+def _total_time(pending: Sequence[Planned]) -> str:
+    """Of all stages; `>` says that of some it is not known."""
+    known = [planned.seconds for planned in pending if planned.seconds is not None]
+    text = rows.duration(sum(known)) if known or not pending else rows.ABSENT
+    return f"> {text}" if known and len(known) < len(pending) else text
 
 
 def final_table(records: Mapping[str, Record], status: Mapping[str, str], width: int) -> Table:
