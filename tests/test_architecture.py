@@ -29,17 +29,17 @@ MAY_IMPORT = {
     "model": {"config", "kernels"},
     "weights": {"config", "format", "model"},
     "growth": {"config", "kernels", "model", "weights"},
-    "data": {"config"},
+    "data": {"config", "format"},
     "training": {"config", "process", "kernels", "model", "weights", "data"},
     "pipeline": {"config", "process", "estimates"},
     # Of training only the session that trials run in; of weights only what files say of themselves.
     "ablation": {"config", "process", "lineage", "pipeline", "reports", "terminal", "tracking", "training", "weights"},
     "stages": {"config", "model", "weights", "growth", "data", "training", "evaluation", "pipeline", "estimates"},
-    "lineage": {"config", "weights", "pipeline"},
+    "lineage": {"config", "format", "weights", "pipeline"},
     "evaluation": {"config", "model", "weights", "data", "pipeline", "lineage"},
     "tracking": {"config", "pipeline", "lineage"},
     "reports": {"config", "format", "pipeline", "lineage"},
-    "preflight": {"config", "format", "pipeline"},
+    "preflight": {"config", "data", "format", "pipeline"},
     # Of kernels and weights what is known without torch: which kernel, how large chunks, shapes of tensors.
     "estimates": {"config", "kernels", "weights"},
     "dryrun": {"config", "model", "weights", "growth"},
@@ -282,3 +282,8 @@ def test_no_file_is_named_after_its_lack_of_a_subject() -> None:
 def test_every_init_file_is_empty() -> None:
     """But the package's own, which has the public names."""
     assert [path for path in PACKAGE.rglob("__init__.py") if path.read_text()] == [PACKAGE / "__init__.py"]
+
+
+def test_the_home_folder_is_found_in_one_place() -> None:
+    callers = [path.relative_to(PACKAGE) for path in SOURCES if ".expanduser(" in path.read_text(encoding="utf-8")]
+    assert callers == [Path("config/paths.py")]

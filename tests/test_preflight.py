@@ -115,7 +115,7 @@ def test_a_run_that_does_not_fit_the_disk_is_refused_with_both_sizes(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=100_000_000))
     line = check()
     assert line is not None
-    assert line.startswith(f"{tmp_path}/runs: the run writes about 0.2 GB, 0.1 GB are free; ")
+    assert line.startswith(f"{tmp_path}/runs: the run writes about 207 MB, 100 MB are free; ")
 
 
 def test_what_is_cached_needs_no_disk(compose: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,3 +128,19 @@ def test_what_is_cached_needs_no_disk(compose: Compose, tmp_path: Path, monkeypa
         about = {"stage": planned.name, "kind": planned.node.stage.kind, "fingerprint": planned.fingerprint}
         store.publish(partial, stage_record(**about))
     preflight.check(experiment, planning.make(nodes, store, planning.Speed(1e9)), tmp_path / "runs")
+
+
+def test_files_that_are_not_there_stop_a_run_before_it_starts_all_of_them_at_once(
+    compose: Compose, tmp_path: Path
+) -> None:
+    words = [f"data.sources.{name}.path={tmp_path}/{name}*.jsonl" for name in ("en", "zh")]
+    experiment = graph.parse(
+        compose(*words, "data.sources.en.sha256=null", f"stages.tokenizer.path={tmp_path}/no.json")
+    )
+    plan = planning.make(graph.build(experiment), Store(tmp_path / "runs"), planning.Speed.of(experiment.cluster))
+    with pytest.raises(UserError) as caught:
+        preflight.check(experiment, plan, tmp_path / "runs")
+    lines = str(caught.value).splitlines()
+    assert lines == preflight.missing_files(plan)
+    assert [line.partition(":")[0] for line in lines] == ["sources.en.path", "sources.zh.path", "tokenizer.path"]
+    assert f"no file matches '{tmp_path}/en*.jsonl'" in lines[0]

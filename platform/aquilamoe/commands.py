@@ -183,6 +183,8 @@ def _show_plan(experiment: ExperimentConfig, plan: Sequence[Planned], store: Sto
     out.print()
     out.print(tables.cost_table(costs.foreseen(plan, experiment.cluster), out.width))
     _show_devices(out, experiment, plan)
+    for line in preflight.missing_files(plan):
+        out.print(f"\na run would stop: {line}", style="yellow", soft_wrap=True)
     out.print(f"\nOutputs go to {_relative(store.root)}; nothing was started.")
 
 

@@ -2,15 +2,16 @@
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from aquilamoe.config.messages import UserError
-from aquilamoe.config.schema import ExperimentConfig, PretrainStage
+from aquilamoe.config.schema import CorpusStage, ExperimentConfig, PretrainStage, TokenizerStage
+from aquilamoe.data.corpus import source_files
+from aquilamoe.data.vocabulary import find_file
 from aquilamoe.format import size
 from aquilamoe.pipeline.plan import Planned
-
-GIGABYTE = 1e9
 
 
 def check(experiment: ExperimentConfig, plan: Sequence[Planned], root: Path) -> None:
@@ -19,13 +20,35 @@ def check(experiment: ExperimentConfig, plan: Sequence[Planned], root: Path) -> 
         _check_gpus(experiment)
     _check_workers(experiment)
     _check_disk(plan, root)
+    if missing := missing_files(plan):
+        raise UserError(*missing)
+
+
+def missing_files(plan: Sequence[Planned]) -> list[str]:
+    """What stages that will run are to read of the disk and is not there, a line each."""
+    found = []
+    for stage in (planned.node.stage for planned in plan if planned.is_computed):
+        sources = stage.sources if isinstance(stage, CorpusStage) else {}
+        looks: list[Callable[[], object]] = [
+            partial(source_files, name, source.model_copy(update={"sha256": None}))  # which takes reading it
+            for name, source in sources.items()
+            if source.hub is None
+        ]
+        if isinstance(stage, TokenizerStage) and stage.path is not None:
+            looks.append(partial(find_file, stage.path))
+        for look in looks:
+            try:
+                look()
+            except UserError as error:
+                found.append(str(error))
+    return found
 
 
 def _check_gpus(experiment: ExperimentConfig) -> None:
     cluster = experiment.cluster
     needed, found = cluster.workers * cluster.gpus_per_worker, len(local_gpus())
     if cluster.address is None and needed > found:
-        memory = f" with {cluster.gpu_memory_bytes / GIGABYTE:.0f} GB each" if cluster.gpu_memory_bytes else ""
+        memory = f" with {size(cluster.gpu_memory_bytes)} each" if cluster.gpu_memory_bytes else ""
         raise UserError(
             f"experiment {experiment.name}: needs {needed} GPUs{memory}, this machine has {found} "
             f"(and {os.cpu_count()} CPUs); set cluster.address to a Ray cluster that has them, or look at its plan: "

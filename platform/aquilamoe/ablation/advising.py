@@ -8,6 +8,7 @@ from typing import Any
 from aquilamoe.ablation.advice import TITLES, advise, load, rules
 from aquilamoe.ablation.question import Question, Source, ask
 from aquilamoe.config import graph
+from aquilamoe.config.paths import local
 from aquilamoe.lineage.finding import find
 from aquilamoe.lineage.library import read_library
 from aquilamoe.lineage.wanted import wanted_of
@@ -24,7 +25,7 @@ def answer(values: Mapping[str, Any], experiment: Mapping[str, Any], shipped: Pa
 
     shipped: the folder of the studies that come with the platform; those of the store are read, too.
     """
-    root = Path(str(experiment["paths"]["root"])).absolute()
+    root = local(str(experiment["paths"]["root"])).absolute()
     question = ask(values, lambda text: _find(text, experiment, Store(root)))
     recorded = load([shipped, root / "ablations"])
     out = console()
@@ -54,7 +55,7 @@ def described(question: Question) -> str:
 
 def _find(text: str, experiment: Mapping[str, Any], store: Store) -> Source:
     """A checkpoint of the store, or a directory that transformers opens, of which nobody knows its tokens."""
-    path = Path(text).expanduser()
+    path = local(text)
     if (path / CONFIG_FILE).is_file():
         model = read_config(path)
         return Source(model.num_params, None, model)

@@ -56,15 +56,6 @@ def without_passwords(text: str) -> str:
     return PASSWORD.sub(r"\1:***@", text)
 
 
-def size(num_bytes: float) -> str:
-    """Bytes with the unit that fits: 0 B, 8.5 MB, 1.2 TB."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if abs(num_bytes) < 999.5:
-            return f"{num_bytes:.3g} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:,.3g} PB"
-
-
 def nearest(name: str, valid: Iterable[str]) -> str:
     """Return `did you mean 'x'? (valid: ...)`, or the valid names alone, for the end of a message."""
     choices = sorted(map(str, valid))

@@ -15,9 +15,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aquilamoe.config.messages import UserError, size
+from aquilamoe.config.messages import UserError
+from aquilamoe.config.paths import local
 from aquilamoe.config.plugins import PACKAGE_ROOT
 from aquilamoe.config.schema import CorpusStage, SourceConfig
+from aquilamoe.format import size
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -205,7 +207,7 @@ def source_files(source: str, config: SourceConfig) -> list[Path]:
     if config.path.startswith(PACKAGE_PREFIX):
         pattern = path_inside(PACKAGE_ROOT / "data", config.path.removeprefix(PACKAGE_PREFIX), where)
     else:
-        pattern = Path(config.path).expanduser()
+        pattern = local(config.path)
     if pattern.is_dir():
         raise UserError(f"{where}: '{config.path}' is a folder; name its files, e.g. '{config.path}/*.parquet'")
     # A file whose name happens to hold [ or * is that file.

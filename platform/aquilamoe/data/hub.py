@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from aquilamoe.config.corpus import HubConfig
 from aquilamoe.config.messages import UserError
+from aquilamoe.config.paths import local
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -45,7 +46,7 @@ def _open(config: HubConfig, where: str) -> Any:
     datasets.disable_progress_bars()
     try:
         return datasets.load_dataset(
-            config.name,
+            str(local(config.name)),
             config.subset,
             split=config.split,
             revision=config.revision,

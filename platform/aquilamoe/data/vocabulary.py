@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aquilamoe.config.messages import UserError
+from aquilamoe.config.paths import local
 from aquilamoe.config.plugins import PACKAGE_ROOT
 from aquilamoe.data.corpus import PACKAGE_PREFIX, path_inside
 from aquilamoe.data.tokenizer import (
@@ -43,7 +44,7 @@ def adopt_tokenizer(path: str, sha256: str | None, vocab_size: int, out: Path) -
     UserError: no such file or package, another checksum, not a tokenizer, another number of tokens than `vocab_size`,
     no token that ends a document.
     """
-    file = _find(path)
+    file = find_file(path)
     if sha256 is not None:
         with file.open("rb") as opened:
             actual = hashlib.file_digest(opened, "sha256").hexdigest()
@@ -133,7 +134,7 @@ def _letters() -> dict[int, str]:
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + place) for place, byte in enumerate(others)}
 
 
-def _find(path: str) -> Path:
+def find_file(path: str) -> Path:
     """The file that a path names: of this package, of one that is installed, or of the disk."""
     if path.startswith(INSTALLED_PREFIX):
         package, _, inside = path.removeprefix(INSTALLED_PREFIX).partition("/")
@@ -146,7 +147,7 @@ def _find(path: str) -> Path:
     elif path.startswith(PACKAGE_PREFIX):
         file = path_inside(PACKAGE_ROOT / "data", path.removeprefix(PACKAGE_PREFIX), "tokenizer.path")
     else:
-        file = Path(path).expanduser()
+        file = local(path)
     file = file / "tokenizer.json" if file.is_dir() else file
     if not file.is_file():
         raise UserError(f"tokenizer.path: no such file: {file.absolute()}; name a tokenizer.json or a .tiktoken file")

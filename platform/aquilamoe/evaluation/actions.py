@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from aquilamoe.config.graph import Node
 from aquilamoe.config.messages import UserError
+from aquilamoe.config.paths import local
 from aquilamoe.config.points import note
 from aquilamoe.config.schema import EvaluateStage, ExperimentConfig
 from aquilamoe.lineage.entries import read_entry
@@ -97,7 +98,7 @@ def checkpoint(experiment: ExperimentConfig, nodes: Mapping[str, Node], store: S
     text = experiment.checkpoint
     if text is None:
         raise UserError(f"checkpoint: action={experiment.action} needs one; {WAYS}")
-    path = Path(text).expanduser()
+    path = local(text)
     reader = f"action={experiment.action}"
     if text not in nodes and (path / "config.json").is_file():
         for directory in (path, *([path.parent] if path.name == MODEL else [])):
@@ -131,7 +132,7 @@ def _tasks(experiment: ExperimentConfig, nodes: Mapping[str, Node], store: Store
     """Folders with tasks, and the names of those that are made of the corpus - if it has been prepared."""
     folders, names = [], []
     if experiment.evaluation.folder is not None:
-        folder = Path(experiment.evaluation.folder).expanduser()
+        folder = local(experiment.evaluation.folder)
         if not folder.is_dir():
             raise UserError(f"evaluation.folder: {folder} is no directory; give one with lm-eval's YAML files")
         folders.append(folder.absolute())

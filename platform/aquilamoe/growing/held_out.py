@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from aquilamoe.config.growing import CertificateConfig
 from aquilamoe.config.messages import UserError
 from aquilamoe.config.network import ModelConfig
+from aquilamoe.config.paths import local
 from aquilamoe.config.plugins import PACKAGE_ROOT
 from aquilamoe.data.tokenizer import encode, open_tokenizer
 
@@ -46,7 +47,7 @@ def read(source: Path, model: ModelConfig, certificate: CertificateConfig, seed:
         ids = [[draw.randrange(model.vocab_size) for _ in range(length + 1)] for _ in range(rows)]
         return HeldOut(np.array(ids, np.int64), f"random ids, the source has no {TOKENIZER_FILE}")
     tokenizer = open_tokenizer(source / TOKENIZER_FILE)
-    path = None if certificate.text is None else Path(certificate.text).expanduser()
+    path = None if certificate.text is None else local(certificate.text)
     texts = list(_embedded()) if path is None else [_read_text(path, rows * (length + 1))]
     share = math.ceil(rows / len(texts))
     parts = [_sequences(tokenizer, text, share, length, str(source / TOKENIZER_FILE)) for text in texts]

@@ -11,6 +11,7 @@ from aquilamoe.config.graph import grown_model
 from aquilamoe.config.growing import GrowConfig, SparseUpcycling
 from aquilamoe.config.messages import UserError
 from aquilamoe.config.network import ModelConfig
+from aquilamoe.config.paths import local
 from aquilamoe.config.schema import GrowthConfig, UpcyclingConfig
 from aquilamoe.growth import rules
 from aquilamoe.weights import configuration, headers, names
@@ -71,7 +72,7 @@ def directory(key: str, value: str) -> Path:
     """A path as the user typed it, absolute and without links, so that renaming works on what it names."""
     if not value.strip():
         raise UserError(f"{key}: '{value}' is no directory; name one")
-    return Path(os.path.realpath(Path(value).expanduser()))
+    return Path(os.path.realpath(local(value)))
 
 
 def open_checkpoint(key: str, path: Path) -> Checkpoint:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from aquilamoe.config.graph import Node
 from aquilamoe.config.messages import UserError
 from aquilamoe.config.schema import ExperimentConfig
+from aquilamoe.format import size
 from aquilamoe.lineage import reasons, rebuilding
 from aquilamoe.lineage.entries import Entry
 from aquilamoe.lineage.finding import WAYS, find
@@ -20,7 +21,6 @@ from aquilamoe.pipeline.stage import Input
 from aquilamoe.pipeline.store import METRICS, Store
 
 ACTIONS = ("lineage", "why", "verify", "rebuild")
-MEGABYTE = 1e6
 Say = Callable[[str], None]
 AsJson = Callable[[Library, Entry], str]
 Run = Callable[[Sequence[Planned], Store], Mapping[str, Input]]
@@ -166,8 +166,8 @@ def _verify(question: Question) -> None:
 
 def _verdict(verified: Verified, width: int) -> str:
     state = "DIFFERS" if verified.problems else "ok"
-    size = f"{verified.files:>4} files {verified.num_bytes / MEGABYTE:>12,.1f} MB"
-    return f"{_label(verified.entry):<{width}}  {size}  {state}"
+    content = f"{verified.files:>4} files {size(verified.num_bytes):>12}"
+    return f"{_label(verified.entry):<{width}}  {content}  {state}"
 
 
 def _rebuild(question: Question) -> None:
@@ -196,8 +196,8 @@ def _rebuild(question: Question) -> None:
     with suppress(OSError):  # another rebuild is there
         rebuild.store.root.parent.rmdir()
     compared = [name for name in entry.files if name != METRICS]
-    size = sum(entry.files[name][0] for name in compared) / MEGABYTE
-    question.say(f"identical: {len(compared)} files, {size:,.1f} MB; {METRICS} has times in it and is not compared.")
+    num_bytes = sum(entry.files[name][0] for name in compared)
+    question.say(f"identical: {len(compared)} files, {size(num_bytes)}; {METRICS} has times in it and is not compared.")
 
 
 def _fingerprint(done: Input) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from aquilamoe.config.messages import UserError, nearest
+from aquilamoe.config.paths import local
 from aquilamoe.lineage.entries import Entry, read_entry
 from aquilamoe.lineage.library import Library
 from aquilamoe.pipeline.store import RECORD
@@ -22,7 +23,7 @@ def find(library: Library, wanted: Mapping[str, str], text: str, latest: bool = 
     """
     if text in wanted:
         return _of_stage(library, text, wanted[text], latest)
-    path = Path(text).expanduser()
+    path = local(text)
     if path.exists() or os.sep in text:
         return _at(path)
     for directory, entry in library.entries.items():

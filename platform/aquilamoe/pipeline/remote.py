@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, urlsplit
 
 from aquilamoe.config.messages import UserError
+from aquilamoe.config.paths import local
 from aquilamoe.pipeline import records
 from aquilamoe.pipeline.records import RECORD, Record
 
@@ -164,7 +165,7 @@ class Remote:
             from pyarrow import fs
 
             if "://" not in self.address:
-                self._opened = fs.LocalFileSystem(), str(Path(self.address).expanduser().absolute())
+                self._opened = fs.LocalFileSystem(), str(local(self.address).absolute())
             else:
                 try:
                     files, path = fs.FileSystem.from_uri(self.address)

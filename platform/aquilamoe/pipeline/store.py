@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Self, TextIO
 
 from aquilamoe.config.messages import UserError
+from aquilamoe.config.paths import local
 from aquilamoe.config.points import METRICS, note, read_points
 from aquilamoe.config.schema import PathsConfig
 from aquilamoe.pipeline import integrity, records
@@ -38,7 +39,7 @@ class Store:
     @classmethod
     def of(cls, paths: PathsConfig) -> Self:
         """As it is configured."""
-        return cls(Path(paths.root).absolute(), Remote(paths.remote) if paths.remote else None)
+        return cls(local(paths.root).absolute(), Remote(paths.remote) if paths.remote else None)
 
     def directory(self, stage: str, fingerprint: str) -> Path:
         return self.stages / f"{stage}-{fingerprint}"
