@@ -35,7 +35,7 @@ def test_a_study_is_a_parent_with_its_findings_and_a_child_for_each_trial_and_is
 ) -> None:
     study = told(ends={"fpi": 3.3, "aki": 3.2}, scratch={1.0: 3.5}, seeds=(1, 2), noise=0.002)
     found = tell(None, tmp_path, study)
-    assert found.problem is None and found.experiment_id is not None
+    assert not found.notes and found.experiment_id is not None
     client = connect(tracking_uri(None, tmp_path))
     (parent,) = client.search_runs([found.experiment_id], "tags.kind = 'ablation'")
     assert "'aki' is best of 2" in parent.data.tags["mlflow.note.content"]
@@ -79,6 +79,6 @@ def test_a_server_that_is_away_costs_a_line_and_the_next_run_sends_it(
         port = free.getsockname()[1]
     study = told(ends={"fpi": 3.3, "aki": 3.2})
     found = tell(f"http://127.0.0.1:{port}", tmp_path, study)
-    assert found.experiment_id is None and found.problem is not None and "does not answer" in found.problem
-    assert "\n" not in found.problem
+    assert found.experiment_id is None and "does not answer" in found.notes[0]
+    assert len(found.notes) == 1 and "\n" not in found.notes[0]
     assert not list((tmp_path / "tracking").glob("*")), "it does not count as told"

@@ -108,8 +108,8 @@ def _track(experiment: ExperimentConfig, store: Store, study: Study, folder: Pat
         server = uri if uri is not None and uri.startswith("http") else LOCAL_MLFLOW
         out.print(f"         curves: {comparison_url(server, told.experiment_id)}", soft_wrap=True)
         out.print(f"         parameters: {comparison_url(server, told.experiment_id, PARAMETERS)}", soft_wrap=True)
-    if told.problem:
-        out.print(told.problem, style="yellow", soft_wrap=True)
+    for note in told.notes:
+        out.print(note, style="yellow", soft_wrap=True)
 
 
 def folder_of(experiment: ExperimentConfig, store: Store) -> Path:

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import sqlite3
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -12,7 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from aquilamoe.config.messages import UserError, nearest
-from aquilamoe.tracking.receipts import database_file
+from aquilamoe.tracking.database import NAME, Repairs, database_file, database_uri, open_file, prepare
 
 PROBE_S = 30.0  # how long a server may take for a sign of life
 PROMPT_S = 2.0  # a server that once took longer for an answer is slow
@@ -71,7 +70,7 @@ class WatchedClient:
 def tracking_uri(uri: str | None, root: Path) -> str:
     """The URI itself, or that of the database in `root`; UserError for anything that MLflow does not take."""
     if uri is None:
-        return f"sqlite:///{(root / 'mlflow.db').absolute()}"
+        return database_uri((root / NAME).absolute())
     scheme = urlsplit(uri).scheme.partition("+")[0]
     if scheme not in SCHEMES:
         raise UserError(
@@ -119,10 +118,11 @@ def is_away(error: BaseException | None) -> bool:
     return False
 
 
-def connect(uri: str, watch: Watch | None = None) -> Any:
+def connect(uri: str, watch: Watch | None = None, repairs: Repairs | None = None) -> Any:
     """An MlflowClient, watched if it talks to a server.
 
     Imports MLflow (1-4 s) and, the first time, makes the tables of a SQLite database (1-3 s).
+    repairs: is given a line about a database that had to be replaced.
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -134,9 +134,10 @@ def connect(uri: str, watch: Watch | None = None) -> Any:
 
     path = database_file(uri)
     if path is not None:
+        if (replaced := prepare(path)) and repairs:
+            repairs.replaced.append(replaced)
         # Readers - the UI - and this writer then do not block each other; the database remembers.
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with closing(sqlite3.connect(path)) as database:
+        with closing(open_file(path, "rw")) as database:
             database.execute("PRAGMA journal_mode=wal")
     client = MlflowClient(uri)
     return WatchedClient(client, watch) if watch is not None and path is None else client

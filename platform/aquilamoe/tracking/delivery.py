@@ -16,13 +16,14 @@ from aquilamoe.pipeline.fingerprint import flatten
 from aquilamoe.pipeline.store import RECORD
 from aquilamoe.tracking import notes
 from aquilamoe.tracking.connection import Watch, connect
+from aquilamoe.tracking.database import Repairs
+from aquilamoe.tracking.experiments import Experiments
 from aquilamoe.tracking.models import MAX_TAG, Models, search_tags
 from aquilamoe.tracking.receipts import (
     Pipeline,
     Point,
     Receipt,
     Stage,
-    database_file,
     fingerprint_of,
     finished_stage,
     key_of,
@@ -46,10 +47,11 @@ PAGES = frozenset({"samples.md"})  # what stages write for people to read
 class Delivery:
     """A connection to MLflow and what it is known to hold; given up after the first error and made anew."""
 
-    def __init__(self, uri: str, root: Path, watch: Watch) -> None:
+    def __init__(self, uri: str, root: Path, watch: Watch, repairs: Repairs) -> None:
         self.uri, self.root = uri, root
-        self.client = connect(uri, watch)
+        self.client = connect(uri, watch, repairs)
         self.models = Models(self.client, uri)
+        self.experiments = Experiments(self.client, uri, root, repairs)
         self.parents: dict[str, Any] = {}  # pipeline's recipe -> run
         self.sent: dict[str, dict[str, int]] = {}  # stage's key -> metric -> last step
 
@@ -104,32 +106,30 @@ class Delivery:
 
     def _experiment(self, pipeline: Pipeline) -> str:
         name, description = pipeline.receipt["experiment"], pipeline.receipt["description"]
-        found = self.client.get_experiment_by_name(name)
-        if found is None:
-            tags = {"mlflow.note.content": description, "mlflow.experimentKind": "custom_model_development"}
-            tags[VIEW_TAG] = saved_view()
-            location = (self.root / "mlartifacts").absolute().as_uri() if database_file(self.uri) else None
-            return str(self.client.create_experiment(name, artifact_location=location, tags=tags))
-        if found.lifecycle_stage == "deleted":
-            self.client.restore_experiment(found.experiment_id)
-        if found.tags.get(VIEW_TAG) != saved_view():
-            self.client.set_experiment_tag(found.experiment_id, VIEW_TAG, saved_view())
-        return str(found.experiment_id)
+        tags = {"mlflow.note.content": description, "mlflow.experimentKind": "custom_model_development"}
+        return self.experiments.make(name, tags, {VIEW_TAG: saved_view()})
 
     def _parent(self, pipeline: Pipeline) -> Any:
         """The run of a pipeline: the latest with this recipe whose stages, as far as both are known, are the same."""
+        from mlflow.entities import ViewType
+
         run = self.parents.get(pipeline.recipe)
         if run is None or not _agree(run, pipeline):
             experiment = self._experiment(pipeline)
-            runs = self.client.search_runs([experiment], "tags.kind = 'pipeline'", order_by=["start_time DESC"])
+            runs = self.client.search_runs(
+                [experiment], "tags.kind = 'pipeline'", ViewType.ALL, order_by=["start_time DESC"]
+            )
             own = [run for run in runs if run.data.tags.get("recipe") == pipeline.recipe]
             same = [run for run in own if _agree(run, pipeline)]
             # The first parent began with the pipeline, even if MLflow was away then; another begins with this attempt.
             started_ms = (pipeline.latest_ms if own else None) or pipeline.receipt["started_ms"]
-            run = same[0] if same else self._create_parent(pipeline, experiment, len(runs) + 1, started_ms)
-            if not run.data.params:
-                config = {key: value for key, value in pipeline.receipt["config"].items() if key not in NOT_RECIPE}
-                self._log_recipe(run.info.run_id, pipeline.receipt["config"], config)
+            run = (
+                self.experiments.restore(same[0])
+                if same
+                else self._create_parent(pipeline, experiment, len(runs) + 1, started_ms)
+            )
+            config = {key: value for key, value in pipeline.receipt["config"].items() if key not in NOT_RECIPE}
+            self._log_recipe(run, pipeline.receipt["config"], config)
             if run.info.status != "RUNNING":
                 self.client.update_run(run.info.run_id, status="RUNNING")
             self.parents[pipeline.recipe] = run
@@ -143,7 +143,7 @@ class Delivery:
 
     def _open(self, stage: Stage) -> None:
         """Find or make a stage's run, and learn how far its curves go."""
-        run = self._find_run(stage.fingerprint)
+        run = self.experiments.find_run(f"tags.fingerprint = '{stage.fingerprint}' AND tags.stage LIKE '%'")
         if run is None:
             parent = self._parent(stage.pipeline)
             number = int(parent.data.tags["number"])
@@ -163,19 +163,11 @@ class Delivery:
                 self.client.update_run(run.info.run_id, status="RUNNING")
             if "failure" in run.data.tags:  # of an earlier attempt
                 self.client.delete_tag(run.info.run_id, "failure")
-        if not run.data.params:
-            self._log_recipe(run.info.run_id, stage.recipe, stage.recipe["config"])
+        self._log_recipe(run, stage.recipe, stage.recipe["config"])
         self._log_inputs(run.info.run_id, stage)
         sent = {metric.key: metric.step for metric in run.data.to_proto().metrics}
         self.sent[stage.key] = sent
         stage.receipt.update(run_id=run.info.run_id, step=_last_step(sent))
-
-    def _find_run(self, fingerprint: str) -> Any:
-        runs = self.client.search_runs(self._experiments(), f"tags.fingerprint = '{fingerprint}'", max_results=1)
-        return runs[0] if runs else None
-
-    def _experiments(self) -> list[str]:
-        return [experiment.experiment_id for experiment in self.client.search_experiments()]
 
     def _receipt(self, directory: Path) -> Receipt:
         return Receipt(self.root, key_of(directory), self.uri)
@@ -184,18 +176,20 @@ class Delivery:
         from mlflow.exceptions import MlflowException
 
         try:
-            self.client.get_run(run_id)
+            return str(self.client.get_run(run_id).info.lifecycle_stage) == "active"
         except MlflowException as error:
             if error.error_code == "RESOURCE_DOES_NOT_EXIST":
                 return False
             raise
-        return True
 
-    def _log_recipe(self, run_id: str, recipe: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    def _log_recipe(self, run: Any, recipe: Mapping[str, Any], config: Mapping[str, Any]) -> None:
         """All of a recipe as an artifact, and flat as parameters, which MLflow can compare and search."""
         from mlflow.entities import Param
 
-        self.client.log_dict(run_id, dict(recipe), "recipe.json")
+        run_id = run.info.run_id
+        self.client.log_dict(run_id, dict(recipe), "recipe.json")  # again, as somebody may have removed the folder
+        if run.data.params:
+            return
         params = [Param(_name(key), _text(value)) for key, value in flatten(config).items() if value is not None]
         for start in range(0, len(params), BATCH_PARAMS):
             self.client.log_batch(run_id, params=params[start : start + BATCH_PARAMS])

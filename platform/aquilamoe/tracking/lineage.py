@@ -9,6 +9,7 @@ from typing import Any
 
 from aquilamoe.config.messages import UserError
 from aquilamoe.tracking.connection import connect, shown, tracking_uri
+from aquilamoe.tracking.database import NAME, database_uri
 from aquilamoe.tracking.view import VIEW
 
 LOCAL_MLFLOW = "http://127.0.0.1:5000"  # where `ui_command` serves a database
@@ -63,7 +64,7 @@ def ui_command(uri: str | None, root: Path) -> str:
     if uri is not None and uri.startswith(("http://", "https://")):
         return uri
     folder = Path(os.path.relpath(root)) if root.absolute().is_relative_to(Path.cwd()) else root
-    store = tracking_uri(uri, root) if uri else f"sqlite:///{folder / 'mlflow.db'}"
+    store = tracking_uri(uri, root) if uri else database_uri(folder / NAME)
     command = f"mlflow ui --backend-store-uri {shlex.quote(store)} --port 5000 --workers 1"
     return f"MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false {command}"  # two processes instead of thirteen
 

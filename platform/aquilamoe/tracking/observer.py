@@ -13,7 +13,18 @@ from typing import Any
 from aquilamoe.config.messages import without_passwords
 from aquilamoe.pipeline.store import Record
 from aquilamoe.tracking.connection import Watch, answers, is_away, shown, tracking_uri
-from aquilamoe.tracking.receipts import FOLDER, Pipeline, Point, Receipt, Stage, finished_stage, key_of, undelivered
+from aquilamoe.tracking.database import Repairs
+from aquilamoe.tracking.receipts import (
+    FOLDER,
+    Pipeline,
+    Point,
+    Receipt,
+    Stage,
+    finished_stage,
+    key_of,
+    still_known,
+    undelivered,
+)
 
 SEND_EVERY_S = 2.0  # curves; the start and the end of a stage are told at once
 SEND_SHARE = 0.002  # of the time goes into sending curves, which is done less often if it takes more
@@ -48,6 +59,8 @@ class Tracker:
         self._closing = False
         self._abandoned = False  # nobody waits any more: what is left is for the next run
         self._watch = Watch()
+        self._repairs = Repairs()
+        self._known: dict[str, bool] | None = None  # runs of the database, and whether MLflow shows them
         self._started = 0.0
 
     @property
@@ -58,6 +71,7 @@ class Tracker:
     def pipeline_started(self, experiment: str, description: str, config: dict[str, Any], root: Path) -> None:
         assert self._thread is None and not self._abandoned, "one pipeline at a time"
         self._stages, self._current, self._pipelines, self._closing = {}, {}, {}, False
+        self._repairs = Repairs()
         self._started = time.monotonic()
         self._thread = Thread(target=self._work, name="tracking", daemon=True)
         self._thread.start()
@@ -80,7 +94,7 @@ class Tracker:
         self._events.put(partial(self._on_stage_failed, stage, message))
 
     def pipeline_finished(self, succeeded: bool, report: Path | None) -> str | None:
-        """Send what is left; return a line about what could not be delivered, None if MLflow has everything."""
+        """Send what is left; return lines about what could not be delivered or was repaired, None if all is well."""
         assert self._thread is not None, "pipeline_started comes first"
         self._events.put(partial(self._on_pipeline_finished, succeeded, report))
         waited_s = self._wait(self._thread)
@@ -104,7 +118,8 @@ class Tracker:
     def _on_pipeline_started(
         self, now_ms: int, experiment: str, description: str, config: dict[str, Any], root: Path
     ) -> bool:
-        self._pipelines, stages = undelivered(root, self.uri)
+        self._known = still_known(self.uri, root)
+        self._pipelines, stages = undelivered(root, self.uri, self._known)
         self._stages = {stage.key: stage for stage in stages}
         identity = json.dumps([experiment, config.get("stages", config)], sort_keys=True, default=str)
         recipe = hashlib.sha256(identity.encode()).hexdigest()[:12]
@@ -130,7 +145,7 @@ class Tracker:
         assert self._pipeline is not None, "pipeline_started comes first"
         final = directory.with_name(key_of(directory))
         receipt = Receipt(self.root, final.name, self.uri)
-        receipt.update(stage=name, pipeline=self._pipeline.recipe, directory=str(final.absolute()), delivered=False)
+        receipt.update(stage=name, pipeline=self._pipeline.recipe, directory=final.name, delivered=False)
         stage = Stage(name, directory, recipe, inputs, fingerprint, self._pipeline, receipt, now_ms)
         self._announce(stage, final)
         self._pipeline.save(wanted_status="RUNNING")
@@ -144,11 +159,10 @@ class Tracker:
     def _on_stage_finished(self, name: str, directory: Path, record: Record, cached: bool) -> bool:
         assert self._pipeline is not None, "pipeline_started comes first"
         receipt = Receipt(self.root, directory.name, self.uri)
-        stage = finished_stage(directory, record, name, self._pipeline, receipt)
+        stage = finished_stage(directory, record, name, self._pipeline, receipt, self._known)
         self._announce(stage, directory)
         if stage.dirty:
-            where = str(directory.absolute())
-            receipt.update(stage=name, pipeline=self._pipeline.recipe, directory=where, delivered=False)
+            receipt.update(stage=name, pipeline=self._pipeline.recipe, directory=directory.name, delivered=False)
             self._pipeline.save()
             self._pipeline.dirty = True
         return not cached
@@ -170,7 +184,10 @@ class Tracker:
         status = "FINISHED" if succeeded else "FAILED"
         self._pipeline.status, self._pipeline.report = status, report
         self._pipeline.save(wanted_status=status)
-        self._pipeline.dirty |= self._pipeline.receipt["status"] != status
+        if report and report.is_relative_to(self.root):
+            self._pipeline.save(report=str(report.relative_to(self.root)))
+        hidden = self._known is not None and not self._known.get(self._pipeline.receipt["run_id"], False)
+        self._pipeline.dirty |= hidden or self._pipeline.receipt["status"] != status
         return True
 
     def _announce(self, stage: Stage, directory: Path) -> None:
@@ -215,9 +232,12 @@ class Tracker:
         if not any(stage.dirty for stage in stages) and not any(each.dirty for each in self._pipelines.values()):
             return
         self._problem = ""
-        steps = [(stage.name, partial(self._bring, stage)) for stage in stages]
-        steps += [("pipeline", partial(self._conclude, each)) for each in self._pipelines.values() if each.dirty]
         with DELIVERING:
+            if self._abandoned or not self._attempt("connection", lambda: None):
+                return
+            stages = [stage for stage in self._stages.values() if stage.dirty or stage.assumed]
+            steps = [(stage.name, partial(self._bring, stage)) for stage in stages]
+            steps += [("pipeline", partial(self._conclude, each)) for each in self._pipelines.values() if each.dirty]
             for what, step in steps:
                 if self._abandoned or not self._attempt(what, step):
                     return
@@ -255,9 +275,29 @@ class Tracker:
                 raise ConnectionError(self.uri)
         from aquilamoe.tracking.delivery import Delivery
 
-        self._delivery = Delivery(self.uri, self.root, self._watch)
+        replaced = len(self._repairs.replaced)
+        self._delivery = Delivery(self.uri, self.root, self._watch, self._repairs)
+        if len(self._repairs.replaced) > replaced:
+            self._send_all_again()
+
+    def _send_all_again(self) -> None:
+        """MLflow's database is a new one: whatever receipts say, it has nothing."""
+        self._known = {}
+        pipelines, stages = undelivered(self.root, self.uri, self._known)
+        self._pipelines = {**pipelines, **self._pipelines}
+        for stage in stages:
+            stage.pipeline = self._pipelines[stage.pipeline.recipe]
+            self._stages.setdefault(stage.key, stage)
+        for stage in self._stages.values():
+            stage.points, stage.reread, stage.dirty, stage.assumed = [], True, True, False
+            stage.pipeline.dirty = True
 
     def _note(self) -> str | None:
+        """Lines about what was not delivered, and what had to be repaired."""
+        late = self._late()
+        return "\n".join([*self._repairs.lines(), *([late] if late else [])]) or None
+
+    def _late(self) -> str | None:
         if self._broken:
             return f"tracking: incomplete ({self._broken})"
         late = [stage for stage in self._stages.values() if stage.dirty]

@@ -6,8 +6,7 @@ directory.
 """
 
 import json
-import sqlite3
-from contextlib import closing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -15,21 +14,27 @@ from typing import Any
 
 from aquilamoe.config.messages import without_passwords
 from aquilamoe.pipeline.store import METRICS, RECORD, read_points, write_atomically
+from aquilamoe.tracking import places
+from aquilamoe.tracking.database import NAME, database_file, runs
 
 Point = dict[str, Any]
 FOLDER = "tracking"
+STAGES = "stages"
+OWN = "sqlite:///mlflow.db"  # in receipts: the database in the store's root
 
 
 class Receipt:
     """What MLflow has of one stage or pipeline: a small JSON file, void when another tracking URI gave it.
 
-    Passwords in the URI do not count, and are not kept.
+    Passwords in the URI do not count, and are not kept. The store's own database is the same wherever the store is.
     """
 
     def __init__(self, root: Path, name: str, uri: str) -> None:
         self.path = root / FOLDER / f"{name}.json"
-        values, uri = read_json(self.path), without_passwords(uri)
-        self.values: dict[str, Any] = values if values.get("uri") == uri else {"uri": uri}
+        values, own = read_json(self.path), database_file(uri) == (root / NAME).absolute()
+        uri = OWN if own else without_passwords(uri)
+        same = values.get("uri") == uri or (own and _was_own(values))
+        self.values: dict[str, Any] = {**values, "uri": uri} if same else {"uri": uri}
 
     def __getitem__(self, key: str) -> Any:
         return self.values.get(key)
@@ -40,6 +45,13 @@ class Receipt:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(self.path, json.dumps(changed, indent=1, ensure_ascii=False))
             self.values = changed
+
+
+def _was_own(values: dict[str, Any]) -> bool:
+    """Whether a receipt with an absolute URI is about the database that lay beside its stages."""
+    directories = [values.get("directory"), *(values.get("stages") or {}).values()]
+    path = database_file(str(values.get("uri")))
+    return path is not None and any(path == Path(each).parent.parent / NAME for each in directories if each)
 
 
 @dataclass
@@ -68,7 +80,7 @@ class Pipeline:
         return {name: record for name, record in read.items() if record}
 
     def save(self, **values: Any) -> None:
-        self.receipt.update(stages={name: str(path) for name, path in self.stages.items()}, **values)
+        self.receipt.update(stages={name: key_of(path) for name, path in self.stages.items()}, **values)
 
 
 @dataclass
@@ -138,9 +150,16 @@ def fingerprint_of(directory: Path) -> str:
     return key_of(directory).rpartition("-")[2]
 
 
-def finished_stage(directory: Path, record: dict[str, Any], name: str, pipeline: Pipeline, receipt: Receipt) -> Stage:
-    """A stage that is complete on disk; dirty unless its receipt says that MLflow has it."""
-    delivered = bool(receipt["delivered"]) and still_known(receipt["uri"], receipt["run_id"])
+def finished_stage(
+    directory: Path,
+    record: dict[str, Any],
+    name: str,
+    pipeline: Pipeline,
+    receipt: Receipt,
+    known: Mapping[str, bool] | None = None,
+) -> Stage:
+    """A stage that is complete on disk; dirty unless MLflow has it by its receipt, and by the runs that are known."""
+    delivered = bool(receipt["delivered"]) and (known is None or known.get(receipt["run_id"], False))
     return Stage(
         name,
         directory,
@@ -158,26 +177,34 @@ def finished_stage(directory: Path, record: dict[str, Any], name: str, pipeline:
     )
 
 
-def undelivered(root: Path, uri: str) -> tuple[dict[str, Pipeline], list[Stage]]:
-    """What earlier runs could not tell: their pipelines by recipe, and complete stages, oldest first."""
+def undelivered(root: Path, uri: str, known: Mapping[str, bool] | None) -> tuple[dict[str, Pipeline], list[Stage]]:
+    """What MLflow does not have of earlier runs: their pipelines by recipe, and complete stages, oldest first.
+
+    known: runs of the database; what a receipt says was delivered, and is not among them, is lost.
+    """
     receipts = [Receipt(root, path.stem, uri) for path in sorted((root / FOLDER).glob("*.json"))]
+    lost = {each.path for each in receipts if known is not None and each["run_id"] and each["run_id"] not in known}
     pipelines = {}
     for receipt in receipts:
         if receipt["experiment"] is not None:
-            stages = {name: Path(directory) for name, directory in (receipt["stages"] or {}).items()}
-            pipeline = Pipeline(receipt, receipt["wanted_status"] or "RUNNING", stages=stages)
+            stages = {
+                name: root / STAGES / Path(directory).name for name, directory in (receipt["stages"] or {}).items()
+            }
+            report = root / receipt["report"] if receipt["report"] else None
+            pipeline = Pipeline(receipt, receipt["wanted_status"] or "RUNNING", report, stages=stages)
             if pipeline.status == "RUNNING" and receipt["run_id"]:
                 pipeline.status = "KILLED"  # without a word: one driver at a time uses a store
             pipeline.dirty = pipeline.status != (receipt["status"] or "RUNNING")
             pipelines[pipeline.recipe] = pipeline
     found = []
     for receipt in receipts:
-        if receipt["delivered"] is False and receipt["pipeline"] in pipelines:
-            directory, pipeline = Path(receipt["directory"]), pipelines[receipt["pipeline"]]
+        waits = receipt["delivered"] is False or (receipt["delivered"] and receipt.path in lost)
+        if waits and receipt["pipeline"] in pipelines:
+            directory, pipeline = root / STAGES / receipt.path.stem, pipelines[receipt["pipeline"]]
             record = read_json(directory / RECORD)
             if record:
                 pipeline.dirty = True
-                found.append(finished_stage(directory, record, receipt["stage"], pipeline, receipt))
+                found.append(finished_stage(directory, record, receipt["stage"], pipeline, receipt, {}))
     return pipelines, sorted(found, key=lambda stage: str(stage.record and stage.record["finished"]))
 
 
@@ -186,23 +213,17 @@ def milliseconds(iso: str) -> int:
     return round(datetime.fromisoformat(iso).timestamp() * 1000)
 
 
-def still_known(uri: str, run_id: str) -> bool:
-    """Whether a SQLite database has a run, asked without MLflow, whose import takes seconds. A server is believed."""
+def still_known(uri: str, root: Path) -> dict[str, bool] | None:
+    """The runs of a SQLite database and whether MLflow shows them, once its places are those of the store.
+
+    None for a server, which is believed. An empty one for a database that is absent or broken.
+    """
     path = database_file(uri)
     if path is None:
-        return True
-    try:
-        with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as database:
-            return database.execute("SELECT 1 FROM runs WHERE run_uuid = ?", (run_id,)).fetchone() is not None
-    except sqlite3.Error:
-        return False
-
-
-def database_file(uri: str) -> Path | None:
-    """The file of a SQLite URI, absolute."""
-    if not uri.startswith("sqlite:///"):
         return None
-    return Path(uri.removeprefix("sqlite:///").partition("?")[0]).absolute()
+    if path.exists():
+        places.correct(path, root)
+    return runs(path) or {}
 
 
 def read_json(path: Path) -> dict[str, Any]:

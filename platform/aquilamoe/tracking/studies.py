@@ -13,8 +13,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from aquilamoe.config.messages import without_passwords
 from aquilamoe.tracking.connection import answers, connect, is_away, shown, tracking_uri
-from aquilamoe.tracking.receipts import Receipt, database_file, still_known
+from aquilamoe.tracking.database import Repairs
+from aquilamoe.tracking.experiments import Experiments
+from aquilamoe.tracking.receipts import Receipt, still_known
 from aquilamoe.tracking.view import comparison_views
 
 MAX_NOTE = 60_000  # characters
@@ -63,10 +66,12 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Told:
-    """How telling went. experiment_id: MLflow's, if it is known. problem: one line about what MLflow did not get."""
+    """How telling went. experiment_id: MLflow's, if it is known. notes: lines about what MLflow did not get, or what
+    had to be done to its data.
+    """
 
     experiment_id: str | None
-    problem: str | None
+    notes: tuple[str, ...] = ()
 
 
 def tell(uri: str | None, root: Path, comparison: Comparison) -> Told:
@@ -74,27 +79,31 @@ def tell(uri: str | None, root: Path, comparison: Comparison) -> Told:
 
     uri: as `tracking.uri`; None is the database in `root`. What could not be told is told by the next run.
     """
-    address = tracking_uri(uri, root)
+    address, repairs = tracking_uri(uri, root), Repairs()
     receipt = Receipt(root, f"ablation-{comparison.name}", address)
-    if receipt["digest"] == comparison.digest and still_known(address, receipt["run_id"]):
-        return Told(receipt["experiment_id"], None)
+    known = still_known(address, root)
+    if receipt["digest"] == comparison.digest and (known is None or known.get(receipt["run_id"])):
+        return Told(receipt["experiment_id"])
     try:
         if not answers(address):
             raise ConnectionError(address)
-        experiment_id, run_id = _Delivery(connect(address), address, root).bring(comparison)
+        client = connect(address, repairs=repairs)
+        experiment_id, run_id = _Delivery(client, Experiments(client, address, root, repairs)).bring(comparison)
     except Exception as error:  # nothing that MLflow raises is the end of an ablation
         first_line = next(iter(str(error).splitlines()), type(error).__name__)[:200]
-        problem = f"{shown(address)} does not answer" if is_away(error) else first_line
-        return Told(None, f"tracking: MLflow did not get this study ({problem}); the next run sends it")
+        problem = f"{shown(address)} does not answer" if is_away(error) else without_passwords(first_line)
+        return Told(
+            None, (*repairs.lines(), f"tracking: MLflow did not get this study ({problem}); the next run sends it")
+        )
     receipt.update(digest=comparison.digest, run_id=run_id, experiment_id=experiment_id)
-    return Told(experiment_id, None)
+    return Told(experiment_id, tuple(repairs.lines()))
 
 
 class _Delivery:
     """One study on its way into MLflow."""
 
-    def __init__(self, client: Any, uri: str, root: Path) -> None:
-        self.client, self.uri, self.root = client, uri, root
+    def __init__(self, client: Any, experiments: Experiments) -> None:
+        self.client, self.experiments = client, experiments
 
     def bring(self, comparison: Comparison) -> tuple[str, str]:
         """Returns MLflow's names of the experiment and of the parent run."""
@@ -103,6 +112,7 @@ class _Delivery:
         runs = {}
         for trial in comparison.trials:
             run = children.get(trial.fingerprint)
+            run = self.experiments.restore(run) if run is not None else None
             run_id = run.info.run_id if run is not None else self._create(trial, parent, experiment_id)
             # Before the curves: MLflow's comparison of ticked runs begins with the metric that it was told first.
             self._update(run_id, trial.metrics, trial.tags, run.data if run is not None else None)
@@ -120,23 +130,16 @@ class _Delivery:
         return experiment_id, parent
 
     def _experiment(self, comparison: Comparison) -> str:
-        views = comparison_views(comparison.axes)
-        found = self.client.get_experiment_by_name(comparison.name)
-        if found is None:
-            tags = {"mlflow.note.content": comparison.description, **views}
-            tags["mlflow.experimentKind"] = "custom_model_development"
-            location = (self.root / "mlartifacts").absolute().as_uri() if database_file(self.uri) else None
-            return str(self.client.create_experiment(comparison.name, artifact_location=location, tags=tags))
-        if found.lifecycle_stage == "deleted":
-            self.client.restore_experiment(found.experiment_id)
-        for tag, view in views.items():
-            if found.tags.get(tag) != view:
-                self.client.set_experiment_tag(found.experiment_id, tag, view)
-        return str(found.experiment_id)
+        tags = {"mlflow.note.content": comparison.description, "mlflow.experimentKind": "custom_model_development"}
+        return self.experiments.make(comparison.name, tags, comparison_views(comparison.axes))
 
     def _parent(self, comparison: Comparison, experiment_id: str) -> tuple[str, dict[str, Any]]:
         """The newest run of this study, none of whose trials another recipe has computed since; and its children."""
-        runs = self.client.search_runs([experiment_id], "tags.kind = 'ablation'", order_by=["start_time DESC"])
+        from mlflow.entities import ViewType
+
+        runs = self.client.search_runs(
+            [experiment_id], "tags.kind = 'ablation'", ViewType.ALL, order_by=["start_time DESC"]
+        )
         wanted = {trial.name: trial.fingerprint for trial in comparison.trials}
         for run in runs:
             children = self._children(experiment_id, run.info.run_id)
@@ -144,6 +147,7 @@ class _Delivery:
             if run.data.params == dict(comparison.params) and all(
                 wanted.get(name, fingerprint) == fingerprint for name, fingerprint in names.items()
             ):
+                self.experiments.restore(run)
                 return run.info.run_id, children
         tags = {"kind": "ablation", "number": str(len(runs) + 1)}
         run = self.client.create_run(experiment_id, _now_ms(), tags, run_name=f"{comparison.name} #{len(runs) + 1}")
@@ -152,11 +156,13 @@ class _Delivery:
 
     def _children(self, experiment_id: str, parent: str) -> dict[str, Any]:
         """By fingerprint."""
+        from mlflow.entities import ViewType
+
         query = f"tags.`mlflow.parentRunId` = '{parent}'"
         found: dict[str, Any] = {}
         token: str | None = None
         while token != "":
-            page = self.client.search_runs([experiment_id], query, page_token=token)
+            page = self.client.search_runs([experiment_id], query, ViewType.ALL, page_token=token)
             found |= {run.data.tags.get("fingerprint", ""): run for run in page}
             token = page.token or ""
         return found
