@@ -53,6 +53,21 @@ def keys(model: type[Config]) -> str:
             ("trackin", {}),
             f"trackin: unknown key; did you mean 'tracking'? (valid: {keys(ExperimentConfig)})",
         ),
+        *(
+            (
+                ("tracking.uri", uri),
+                f"tracking.uri: '{uri}' is not the address of a server or database ({scheme}; use http://HOST:PORT, "
+                "sqlite:///FILE, or null for a database in paths.root",
+            )
+            for uri, scheme in (
+                ("file:///runs/mlruns", "valid: databricks, http, https, mssql, mysql, postgresql, sqlite)"),
+                (
+                    "htpp://h",
+                    "did you mean 'http'? (valid: databricks, http, https, mssql, mysql, postgresql, sqlite))",
+                ),
+                ("runs/mlruns", "valid: databricks, http, https, mssql, mysql, postgresql, sqlite)"),
+            )
+        ),
         (
             ("upcycling.noize", 0.1),
             f"upcycling.noize: unknown key; did you mean 'noise'? (valid: {keys(UpcyclingConfig)})",

@@ -11,7 +11,8 @@ from typing import Any
 from aquilamoe import preflight
 from aquilamoe.config import graph
 from aquilamoe.config.graph import Node
-from aquilamoe.config.messages import UserError, without_passwords
+from aquilamoe.config.messages import UserError
+from aquilamoe.config.passwords import masked
 from aquilamoe.config.schema import ClusterConfig, ExperimentConfig
 from aquilamoe.dryrun.small import shrunk
 from aquilamoe.estimates import layouts
@@ -248,8 +249,7 @@ def _run(experiment: ExperimentConfig, plan: Sequence[Planned], store: Store, co
     started = time.monotonic()
     progress = live.LiveView(out, experiment.name, plan)
     tracker = Tracker(experiment.tracking.uri, store.root) if experiment.tracking.enabled else None
-    resolved = experiment.model_dump(mode="json")  # stages as they are, what they inherit from groups included
-    resolved["tracking"]["uri"] = _shown_uri(experiment)
+    resolved = masked(experiment.model_dump(mode="json"))  # stages with what they inherit from groups
     if tracker:
         tracker.pipeline_started(experiment.name, experiment.description, resolved, store.root)
     report, succeeded, warning, unwritten = None, False, None, None
@@ -324,20 +324,14 @@ def _where_to_look(
     if report is not None:
         out.print(f"\nreport         {_relative(report)}   (open it in a browser)")
     if experiment.tracking.enabled:
-        out.print(f"MLflow         {ui_command(_shown_uri(experiment), store.root)}", soft_wrap=True)
+        out.print(f"MLflow         {ui_command(experiment.tracking.uri, store.root)}", soft_wrap=True)
     if mlflow_experiment:
-        uri = _shown_uri(experiment) or ""
+        uri = experiment.tracking.uri or ""
         server = uri if uri.startswith("http") else LOCAL_MLFLOW
         out.print(f"               curves: {comparison_url(server, mlflow_experiment)}", soft_wrap=True)
     if experiment.cluster.executor == "ray":
         ray = "ray start --head --dashboard-host 127.0.0.1, then run with cluster.address=auto"
         out.print(f"Ray dashboard  http://127.0.0.1:8265 during a run; to keep it open: {ray}", soft_wrap=True)
-
-
-def _shown_uri(experiment: ExperimentConfig) -> str | None:
-    """The tracking URI for people and files."""
-    uri = experiment.tracking.uri
-    return uri if uri is None else without_passwords(uri)
 
 
 def _relative(path: Path) -> str:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from aquilamoe.ablation.plan import Task
+from aquilamoe.config.passwords import learn, without_passwords
 from aquilamoe.config.points import note
 from aquilamoe.config.schema import ClusterConfig
 from aquilamoe.pipeline import runner
@@ -141,6 +142,7 @@ def run(
 
 def compute(task: Task, store: Store, cluster: ClusterConfig, logs: Path, observers: Sequence[Observer]) -> None:
     """Compute a task. What goes wrong would do so again if it were tried again: it is written down, not raised."""
+    learn([cluster.model_dump(), *(planned.node.stage.model_dump() for planned in task.stages)])
     log, stopped = _notes(logs, task.name)
     for each in (log, stopped):
         each.unlink(missing_ok=True)
@@ -158,8 +160,8 @@ def compute(task: Task, store: Store, cluster: ClusterConfig, logs: Path, observ
         if stopped.exists():  # its process is being ended, and threads of it find others gone
             return
         logs.mkdir(parents=True, exist_ok=True)
-        message = " ".join(str(error).split()) or type(error).__name__
-        log.write_text(f"{message}\n\n{traceback.format_exc()}", encoding="utf-8")
+        message = without_passwords(" ".join(str(error).split()) or type(error).__name__)
+        log.write_text(f"{message}\n\n{without_passwords(traceback.format_exc())}", encoding="utf-8")
 
 
 def without_source(

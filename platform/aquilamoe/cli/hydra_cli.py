@@ -24,7 +24,8 @@ from omegaconf.errors import OmegaConfBaseException
 from aquilamoe.cli import words as words_of
 from aquilamoe.cli.shipped import CONF, config_folders
 from aquilamoe.cli.words import Program, Words
-from aquilamoe.config.messages import UserError, without_passwords
+from aquilamoe.config import passwords
+from aquilamoe.config.messages import UserError
 from aquilamoe.process import ending
 
 # What Hydra, OmegaConf and YAML raise for a configuration that cannot be composed.
@@ -38,10 +39,12 @@ def run(program: Program, execute: Execute) -> None:
 
     execute: is given the composed values, and the command as it was typed, but for passwords in URLs.
     """
-    command = without_passwords(shlex.join([*_program(), *sys.argv[1:]]))
+    passwords.learn_words(sys.argv[1:])
+    typed = shlex.join([*_program(), *sys.argv[1:]])
     with ending.in_one_line():
         for values in composed(program, sys.argv[1:]):
-            execute(values, command)
+            passwords.learn(values)
+            execute(values, passwords.without_passwords(typed))
 
 
 def _program() -> list[str]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from aquilamoe.config import passwords
 from aquilamoe.config.messages import UserError, first_problem, nearest
 from aquilamoe.config.scaling import scaled
 from aquilamoe.config.schema import (
@@ -57,6 +58,7 @@ class Node:
 
 def parse(values: Mapping[str, Any]) -> ExperimentConfig:
     """Validate a composed configuration at its `scale`; UserError with one line for the first problem."""
+    passwords.learn(values)
     values = scaled(values)
     try:
         return ExperimentConfig.model_validate(values)

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, ValidationError, field_validator
 
+from aquilamoe.config import passwords
 from aquilamoe.config.messages import UserError, first_problem, nearest
 from aquilamoe.config.network import Config, Int, NonNegativeInt, PositiveFloat, PositiveInt, Seed
 from aquilamoe.config.schema import GrowthConfig, UpcyclingConfig
@@ -88,6 +89,7 @@ class GrowConfig(Config):
 
 def parse(values: Mapping[str, Any]) -> GrowConfig:
     """Validate a composed configuration; UserError with one line for the first problem."""
+    passwords.learn(values)
     needed = {"source": "a directory with a Hugging Face checkpoint", "target": "the directory to make"}
     missing = [key for key in needed if values.get(key) is None]
     if missing:

@@ -1,7 +1,6 @@
 """What a user reads when something is wrong: one line with the place, the value and the remedy."""
 
 import difflib
-import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, get_args, get_origin
@@ -10,6 +9,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from aquilamoe.config.keys import elsewhere
+from aquilamoe.config.passwords import masked
+from aquilamoe.config.passwords import without_passwords as without_passwords
 
 Location = tuple[int | str, ...]
 SHOWN_CHARACTERS = 60
@@ -19,18 +20,17 @@ LONGEST_MESSAGE = 4000  # characters; a name in a hostile file can be as long as
 # lines; and the marks that reverse the order of what follows.
 UNSHOWN = ("Cc", "Cs", "Zl", "Zp")
 REVERSING = frozenset("\u200e\u200f\u061c\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
-PASSWORD = re.compile(r"(://[^/\s:@'\"]*):[^/\s'\"]+@")
 
 
 class UserError(Exception):
     """A mistake that the user can repair, in one line, or several, a line each; the command exits with status 1.
 
-    Names of files, tensors and columns that are in it come from anybody: it never has a character that a terminal
-    obeys.
+    It has no password. Names of files, tensors and columns that are in it come from anybody: it never has a character
+    that a terminal obeys.
     """
 
     def __init__(self, *texts: str) -> None:
-        super().__init__("\n".join(shortened(printable(text)) for text in texts))
+        super().__init__("\n".join(shortened(printable(without_passwords(text))) for text in texts))
 
 
 def printable(text: str) -> str:
@@ -49,11 +49,6 @@ def shortened(text: str) -> str:
     if len(text) <= LONGEST_MESSAGE:
         return text
     return f"{text[: LONGEST_MESSAGE // 2]} ... {text[-LONGEST_MESSAGE // 2 :]}"
-
-
-def without_passwords(text: str) -> str:
-    """The text with `***` for the password of every URL in it: what is kept, sent or shown has none."""
-    return PASSWORD.sub(r"\1:***@", text)
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
@@ -106,7 +101,7 @@ def _describe(problem: ErrorDetails, model: type[BaseModel], values: Any, where:
 
 def _shown(value: Any) -> str:
     """A value on one line, cut where it is long."""
-    text = repr(value)
+    text = repr(masked(value))
     return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
 
 

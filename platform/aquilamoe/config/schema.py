@@ -31,7 +31,9 @@ from aquilamoe.config.network import (
     PositiveInt,
     Seed,
 )
+from aquilamoe.config.passwords import masked
 from aquilamoe.config.steps import OptimizerConfig, RouterConfig, ScheduleConfig, SpikesConfig
+from aquilamoe.config.tracking import TrackingConfig
 
 Precision = Literal["bf16", "bf16_master", "fp32"]
 # It names files, of which the longest adds some 50 characters; file systems allow 255 bytes.
@@ -276,8 +278,8 @@ class ClusterConfig(Config):
     def _check_runtime_env(self) -> Self:
         if self.runtime_env and self.address is None:
             raise ValueError(
-                f"runtime_env {self.runtime_env} without address; it is for the machines of a cluster, on this one the "
-                "environment is that of the command: set address, or runtime_env to {}"
+                f"runtime_env {masked(self.runtime_env)} without address; it is for the machines of a cluster, on this "
+                "one the environment is that of the command: set address, or runtime_env to {}"
             )
         return self
 
@@ -312,11 +314,6 @@ class PathsConfig(Config):
 
     root: str
     remote: str | None = None
-
-
-class TrackingConfig(Config):
-    uri: str | None
-    enabled: bool
 
 
 class ReportConfig(Config):

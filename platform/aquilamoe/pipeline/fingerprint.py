@@ -5,6 +5,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from aquilamoe.config.passwords import masked
+
 Recipe = dict[str, Any]
 CODE = "code."
 
@@ -18,9 +20,10 @@ def recipe(
 ) -> Recipe:
     """A stage's semantic configuration, with each input replaced by the fingerprint of the stage it names.
 
+    A password in an address is no part of it: another one reads the same.
     code: digests of what the configuration names, where it is not what was shipped (`pipeline.code`).
     """
-    own = {key: value for key, value in config.items() if key not in ("kind", "inputs")}
+    own = masked({key: value for key, value in config.items() if key not in ("kind", "inputs")})
     changed = {"code": dict(code)} if code else {}
     return {"kind": kind, "version": version, "config": own, "inputs": dict(inputs), **changed}
 

@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
-from urllib.parse import parse_qs, urlsplit
 
 from aquilamoe.config.messages import UserError
+from aquilamoe.config.passwords import has_password, login
 from aquilamoe.config.paths import local
 from aquilamoe.pipeline import records
 from aquilamoe.pipeline.records import RECORD, Record
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 CHUNK_BYTES = 1 << 22
 COPIES_AT_ONCE = 4
-SECRETS = {"access_key", "secret_key", "session_token"}
 
 
 class Remote:
@@ -34,8 +33,8 @@ class Remote:
 
     def __init__(self, address: str) -> None:
         self.address = address
-        parts = urlsplit(address)
-        if parts.username or parts.password or SECRETS & set(parse_qs(parts.query)):
+        user = login(address)[1] if "://" in address else None
+        if user or has_password(address):
             raise UserError(
                 "paths.remote: holds a key; leave it out, and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead"
             )

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self, TextIO
 
-from aquilamoe.config.messages import UserError
+from aquilamoe.config.messages import UserError, without_passwords
 from aquilamoe.config.paths import local
 from aquilamoe.config.points import METRICS, note, read_points
 from aquilamoe.config.schema import PathsConfig
@@ -154,7 +154,7 @@ class Store:
                 )
             file.truncate(0)
             started = time.strftime("%Y-%m-%d %H:%M:%S")
-            command = " ".join(" ".join(sys.argv).split())
+            command = without_passwords(" ".join(" ".join(sys.argv).split()))
             file.write(f"process {os.getpid()} since {started} ({command[:200]})")
             file.flush()
             yield

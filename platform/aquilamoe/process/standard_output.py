@@ -6,18 +6,35 @@ import sys
 from pathlib import Path
 from typing import Any, TextIO
 
+from aquilamoe.config.passwords import without_passwords
+
 GOES_ON = "the command goes on without it"
 
 
-class Output:
+class Masked:
+    """A stream on which no password of the configuration appears, whoever writes it."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        self.stream.write(without_passwords(text))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+class Output(Masked):
     """A stream whose first failure is reported on standard error; what is written later goes nowhere."""
 
     def __init__(self, stream: TextIO) -> None:
-        self.stream, self.is_lost = stream, False
+        super().__init__(stream)
+        self.is_lost = False
 
     def write(self, text: str) -> int:
         try:
-            return self.stream.write(text)
+            return super().write(text)
         except OSError as error:
             self._lose(error)
             return len(text)
@@ -36,9 +53,6 @@ class Output:
         reason = "its reader has gone" if isinstance(error, BrokenPipeError) else error.strerror
         print(f"error: standard output: {reason}; {GOES_ON}", file=sys.stderr)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.stream, name)
-
 
 def guard() -> None:
     """Have standard output be such a stream, and nowhere if the caller has closed it."""
@@ -47,6 +61,8 @@ def guard() -> None:
             setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
     if not isinstance(sys.stdout, Output):
         sys.stdout = Output(sys.stdout)
+    if not isinstance(sys.stderr, Masked):
+        sys.stderr = Masked(sys.stderr)
     logging.raiseExceptions = False  # a log that cannot be written is not worth a traceback for each of its lines
 
 

@@ -2,20 +2,21 @@
 
 import logging
 import os
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
-from aquilamoe.config.messages import UserError, nearest
+from aquilamoe.config.messages import UserError
+from aquilamoe.config.passwords import encoded, login, without_passwords
+from aquilamoe.config.tracking import check_tracking
 from aquilamoe.tracking.database import NAME, Repairs, database_file, database_uri, open_file, prepare
 
 PROBE_S = 30.0  # how long a server may take for a sign of life
 PROMPT_S = 2.0  # a server that once took longer for an answer is slow
-SCHEMES = ("databricks", "http", "https", "mssql", "mysql", "postgresql", "sqlite")
 # Few attempts, as whatever could not be sent is sent later; and silent. Set before MLflow is imported.
 ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -71,21 +72,18 @@ def tracking_uri(uri: str | None, root: Path) -> str:
     """The URI itself, or that of the database in `root`; UserError for anything that MLflow does not take."""
     if uri is None:
         return database_uri((root / NAME).absolute())
-    scheme = urlsplit(uri).scheme.partition("+")[0]
-    if scheme not in SCHEMES:
-        raise UserError(
-            f"tracking.uri: '{uri}' is not the address of a server or database ({nearest(scheme or uri, SCHEMES)}); "
-            "use http://HOST:PORT, sqlite:///FILE, or null for a database in paths.root"
-        )
-    return uri
+    try:
+        check_tracking(uri)
+    except ValueError as error:
+        raise UserError(f"tracking.uri: {error}") from None
+    return encoded(uri)
 
 
 def shown(uri: str) -> str:
-    """A URI for people, without a password."""
-    parts = urlsplit(uri)
-    kind = "server" if parts.scheme in ("http", "https") else "database"
-    host = parts.netloc.rpartition("@")[2]
-    return f"{kind} {uri.replace(parts.netloc, host, 1) if parts.netloc else uri}"
+    """A URI for people, without a user and a password."""
+    scheme, _, rest = login(uri)
+    kind = "server" if scheme in ("http://", "https://") else "database"
+    return without_passwords(f"{kind} {scheme}{rest}")
 
 
 def answers(uri: str) -> bool:
@@ -96,15 +94,17 @@ def answers(uri: str) -> bool:
     from urllib.error import HTTPError
     from urllib.request import urlopen
 
-    parts = urlsplit(uri)
-    plain = parts._replace(netloc=parts.netloc.rpartition("@")[2], path=f"{parts.path.rstrip('/')}/health")
+    scheme, _, rest = login(uri)
+    place = re.split(r"[?#]", rest, maxsplit=1)[0].rstrip("/")
     try:
-        urlopen(plain.geturl(), timeout=PROBE_S).close()
+        urlopen(f"{scheme}{place}/health", timeout=PROBE_S).close()
     except HTTPError as error:
         error.close()
         return error.code not in (502, 503, 504)
     except OSError as error:
         return isinstance(getattr(error, "reason", None), ssl.SSLError)
+    except ValueError:  # `http://[`, a port that is no number, ...
+        return False
     return True
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from aquilamoe.config.messages import UserError
+from aquilamoe.config.messages import UserError, without_passwords
 from aquilamoe.tracking.connection import connect, shown, tracking_uri
 from aquilamoe.tracking.database import NAME, database_uri
 from aquilamoe.tracking.view import VIEW
@@ -62,9 +62,9 @@ def _find(client: Any, checkpoint: str) -> Any:
 def ui_command(uri: str | None, root: Path) -> str:
     """What to type to see the runs in a browser; for a server, its address is all it takes."""
     if uri is not None and uri.startswith(("http://", "https://")):
-        return uri
+        return without_passwords(uri)
     folder = Path(os.path.relpath(root)) if root.absolute().is_relative_to(Path.cwd()) else root
-    store = tracking_uri(uri, root) if uri else database_uri(folder / NAME)
+    store = without_passwords(tracking_uri(uri, root)) if uri else database_uri(folder / NAME)
     command = f"mlflow ui --backend-store-uri {shlex.quote(store)} --port 5000 --workers 1"
     return f"MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false {command}"  # two processes instead of thirteen
 
@@ -75,4 +75,4 @@ def comparison_url(server: str, experiment_id: str, view: str = VIEW) -> str:
     view: of an ablation also PARAMETERS, parallel coordinates from what is varied to the objective.
     """
     query = f"viewStateShareKey={view}&compareRunsMode=CHART&workflowType=machine_learning"
-    return f"{server.rstrip('/')}/#/experiments/{experiment_id}/runs?{query}"
+    return f"{without_passwords(server).rstrip('/')}/#/experiments/{experiment_id}/runs?{query}"

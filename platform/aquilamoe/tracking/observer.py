@@ -170,7 +170,7 @@ class Tracker:
     def _on_stage_failed(self, name: str, message: str) -> bool:
         if name in self._current:  # it may have failed before it started
             stage = self._current[name]
-            stage.message = message
+            stage.message = without_passwords(message)
             stage.status = "KILLED" if message in INTERRUPTIONS else "FAILED"
             stage.dirty = True
         return True
@@ -221,7 +221,7 @@ class Tracker:
                 try:
                     urgent |= event()
                 except Exception as error:  # a full disk, say: no reason to stop a training
-                    self._broken = self._broken or f"{type(error).__name__}: {error}"
+                    self._broken = self._broken or without_passwords(f"{type(error).__name__}: {error}")
                 event = self._events.get_nowait()
         except queue.Empty:
             return urgent
@@ -262,8 +262,8 @@ class Tracker:
             for stage in self._stages.values():
                 stage.points, stage.reread = [], True
             away = is_away(error)
-            first_line = next(iter(str(error).splitlines()), type(error).__name__)[:200]
-            problem = f"{shown(self.uri)} does not answer" if away else f"{what}: {without_passwords(first_line)}"
+            first_line = next(iter(without_passwords(str(error)).splitlines()), type(error).__name__)[:200]
+            problem = f"{shown(self.uri)} does not answer" if away else f"{what}: {first_line}"
             self._problem = self._problem or problem
             return not away
         return True

@@ -90,8 +90,8 @@ def tell(uri: str | None, root: Path, comparison: Comparison) -> Told:
         client = connect(address, repairs=repairs)
         experiment_id, run_id = _Delivery(client, Experiments(client, address, root, repairs)).bring(comparison)
     except Exception as error:  # nothing that MLflow raises is the end of an ablation
-        first_line = next(iter(str(error).splitlines()), type(error).__name__)[:200]
-        problem = f"{shown(address)} does not answer" if is_away(error) else without_passwords(first_line)
+        first_line = next(iter(without_passwords(str(error)).splitlines()), type(error).__name__)[:200]
+        problem = f"{shown(address)} does not answer" if is_away(error) else first_line
         return Told(
             None, (*repairs.lines(), f"tracking: MLflow did not get this study ({problem}); the next run sends it")
         )

@@ -1,0 +1,30 @@
+"""Where MLflow is."""
+
+from pydantic import field_validator
+
+from aquilamoe.config.messages import nearest
+from aquilamoe.config.network import Config
+
+SERVERS = ("databricks", "http", "https", "mssql", "mysql", "postgresql", "sqlite")
+
+
+class TrackingConfig(Config):
+    uri: str | None
+    enabled: bool
+
+    @field_validator("uri")
+    @classmethod
+    def _check_uri(cls, uri: str | None) -> str | None:
+        if uri is not None:
+            check_tracking(uri)
+        return uri
+
+
+def check_tracking(uri: str) -> None:
+    """ValueError for what is not the address of a tracking server or of a database."""
+    scheme = uri.partition(":")[0] if ":" in uri else ""
+    if scheme.partition("+")[0] not in SERVERS:
+        raise ValueError(
+            f"'{uri}' is not the address of a server or database ({nearest(scheme or uri, SERVERS)}); "
+            "use http://HOST:PORT, sqlite:///FILE, or null for a database in paths.root"
+        )
