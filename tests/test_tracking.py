@@ -140,7 +140,7 @@ def metrics_of(kind: str) -> dict[str, Any]:
         return {"small/zh/nats_per_token": 6.5, "large/zh/nats_per_token": 5.5, "tokens/unrelated": 1}
     if kind == "tokenize":
         return {"documents": 120}
-    sizes = {"params_total": 1000, "params_active": 400, "note": "as expected"}
+    sizes = {"params_total": 1000, "params_active": 400, "note/en": "as expected"}
     if kind == "pretrain":
         return sizes | {"tokens": 15360, "flops": 2.5e11, "loss_start": 8.3, "loss_end": 7.7, "recovery_tokens": None}
     return sizes | {"kl": 0.0, "passed": True}
@@ -254,7 +254,7 @@ def test_a_pipeline_is_a_parent_run_and_every_stage_a_child_with_its_curves(root
     assert prepare.data.metrics["final.loss_end"] == 7.7
     assert "final.recovery_tokens" not in prepare.data.metrics  # null: never recovered
     assert prepare.data.params["model.hidden_size"] == "64"
-    expected = {"kind": "pretrain", "git_commit": "0123abc", "result.note": "as expected"}
+    expected = {"kind": "pretrain", "git_commit": "0123abc", "result.note/en": "as expected"}
     assert expected.items() <= prepare.data.tags.items()
     assert parent.data.tags["stage.prepare"] == prepare.data.tags["fingerprint"]
     note = parent.data.tags["mlflow.note.content"]
