@@ -488,7 +488,7 @@ def test_other_fingerprints_under_the_same_configuration_are_another_pipeline(ro
 def test_what_mlflow_refuses_is_cut_or_renamed(root: Path) -> None:
     driver = Driver(root, config={**CONFIG, "data": {"path": "x" * 10_000, "größe=%": None, "glob*": [1, 2]}})
     partial = driver.start("prepare")
-    strange = {"step": 0, "time": 1.0, "train/loss": float("nan"), "load (max)": 2, "text": "no metric", "none": None}
+    strange = {"step": 0, "time": 1.0, "train/loss": 1e300, "load (max)": 2, "list": [1], "none": None}
     points = [strange, *({"step": step, "time": 1.0, "train/loss": 1.0} for step in range(1, 2500))]
     (partial / "metrics.jsonl").write_text("".join(json.dumps(point) + "\n" for point in points))
     driver.tracker.stage_progress("prepare", points)
