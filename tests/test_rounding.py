@@ -124,8 +124,8 @@ def take_other_layer(tensors: Tensors) -> None:
 
 
 def disturb_last_place(tensors: Tensors) -> None:
-    """Two units in the last place of one number."""
-    tensors[role(3, names.GATE)].view(torch.int16)[5, 7] += 2
+    """One unit in the last place of one number."""
+    tensors[role(3, names.GATE)].view(torch.int16)[5, 7] += 1
 
 
 FAULTS: dict[str, tuple[Callable[[Tensors], object], str]] = {

@@ -14,6 +14,8 @@ from aquilamoe.growth.stream import Recipe
 
 # No power of two: what is multiplied by it, rounded and divided again is rounded in every element.
 ONCE_MORE = 0.5**0.5
+# Half, and a little: where another machine computes a number that is nearly halfway, it may round to the other side.
+NEAR_HALF = 0.51
 
 
 def unrounded(
@@ -35,8 +37,8 @@ class Unrounded:
     """Tensors that are computed again, a block of rows at a time, and compared with those in the target's files.
 
     What is asked for is therefore both what the growth makes and, but for rounding, what is on the disk. UserError,
-    naming the tensor, where these differ by more than rounding: half a unit in the last place, and as much again where
-    another machine computed it; not at all where a tensor was copied.
+    naming the tensor, where these differ by more than rounding, half a unit in the last place; not at all where a
+    tensor was copied.
     """
 
     def __init__(self, source: Stored, target: Stored, recipes: Iterable[Recipe]) -> None:
@@ -87,9 +89,7 @@ class Unrounded:
     def _check(self, name: str, computed: Tensor, written: Tensor, first_row: int | None) -> None:
         """Refuse what is in the file unless it is what was computed, rounded."""
         written = written.to(self.dtype)
-        allowed = computed.abs() * self._kind.eps + self._kind.smallest_normal * self._kind.eps
-        if self._rows[name].copies is not None:
-            allowed.zero_()
+        allowed = torch.zeros(()) if self._rows[name].copies is not None else self._rounding(computed)
         is_other = ~((written - computed).abs_() <= allowed)
         if not is_other.any():
             return
@@ -100,6 +100,12 @@ class Unrounded:
             f"makes {computed.flatten()[place].item():.6g} of the source there and rounding to {self._kind.dtype} "
             "changes less; grow it again"
         )
+
+    def _rounding(self, computed: Tensor) -> Tensor:
+        """The most by which numbers change when they are rounded: half of what separates the numbers of their size."""
+        _, exponents = torch.frexp(computed)
+        apart = torch.ldexp(torch.full_like(computed, self._kind.eps), exponents - 1)
+        return apart.clamp_(min=self._kind.smallest_normal * self._kind.eps).mul_(NEAR_HALF)
 
     def _release(self, name: str) -> None:
         self._target.reader.release(name)
