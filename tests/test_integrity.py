@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import aquilamoe
 from aquilamoe import commands
 from aquilamoe.config.messages import UserError
 from aquilamoe.pipeline import integrity
@@ -112,6 +113,14 @@ def test_a_changed_checkpoint_neither_writes_nor_answers(
     for checkpoint in ("moe", output(root, "moe"), output(root, "moe") / "model"):
         with pytest.raises(UserError, match=f"{weights}: has changed .* {words[0]} does not read it"):
             execute(*words, f"checkpoint={checkpoint}")
+
+
+def test_a_changed_checkpoint_of_a_stage_is_not_grown_by_hand(root: Path, tmp_path: Path) -> None:
+    source = output(root, "dense") / "model"
+    flip(source / "model.safetensors", random.Random(4))
+    with pytest.raises(UserError, match=f"{source}/model.safetensors: has changed .* the growth does not read it"):
+        aquilamoe.grow(source, tmp_path / "target", model={"num_hidden_layers": 4}, certificate={"enabled": False})
+    assert not (tmp_path / "target").exists()
 
 
 def test_a_report_is_not_drawn_from_a_changed_curve(root: Path, execute: Execute) -> None:

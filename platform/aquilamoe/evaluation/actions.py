@@ -101,9 +101,9 @@ def checkpoint(experiment: ExperimentConfig, nodes: Mapping[str, Node], store: S
     path = local(text)
     reader = f"action={experiment.action}"
     if text not in nodes and (path / "config.json").is_file():
-        for directory in (path, *([path.parent] if path.name == MODEL else [])):
-            if (directory / RECORD).is_file():
-                check_unchanged(read_entry(directory), reader)
+        integrity.check_checkpoint(path, reader)
+        if (path / RECORD).is_file():
+            check_unchanged(read_entry(path), reader)
         return path.resolve().name, path
     fingerprints = {name: wanted.fingerprint for name, wanted in wanted_of(nodes).items()}
     try:

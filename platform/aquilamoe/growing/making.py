@@ -13,6 +13,7 @@ from aquilamoe.growing.comparison import Claim
 from aquilamoe.growing.held_out import HeldOut
 from aquilamoe.growing.output import Output
 from aquilamoe.growing.request import Request, open_checkpoint
+from aquilamoe.pipeline import integrity
 from aquilamoe.pipeline.store import to_json, write_atomically
 from aquilamoe.process import errors, interruption
 from aquilamoe.reports import rows
@@ -77,6 +78,7 @@ class Making:
     def _grow(self) -> dict[str, Any]:
         """Write all tensors of the target; return what is known of them. The source's files are hashed meanwhile."""
         self.place.check_space(plan.target_bytes(self.request) + SLACK_BYTES)
+        integrity.check_checkpoint(self.request.source.directory, "the growth")
         stop = Event()
         with ThreadPoolExecutor(max_workers=1) as aside:
             digests = aside.submit(identity.digests, identity.source_files(self.request), stop)

@@ -5,6 +5,7 @@ in `BLOCKS` blocks at fixed places, which takes a moment whatever their size; `a
 """
 
 import hashlib
+import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,12 +13,14 @@ from typing import Any
 
 from aquilamoe.config.messages import UserError
 from aquilamoe.config.points import METRICS
-from aquilamoe.pipeline.records import Record
+from aquilamoe.pipeline import records
+from aquilamoe.pipeline.records import RECORD, Record
 
 WHOLE_BYTES = 8_000_000_000
 BLOCKS, BLOCK_BYTES = 64, 1 << 20
 HASHED_AT_ONCE = 4
 SHOWN_DIGITS = 12
+OUTPUT = re.compile(".+-[0-9a-f]{12}")  # the name of a stage's directory
 
 
 def check(directory: Path, record: Record, reader: str, names: Iterable[str] | None = None) -> None:
@@ -35,6 +38,14 @@ def check(directory: Path, record: Record, reader: str, names: Iterable[str] | N
             f"{directory / problem[0]}: {problem[1]} since stage {record['stage']} finished, and {reader} does not "
             f"read it; remove {directory} and run again to rebuild it"
         )
+
+
+def check_checkpoint(directory: Path, reader: str) -> None:
+    """The same of a checkpoint that is given by its path, if it is the output of a stage."""
+    where = directory.resolve()
+    output = where.parent
+    if where.name == "model" and OUTPUT.fullmatch(output.name) and (output / RECORD).is_file():
+        check(output, records.read(output), reader)
 
 
 def check_sizes(directory: Path, record: Record) -> None:
