@@ -123,6 +123,21 @@ def test_a_changed_checkpoint_of_a_stage_is_not_grown_by_hand(root: Path, tmp_pa
     assert not (tmp_path / "target").exists()
 
 
+def test_verify_notices_every_byte_of_a_growth_by_hand_and_of_its_record(
+    root: Path, execute: Execute, tmp_path: Path
+) -> None:
+    source, target = output(root, "dense") / "model", tmp_path / "target"
+    aquilamoe.grow(source, target, model={"num_hidden_layers": 4}, certificate={"enabled": False})
+    execute("action=verify", f"checkpoint={target}")
+    draw = random.Random(5)
+    for name in (RECORD, "model.safetensors"):
+        before = flip(target / name, draw)
+        with pytest.raises(UserError) as caught:
+            execute("action=verify", f"checkpoint={target}")
+        assert "\n" not in str(caught.value)
+        (target / name).write_bytes(before)
+
+
 def test_a_report_is_not_drawn_from_a_changed_curve(root: Path, execute: Execute) -> None:
     path = output(root, "control") / "metrics.jsonl"
     flip(path, random.Random(3))

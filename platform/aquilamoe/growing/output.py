@@ -13,6 +13,7 @@ from typing import Any, TextIO
 
 from aquilamoe.config.messages import UserError
 from aquilamoe.format import size
+from aquilamoe.pipeline.records import seal
 from aquilamoe.pipeline.store import RECORD, temporary, to_json, write_atomically
 
 LOCK = ".lock"
@@ -68,8 +69,7 @@ class Output:
 
     def publish(self, record: dict[str, Any]) -> None:
         """Write the record, make everything durable, rename: the target exists from this moment, whole."""
-        text = to_json({**record, "files": sizes(self.partial)}, str(self.target))
-        write_atomically(self.partial / RECORD, text + "\n")
+        write_atomically(self.partial / RECORD, seal({**record, "files": sizes(self.partial)}, str(self.target)))
         self.rename()
 
     def rename(self) -> None:
@@ -226,6 +226,6 @@ def _sync_path(path: Path) -> None:
 def _read_json(path: Path) -> dict[str, Any] | None:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return values if isinstance(values, dict) else None
