@@ -132,6 +132,7 @@ def reach(request: Request, source: Path, tmp_path: Path) -> dict[str, set[str]]
     found = {}
     model = request.source.model
     roles = list(dict.fromkeys(role for layer in range(3) for role in names.role_shapes(model, layer)))
+    roles = [role for role in roles if role not in names.filler_roles(model)]  # those must be zero
     layers = {role: [layer for layer in range(3) if role in names.role_shapes(model, layer)] for role in roles}
     chosen = [names.layer_name(model, layers[role][i % len(layers[role])], role) for i, role in enumerate(roles)]
     for index, name in enumerate([*names.outer_shapes(model), *chosen]):

@@ -16,10 +16,10 @@ from aquilamoe.config.messages import UserError
 from aquilamoe.config.schema import ModelConfig
 from aquilamoe.model import Decoder
 from aquilamoe.weights import names
+from aquilamoe.weights.companions import copy_companions
 from aquilamoe.weights.configuration import (
     config_from_dict,
     config_to_dict,
-    copy_companions,
     read_config,
     read_eos_token_id,
     write_config,
@@ -206,8 +206,12 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
     ("mixtral", {"sliding_window": 32}, "sliding_window 32 is smaller than max_position_embeddings 64 tokens"),
     ("mixtral", {"num_experts_per_tok": 9}, "num_experts_per_tok 9 is not between 1 and num_experts 4"),
-    ("qwen2", {"use_sliding_window": True, "sliding_window": 32}, "sliding_window 32 is smaller"),
-    ("qwen2", {"layer_types": ["full_attention", "sliding_attention"]}, "'sliding_attention'"),
+    (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 2},
+        "sliding_window 32 is smaller than max_position_embeddings 64 tokens",
+    ),
+    ("qwen2", {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "'sliding_attention'"),
     ("qwen2_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step 0"),
     ("qwen2_moe", {"mlp_only_layers": [0, 1, 2]}, "mlp_only_layers names all 3 layers"),
     ("qwen2_moe", {"mlp_only_layers": [3]}, "mlp_only_layers [3] is not a rising list of layers from 0 to 2"),
@@ -247,7 +251,7 @@ def test_every_other_layer_may_be_dense_by_step_or_by_list(network: Network) -> 
 
 
 def test_a_sliding_window_that_is_off_or_wider_than_the_context_is_no_obstacle(network: Network) -> None:
-    off = {"use_sliding_window": False, "sliding_window": 16, "layer_types": ["full_attention"] * 2}
+    off = {"use_sliding_window": False, "sliding_window": 16, "layer_types": ["full_attention"] * 3}
     assert config_from_dict(config_to_dict(network("qwen2"), dtype="float32") | off) == network("qwen2")
     wide = {"sliding_window": 64}
     assert config_from_dict(config_to_dict(network("mixtral"), dtype="float32") | wide) == network("mixtral")
@@ -288,7 +292,7 @@ def test_weights_that_do_not_fit_the_config_are_refused_by_name(tmp_path: Path, 
     name = "model.layers.1.mlp.up_proj.weight"
     for tensor, problem in (
         (None, f"there is no tensor '{name}'"),
-        (torch.zeros(40, 25), f"tensor '{name}' has shape (40, 25), the model (40, 24)"),
+        (torch.zeros(40, 25), f"tensor '{name}' has shape (40, 25), config.json says (40, 24)"),
     ):
         edit_weights(tmp_path, **{name: tensor})
         assert refusal(tmp_path).startswith(f"{tmp_path}: {problem}")

@@ -14,7 +14,7 @@ from aquilamoe.config.schema import ModelConfig
 Network = Callable[..., ModelConfig]
 
 
-def plain_attention(q_bhtc: Tensor, k_bgtc: Tensor, v_bgtc: Tensor, kernel: str) -> Tensor:
+def plain_attention(q_bhtc: Tensor, k_bgtc: Tensor, v_bgtc: Tensor, kernel: str, window: None = None) -> Tensor:
     """Of all pairs of positions, with those that the mask takes away."""
     group, later_tt = q_bhtc.shape[1] // k_bgtc.shape[1], torch.ones(q_bhtc.shape[2:3] * 2).triu(1).bool()
     k_bhtc, v_bhtc = (each.repeat_interleave(group, dim=1) for each in (k_bgtc, v_bgtc))

@@ -64,6 +64,7 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = config.head_dim
         self.kernels = Kernels()
+        self.window: int | None = None  # positions that a query sees, its own included; None sees all before it
         q_size = config.num_attention_heads * config.head_dim
         kv_size = config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, q_size, bias=config.qkv_bias)
@@ -82,7 +83,7 @@ class Attention(nn.Module):
         q, k = self._heads(self.q_proj(x_btd), self.q_norm), self._heads(self.k_proj(x_btd), self.k_norm)
         v = self._heads(self.v_proj(x_btd), None)
         q, k = rotate(q, cos_tc, sin_tc), rotate(k, cos_tc, sin_tc)
-        mixed_bhtc = causal_attention(q, k, v, self.kernels.attention_on(x_btd.device.type, length))
+        mixed_bhtc = causal_attention(q, k, v, self.kernels.attention_on(x_btd.device.type, length), self.window)
         return self.o_proj(mixed_bhtc.transpose(1, 2).reshape(batch, length, -1))
 
     def _heads(self, projected_btq: Tensor, norm: nn.Module | None) -> Tensor:

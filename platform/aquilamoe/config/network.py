@@ -12,6 +12,12 @@ def _refuse_bool(value: Any) -> Any:
     return value
 
 
+# More than any network that will fit on a disk; what is larger is a mistake, and would keep every loop busy for hours.
+MAX_LAYERS, MAX_EXPERTS, MAX_HEADS = 2**12, 2**15, 2**14
+MAX_WIDTH, MAX_NEURONS, MAX_VOCABULARY, MAX_HEAD_DIM = 2**18, 2**21, 2**24, 2**13
+MAX_POSITIONS = 2**40
+MAX_TENSORS = 200_000  # of one checkpoint
+
 Int = Annotated[int, BeforeValidator(_refuse_bool)]
 Float = Annotated[float, BeforeValidator(_refuse_bool)]
 PositiveInt = Annotated[Int, Field(gt=0)]
@@ -26,6 +32,16 @@ Fraction = Annotated[Float, Field(ge=0.0, le=1.0)]
 RopeTheta = Annotated[Float, Field(ge=1.0, le=1e15)]
 Epsilon = Annotated[Float, Field(gt=0.0, le=1.0)]
 InitialStd = Annotated[Float, Field(gt=0.0, le=1e3)]
+Layers = Annotated[Int, Field(gt=0, le=MAX_LAYERS)]
+Layer = Annotated[Int, Field(ge=0, lt=MAX_LAYERS)]
+Experts = Annotated[Int, Field(ge=0, le=MAX_EXPERTS)]
+Heads = Annotated[Int, Field(gt=0, le=MAX_HEADS)]
+HeadDim = Annotated[Int, Field(gt=0, le=MAX_HEAD_DIM)]
+Width = Annotated[Int, Field(gt=0, le=MAX_WIDTH)]
+Neurons = Annotated[Int, Field(ge=0, le=MAX_NEURONS)]
+PositiveNeurons = Annotated[Int, Field(gt=0, le=MAX_NEURONS)]
+Vocabulary = Annotated[Int, Field(gt=0, le=MAX_VOCABULARY)]
+Length = Annotated[Int, Field(gt=0, le=MAX_POSITIONS)]
 
 # Qwen2-MoE, the architecture that transformers and vLLM both open for experts beside a QKV bias, always has a shared
 # expert. One that is all zeros adds nothing to the output, gets no gradient, and is no part of our model. Size 0 does
@@ -54,27 +70,27 @@ class ModelConfig(Config):
     mlp_only_layers: layers of a Mixture of Experts that stay dense, counted from 0.
     """
 
-    vocab_size: PositiveInt
-    hidden_size: PositiveInt
-    intermediate_size: PositiveInt
-    num_hidden_layers: PositiveInt
-    num_attention_heads: PositiveInt
-    num_key_value_heads: PositiveInt
-    head_dim: PositiveInt
-    max_position_embeddings: PositiveInt
+    vocab_size: Vocabulary
+    hidden_size: Width
+    intermediate_size: PositiveNeurons
+    num_hidden_layers: Layers
+    num_attention_heads: Heads
+    num_key_value_heads: Heads
+    head_dim: HeadDim
+    max_position_embeddings: Length
     rope_theta: RopeTheta
     rms_norm_eps: Epsilon
     initializer_range: InitialStd
     qkv_bias: bool
     tie_word_embeddings: bool
-    num_experts: NonNegativeInt
-    num_experts_per_tok: NonNegativeInt
-    moe_intermediate_size: NonNegativeInt
+    num_experts: Experts
+    num_experts_per_tok: Experts
+    moe_intermediate_size: Neurons
     # What most networks do not have is left out by default.
     qk_norm: Literal["none", "head", "projection"] = "none"
-    shared_expert_intermediate_size: NonNegativeInt = 0
+    shared_expert_intermediate_size: Neurons = 0
     norm_topk_prob: bool = True
-    mlp_only_layers: tuple[NonNegativeInt, ...] = ()
+    mlp_only_layers: tuple[Layer, ...] = ()
 
     @model_validator(mode="before")
     @classmethod
@@ -126,6 +142,12 @@ class ModelConfig(Config):
         else:
             self._check_dense()
         self._check_norms()
+        tensors = self.num_hidden_layers * 9 + self.num_sparse_layers * 3 * self.num_experts
+        if tensors > MAX_TENSORS:
+            raise ValueError(
+                f"num_hidden_layers {self.num_hidden_layers} with num_experts {self.num_experts} are {tensors} "
+                f"tensors or more, a checkpoint can have {MAX_TENSORS}; choose fewer layers or experts"
+            )
         return self
 
     def _check_norms(self) -> None:

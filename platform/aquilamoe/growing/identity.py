@@ -11,10 +11,11 @@ from aquilamoe.config.messages import UserError
 from aquilamoe.growing.request import Request
 from aquilamoe.pipeline import code
 from aquilamoe.pipeline.fingerprint import Recipe, differences, fingerprint
-from aquilamoe.weights import configuration
+from aquilamoe.weights import configuration, links
+from aquilamoe.weights.companions import companions
 
-# Raised by hand when the same recipe makes other weights.
-VERSION = 2
+# Raised by hand when the same recipe makes other files.
+VERSION = 3
 SHOWN_DIFFERENCES = 3
 BUFFER_BYTES = 8 * 2**20
 
@@ -24,18 +25,20 @@ def source_files(request: Request) -> list[Path]:
     source = request.source
     weights = sorted({info.file for info in source.tensors.values()})
     card = [path for path in [source.directory / "README.md"] if path.is_file()]
+    for path in card:
+        links.check(path, source.directory)
     named = [source.directory / configuration.CONFIG_FILE, *(source.directory / file for file in weights), *card]
-    return [*named, *configuration.companions(source.directory)]
+    return [*named, *companions(source.directory)]
 
 
 def digests(files: list[Path], stop: Event | None = None) -> dict[str, str]:
-    """SHA-256 of every file by its name, as hubs of checkpoints list them; several are read at once.
+    """SHA-256 of every file by its name beside the first, as hubs of checkpoints list them; several are read at once.
 
     stop: once it is set, reading ends with CancelledError.
     """
     with ThreadPoolExecutor(max_workers=2) as pool:
         found = pool.map(lambda path: _digest(path, stop or Event()), files)
-        return dict(zip((path.name for path in files), found, strict=True))
+        return dict(zip((str(path.relative_to(files[0].parent)) for path in files), found, strict=True))
 
 
 def _digest(path: Path, stop: Event) -> str:

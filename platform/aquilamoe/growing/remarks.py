@@ -1,8 +1,7 @@
 """What a target is in words, and where it is not what the source's config.json would lead one to expect."""
 
-from aquilamoe.config.network import ModelConfig
 from aquilamoe.growing.request import Checkpoint, Request
-from aquilamoe.weights import configuration, names
+from aquilamoe.weights import carrying, configuration, names
 
 _WIDTHS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
 _DIRECTIONS = {
@@ -34,12 +33,12 @@ def remarks(request: Request) -> list[str]:
 
 def architecture(checkpoint: Checkpoint) -> str:
     """The architecture that a checkpoint's config.json states, in short: Llama."""
-    return short(configuration.read_stated(checkpoint.directory).architecture)
+    return short(checkpoint.config.architecture)
 
 
-def written(model: ModelConfig) -> str:
-    """The architecture as which a model is written, in short."""
-    return short(names.architecture(model))
+def written(request: Request) -> str:
+    """The architecture as which the target is written, in short."""
+    return short(carrying.target_architecture(request.source.config, request.model))
 
 
 def short(name: str) -> str:
@@ -48,21 +47,19 @@ def short(name: str) -> str:
 
 
 def _format(request: Request) -> list[str]:
-    old, new = architecture(request.source), written(request.model)
+    old, new = architecture(request.source), written(request)
     if old == new:
         return []
     heads, hidden = request.model.num_attention_heads, request.model.hidden_size
     if request.model.is_moe:
         why = "the format of transformers for these experts"
-    elif hidden % heads:
-        why = f"the same network, whose {heads} heads do not divide the hidden size {hidden}, which {old} refuses"
     else:
-        why = "the same network without a sliding window"
+        why = f"the same network, whose {heads} heads do not divide the hidden size {hidden}, which {old} refuses"
     return [f"The source is a {old}, the target is written as a {new}: {why}."]
 
 
 def _head(source: Checkpoint) -> list[str]:
-    if source.model.tie_word_embeddings or not configuration.read_stated(source.directory).tied:
+    if source.model.tie_word_embeddings or not source.config.values.get("tie_word_embeddings"):
         return []
     return [
         f"The source's {configuration.CONFIG_FILE} says tie_word_embeddings, its {names.HEAD} has other numbers than "

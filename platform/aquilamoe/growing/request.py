@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,11 @@ from aquilamoe.config.network import ModelConfig
 from aquilamoe.config.paths import local
 from aquilamoe.config.schema import GrowthConfig, UpcyclingConfig
 from aquilamoe.growth import rules
-from aquilamoe.weights import configuration, headers, names
+from aquilamoe.growth.depth import map_layers
+from aquilamoe.weights import carrying, companions, configuration, fit, headers, links, names, packed
+from aquilamoe.weights.configuration import CheckpointConfig
+
+CARD = "README.md"
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # OWNER/NAME: also a path, but of no directory
 
@@ -24,8 +28,12 @@ class Checkpoint:
     """A checkpoint on disk, as its config.json and its headers tell."""
 
     directory: Path
-    model: ModelConfig
+    config: CheckpointConfig
     tensors: Mapping[str, headers.TensorInfo]
+
+    @property
+    def model(self) -> ModelConfig:
+        return self.config.model
 
     @property
     def dtype(self) -> str:
@@ -82,20 +90,13 @@ def open_checkpoint(key: str, path: Path) -> Checkpoint:
         if HUB_NAME.fullmatch(typed := os.path.relpath(path)):
             what += f" (from the Hugging Face hub: hf download {typed} --local-dir {path.name}, then {key}={path.name})"
         raise UserError(f"{key}: {path}: {what}; name a directory with a Hugging Face checkpoint")
-    model = configuration.read_config(path)
-    tensors = headers.read(path)
-    for name, shape in names.tensor_shapes(model).items():
-        if name not in tensors:
-            raise UserError(
-                f"{path}: there is no tensor '{name}' among its {len(tensors)}, config.json asks for it; take "
-                "config.json and weights from the same checkpoint"
-            )
-        if tensors[name].shape != shape:
-            raise UserError(
-                f"{path}: tensor '{name}' has shape {tensors[name].shape}, config.json says {shape}; take config.json "
-                "and weights from the same checkpoint"
-            )
-    return Checkpoint(path, model, tensors)
+    config = configuration.read_checkpoint_config(path)
+    tensors = packed.read(path)
+    fit.check(path, config.model, tensors)
+    # Links out of the checkpoint are refused here, before anything is read that is copied.
+    companions.companions(path)
+    links.check(path / CARD, path)
+    return Checkpoint(path, config, tensors)
 
 
 def resolve(config: GrowConfig) -> Request:
@@ -109,9 +110,10 @@ def resolve(config: GrowConfig) -> Request:
     model = grown_model(source.model, changes, "model", config.growth)
     try:
         rules.check(source.model, model, growth)
+        carrying.carried(source.config, model, _layers(source.model, model, growth), source.dtype_name)
     except UserError as error:
         # A rule's message begins with the field: of the model, or of the growth itself.
-        inside = "" if str(error).startswith(("growth", "upcycling")) else "model."
+        inside = "" if str(error).startswith(("growth", "upcycling", "architecture")) else "model."
         raise UserError(f"{inside}{error}") from None
     return Request(
         source=source,
@@ -122,6 +124,13 @@ def resolve(config: GrowConfig) -> Request:
         derived=_derived(source.model, model, config),
         preserving=rules.preserves(growth, source.model, model),
     )
+
+
+def _layers(source: ModelConfig, model: ModelConfig, growth: GrowthConfig | UpcyclingConfig) -> Sequence[int]:
+    """The layer of the source behind every layer of the target."""
+    if isinstance(growth, GrowthConfig):
+        return map_layers(source, model, growth).sources
+    return range(model.num_hidden_layers)
 
 
 def _check_apart(source: Path, target: Path) -> None:

@@ -20,6 +20,7 @@ from aquilamoe.process import interruption
 from aquilamoe.reports import rows
 from aquilamoe.reports.rows import duration, size
 from aquilamoe.terminal.tables import make_table
+from aquilamoe.weights.companions import left_behind
 from aquilamoe.weights.headers import ITEM_BYTES
 
 REFRESH_S = 0.1
@@ -82,6 +83,8 @@ def show_plan(out: Console, request: Request, config: GrowConfig, state: str, to
     for row in plan.sizes(request):
         differences.add_row(row.field, row.source, row.target, row.why)
     out.print(differences)
+    if left := left_behind(request.source.directory):
+        out.print(f"\nleft    {', '.join(left)}: about the source alone", soft_wrap=True)
     if copies := plan.copies(request):
         out.print(f"\ncopies  {', '.join(copies)}", soft_wrap=True)
     if layers := plan.layers(request):
@@ -97,7 +100,7 @@ def show_plan(out: Console, request: Request, config: GrowConfig, state: str, to
 def _show_heads(out: Console, request: Request, state: str) -> None:
     heads = make_table("", "", "", ">parameters", ">active", ">bytes", "")
     source, dtype = request.source, request.source.dtype_name
-    places = (relative(source.directory), architecture(source)), (relative(request.target), written(request.model))
+    places = (relative(source.directory), architecture(source)), (relative(request.target), written(request))
     heads.add_row("source", *places[0], *_counts(source.model), size(source.weight_bytes), dtype)
     heads.add_row("target", *places[1], *_counts(request.model), size(plan.target_bytes(request)), dtype)
     out.print(heads)
@@ -176,7 +179,7 @@ def show_result(out: Console, request: Request, record: Mapping[str, Any]) -> No
     table = make_table("", "", ">layers", ">hidden", ">heads", ">experts", ">parameters", ">active", ">bytes")
     for name, kind, model, count in (
         ("source", architecture(request.source), request.source.model, request.source.weight_bytes),
-        ("target", written(request.model), request.model, plan.target_bytes(request)),
+        ("target", written(request), request.model, plan.target_bytes(request)),
     ):
         experts = f"{model.num_experts}, top {model.num_experts_per_tok}" if model.is_moe else rows.ABSENT
         heads = f"{model.num_attention_heads}/{model.num_key_value_heads}"

@@ -17,7 +17,7 @@ from aquilamoe.config.messages import UserError
 from aquilamoe.config.schema import GrowthConfig, ModelConfig, UpcyclingConfig
 from aquilamoe.growth.alignment import LEAST_UPDATE, Alignment, align
 from aquilamoe.growth.bounds import COMPARED_TOKENS
-from aquilamoe.growth.forward import Stored, StreamedDecoder, Weights, opened
+from aquilamoe.growth.forward import Opened, StreamedDecoder, Weights, opened
 from aquilamoe.growth.logits import Comparison, compare
 from aquilamoe.growth.rounding import RoundedAgain, Unrounded, unrounded
 from aquilamoe.growth.stream import Progress, silent
@@ -64,13 +64,13 @@ def certify(
     finite, and for damaged files.
     """
     with opened(source, target) as (before, after):
-        _check_vocabulary(before[1], after[1], tokens_bt)
+        _check_vocabulary(before.config, after.config, tokens_bt)
         growth = growth if preserving else None
-        is_rounded = torch.finfo(after[0].file_dtype).bits < torch.finfo(after[0].dtype).bits
+        is_rounded = torch.finfo(after.weights.file_dtype).bits < torch.finfo(after.weights.dtype).bits
         exact = unrounded(before, after, growth, seed) if growth is not None and is_rounded else None
         walk = _Walk(before, after, exact, tokens_bt, progress)
         if growth is not None:
-            walk.together(align(before[1], after[1], growth, seed, before[0].dtype))
+            walk.together(align(before.config, after.config, growth, seed, before.weights.dtype))
         else:
             walk.apart()
         found = walk.compare()
@@ -140,14 +140,15 @@ class _Walk:
 
     def __init__(
         self,
-        source: tuple[Stored, ModelConfig],
-        target: tuple[Stored, ModelConfig],
+        source: Opened,
+        target: Opened,
         unrounded: Weights | None,
         tokens_bt: Tensor,
         progress: Progress,
     ) -> None:
-        self._stored = source[0], target[0]
-        self.source, self.target = StreamedDecoder(*source), StreamedDecoder(unrounded or target[0], target[1])
+        self._opened = source, target
+        self.source = StreamedDecoder(*source)
+        self.target = StreamedDecoder(unrounded or target.weights, target.config, target.positions)
         inputs_bt, self.labels_bt = tokens_bt[:, :-1], tokens_bt[:, 1:]
         self._inputs_bt = inputs_bt
         self.source_btd, self.target_btd = self.source.embed(inputs_bt), self.target.embed(inputs_bt)
@@ -181,11 +182,11 @@ class _Walk:
         as a fraction of the logits' spread, and `kl` in nats/token.
         """
         exact.check_rest()
-        source, target = self._stored
-        measured: dict[str, Any] = {"dtype": str(target.file_dtype).removeprefix("torch.")}
-        again = RoundedAgain(source, target.file_dtype)
-        for name, weights, config in (("target", target, self.target.config), ("source", again, self.source.config)):
-            decoder = StreamedDecoder(weights, config)
+        source, target = self._opened
+        file_dtype = target.weights.file_dtype
+        measured: dict[str, Any] = {"dtype": str(file_dtype).removeprefix("torch.")}
+        again = StreamedDecoder(RoundedAgain(source.weights, file_dtype), source.config, source.positions)
+        for name, decoder in (("target", StreamedDecoder(*target)), ("source", again)):
             x_btd = self._run(decoder, decoder.embed(self._inputs_bt[: self.compared]))
             found = compare((self.source, self._sample()), (decoder, x_btd), self.labels_bt[: self.compared])
             measured |= {"tokens": found.tokens, f"{name}_relative": found.relative, f"{name}_kl": found.kl}

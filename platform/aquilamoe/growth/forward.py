@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,9 @@ from aquilamoe.growth.bounds import LOOKUPS, TOKENS_AT_ONCE
 from aquilamoe.kernels.choice import Kernels
 from aquilamoe.model import Block, FeedForward, RMSNorm, Routing, rotary_table
 from aquilamoe.weights import names
-from aquilamoe.weights.configuration import read_config
+from aquilamoe.weights.configuration import read_checkpoint_config
 from aquilamoe.weights.huggingface import check
+from aquilamoe.weights.positions import Positions, plain
 from aquilamoe.weights.store import Reader
 
 Tensors = dict[str, Tensor]
@@ -70,14 +71,24 @@ class Stored:
         return tensor
 
 
+class Opened(NamedTuple):
+    """A checkpoint that is ready to compute."""
+
+    weights: Stored
+    config: ModelConfig
+    positions: Positions
+
+
 class StreamedDecoder:
     """The network of a checkpoint, a step at a time: `embed`, `run_layer` for each layer, `normalize`, `head_rows`.
 
     weights: the tensors of `config`, in the dtype of the computation.
+    positions: how heads turn and how far layers look back, where that is not plain.
     """
 
-    def __init__(self, weights: Weights, config: ModelConfig) -> None:
+    def __init__(self, weights: Weights, config: ModelConfig, positions: Positions | None = None) -> None:
         self.config, self.weights, self.dtype = config, weights, weights.dtype
+        self.positions = positions or plain(config)
 
     def embed(self, tokens_bt: Tensor) -> Tensor:
         """The residual stream that enters the first layer (b, t, d); only the rows of these tokens are read."""
@@ -93,6 +104,7 @@ class StreamedDecoder:
             block = Block(self.config, layer)
         # The other one keeps the softmax, and is of a kind that imports torch's compiler when it is first called.
         block.self_attn.kernels = Kernels(attention="sdpa")
+        block.self_attn.window = self.positions.windows[layer]
         read = partial(self._read, layer)
         block.set_submodule("self_attn", _Streamed(block.self_attn, partial(read, "self_attn."), flat=False))
         resident = [role for role in roles if not role.startswith(("self_attn.", "mlp."))]
@@ -107,9 +119,21 @@ class StreamedDecoder:
                 resident.append(names.SHARED_ROUTER)
         else:
             block.set_submodule("mlp", _Streamed(block.mlp, partial(read, "mlp."), flat=True))
-        table = rotary_table(self.config, x_btd.shape[1], x_btd.device, x_btd.dtype)
+        table = self._rotary_table(x_btd.shape[1])
         weights = {role: self.weights.get(names.layer_name(self.config, layer, role)) for role in resident}
         return functional_call(block, weights, (x_btd, *table))
+
+    def _rotary_table(self, length: int) -> tuple[Tensor, Tensor]:
+        """Cos and sin (t, head_dim) of a rotary embedding of any type, for sequences of this length."""
+        if self.positions.rope.rope_type == "default":
+            return rotary_table(self.config, length, torch.device("cpu"), self.dtype)
+        head_dim, most = self.config.head_dim, self.config.max_position_embeddings
+        frequencies, scale = self.positions.rope.frequencies(head_dim, most, length)
+        turns_tp = torch.outer(
+            torch.arange(length, dtype=torch.float64), torch.tensor(frequencies, dtype=torch.float64)
+        )
+        angles_tc = turns_tp.repeat(1, 2)
+        return (angles_tc.cos() * scale).to(self.dtype), (angles_tc.sin() * scale).to(self.dtype)
 
     def normalize(self, x_btd: Tensor) -> Tensor:
         """What the head reads (n, d), of the stream behind the last layer."""
@@ -176,16 +200,19 @@ def _together(count: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 @contextmanager
-def opened(*directories: Path) -> Iterator[tuple[tuple[Stored, ModelConfig], ...]]:
+def opened(*directories: Path) -> Iterator[tuple[Opened, ...]]:
     """Weights and model of checkpoints, to compute in float32, or in float64 if one of them has it.
 
     UserError for damaged ones.
     """
     with ExitStack() as files:
         readers = [files.enter_context(Reader(directory)) for directory in directories]
-        configs = [read_config(directory) for directory in directories]
+        configs = [read_checkpoint_config(directory) for directory in directories]
         dtype = torch.float32
         for reader, config in zip(readers, configs, strict=True):
-            check(config, reader)
+            check(config.model, reader)
             dtype = torch.promote_types(dtype, reader.dtype(names.EMBEDDING))
-        yield tuple((Stored(reader, dtype), config) for reader, config in zip(readers, configs, strict=True))
+        yield tuple(
+            Opened(Stored(reader, dtype), config.model, config.positions)
+            for reader, config in zip(readers, configs, strict=True)
+        )

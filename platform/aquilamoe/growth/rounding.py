@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from aquilamoe.config.messages import UserError
-from aquilamoe.config.schema import GrowthConfig, ModelConfig, UpcyclingConfig
+from aquilamoe.config.schema import GrowthConfig, UpcyclingConfig
 from aquilamoe.growth import scale_out, scale_up
-from aquilamoe.growth.forward import Stored
+from aquilamoe.growth.forward import Opened, Stored
 from aquilamoe.growth.rows import Rows, rows_of_block
 from aquilamoe.growth.stream import Recipe
 
@@ -19,13 +19,13 @@ NEAR_HALF = 0.51
 
 
 def unrounded(
-    source: tuple[Stored, ModelConfig],
-    target: tuple[Stored, ModelConfig],
+    source: Opened,
+    target: Opened,
     growth: GrowthConfig | UpcyclingConfig,
     seed: int,
 ) -> "Unrounded":
     """What `growth` makes of the source, before it is rounded to what is in the target's files."""
-    (before, old), (after, new) = source, target
+    (before, old, _), (after, new, _) = source, target
     if isinstance(growth, GrowthConfig):
         recipes = scale_up.recipes(before.reader, old, new, growth, seed)
     else:

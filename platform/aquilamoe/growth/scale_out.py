@@ -36,10 +36,10 @@ def scale_out(
     memory there are some blocks of rows. Returns the SHA-256 of every tensor. Raises UserError for a growth that cannot
     be done (see `rules.check`) and for a damaged source.
     """
-    source_config = configuration.read_config(source)
-    rules.check(source_config, target_config, upcycling)
-    grow = partial(recipes, source=source_config, target=target_config, upcycling=upcycling, seed=seed)
-    return rewrite(source, target, (source_config, target_config), grow, progress)
+    config = configuration.read_checkpoint_config(source)
+    rules.check(config.model, target_config, upcycling)
+    grow = partial(recipes, source=config.model, target=target_config, upcycling=upcycling, seed=seed)
+    return rewrite(source, target, (config, target_config), range(target_config.num_hidden_layers), grow, progress)
 
 
 def recipes(

@@ -34,10 +34,11 @@ def scale_up(
     Returns the SHA-256 of every tensor. Raises UserError for a growth that cannot be done (see `rules.check`) and for a
     damaged source.
     """
-    source_config = configuration.read_config(source)
-    rules.check(source_config, target_config, growth)
-    grow = partial(recipes, source=source_config, target=target_config, growth=growth, seed=seed)
-    return rewrite(source, target, (source_config, target_config), grow, progress)
+    config = configuration.read_checkpoint_config(source)
+    rules.check(config.model, target_config, growth)
+    grow = partial(recipes, source=config.model, target=target_config, growth=growth, seed=seed)
+    layers = depth.map_layers(config.model, target_config, growth).sources
+    return rewrite(source, target, (config, target_config), layers, grow, progress)
 
 
 def recipes(

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 from aquilamoe.config.messages import UserError
 from aquilamoe.config.schema import ModelConfig
 from aquilamoe.growth.rows import Rows, block_slices
-from aquilamoe.weights import configuration, names, store
+from aquilamoe.weights import carrying, companions, configuration, fit, names, store
 from aquilamoe.weights.allocator import keep_large_buffers
+from aquilamoe.weights.configuration import CheckpointConfig
 from aquilamoe.weights.elements import cast, check_finite, check_representable, torch_dtype
 from aquilamoe.weights.headers import DTYPE_NAMES
 
@@ -41,13 +42,14 @@ def silent(done: int, total: int) -> None:
 def rewrite(
     source: Path,
     target: Path,
-    configs: tuple[ModelConfig, ModelConfig],
+    configs: tuple[CheckpointConfig, ModelConfig],
+    layers: Sequence[int],
     grow: Callable[[store.Reader], Iterable[Recipe]],
     progress: Progress,
 ) -> dict[str, str]:
     """Write to `target` what `grow` makes of the weights of `source`, in their dtype; then config and tokenizer.
 
-    configs: of the source and of the target.
+    configs: of the source and of the target. layers: of the source, for every layer of the target.
     Returns the SHA-256 of every tensor. Bytes that stay what they are go from file to file; everything else is
     computed on as many threads as torch has, a block of rows at a time, and does not depend on their number. Where
     nothing has to be, torch is not imported.
@@ -58,16 +60,17 @@ def rewrite(
     if source.resolve() == target.resolve():
         raise UserError(f"{target}: is source and target at once, 2 directories are needed; choose another target")
     shapes = names.tensor_shapes(target_config)
+    companions.companions(source)  # refuses links out of the checkpoint
     with store.Reader(source) as reader:
-        _check_weights(source, reader, source_config)
+        fit.check(source, source_config.model, reader.tensors)
+        fit.check_fillers(reader, source_config.model)
         dtype = reader.info(names.EMBEDDING).dtype
+        values = carrying.carried(source_config, target_config, layers, DTYPE_NAMES[dtype])
         recipes = list(grow(reader))
         with store.Writer(target, shapes, dtype) as writer:
             _write(recipes, reader, writer, dtype, lambda done: progress(done, len(shapes)))
-    # The source's own generation settings, if it has any, take the place of the plain ones.
-    eos_token_id = configuration.read_eos_token_id(source)
-    configuration.write_config(target, target_config, DTYPE_NAMES[dtype], eos_token_id)
-    configuration.copy_companions(source, target)
+    configuration.write_json(target / configuration.CONFIG_FILE, values)
+    companions.copy_companions(source, target)
     return {name: writer.digests[name] for name in shapes}
 
 
@@ -139,12 +142,3 @@ def _computed(recipes: Sequence[Recipe], dtype: str) -> Iterator[Iterator[Tensor
             yield take()
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-def _check_weights(source: Path, reader: store.Reader, config: ModelConfig) -> None:
-    for name, shape in names.tensor_shapes(config).items():
-        if reader.shape(name) != shape:
-            raise UserError(
-                f"{source}: tensor '{name}' has shape {reader.shape(name)}, config.json says {shape}; "
-                "take config.json and weights from the same checkpoint"
-            )

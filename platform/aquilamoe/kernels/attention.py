@@ -17,15 +17,23 @@ TILE_BYTES = 4 << 20  # of scores, so that a CPU keeps them in its cache
 LONG = 512  # positions, from which on blocks are twice as long
 
 
-def causal_attention(q_bhtc: Tensor, k_bgtc: Tensor, v_bgtc: Tensor, kernel: AttentionKernel) -> Tensor:
+def causal_attention(
+    q_bhtc: Tensor, k_bgtc: Tensor, v_bgtc: Tensor, kernel: AttentionKernel, window: int | None = None
+) -> Tensor:
     """softmax(q k' / sqrt(c) where keys are not later than queries) v, of shape (b, h, t, c).
 
+    window: positions that a query sees, its own included, by `sdpa` alone; None sees all before it.
     In autocast's type where it is on. `explicit` keeps the softmax for the gradient: 2 bytes for each pair of a query
     and a key that it may see, and each head, in bfloat16.
     """
     if kernel == "sdpa":
         grouped = q_bhtc.shape[1] != k_bgtc.shape[1]
+        if window is not None and window < q_bhtc.shape[2]:
+            seen_tl = torch.ones(q_bhtc.shape[2], k_bgtc.shape[2], dtype=torch.bool, device=q_bhtc.device)
+            seen_tl = seen_tl.tril().triu(1 - window)
+            return F.scaled_dot_product_attention(q_bhtc, k_bgtc, v_bgtc, attn_mask=seen_tl, enable_gqa=grouped)
         return F.scaled_dot_product_attention(q_bhtc, k_bgtc, v_bgtc, is_causal=True, enable_gqa=grouped)
+    assert window is None, "only sdpa computes windows"
     device = q_bhtc.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else q_bhtc.dtype
     b, h, t, c = q_bhtc.shape

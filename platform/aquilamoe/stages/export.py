@@ -22,7 +22,8 @@ def estimate(node: Node) -> Estimate:
 def run(context: Context) -> Metrics:
     import torch
 
-    from aquilamoe.weights.configuration import copy_companions, read_eos_token_id
+    from aquilamoe.weights.companions import copy_companions
+    from aquilamoe.weights.configuration import read_eos_token_id
     from aquilamoe.weights.huggingface import load_model, save_model
 
     node, stage = context.node, cast(ExportStage, context.node.stage)

@@ -26,7 +26,8 @@ def run(context: Context) -> Metrics:
     from aquilamoe.training.job import Job
     from aquilamoe.training.launch import launch
     from aquilamoe.training.metrics import recovery_tokens
-    from aquilamoe.weights.configuration import copy_companions, write_config
+    from aquilamoe.weights.companions import copy_companions
+    from aquilamoe.weights.configuration import write_config
 
     node, source, tokens = context.node, context.inputs.get("source"), context.inputs["tokens"]
     assert node.model is not None

@@ -5,6 +5,7 @@ Nothing is ever unpickled.
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -12,13 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from aquilamoe.config.messages import UserError
+from aquilamoe.weights import jsonfile, links
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 # As config.json and torch call them.
 DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-MAX_HEADER_BYTES = 100_000_000  # the library's limit
+MAX_HEADER_BYTES = 32 * 2**20
+# Of one checkpoint. The largest that are published have less than half as many; beyond, a header is no header.
+MAX_TENSORS = 200_000
+MAX_DIMENSIONS = 8
+COLONS = 5  # in the entry of one tensor, and one to spare
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # Older files repeat the fixed frequencies of the rotary embedding, in float32 whatever the weights are in.
 FIXED = ".rotary_emb.inv_freq"
@@ -51,6 +57,7 @@ def read(directory: Path) -> dict[str, TensorInfo]:
     header is damaged, when tensors overlap, leave holes or exceed their file, when index and shards disagree, and when
     the tensors are not all of one type that can be computed with.
     """
+    links.check(directory / SINGLE_FILE, directory)
     if (directory / SINGLE_FILE).is_file():
         tensors = read_file(directory / SINGLE_FILE)
     else:
@@ -66,6 +73,8 @@ def read_file(path: Path) -> dict[str, TensorInfo]:
     size = path.stat().st_size
     header, data_start = _read_header(path, size)
     header.pop("__metadata__", None)
+    if len(header) > MAX_TENSORS:
+        raise _too_many(path, len(header))
     tensors = {name: _parse_entry(path, name, entry, data_start) for name, entry in header.items()}
     _check_places(path, tensors, data_start, size)
     return tensors
@@ -73,6 +82,10 @@ def read_file(path: Path) -> dict[str, TensorInfo]:
 
 def _damaged(path: Path, size: int, reason: str) -> UserError:
     return UserError(f"{path}: is damaged or cut short at {size} bytes ({reason}); copy or write it again")
+
+
+def _too_many(path: Path, count: int) -> UserError:
+    return UserError(f"{path}: names {count} tensors or more, at most {MAX_TENSORS} are read; take another checkpoint")
 
 
 def _read_header(path: Path, size: int) -> tuple[dict[str, Any], int]:
@@ -84,6 +97,9 @@ def _read_header(path: Path, size: int) -> tuple[dict[str, Any], int]:
         if length > MAX_HEADER_BYTES:
             raise _damaged(path, size, f"its header has {length} bytes, more than {MAX_HEADER_BYTES}")
         text = file.read(length)
+    # Every tensor has four: counted before anything is made of them, which would take gigabytes.
+    if (colons := text.count(b":")) > COLONS * MAX_TENSORS:
+        raise _too_many(path, colons // COLONS)
     try:
         header = json.loads(text, object_pairs_hook=_distinct)
     except (ValueError, RecursionError) as error:
@@ -96,8 +112,7 @@ def _read_header(path: Path, size: int) -> tuple[dict[str, Any], int]:
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
         raise ValueError(f"it has '{twice}' twice")
     return found
 
@@ -108,7 +123,9 @@ def _parse_entry(path: Path, name: str, entry: Any, data_start: int) -> TensorIn
         dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         if not (isinstance(dtype, str) and isinstance(shape, list)):
             raise TypeError("dtype is not a string or shape not a list")
-        if not all(type(number) is int and number >= 0 for number in (*shape, start, end)):
+        if len(shape) > MAX_DIMENSIONS:
+            raise ValueError(f"shape has {len(shape)} dimensions, at most {MAX_DIMENSIONS} are read")
+        if not all(type(number) is int and 0 <= number < 2**63 for number in (*shape, start, end)):
             raise ValueError("shape or offsets are not whole numbers from 0")
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
@@ -147,6 +164,7 @@ def _check_places(path: Path, tensors: Mapping[str, TensorInfo], data_start: int
 def _read_index(directory: Path) -> dict[str, str]:
     """Name of the shard of every tensor."""
     path = directory / INDEX_FILE
+    links.check(path, directory)
     if not path.is_file():
         pickled = sorted(file.name for pattern in PICKLED for file in directory.glob(pattern))
         if pickled:
@@ -155,12 +173,14 @@ def _read_index(directory: Path) -> dict[str, str]:
                 f"code; convert them to {SINGLE_FILE}"
             )
         raise UserError(f"{directory}: has neither {SINGLE_FILE} nor {INDEX_FILE}; name a directory with a checkpoint")
-    try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        if not (isinstance(weight_map, dict) and all(isinstance(file, str) for file in weight_map.values())):
-            raise ValueError("weight_map does not map names of tensors to names of files")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path}: is not an index of safetensors shards ({error!r}); copy it again") from error
+    weight_map = jsonfile.read(path, directory, jsonfile.MAX_INDEX_BYTES).get("weight_map")
+    if not (isinstance(weight_map, dict) and all(isinstance(file, str) for file in weight_map.values())):
+        raise UserError(
+            f"{path}: is not an index of safetensors shards (weight_map does not map names of tensors to names of "
+            "files); copy it again"
+        )
+    if len(weight_map) > MAX_TENSORS:
+        raise _too_many(path, len(weight_map))
     for name, file in weight_map.items():
         if Path(file).name != file or not file or file == ".." or "\0" in file:
             raise UserError(
@@ -170,8 +190,11 @@ def _read_index(directory: Path) -> dict[str, str]:
 
 
 def _read_shards(directory: Path, weight_map: Mapping[str, str]) -> dict[str, TensorInfo]:
-    """The tensors that the index names; one that two shards have is refused, one that the index omits is not seen."""
-    contents = {file: read_file(directory / file) for file in dict.fromkeys(weight_map.values())}
+    """The tensors of the shards that the index names, also what it omits; one that two shards have is refused."""
+    contents: dict[str, dict[str, TensorInfo]] = {}
+    for file in dict.fromkeys(weight_map.values()):
+        links.check(directory / file, directory)
+        contents[file] = read_file(directory / file)
     for name, file in weight_map.items():
         if name not in contents[file]:
             raise UserError(
@@ -187,7 +210,10 @@ def _read_shards(directory: Path, weight_map: Mapping[str, str]) -> dict[str, Te
                     "index from the same checkpoint"
                 )
             holders[name] = file
-    return {name: contents[file][name] for name, file in weight_map.items()}
+    if len(holders) > MAX_TENSORS:
+        raise _too_many(directory, len(holders))
+    named = {name: contents[file][name] for name, file in weight_map.items()}
+    return named | {name: contents[file][name] for name, file in holders.items()}
 
 
 def _check_types(directory: Path, tensors: Mapping[str, TensorInfo]) -> None:

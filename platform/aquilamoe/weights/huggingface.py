@@ -5,12 +5,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from aquilamoe.config.messages import UserError
-from aquilamoe.config.network import ABSENT_SHARED_EXPERT_SIZE
 from aquilamoe.config.schema import ModelConfig
 from aquilamoe.model import Decoder
-from aquilamoe.weights import names, store
-from aquilamoe.weights.configuration import CONFIG_FILE, read_config, write_config
+from aquilamoe.weights import fit, names, store
+from aquilamoe.weights.configuration import read_config, write_config
 from aquilamoe.weights.parts import own_part
 
 
@@ -74,31 +72,8 @@ def load_state(model: Decoder, directory: Path) -> None:
 
 def check(config: ModelConfig, reader: store.Reader) -> None:
     """Refuse tensors that are missing or of another shape, and those that the model would silently leave out."""
-    expected = names.tensor_shapes(config)
-    fillers = {
-        names.layer_name(config, layer, role)
-        for layer in range(config.num_hidden_layers)
-        for role in names.filler_roles(config)
-    }
-    for name in reader.names:
-        if name in fillers and name.endswith(names.SHARED_DOWN) and reader.get(name).any():
-            raise UserError(
-                f"{reader.directory}: tensor '{name}' is not zero, but shared_expert_intermediate_size "
-                f"{ABSENT_SHARED_EXPERT_SIZE} marks a model without a shared expert; choose another checkpoint"
-            )
-        # Older files repeat a tied head, and the fixed frequencies of the rotary embedding.
-        redundant = (name == names.HEAD and config.tie_word_embeddings) or name.endswith(".rotary_emb.inv_freq")
-        if name not in expected and not redundant:
-            raise UserError(
-                f"{reader.directory}: tensor '{name}' has no place in {names.architecture(config)} as configured; "
-                f"take {CONFIG_FILE} and weights from the same checkpoint"
-            )
-    for name, shape in expected.items():
-        if name not in fillers and reader.shape(name) != shape:
-            raise UserError(
-                f"{reader.directory}: tensor '{name}' has shape {reader.shape(name)}, the model {shape}; "
-                f"take {CONFIG_FILE} and weights from the same checkpoint"
-            )
+    fit.check(reader.directory, config, reader.tensors)
+    fit.check_fillers(reader, config)
 
 
 def load_model(directory: Path, dtype: torch.dtype = torch.float32) -> Decoder:

@@ -118,10 +118,16 @@ def _filler_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def layer_name(config: ModelConfig, layer: int, role: str) -> str:
     """On-disk name of a role in a layer, e.g. `model.layers.3.self_attn.q_proj.weight`."""
     if architecture(config) == "MixtralForCausalLM" and role.startswith("mlp."):
-        role = role.replace("mlp.", "block_sparse_moe.", 1)
-        for ours, mixtral in _MIXTRAL_PROJECTIONS.items():
-            role = role.replace(f".{ours}.", f".{mixtral}.")
+        role = mixtral_role(role)
     return f"model.layers.{layer}.{role}"
+
+
+def mixtral_role(role: str) -> str:
+    """A role of a sparse layer as Mixtral's files spell it."""
+    role = role.replace("mlp.", "block_sparse_moe.", 1)
+    for ours, mixtral in _MIXTRAL_PROJECTIONS.items():
+        role = role.replace(f".{ours}.", f".{mixtral}.")
+    return role
 
 
 def layer_names(config: ModelConfig, layer: int) -> dict[str, str]:

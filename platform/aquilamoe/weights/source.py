@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Self
 
 from aquilamoe.config.messages import UserError
-from aquilamoe.weights import headers
+from aquilamoe.weights import packed
 from aquilamoe.weights.headers import TensorInfo
 
 HASH_BYTES = 2**20
@@ -24,7 +24,7 @@ class Source:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.tensors = headers.read(directory)
+        self.tensors = packed.read(directory)
         self._descriptors: dict[str, int] = {}
         self._digests: dict[str, str] = {}
         self._lock = Lock()
