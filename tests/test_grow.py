@@ -456,6 +456,7 @@ def test_a_disk_that_becomes_full_all_the_same_is_one_line_and_nothing_is_left(
 
 def test_a_place_where_a_disk_is_mounted_is_no_target(source: Callable[[str], Path], grow: Grow) -> None:
     assert "/proc is where a disk is mounted" in refusal(grow, source("llama"), Path("/proc"), *FPI)
+    assert "/ is the root of all directories" in refusal(grow, source("llama"), Path("/"), *FPI)
 
 
 def test_hashing_a_large_source_ends_when_it_is_told_to(tmp_path: Path) -> None:

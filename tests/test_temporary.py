@@ -10,7 +10,7 @@ import pytest
 
 from aquilamoe.config.messages import UserError
 from aquilamoe.process import temporary
-from aquilamoe.training import crew, sessions
+from aquilamoe.training import crew, session, sessions
 
 LITTER = """
 import os, sys, tempfile
@@ -136,3 +136,19 @@ def test_a_session_that_does_not_start_is_one_line(tmp_path: Path) -> None:
     assert str(raised.value) == (
         f"Ray: no session starts on this machine (Failed to start GCS); see {tmp_path}/session_x/logs, and run again"
     )
+
+
+def test_a_session_without_its_server_is_one_line_and_not_awaited(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray._private import worker
+
+    class Node:
+        def dead_processes(self) -> list[tuple[str, object]]:
+            return [("dashboard", None), ("gcs_server", None)]
+
+    monkeypatch.setattr(sessions, "_started", [tmp_path])
+    monkeypatch.setattr(sessions, "_kept", set())
+    monkeypatch.setattr(worker, "_global_node", Node())
+    with pytest.raises(UserError, match=f"^Ray: its process gcs_server has ended, .*; see {tmp_path}/logs; the same "):
+        session.check_session()

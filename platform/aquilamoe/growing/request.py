@@ -136,6 +136,8 @@ def _layers(source: ModelConfig, model: ModelConfig, growth: GrowthConfig | Upcy
 def _check_apart(source: Path, target: Path) -> None:
     if source == target:
         raise UserError(f"target: {target} is the source; a growth leaves its source as it is, name another directory")
+    if not target.name:
+        raise UserError(f"target: {target} is the root of all directories; name a new directory in it")
     partial = target.with_name(f"{target.name}.partial")
     if source.is_relative_to(partial):
         raise UserError(f"target: {partial} is where it grows, and the source is there; name another target")

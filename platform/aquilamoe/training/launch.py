@@ -17,7 +17,7 @@ from aquilamoe.config.messages import UserError
 from aquilamoe.config.schema import ClusterConfig
 from aquilamoe.process import interruption
 from aquilamoe.training import sessions
-from aquilamoe.training.session import Patience, start_session
+from aquilamoe.training.session import Patience, check_session, start_session
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
@@ -148,6 +148,7 @@ class Workers:
         watch = Patience(self.cluster)
         while not ray.wait([pending], timeout=POLL_S)[0]:
             interruption.check()
+            check_session()
             watch.look(ray.get(crew.is_standing.remote()))
         outcome: Outcome = ray.get(pending)
         if outcome.mistake is not None:

@@ -31,7 +31,8 @@ RAY_ENVIRONMENT = {
 }
 # Of a session on this machine only: Ray's own switch for systems without clusters, with which all of its processes
 # listens on loopback. Without it they would on the machine's address, and whoever reaches that could run code.
-OWN_SESSION_ENVIRONMENT = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+# Its server (GCS) is never started again, so nobody has to wait for that for long.
+OWN_SESSION_ENVIRONMENT = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_gcs_rpc_server_reconnect_timeout_s": "15"}
 CONNECT_TIMEOUT_S = 10.0
 PATIENCE_S, REMIND_S = 30.0, 60.0
 
@@ -72,6 +73,17 @@ def _start_session(cluster: ClusterConfig) -> None:
                 _temp_dir=str(folder),
             )
         )
+
+
+def check_session() -> None:
+    """UserError if a session of our own has lost what holds it together, which Ray itself awaits for a minute."""
+    from ray._private import worker
+
+    if (node := worker._global_node) is None:
+        return
+    ended = sorted({kind for kind, _ in node.dead_processes()} & {"gcs_server", "raylet"})
+    if ended:
+        raise sessions.gone(ended[0])
 
 
 def _in_a_thread_that_stays(start: Callable[[], object]) -> None:

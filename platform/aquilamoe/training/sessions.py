@@ -54,6 +54,13 @@ def lost(name: str, what: str, error: BaseException) -> UserError:
     return UserError(f"stage {name}: {what} was lost ({_first(error)}); {logs}; {again}")
 
 
+def gone(process: str) -> UserError:
+    """The line for a session that one of Ray's own processes no longer holds together."""
+    _kept.update(_started)
+    logs = f"see {_started[-1] / 'logs'}; " if _started else ""
+    return UserError(f"Ray: its process {process} has ended, and with it the session; {logs}the same command resumes")
+
+
 def _first(error: BaseException) -> str:
     """What an error says, on one line that is not too long."""
     return (" ".join(str(error).split()) or type(error).__name__)[:300]
