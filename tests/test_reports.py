@@ -14,9 +14,9 @@ import pytest
 from markupsafe import escape
 
 from aquilamoe.reports import lineage_page, page, paper
-from aquilamoe.reports.curves import Series, chain_of
+from aquilamoe.reports.curves import Series, chain_of, crossing
 from aquilamoe.reports.figure import loss_figure
-from aquilamoe.reports.finding import checkpoints, find, parts_note, scale_note, story
+from aquilamoe.reports.finding import checkpoints, find, parts_note, scale_note, story, verdict
 from aquilamoe.reports.lineage import graph_svg
 from aquilamoe.reports.rows import HEADER, NOT_REACHED, stage_rows
 
@@ -224,15 +224,15 @@ def test_the_page_has_everything_a_reader_looks_for_in_order(tmp_path: Path) -> 
         "A model of 700k parameters was trained on 3.3M tokens, grown to 2.12M parameters, trained on 1.2M tokens, "
         "upcycled to a Mixture of Experts of 4.61M parameters (2.9M active) and trained on 400k tokens.",
         "What was tried.",
+        "scale-up",
+        "700k \N{RIGHTWARDS ARROW} 2.12M",
+        "scale-out",
+        "the whole run",
         "Growth did not beat simply continuing the small model here: 3.620 against 3.550 nats/token",
         "at equal cumulative FLOPs (4.1e13)",
         "One seed, no interval",
         "This is a demonstration on two public-domain works, not a scaling result",
         "Jane Austen",
-        "scale-up",
-        "700k \N{RIGHTWARDS ARROW} 2.12M",
-        "scale-out",
-        "the whole run",
         "Beside the paper",
         "8x16B",
         "the paper, as published 4.12 3.35 2.39",
@@ -533,3 +533,31 @@ def test_rows_are_quick_to_import() -> None:
     )
     answer = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
     assert answer.stdout.strip() == "[]"
+
+
+# Where the grown line crosses its control
+
+
+def test_the_crossing_is_where_the_line_goes_below_its_control_for_good() -> None:
+    control = Series((1.0, 2.0, 4.0), (4.0, 3.0, 2.0))
+    assert crossing(Series((1.0, 2.0, 3.0, 4.0), (4.0, 3.2, 2.3, 1.9)), control) == pytest.approx(2.5)
+    late = Series((1.0, 2.0, 3.0, 3.5, 4.0), (4.0, 2.9, 2.6, 2.15, 1.9))
+    assert 3.5 > (crossing(late, control) or 0) > 3.0, "below once before does not count"
+    assert crossing(Series((1.0, 4.0), (4.0, 2.1)), control) is None
+    assert crossing(Series((2.0, 4.0), (2.5, 1.9)), control) == 2.0, "never above it"
+    assert crossing(Series((9.0,), (1.0,)), control) is None and crossing(Series((), ()), control) is None
+
+
+def test_the_page_and_the_terminal_say_where_and_by_how_much_growing_won(tmp_path: Path) -> None:
+    won, curves = example(3.484, 3.550)
+    for point in curves["moe"]:
+        if "val/loss" in point:
+            point["val/loss"] -= 0.4
+    assert verdict(find(won, CHAIN, "control")) == "growing beat the control by 0.066 nats/token"
+    assert verdict(find(example(3.62, 3.55)[0], CHAIN, "control")).startswith(
+        "growing did not beat the control: it ended 0.070 "
+    )
+    assert verdict(find(example(3.5, 3.5)[0], CHAIN, "control")) == "growing and the control ended level"
+    words = Reader(html_of(tmp_path, won, curves)).words
+    assert "the grown line is below the control from" in words and "crosses the control" in words
+    assert words.index("crosses the control") < words.index("Growth beat simply") < words.index("lower is better")

@@ -27,7 +27,7 @@ from aquilamoe.pipeline.plan import Planned
 from aquilamoe.pipeline.stage import Input
 from aquilamoe.pipeline.store import Store
 from aquilamoe.process import errors, temporary
-from aquilamoe.reports import costs, rows
+from aquilamoe.reports import costs, finding, rows
 from aquilamoe.terminal import capacity, documents, live, screen, tables, watch
 from aquilamoe.tracking.lineage import LOCAL_MLFLOW, comparison_url, ui_command
 from aquilamoe.tracking.observer import Tracker
@@ -273,6 +273,9 @@ def _run(experiment: ExperimentConfig, plan: Sequence[Planned], store: Store, co
     out.print()
     out.print(tables.cost_table(costs.spent(records), out.width))
     out.print(f"\nDone in {rows.duration(time.monotonic() - started)}.")
+    if experiment.report.control in records:
+        found = finding.find(records, experiment.report.chain, experiment.report.control)
+        out.print(finding.verdict(found), style="bold", soft_wrap=True)
     for line in filter(None, (warning, unwritten)):
         out.print(line, style="yellow", soft_wrap=True)
     _where_to_look(out, experiment, report, store, tracker.experiment_id if tracker else None)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from aquilamoe.reports.rows import GROWTH_KINDS, Record, metric, number
@@ -110,6 +111,38 @@ def _jump(source: Trained, target: Trained, growths: list[Record], points: Point
         target_params=target.params_total,
         target_active=target.params_active,
     )
+
+
+def line_of(stages: Iterable[Trained]) -> Series:
+    """Held-out loss of a line's training stages, one after the other."""
+    points = sorted((x, y) for stage in stages for x, y in zip(stage.validation.x, stage.validation.y, strict=True))
+    return Series(tuple(x for x, _ in points), tuple(y for _, y in points))
+
+
+def crossing(line: Series, control: Series) -> float | None:
+    """From where on a line stays below what it is compared with, to the end of both; None where it ends above.
+
+    Both fall over cumulative FLOPs. The control is read between its points; where the line was never above it, the
+    first place that both have counts.
+    """
+    gaps = [(x, y - other) for x, y in zip(line.x, line.y, strict=True) if (other := read_at(control, x)) is not None]
+    if not gaps or gaps[-1][1] >= 0:
+        return None
+    last = max((index for index, (_, gap) in enumerate(gaps) if gap >= 0), default=None)
+    if last is None:
+        return gaps[0][0]
+    (before, above), (after, below) = gaps[last], gaps[last + 1]
+    return before + (after - before) * above / (above - below)
+
+
+def read_at(curve: Series, x: float) -> float | None:
+    """A curve at a place between two of its points; a little beyond its end, its end: budgets are whole steps."""
+    if not curve.x or not curve.x[0] <= x <= 1.01 * curve.x[-1]:
+        return None
+    for (x0, y0), (x1, y1) in pairwise(zip(curve.x, curve.y, strict=True)):
+        if x0 <= x <= x1:
+            return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+    return curve.y[-1]
 
 
 def thinned(curve: Series, most: int) -> Series:

@@ -5,8 +5,19 @@ from typing import TYPE_CHECKING, Any
 
 from aquilamoe.reports import canvas, labels
 from aquilamoe.reports.canvas import Drawing
-from aquilamoe.reports.curves import Jump, Points, Series, Trained, chain_of, smoothed, thinned
-from aquilamoe.reports.rows import Record, count
+from aquilamoe.reports.curves import (
+    Jump,
+    Points,
+    Series,
+    Trained,
+    chain_of,
+    crossing,
+    line_of,
+    read_at,
+    smoothed,
+    thinned,
+)
+from aquilamoe.reports.rows import Record, count, power
 from aquilamoe.reports.view import (
     Box,
     View,
@@ -68,7 +79,10 @@ def loss_figure(stages: Sequence[Trained], jumps: Sequence[Jump], control: Train
         _bands(axes, drawn, tints, view)
         full = whole([stage.validation for stage in everything])
         inset = _inset_box(drawn, view, full)
-        _growths(axes, jumps, drawn, control, view, inset)
+        taken = _growths(axes, jumps, drawn, control, view, inset)
+        crossed = crossing(line_of(drawn), control.validation) if control else None
+        if control and crossed and crossed > view.x_low:
+            _crossing(axes, crossed, control.validation, view, taken)
         _ends(axes, drawn, control, tints, view)
         if inset:
             _inset(figure, box.part(*inset.bounds), drawn, control, tints, view, full)
@@ -136,8 +150,8 @@ def _growths(
     control: Trained | None,
     view: View,
     inset: Box | None,
-) -> None:
-    """Mark each growth: a hairline through the axis, the jump of the loss, and what grew."""
+) -> list[labels.Segment | Box]:
+    """Mark each growth: a hairline through the axis, the jump of the loss, what grew. Return what is where."""
     curves = [stage.validation for stage in [*stages, *([control] if control else [])]]
     lines = [(view.across(jump.flops), 0.0, view.across(jump.flops), 1.0) for jump in jumps]
     taken: list[labels.Segment | Box] = [*labels.segments(curves, view), *lines, *([inset] if inset else [])]
@@ -149,6 +163,29 @@ def _growths(
         axes.plot([jump.flops], [jump.before], "o", markersize=5, color=canvas.INK, markeredgewidth=0)
         axes.plot([jump.flops], [jump.after], "o", markersize=5, color=canvas.PAPER, markeredgecolor=canvas.INK)
         taken.append(_growth_label(axes, jump, curves, view, taken))
+    return taken
+
+
+def _crossing(axes: "Axes", flops: float, control: Series, view: View, taken: Sequence[labels.Segment | Box]) -> None:
+    """Mark from where on the line stays below the control, and say at how many FLOPs."""
+    width, height = _points(axes)
+    loss = read_at(control, flops)
+    assert loss is not None
+    axes.plot([flops], [loss], "D", markersize=8, color=canvas.PAPER, markeredgecolor=canvas.INK, zorder=6)
+    lines = ("crosses the control", f"at {power(flops)} FLOPs")
+    wide, high = (LETTER * max(map(len, lines)) + 4) / width, 2 * LINE / height
+    wanted = view.up(loss) - high - 12 / height
+    box = labels.place(view.across(flops), wanted, wide, high, 4 / width, taken)
+    for row, line in enumerate(lines):
+        axes.text(
+            box.left + 1 / width,
+            box.bottom + ((1 - row) * LINE + 2) / height,
+            line,
+            transform=axes.transAxes,
+            fontsize=8.5,
+            color=canvas.INK,
+            fontweight="bold" if row == 0 else "normal",
+        )
 
 
 def _growth_label(

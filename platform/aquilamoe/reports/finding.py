@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any, Literal
 
+from aquilamoe.reports.curves import Series, crossing
 from aquilamoe.reports.rows import Record, count, decimal, input_stages, metric, power
 
 SMALL_RUN_TOKENS = 1e9
@@ -174,6 +175,30 @@ def parts_note(records: Mapping[str, Record], finding: Finding) -> str:
     if validation.difference * finding.comparisons[0].difference < 0:
         text += " On that part it is the other way round."
     return text
+
+
+def crossing_note(line: Series, control: Series) -> str:
+    """Say from where on the grown line is below the control, by the validation while training."""
+    flops = crossing(line, control)
+    if flops is None:
+        return "By the validation while training, the grown line does not end below the control."
+    share = flops / line.x[-1]
+    return (
+        f"By the validation while training, the grown line is below the control from {power(flops)} cumulative FLOPs "
+        f"on, which is {share:.0%} of its run."
+    )
+
+
+def verdict(finding: Finding) -> str:
+    """The finding as the last line of a run."""
+    if not finding.comparisons:
+        return finding.headline
+    difference = finding.comparisons[0].difference
+    if finding.outcome == "level":
+        return "growing and the control ended level"
+    if finding.outcome == "beat":
+        return f"growing beat the control by {-difference:.3f} nats/token"
+    return f"growing did not beat the control: it ended {difference:.3f} nats/token above it"
 
 
 def scale_note(records: Mapping[str, Record], chain: Sequence[str]) -> str:

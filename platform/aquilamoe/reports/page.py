@@ -6,7 +6,7 @@ from pathlib import Path
 
 from aquilamoe.reports import costs, figure, finding, paper, paper_figure, template
 from aquilamoe.reports.canvas import Drawing
-from aquilamoe.reports.curves import Points, chain_of, trained
+from aquilamoe.reports.curves import Points, chain_of, line_of, trained
 from aquilamoe.reports.rows import (
     ABSENT,
     GROWTH_KINDS,
@@ -72,6 +72,7 @@ def render(
         "story": finding.story(records, chain),
         "scale_note": finding.scale_note(records, chain),
         "finding": found,
+        "crossing": finding.crossing_note(line_of(stages), compared.validation) if compared else "",
         "parts_note": finding.parts_note(records, found),
         "facts": _facts(records, chain),
         "loss": loss.shown() if loss else None,
@@ -80,7 +81,7 @@ def render(
         "efficiency": [
             paper.Efficiency("the paper, as published", *paper.PUBLISHED),
             paper.recomputed(),
-            paper.of_run(records, chain, paper.line_of(stages), compared.validation if compared else None),
+            paper.of_run(records, chain, line_of(stages), compared.validation if compared else None),
         ],
         "has_jumps": bool(jumps),
         "compared": compared,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from aquilamoe.pipeline import ledger
-from aquilamoe.reports.curves import Series, Trained
+from aquilamoe.reports.curves import Series
 from aquilamoe.reports.rows import Record, metric
 
 PUBLISHED = (4.12, 3.35, 2.39)
@@ -98,9 +98,3 @@ def _factor(parts: Sequence[tuple[float | None, float | None]]) -> float | None:
 
 def _inverse(value: float | None) -> float | None:
     return 1 / value if value else None
-
-
-def line_of(stages: Sequence[Trained]) -> Series:
-    """Held-out loss of a line's training stages, one after the other."""
-    points = sorted((x, y) for stage in stages for x, y in zip(stage.validation.x, stage.validation.y, strict=True))
-    return Series(tuple(x for x, _ in points), tuple(y for _, y in points))
