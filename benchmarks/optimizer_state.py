@@ -113,7 +113,7 @@ class Run:
 
 
 def compose(words: tuple[str, ...], seed: int) -> dict[str, Node]:
-    """The embedded experiment with smaller batches, as the command composes it."""
+    """The experiment of conf/config.yaml with smaller batches."""
     prepare = f"stages.prepare.total_tokens={SOURCE_STEPS * BATCH}"
     batches = [f"stages.{stage}.batch_tokens={BATCH}" for stage in ("prepare", "dense", "moe", "control")]
     small = [f"stages.dense.total_tokens={STEPS * BATCH}", "stages.dense.schedule.warmup_tokens=0"]

@@ -2,7 +2,7 @@
 
 python benchmarks/stage_overhead.py [--rounds N] [--out FILE]
 
-The embedded experiment's small model is trained for a few steps, the same job each time; measured is what passes from
+The small model of conf/config.yaml is trained for a few steps, the same job each time; measured is what passes from
 the call until its first point is written (model built, held-out loss of step 0 known), and what the whole call takes.
 
   in this process          cluster=local_process
@@ -30,7 +30,7 @@ STEPS = 40
 
 
 def experiment(root: Path) -> Any:
-    """The embedded experiment up to its first training, with a budget of a few steps."""
+    """The experiment of conf/config.yaml up to its first training, with a budget of a few steps."""
     import hydra
     from omegaconf import OmegaConf
 

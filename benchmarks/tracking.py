@@ -98,7 +98,7 @@ def train_one(values: dict[str, Any], mode: str, uri: str | None, root: Path) ->
 
 
 def configuration(root: Path, tokens: int, threads: int) -> dict[str, Any]:
-    """The embedded experiment up to its first training."""
+    """The experiment of conf/config.yaml up to its first training."""
     import hydra
     from hydra.core.global_hydra import GlobalHydra
     from omegaconf import OmegaConf

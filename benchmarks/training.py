@@ -54,7 +54,7 @@ def sparse(shape: dict[str, Any]) -> dict[str, Any]:
 
 
 DENSE = {
-    "0.7M": dense(4096, 64, 176, 4, 4, 2),  # the two of the embedded experiment
+    "0.7M": dense(4096, 64, 176, 4, 4, 2),  # the two of conf/config.yaml
     "2M": dense(4096, 128, 352, 6, 8, 2),
     "8M": dense(4096, 256, 704, 8, 8, 4),
     "30M": dense(6144, 512, 1408, 8, 8, 4),

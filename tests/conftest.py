@@ -141,6 +141,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         ]
         (folder / f"{language}.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
     values: dict[str, Any] = {
+        "+experiment": "demo_text",
+        "name": "embedded",
         **{f"data.sources.{language}.path": folder / f"{language}.jsonl" for language in SYLLABLES},
         **{f"data.sources.{language}.sha256": "null" for language in SYLLABLES},
         "cluster": "local_process",

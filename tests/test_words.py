@@ -271,7 +271,7 @@ def test_every_program_has_a_help_of_its_own(typed: Callable[..., Any], main: Ca
     [
         (program.ablate, ["ablation=scale_up", "seeds=1e9"], "ablation.seeds: 1,000,000,000 seeds, at most 1,000"),
         (program.ablate, ["ablation=scale_up", "-m", "seed=1,2"], "--multirun: an ablation runs all of its variants"),
-        (program.run_pipeline, ["scale.width=1e9"], "model.hidden_size: 64 is not divided by scale.width 1000000000"),
+        (program.run_pipeline, ["scale.width=1e9"], "model.hidden_size: 40 is not divided by scale.width 1000000000"),
         (program.run_pipeline, ["scale.width=1e99"], "scale.width: 1e+99 is refused"),
         (program.run_pipeline, ["seed=18446744073709551616"], "seed: 18446744073709551616 is refused: input should be"),
         (program.run_pipeline, ["seed=-1"], "seed: -1 is refused: input should be greater than or equal to 0"),
@@ -293,3 +293,21 @@ def test_a_wrong_size_or_number_is_one_line(
     assert line in err
     assert err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_without_an_experiment_the_first_one_runs_and_the_larger_one_is_a_word_away() -> None:
+    first, text = graph.parse(one(PIPELINE)), graph.parse(one(PIPELINE, "experiment=demo_text"))
+    assert (first.name, text.name) == ("embedded", "demo_text")
+    assert one(PIPELINE, "experiment=embedded", "seed=2") == one(PIPELINE, "seed=2")
+    nodes = graph.build(first)
+    source, control = nodes["prepare"], nodes["control"]
+    assert source.model is not None and 60 < source.tokens / source.model.num_params < 66
+    assert nodes["scale_up"].stage.growth.method == "hypercloning"  # type: ignore[union-attr]
+    assert graph.build(graph.parse(one(PIPELINE, "growth=aki_pro")))["scale_up"].stage.growth.method == "aki_pro"  # type: ignore[union-attr]
+    assert abs(control.lineage_flops / nodes["moe"].lineage_flops - 1) < 1e-3
+    assert control.stage.schedule.decay_tokens == pytest.approx(control.tokens / 2, rel=0.01)  # type: ignore[union-attr]
+
+
+def test_an_ablation_has_no_experiment_that_is_not_named() -> None:
+    (values,) = composed(ABLATIONS, ["ablation=scale_up"])
+    assert values["model"]["hidden_size"] == 64

@@ -2,7 +2,7 @@
 
 python tools/ask_boards.py [FOLDER]
 
-The embedded experiment is trained for some minutes, under a Ray session with a temporary folder of its own, which
+An experiment is trained for some minutes, under a Ray session with a temporary folder of its own, which
 Prometheus reads with the configuration of dashboards/. Afterwards every query of every board, and of every variable, is
 asked about the time of the training. Needs `prometheus` on the PATH (Debian: apt-get install prometheus). The status is
 1 if a query has no answer that needs no GPU. FOLDER keeps what was written; without it, a temporary one is used.

@@ -22,7 +22,7 @@ class Ablations(ExperimentConfig):
     source: str | None
 
 
-PIPELINE = Program("config", ExperimentConfig, ("experiment",), WITH_DEFAULTS)
+PIPELINE = Program("config", ExperimentConfig, ("experiment",), WITH_DEFAULTS, (("experiment", "embedded"),))
 ABLATIONS = Program("ablations", Ablations, ("experiment", "ablation"), WITH_DEFAULTS)
 GROW = Program("grow", GrowConfig, ("growth", "upcycling"))
 

@@ -31,13 +31,15 @@ class Program:
     """What a program's words may be.
 
     config_name: of conf/*.yaml. schema: whose keys they are. chosen: groups that the defaults leave out, in the order
-    in which they apply. groups: those that have a default.
+    in which they apply. groups: those that have a default. defaults: what is chosen of a group where no word
+    does.
     """
 
     config_name: str
     schema: type[BaseModel]
     chosen: Sequence[str] = ()
     groups: Sequence[str] = ()
+    defaults: Sequence[tuple[str, str]] = ()
 
 
 @dataclass
@@ -53,7 +55,9 @@ class Words:
 def read(program: Program, arguments: Sequence[str]) -> Words:
     """Take a command line apart, and write its words as Hydra wants them; UserError with all mistakes in them."""
     words = _options(program, arguments)
-    words.overrides = normalized(program, words.overrides, words)
+    typed = normalized(program, words.overrides, words)
+    named = {word.lstrip("+~").partition("=")[0] for word in typed}
+    words.overrides = [*(f"+{group}={name}" for group, name in program.defaults if group not in named), *typed]
     return words
 
 
