@@ -281,6 +281,16 @@ def test_what_compares_nothing_is_refused(expand: Callable[..., Union], changes:
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
+THIRTY = {f"a{number}": {"values": {"x": [], "y": []}, "baseline": "x"} for number in range(30)}
+
+
+def test_many_axes_one_at_a_time_are_as_many_variants() -> None:
+    config = configured(axes=THIRTY, exclude=[], combinations="one_at_a_time")
+    names = [variant.name for variant in variants(config)]
+    assert len(names) == 31
+    assert names == sorted(names)  # the order of all combinations, the first axis slowest
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -292,6 +302,10 @@ def test_what_compares_nothing_is_refused(expand: Callable[..., Union], changes:
         ({"seeds": []}, "no seeds"),
         ({"budget": {"tokens": 1, "flops": 1.0}}, "both tokens (1) and flops (1)"),
         ({"axes": {"m": {"values": METHODS, "baseline": "fp"}}}, "baseline 'fp' is none of its values"),
+        ({"axes": THIRTY, "exclude": []}, "30 axes make 1,073,741,824 combinations, with 3 seeds 3,221,225,472 trials"),
+        ({"seeds": 10**9}, "1,000,000,000 seeds, at most 1,000 are run"),
+        ({"seeds": 1e9}, "1,000,000,000 seeds, at most 1,000 are run"),
+        ({"seeds": [1] * 2000}, "2,000 seeds, at most 1,000 are run"),
     ],
 )
 def test_a_configuration_that_cannot_be_meant_is_refused(changes: dict[str, Any], message: str) -> None:

@@ -313,7 +313,7 @@ def test_a_group_is_chosen_with_or_without_a_plus_and_a_path_may_have_any_charac
         ),
         (
             ("source=source", "target=t", "growth.norm=exact"),
-            "error: growth.norm: unknown key; choose one of that group",
+            "error: growth.norm: exact of no growth; name one, e.g. growth=fpi",
         ),
         (
             ("source=source", "target=t", *FPI, "model.hiden_size=4"),

@@ -162,7 +162,8 @@ def _explain(error: Exception) -> str:
     if found := re.search(r"Could not find '([^']+)'", message):
         return f"{found[1]}: no such file in conf/; name one that is there, --help shows them"
     if isinstance(error, OverrideParseException):
-        return f"{message.partition(' See https')[0]}; write what you change as KEY=VALUE, --help shows how"
+        key, reason = error.override.lstrip("+").partition("=")[0], str(error.message).partition("\n")[0]
+        return f"{key}: its value cannot be read ({reason}); a text with other signs needs quotes: {key}='\"VALUE\"'"
     if found := re.match(r"Error merging override \+\+([^=]+)", message):
         reason = " ".join(str(causes[-1]).split()).partition(" full_key:")[0]
         return f"{found[1]}: cannot be set ({reason}); --cfg job prints the keys there are"
@@ -170,4 +171,6 @@ def _explain(error: Exception) -> str:
         return f"{found[1]}: is needed by {found[2]}, and is not there; set it, or {found[2]}"
     if found := re.match(r"Ambiguous value for argument '\+*([^=]+)=(.*?)' 1\.", message):
         return f"{found[1]}={found[2]}: several values; write [{found[2]}] for a list, or add --multirun"
+    if found := re.match(r"Missing mandatory value: \S+ full_key: (\S+)", message):
+        return f"{found[1]}: required but not set; give it a value"
     return message.replace("++", "")
