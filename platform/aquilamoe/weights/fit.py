@@ -16,10 +16,18 @@ FIXED = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cach
 REMEDY = "take config.json and weights from the same checkpoint"
 
 
-def check(directory: Path, model: ModelConfig, tensors: Mapping[str, TensorInfo]) -> None:
-    """UserError, naming the tensor, unless `tensors` are those of `model`: from headers alone."""
+def check(
+    directory: Path, model: ModelConfig, tensors: Mapping[str, TensorInfo], *, needs_fillers: bool = True
+) -> None:
+    """UserError, naming the tensor, unless `tensors` are those of `model`: from headers alone.
+
+    needs_fillers: whether what the format demands and the model does not have must be there, and of its shape.
+    """
     expected = names.tensor_shapes(model)
+    fillers = set() if needs_fillers else _fillers(model)
     for name, shape in expected.items():
+        if name in fillers:
+            continue
         if name not in tensors:
             raise UserError(
                 f"{directory}: there is no tensor '{name}' among its {len(tensors)}, config.json asks for it; {REMEDY}"
@@ -29,6 +37,14 @@ def check(directory: Path, model: ModelConfig, tensors: Mapping[str, TensorInfo]
                 f"{directory}: tensor '{name}' has shape {tensors[name].shape}, config.json says {shape}; {REMEDY}"
             )
     _refuse_further(directory, model, [name for name in tensors if name not in expected])
+
+
+def _fillers(model: ModelConfig) -> set[str]:
+    return {
+        names.layer_name(model, layer, role)
+        for layer in range(model.num_hidden_layers)
+        for role in names.filler_roles(model)
+    }
 
 
 def _refuse_further(directory: Path, model: ModelConfig, further: Collection[str]) -> None:
@@ -49,7 +65,7 @@ def check_fillers(source: Source, model: ModelConfig) -> None:
         return
     for layer in range(model.num_hidden_layers):
         name = names.layer_name(model, layer, names.SHARED_DOWN)
-        if model.is_sparse(layer) and not _is_zero(source, name):
+        if model.is_sparse(layer) and name in source.tensors and not _is_zero(source, name):
             raise UserError(
                 f"{source.directory}: tensor '{name}' is not zero, but shared_expert_intermediate_size "
                 f"{ABSENT_SHARED_EXPERT_SIZE} marks a model without a shared expert; choose another checkpoint"
