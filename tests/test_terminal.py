@@ -332,3 +332,9 @@ def test_a_stage_that_is_finished_is_told_once(running: tuple[Store, list[Planne
         assert [line.plain for line in watched.newly_finished()] == ["  prepare    3 s"]
         watched.read()
         assert watched.newly_finished() == []
+
+
+def test_a_growth_that_has_just_finished_shows_the_losses_of_its_certificate() -> None:
+    record = {"stage": "scale_up", "kind": "scale_up", "seconds": 3.8, "inputs": {}}
+    record["metrics"] = {"source_final_loss": 5.0, "source_loss": 5.44, "target_loss": 5.51}
+    assert view.headline(record) == "3.8 s  loss 5.44 -> 5.51"

@@ -40,8 +40,11 @@ def headline(record: Record) -> str:
     parts = [rows.duration(round(row.seconds or 0.0, 1))]
     if row.tokens:
         parts.append(f"{rows.count(row.tokens)} tokens")
-    if row.loss_start is not None:
-        parts.append(f"loss {rows.decimal(row.loss_start, 2)} -> {rows.decimal(row.loss_end, 2)}")
+    # Of a growth what its certificate measured: nothing has been trained after it that would have a validation.
+    keys = ("source_loss", "target_loss") if row.kind in rows.GROWTH_KINDS else ("loss_start", "loss_end")
+    start, end = (rows.metric(record, key) for key in keys)
+    if start is not None:
+        parts.append(f"loss {rows.decimal(start, 2)} -> {rows.decimal(end, 2)}")
     if row.tokens_per_s:
         parts.append(f"{rows.count(row.tokens_per_s)} tokens/s")
     return "  ".join(parts)
