@@ -4,6 +4,7 @@ import errno
 import hashlib
 import io
 import json
+import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import CancelledError
@@ -753,7 +754,36 @@ def test_what_a_killed_run_left_of_its_record_is_no_file_of_the_target(tmp_path:
     with output.locked(tmp_path / "target") as place:
         (place.partial / "model.safetensors").write_bytes(b"x")
         (place.partial / ".record.json.tmp").write_text('{"rec')
-        place.publish({"recipe": {}})
+        recipe = {"kind": "scale_up", "version": 1, "config": {}, "inputs": {}}
+        place.publish({"fingerprint": "0123456789ab", "recipe": recipe})
     record = output.published(tmp_path / "target")
     assert record is not None and record["files"] == {"model.safetensors": 1}
     assert {path.name for path in (tmp_path / "target").iterdir()} == {"model.safetensors", "record.json"}
+
+
+def test_a_file_system_without_locks_is_not_taken_for_another_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with pytest.raises(OSError, match="No locks available"), output.locked(tmp_path / "target"):
+        pass
+
+
+def test_a_directory_that_cannot_be_listed_is_not_taken_for_an_empty_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`rglob` passes over what it may not read: a record would know nothing of the files there."""
+
+    def refuse(path: Any = ".") -> Any:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    with output.locked(tmp_path / "target") as place:
+        (place.partial / "model.safetensors").write_bytes(b"x")
+        monkeypatch.setattr("os.scandir", refuse)
+        with pytest.raises(PermissionError):
+            place.publish({"fingerprint": "0123456789ab", "recipe": {}})
+        monkeypatch.undo()
+        assert not (place.partial / RECORD).exists()

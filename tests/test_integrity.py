@@ -138,6 +138,61 @@ def test_verify_notices_every_byte_of_a_growth_by_hand_and_of_its_record(
         (target / name).write_bytes(before)
 
 
+def test_a_changed_tensor_of_a_growth_by_hand_is_not_grown_again(root: Path, tmp_path: Path) -> None:
+    target, plain = tmp_path / "target", {"enabled": False}
+    aquilamoe.grow(output(root, "dense") / "model", target, model={"num_hidden_layers": 4}, certificate=plain)
+    experts = {"num_experts": 4, "num_experts_per_tok": 2}
+    flip(target / "model.safetensors", random.Random(6))
+    with pytest.raises(UserError, match=rf"^{target}: tensor '\S+' has SHA-256 .*, and the growth does not read it; "):
+        aquilamoe.upcycle(target, tmp_path / "experts", model=experts, certificate=plain)
+    assert not (tmp_path / "experts").exists()
+    (target / RECORD).unlink()  # as the message says, where somebody trained it further
+    aquilamoe.upcycle(target, tmp_path / "experts", model=experts, certificate=plain)
+
+
+@pytest.mark.parametrize(
+    ("keys", "value"),
+    [
+        (("preserving",), False),
+        (("certificate",), "none"),
+        (("recipe",), "none"),
+        (("recipe",), {}),
+        (("recipe", "config"), 3),
+        (("recipe", "inputs"), []),
+        (("recipe", "inputs", "source"), None),
+        (("files",), {"config.json": "large"}),
+        (("files",), {"../other": 1}),
+        (("fingerprint",), 7),
+    ],
+    ids=lambda value: repr(value),
+)
+def test_an_edited_record_of_a_growth_is_neither_served_nor_certified(
+    keys: tuple[str, ...], value: Any, growth_by_hand: tuple[Path, Path], tmp_path: Path
+) -> None:
+    source, made = growth_by_hand
+    target = tmp_path / "target"
+    shutil.copytree(made, target)
+    record = inner = json.loads((target / RECORD).read_text())
+    for key in keys[:-1]:
+        inner = inner[key]
+    inner[keys[-1]] = value
+    (target / RECORD).write_text(json.dumps(record))
+    for read in (
+        lambda: aquilamoe.grow(source, target, model={"num_hidden_layers": 4}, certificate={"enabled": False}),
+        lambda: aquilamoe.certify(source, target, tokens=64, sequence_length=32),
+    ):
+        with pytest.raises(UserError, match=f"^{target / RECORD}: .*; it is no record of this platform"):
+            read()
+
+
+@pytest.fixture(scope="module")
+def growth_by_hand(finished_store: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A source and a target, not to be changed."""
+    source, target = output(finished_store, "dense") / "model", tmp_path_factory.mktemp("growth") / "target"
+    aquilamoe.grow(source, target, model={"num_hidden_layers": 4}, certificate={"enabled": False})
+    return source, target
+
+
 def test_a_report_is_not_drawn_from_a_changed_curve(root: Path, execute: Execute) -> None:
     path = output(root, "control") / "metrics.jsonl"
     flip(path, random.Random(3))

@@ -1,6 +1,8 @@
 """Paths as a user types them, in a configuration or on a command line."""
 
+import os
 from pathlib import Path
+from typing import NoReturn
 
 from aquilamoe.config.messages import UserError
 
@@ -11,3 +13,13 @@ def local(text: str) -> Path:
         return Path(text).expanduser()
     except RuntimeError:
         raise UserError(f"{text}: there is no home folder for it; write the whole path, or ./{text}") from None
+
+
+def contents(directory: Path) -> list[Path]:
+    """All files and directories inside, in order; unlike `rglob`, it raises what the system refuses to list."""
+
+    def refuse(error: OSError) -> NoReturn:
+        raise error
+
+    walked = os.walk(directory, onerror=refuse)
+    return sorted(Path(folder, name) for folder, folders, files in walked for name in (*folders, *files))

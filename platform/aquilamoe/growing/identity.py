@@ -69,7 +69,8 @@ def identity(recipe: Recipe) -> str:
 def changes(request: Request, record: Mapping[str, Any]) -> list[str]:
     """How the recipe of a record differs from the request's; the source is read only where nothing else differs."""
     old = record["recipe"]
-    known = old.get("inputs", {}).get("source", {})
+    known = old["inputs"].get("source")
+    known = known if isinstance(known, dict) else {}
     if changed := differences(old, recipe(request, known)):
         return changed
     changed = differences(old, recipe(request, digests(source_files(request))))

@@ -8,12 +8,11 @@ from threading import Event
 from typing import TYPE_CHECKING, Any
 
 from aquilamoe.config.growing import GrowConfig
-from aquilamoe.growing import card, comparison, held_out, identity, output, plan, screen
+from aquilamoe.growing import card, comparison, held_out, identity, output, plan, screen, unchanged
 from aquilamoe.growing.comparison import Claim
 from aquilamoe.growing.held_out import HeldOut
 from aquilamoe.growing.output import Output
 from aquilamoe.growing.request import Request, open_checkpoint
-from aquilamoe.pipeline import integrity
 from aquilamoe.pipeline.store import to_json, write_atomically
 from aquilamoe.process import errors, interruption
 from aquilamoe.reports import rows
@@ -78,13 +77,14 @@ class Making:
     def _grow(self) -> dict[str, Any]:
         """Write all tensors of the target; return what is known of them. The source's files are hashed meanwhile."""
         self.place.check_space(plan.target_bytes(self.request) + SLACK_BYTES)
-        integrity.check_checkpoint(self.request.source.directory, "the growth")
+        unchanged.check(self.request.source.directory)
         stop = Event()
         with ThreadPoolExecutor(max_workers=1) as aside:
             digests = aside.submit(identity.digests, identity.source_files(self.request), stop)
             try:
                 tensors = self._grow_tensors()
-                note = {"recipe": identity.recipe(self.request, digests.result()), "tensors": tensors}
+                recipe = identity.recipe(self.request, digests.result())
+                note = {"fingerprint": identity.identity(recipe), "recipe": recipe, "tensors": tensors}
             except BaseException:
                 stop.set()
                 raise
@@ -119,7 +119,7 @@ class Making:
         """All that is known of the target. No time is in it: made again, it is the same."""
         request = self.request
         return {
-            "fingerprint": identity.identity(note["recipe"]),
+            "fingerprint": note["fingerprint"],
             "recipe": note["recipe"],
             "source": {
                 "name": card.checkpoint_name(request.source.directory),

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from aquilamoe.config.messages import UserError
+from aquilamoe.config.paths import contents
 from aquilamoe.format import size
-from aquilamoe.pipeline.records import seal
-from aquilamoe.pipeline.store import RECORD, temporary, to_json, write_atomically
+from aquilamoe.pipeline import records
+from aquilamoe.pipeline.store import RECORD, temporary, write_atomically
 
 LOCK = ".lock"
 GROWN = ".grown.json"  # the weights are complete: what is missing is their certificate
@@ -35,18 +36,23 @@ class Output:
 
     def grown(self) -> dict[str, Any] | None:
         """What a run that was cut off during its certificate noted about the weights, if they are all there."""
-        note = _read_json(self.partial / GROWN)
-        return note if note is not None and _has_sizes(self.partial, note.get("files")) else None
+        try:
+            note = records.parse((self.partial / GROWN).read_bytes())
+        except (OSError, ValueError):
+            return None
+        return note if _has_sizes(self.partial, note["files"]) else None
 
     def note_grown(self, note: dict[str, Any]) -> None:
         """Say that all files but card and record are complete, and what they are."""
         sync(self.partial)
-        write_atomically(self.partial / GROWN, to_json({**note, "files": sizes(self.partial)}, str(self.target)))
+        write_atomically(self.partial / GROWN, records.seal({**note, "files": sizes(self.partial)}, str(self.target)))
 
     def finished(self) -> dict[str, Any] | None:
         """The record of what was complete when its run was killed, between the record and the name."""
-        record = _read_json(self.partial / RECORD)
-        return record if record is not None and _has_sizes(self.partial, record.get("files")) else None
+        with suppress(UserError):
+            found = record(self.partial)
+            return found if found is not None and _has_sizes(self.partial, found["files"]) else None
+        return None
 
     def discard(self) -> None:
         """Remove all that has grown, but not the lock."""
@@ -69,7 +75,9 @@ class Output:
 
     def publish(self, record: dict[str, Any]) -> None:
         """Write the record, make everything durable, rename: the target exists from this moment, whole."""
-        write_atomically(self.partial / RECORD, seal({**record, "files": sizes(self.partial)}, str(self.target)))
+        write_atomically(
+            self.partial / RECORD, records.seal({**record, "files": sizes(self.partial)}, str(self.target))
+        )
         self.rename()
 
     def rename(self) -> None:
@@ -124,11 +132,15 @@ def _lock(partial: Path) -> TextIO:
             continue
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             lock.seek(0)
             holder = lock.read() or "another run"
             lock.close()
             raise UserError(f"{partial}: in use by {holder}; wait for it, or name another target") from None
+        except OSError:  # a file system without locks
+            lock.close()
+            _remove_empty(partial)
+            raise
         if _is_at(lock, partial / LOCK):
             return lock
         lock.close()
@@ -165,25 +177,31 @@ def published(target: Path) -> dict[str, Any] | None:
         raise UserError(f"target: {target} is where a disk is mounted and cannot be renamed to; name a directory in it")
     if target.is_dir() and not any(target.iterdir()):
         return None
-    record = _read_json(target / RECORD) if target.is_dir() else None
-    if record is None or "recipe" not in record or not isinstance(record.get("files"), dict):
+    found = record(target) if target.is_dir() else None
+    if found is None:
         raise _foreign(target)
-    for name, expected in record["files"].items():
+    for name, expected in found["files"].items():
         file = target / name
         actual = file.stat().st_size if file.is_file() else None
         if actual != expected:
-            found = "is missing" if actual is None else f"has {actual} bytes"
+            what = "is missing" if actual is None else f"has {actual} bytes"
             raise UserError(
-                f"{file}: {found}, its record says {expected} bytes; remove {target} and run again to make it anew"
+                f"{file}: {what}, its record says {expected} bytes; remove {target} and run again to make it anew"
             )
     (target / LOCK).unlink(missing_ok=True)
-    return record
+    return found
 
 
-def record(target: Path) -> dict[str, Any] | None:
-    """What a checkpoint's record says, None if it has none of this tool."""
-    found = _read_json(target / RECORD)
-    return found if found is not None and "recipe" in found else None
+def record(directory: Path) -> dict[str, Any] | None:
+    """What a checkpoint's record says, None if it has none of this tool; UserError for one that has been changed."""
+    path = directory / RECORD
+    if not path.is_file():
+        return None
+    with suppress(ValueError, RecursionError):  # of this name, but no JSON: that is not for us to judge
+        found = json.loads(path.read_bytes())
+        if isinstance(found, dict) and "recipe" in found and "stage" not in found:
+            return records.read(directory)
+    return None
 
 
 def _foreign(target: Path) -> UserError:
@@ -194,7 +212,7 @@ def _foreign(target: Path) -> UserError:
 
 def sizes(directory: Path) -> dict[str, int]:
     """Bytes of every file that belongs to a target; its record and what is said of the run do not."""
-    inside = (path for path in sorted(directory.rglob("*")) if path.is_file())
+    inside = (path for path in contents(directory) if path.is_file())
     names = {str(path.relative_to(directory)): path.stat().st_size for path in inside}
     # The last is of a run that was killed while it wrote the record.
     others = (LOCK, GROWN, RECORD, RUN, temporary(directory / RECORD).name)
@@ -210,7 +228,7 @@ def _has_sizes(directory: Path, expected: Any) -> bool:
 
 def sync(directory: Path) -> None:
     """Make files and names durable."""
-    for path in directory.rglob("*"):
+    for path in contents(directory):
         _sync_path(path)
     _sync_path(directory)
 
@@ -221,11 +239,3 @@ def _sync_path(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    return values if isinstance(values, dict) else None

@@ -15,6 +15,7 @@ from threading import Event, Thread
 from typing import TYPE_CHECKING
 
 from aquilamoe.config.messages import UserError
+from aquilamoe.config.paths import contents
 from aquilamoe.pipeline.remote import Record, Remote, UnwantedError
 from aquilamoe.pipeline.store import SCRATCH
 
@@ -96,7 +97,7 @@ class Mirror:
 
     def copy(self, checkpoint: Path) -> None:
         """Copy a checkpoint and what lies beside it; then remove the ones before. UserError if that fails."""
-        paths = [path for path in [*checkpoint.rglob("*"), *self.partial.glob("[!.]*")] if path.is_file()]
+        paths = [path for path in [*contents(checkpoint), *self.partial.glob("[!.]*")] if path.is_file()]
         files = {str(path.relative_to(self.partial)): path for path in paths}
         if self.attempts.path.is_file():
             files[ATTEMPTS] = self.attempts.path

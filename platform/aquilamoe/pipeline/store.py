@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Self, TextIO
 
 from aquilamoe.config.messages import UserError, without_passwords
-from aquilamoe.config.paths import local
+from aquilamoe.config.paths import contents, local
 from aquilamoe.config.points import METRICS, note, read_points
 from aquilamoe.config.schema import PathsConfig
 from aquilamoe.pipeline import integrity, records
@@ -96,7 +96,7 @@ class Store:
     def publish(self, partial: Path, record: Record) -> Record:
         """Hash every file, write the record, make all durable, rename: the output exists from this moment, whole."""
         not_kept = (RECORD, temporary(partial / RECORD).name, SCRATCH)
-        everything = sorted(partial.rglob("*"))
+        everything = contents(partial)
         kept = [path for path in everything if path.relative_to(partial).parts[0] not in not_kept]
         files = [path for path in kept if path.is_file()]
         with ThreadPoolExecutor() as pool:
@@ -177,8 +177,10 @@ class Store:
         with path.open() as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except OSError:
+            except BlockingIOError:
                 return file.read() or "another run"
+            except OSError:  # a file system without locks knows of no holder
+                return None
         return None
 
 

@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.fsdp import FSDPModule
 
 from aquilamoe.config.messages import UserError
+from aquilamoe.config.paths import contents
 from aquilamoe.config.schema import ModelConfig
 from aquilamoe.model import Decoder
 from aquilamoe.training.optimizer import AnyOptimizer, read_state, write_state
@@ -102,7 +103,7 @@ def save_checkpoint(
     def publish(spans: list[Span]) -> None:
         _write_rest(built, model.config, step, kept)
         _write_hashes(built, spans)
-        for path in [*built.rglob("*"), built]:
+        for path in [*contents(built), built]:
             _sync(path)
         built.rename(target)
         _sync(folder)
@@ -183,7 +184,7 @@ def _write_rest(folder: Path, config: ModelConfig, step: int, extra: Mapping[str
 def _write_hashes(folder: Path, spans: list[Span]) -> None:
     """What was written, and every other file as it is."""
     known = {span.file for span in spans}
-    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*.*"))}
+    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in contents(folder) if "." in path.name}
     small = [Span.of(folder, file, 0, size) for file, size in sizes.items() if file not in known]
     (folder / HASHES).write_text(json.dumps([asdict(span) for span in [*spans, *small]]))
 
