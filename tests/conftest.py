@@ -1,4 +1,5 @@
 import json
+import logging
 import os
 import random
 import re
@@ -12,6 +13,7 @@ from typing import Any
 
 import hydra
 import pytest
+from absl import logging as absl_logging
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
@@ -22,6 +24,9 @@ from browser import Browser, missing
 # torch computes on one thread, here and in commands, whatever the machine has: small tensors gain nothing by more, and
 # sums are in one order. Who is the first to import torch reads it.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# grain logs by absl, which closes the stream that it found first when Hydra configures logging: not pytest's.
+absl_logging.get_absl_handler().python_handler.stream = sys.__stderr__
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SYLLABLES = {
@@ -186,6 +191,14 @@ def finished_store(
     root = tmp_path_factory.mktemp("finished") / "runs"
     commands.execute(compose(*tiny, f"paths.root={root}", "tracking.enabled=false"), "")
     return root
+
+
+@pytest.fixture(autouse=True)
+def _streams() -> Iterator[None]:
+    """A program that a test runs in this process guards standard output to its end: which is that of the test."""
+    kept = sys.stdout, sys.stderr, sys.unraisablehook, logging.raiseExceptions
+    yield
+    sys.stdout, sys.stderr, sys.unraisablehook, logging.raiseExceptions = kept
 
 
 @pytest.fixture(autouse=True)
