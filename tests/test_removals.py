@@ -30,8 +30,10 @@ ALLOWED = {
     "platform/aquilamoe/pipeline/mirror.py": "STAGE-FINGERPRINT.partial, for which a checkpoint was fetched",
     "platform/aquilamoe/pipeline/remote.py": "STAGE-FINGERPRINT.fetched.partial, and the checkpoints that it copied",
     "platform/aquilamoe/pipeline/store.py": "STAGE-FINGERPRINT.partial, and checkpoints/ in it",
+    "platform/aquilamoe/process/temporary.py": "efficientscale-* in TMPDIR, by its lock file, of runs that have ended",
     "platform/aquilamoe/training/crew.py": "ray/efficientscale-LABEL-PID-TIME, which Ray Train makes in this call",
     "platform/aquilamoe/training/launch.py": "the same, also of killed runs",
+    "platform/aquilamoe/training/sessions.py": "the folder of the Ray session that this process has started",
     "platform/aquilamoe/training/state.py": "model/, training/ and hidden folders of a stage's output",
 }
 
