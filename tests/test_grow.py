@@ -787,3 +787,15 @@ def test_a_directory_that_cannot_be_listed_is_not_taken_for_an_empty_one(
             place.publish({"fingerprint": "0123456789ab", "recipe": {}})
         monkeypatch.undo()
         assert not (place.partial / RECORD).exists()
+
+
+@pytest.mark.parametrize("name", ["\udcff", "a\0b"])
+def test_a_path_that_no_record_can_name_is_refused_before_anything_is_written(
+    name: str, source: Callable[[str], Path], grow: Grow, tmp_path: Path
+) -> None:
+    """Bytes of a name that are not UTF-8 come as lone surrogates."""
+    shown = name.encode("unicode_escape").decode()
+    for words in ([source("llama"), tmp_path / name], [tmp_path / name, tmp_path / "target"]):
+        line = refusal(grow, *words, *FPI)
+        assert line == f"{tmp_path}/{shown}: is not UTF-8, which names of files have to be here; rename it"
+    assert list(tmp_path.iterdir()) == []

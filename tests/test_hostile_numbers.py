@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -168,3 +169,23 @@ def test_a_text_that_makes_no_tokens_is_one_line(tmp_path: Path, grow: Grow) -> 
     Tokenizer(models.BPE({"~": 0}, [])).save(str(source / "tokenizer.json"))
     line = refusal(grow, source, tmp_path / "target", *FPI)
     assert line.startswith("certificate.text: the embedded validation text is shorter than one sequence of 33 tokens; ")
+
+
+@pytest.mark.parametrize("key", ["tokens", "sequence_length"])
+def test_a_certificate_on_more_than_anyone_waits_for_is_refused_before_anything_is_drawn(
+    key: str,
+    tmp_path: Path,
+    grow: Grow,  # noqa: F811
+) -> None:
+    source = write(tmp_path / "source", max_position_embeddings=2**39)
+    line = refusal(grow, source, tmp_path / "target", *FPI, f"certificate.{key}={10**12}")
+    assert line.startswith(f"certificate.{key}: 1000000000000 is refused: ")
+
+
+def test_a_text_that_is_no_file_is_not_waited_for(tmp_path: Path, grow: Grow) -> None:  # noqa: F811
+    source = write(tmp_path / "source")
+    word_level({"a": 0, "[UNK]": 1}).save(str(source / "tokenizer.json"))
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("pipe", "source"):
+        line = refusal(grow, source, tmp_path / "target", *FPI, f"certificate.text={tmp_path / name}")
+        assert line == f"certificate.text: {tmp_path / name} is no file; name a text file"

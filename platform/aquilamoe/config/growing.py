@@ -7,7 +7,7 @@ from pydantic import Field, ValidationError, field_validator
 
 from aquilamoe.config import passwords
 from aquilamoe.config.messages import UserError, first_problem, nearest
-from aquilamoe.config.network import Config, Int, NonNegativeInt, PositiveFloat, PositiveInt, Seed
+from aquilamoe.config.network import Config, Int, NonNegativeInt, PositiveFloat, Seed
 from aquilamoe.config.schema import GrowthConfig, UpcyclingConfig
 
 EXAMPLES = {"growth": "fpi", "upcycling": "copy"}
@@ -66,8 +66,8 @@ class CertificateConfig(Config):
 
     enabled: bool
     text: str | None
-    tokens: PositiveInt
-    sequence_length: Annotated[Int, Field(ge=2)]
+    tokens: Annotated[Int, Field(gt=0, le=2**20)]
+    sequence_length: Annotated[Int, Field(ge=2, le=2**17)]
     tolerance: PositiveFloat | None
 
 

@@ -8,7 +8,12 @@ from aquilamoe.config.messages import UserError
 
 
 def local(text: str) -> Path:
-    """A path of this machine: `~` is the home folder, wherever a path is typed; UserError for one of nobody."""
+    """A path of this machine: `~` is the home folder, wherever a path is typed; UserError for one of nobody.
+
+    Records, cards and pages are UTF-8 and name the path: one that is not would fail when all the work is done.
+    """
+    if "\0" in text or (not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text)):
+        raise UserError(f"{text}: is not UTF-8, which names of files have to be here; rename it")
     try:
         return Path(text).expanduser()
     except RuntimeError:

@@ -87,6 +87,8 @@ def _embedded() -> Iterator[str]:
 
 
 def _read_text(path: Path, tokens: int) -> str:
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise UserError(f"certificate.text: {path} is no file; name a text file")
     try:
         with path.open("rb") as file:
             data = file.read(tokens * BYTES_PER_TOKEN)
