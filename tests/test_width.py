@@ -8,6 +8,8 @@ import torch
 
 from aquilamoe.config.messages import UserError
 from aquilamoe.growth import rules
+from aquilamoe.growth.noise import Cancelling
+from aquilamoe.growth.units import UnitMap
 from aquilamoe.weights import names
 from small_checkpoints import difference, grow, growth, logits, model, padded, tensor, write_source
 
@@ -110,3 +112,14 @@ def test_noise_is_relative_to_the_weights_and_leaves_units_without_copies_alone(
         assert (noise[:, :32] + noise[:, 64:]).abs().max() < 1e-12
     rows = tensor(tmp_path / "noisy", names.layer_name(target, 1, names.GATE))
     assert (rows[:64] != rows[64:]).any(dim=1).all()  # copies of a neuron are no twins
+
+
+@pytest.mark.parametrize("copies", [2, 3])
+def test_noise_is_added_to_rows_of_new_tokens_alone_which_are_wider_than_what_is_drawn(copies: int) -> None:
+    """A block without old tokens holds the mean of all rows in float64, whatever the computation is in."""
+    columns = UnitMap((0, 1, 2, *(0, 2) * (copies - 1)), 3)
+    noise = Cancelling(columns, torch.float32)
+    block = torch.zeros(4, len(columns.sources), dtype=torch.float64)
+    noise.add(block, torch.randn(4, noise.size), 1.0)
+    assert block.any()
+    assert block.sum(dim=1).abs().max() < 1e-5

@@ -63,7 +63,7 @@ class Columns:
     def add(self, block: Tensor, values: Tensor) -> None:
         """Add to these columns of a block, in place; several times where a column comes several times."""
         if self.runs is None:
-            block.index_add_(1, self.index, values)
+            block.index_add_(1, self.index, values.to(block.dtype))
             return
         for first, start, stop in self.runs:
             block[:, first : first + stop - start] += values[:, start:stop]
