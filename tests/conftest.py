@@ -5,6 +5,7 @@ import random
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from functools import cache
@@ -28,6 +29,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # grain logs by absl, which closes the stream that it found first when Hydra configures logging: not pytest's.
 absl_logging.get_absl_handler().python_handler.stream = sys.__stderr__
 
+PLACES = ("TMPDIR", "RAY_TMPDIR", "TORCHINDUCTOR_CACHE_DIR", "MPLCONFIGDIR")
 REPOSITORY = Path(__file__).resolve().parent.parent
 SYLLABLES = {
     "en": ["the ", "mo", "ther ", "of ", "ri", "ver", "s ", "and ", "gar", "den", "s, ", "walk", "ed ", "home. "],
@@ -194,11 +196,17 @@ def finished_store(
 
 
 @pytest.fixture(autouse=True)
-def _streams() -> Iterator[None]:
-    """A program that a test runs in this process guards standard output to its end: which is that of the test."""
-    kept = sys.stdout, sys.stderr, sys.unraisablehook, logging.raiseExceptions
+def _process() -> Iterator[None]:
+    """What a program that a test runs in this process changes of it is as before: streams, logs, temporary files."""
+    streams, handlers = (sys.stdout, sys.stderr, sys.unraisablehook), list(logging.root.handlers)
+    places = {name: os.environ.get(name) for name in PLACES}, tempfile.tempdir
     yield
-    sys.stdout, sys.stderr, sys.unraisablehook, logging.raiseExceptions = kept
+    sys.stdout, sys.stderr, sys.unraisablehook = streams
+    logging.root.handlers[:] = [handler for handler in logging.root.handlers if handler in handlers]
+    for name, place in places[0].items():
+        os.environ.pop(name, None)
+        os.environ |= {} if place is None else {name: place}
+    tempfile.tempdir = places[1]
 
 
 @pytest.fixture(autouse=True)

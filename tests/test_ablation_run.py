@@ -29,7 +29,9 @@ Start = Callable[..., "subprocess.Popen[str]"]
 def start(tiny: list[str], tmp_path: Path) -> Start:
     """Start a small ablation of two methods in a process of its own."""
     kept = [
-        word for word in tiny if not word.startswith(("stages.moe", "stages.control", "stages.scale_out", "stages.ev"))
+        word
+        for word in tiny
+        if not word.startswith(("name=", "stages.moe", "stages.control", "stages.scale_out", "stages.ev"))
     ]
 
     def started(*runs: list[str]) -> "subprocess.Popen[str]":

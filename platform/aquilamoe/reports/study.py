@@ -235,7 +235,7 @@ def read(path: Path) -> Study:
     try:
         return Study.model_validate(values)
     except ValidationError as error:
-        raise first_problem(error, Study, values, str(path)) from None
+        raise UserError(str(first_problem(error, Study, values, str(path))).partition("\n")[0]) from None
 
 
 def text(study: Study) -> str:

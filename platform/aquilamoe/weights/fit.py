@@ -1,9 +1,8 @@
 """Whether the tensors of a checkpoint are those that its config.json says: none missing, none left over. Torch-free."""
 
+import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
-
-import numpy as np
 
 from aquilamoe.config.messages import UserError
 from aquilamoe.config.network import ABSENT_SHARED_EXPERT_SIZE, ModelConfig
@@ -74,8 +73,10 @@ def check_fillers(source: Source, model: ModelConfig) -> None:
 
 def _is_zero(source: Source, name: str) -> bool:
     """Whether all elements of a tensor are 0 or -0."""
+    import numpy as np  # a plan does without it
+
     info = source.info(name)
-    size = info.num_bytes // max(1, int(np.prod(info.shape)))
+    size = info.num_bytes // max(1, math.prod(info.shape))
     room = bytearray(min(HASH_BYTES, info.num_bytes))
     for position in range(0, info.num_bytes, HASH_BYTES):
         piece = memoryview(room)[: info.num_bytes - position]
