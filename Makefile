@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: run smoke plan test test-all check rehearse rehearse-cluster audit prove-smollm2 clean
+.PHONY: run smoke plan mlflow test test-all check rehearse rehearse-cluster audit prove-smollm2 clean
 
 run: $(INSTALLED)
 	$(BIN)/python workflows/efficientscale.py
@@ -27,6 +27,10 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/codespell
+
+# MLflow's pages for what runs/ holds, at http://127.0.0.1:5000.
+mlflow: $(INSTALLED)
+	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db --port 5000 --workers 1
 
 # docker-compose.yml without Docker, as root: see docs/docker.md.
 rehearse: $(INSTALLED)

@@ -11,6 +11,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+RUNNING = (ROOT / "docs" / "running.md").read_text(encoding="utf-8")
+METHOD = (ROOT / "docs" / "add-a-growth-method.md").read_text(encoding="utf-8")
 COSTS = (ROOT / "docs" / "what-it-costs.md").read_text(encoding="utf-8")
 
 
@@ -19,7 +21,7 @@ def code_blocks(language: str = "", page: str = README) -> list[str]:
 
 
 def workflow_commands(*pages: str) -> list[str]:
-    blocks = [block for page in pages or (README, COSTS) for block in code_blocks(page=page)]
+    blocks = [block for page in pages or (README, RUNNING, COSTS) for block in code_blocks(page=page)]
     lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
     return [line for line in dict.fromkeys(lines) if line.startswith("python workflows/efficientscale.py")]
 
@@ -81,11 +83,23 @@ def test_every_file_that_the_readme_links_to_exists() -> None:
     assert [link for link in links if not (ROOT / link).exists()] == []
 
 
-def test_the_growth_method_of_the_readme_works_as_it_says(tmp_path: Path) -> None:
+def test_the_readme_is_read_in_two_minutes_and_has_the_same_commands_in_chinese() -> None:
+    assert len(README.splitlines()) <= 120
+    assert len(README.split()) <= 1200
+    chinese = (ROOT / "README.zh.md").read_text(encoding="utf-8")
+    commands = [
+        [line.split("#")[0].strip() for line in page.splitlines() if line.startswith(("python ", "make "))]
+        for page in (README, chinese)
+    ]
+    assert commands[0] == commands[1]
+    assert README.count("\n## ") == chinese.count("\n## ")
+
+
+def test_the_growth_method_of_the_docs_works_as_it_says(tmp_path: Path) -> None:
     """One function in one file and one YAML, in a copy of the project, is a growth that a plan knows."""
     for folder in ("platform", "conf", "workflows"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    (method,) = (block for block in code_blocks("python") if "def grow(" in block)
+    (method,) = (block for block in code_blocks("python", METHOD) if "def grow(" in block)
     (tmp_path / "platform/aquilamoe/growth/methods/halfway.py").write_text(method)
     fpi = (tmp_path / "conf/growth/fpi.yaml").read_text()
     (tmp_path / "conf/growth/halfway.yaml").write_text(fpi.replace("method: fpi", "method: halfway"))
