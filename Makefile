@@ -38,7 +38,7 @@ rehearse: $(INSTALLED)
 
 # A Ray cluster of several raylets on this machine: one is killed, one comes, two are taken back with notice. Minutes.
 rehearse-cluster: $(INSTALLED)
-	$(BIN)/python -m pytest -m slow tests/test_cluster.py
+	$(BIN)/python -m pytest -m slow tests/training/ray/test_cluster.py
 
 # Ask PyPI's database of weaknesses about every pin, in an environment of its own; fails where it cannot be asked.
 audit:

@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from aquilamoe.checkpoint.allocator import keep_large_buffers
 from aquilamoe.estimates import memory
 from aquilamoe.estimates.work import per_token
 from aquilamoe.training import example
 from aquilamoe.training import optimizer as optimizers
 from aquilamoe.training.job import Job
-from aquilamoe.training.parallel import Group, initialize
-from aquilamoe.training.step import Stepper
-from aquilamoe.weights.allocator import keep_large_buffers
+from aquilamoe.training.parallel import ParallelContext, initialize
+from aquilamoe.training.step import TrainStep
 
 STEPS, TOKENS = 3, 512
 
@@ -75,14 +75,14 @@ SHAPES = {
 }
 
 
-def stepper(job: Job) -> tuple[Stepper, np.ndarray]:
+def stepper(job: Job) -> tuple[TrainStep, np.ndarray]:
     """What takes steps, and the tokens of one."""
-    group = Group(job.cluster)
+    group = ParallelContext(job.cluster)
     model = group.build(job.model, job.stage.precision)
     initialize(model, 0)
     rows = job.stage.batch_tokens // job.stage.sequence_length
     tokens = np.random.default_rng(0).integers(0, job.model.vocab_size, (rows, job.stage.sequence_length + 1))
-    return Stepper(job, model, optimizers.build(model, job.stage.optimizer, 1e-3), group), tokens
+    return TrainStep(job, model, optimizers.build(model, job.stage.optimizer, 1e-3), group), tokens
 
 
 def seconds(job: Job) -> float:

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from aquilamoe.checkpoint.allocator import keep_large_buffers
 from aquilamoe.config.network import ModelConfig
-from aquilamoe.kernels.choice import ExpertsKernel, Kernels
-from aquilamoe.model import Decoder, FeedForward, MixtureOfExperts
+from aquilamoe.model.kernels.choice import ExpertsKernel, Kernels
+from aquilamoe.model.transformer import Decoder, FeedForward, MixtureOfExperts
 from aquilamoe.training.objective import balance_loss, z_loss
-from aquilamoe.weights.allocator import keep_large_buffers
 
 KERNELS: tuple[ExpertsKernel, ...] = ("loop", "grouped")
 TOKENS, LENGTH, LAYERS = 4096, 128, 6

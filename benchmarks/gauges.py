@@ -22,13 +22,13 @@ def measure(values: dict[str, Any], steps: int) -> dict[str, float]:
 
     from aquilamoe.config import graph
     from aquilamoe.config.schema import PretrainStage
-    from aquilamoe.training import gauges
     from aquilamoe.training.job import Job, Rank
+    from aquilamoe.training.ray import metrics_exporter
 
     experiment = graph.parse(values)
     node = graph.build(experiment)["moe"]
-    meter = gauges.meter("benchmark")
-    assert isinstance(meter, gauges.Gauges) and node.model is not None
+    meter = metrics_exporter.meter("benchmark")
+    assert isinstance(meter, metrics_exporter.RayMetricsExporter) and node.model is not None
     model = node.model.model_copy(update={"num_hidden_layers": LAYERS, "num_experts": EXPERTS})
     out = Path("moe-0123abcd.partial")
     job = Job("moe", cast(PretrainStage, node.stage), model, out, None, out, 0, 0, experiment.cluster)
@@ -69,8 +69,8 @@ def main() -> None:
     from omegaconf import OmegaConf
 
     from aquilamoe.config import graph
-    from aquilamoe.training.gauges import EVERY_S
-    from aquilamoe.training.session import start_session
+    from aquilamoe.training.ray.metrics_exporter import EVERY_S
+    from aquilamoe.training.ray.session import start_session
 
     with hydra.initialize_config_dir(str(HERE.parent / "conf"), version_base="1.3"):
         values: Any = OmegaConf.to_container(hydra.compose("config"), resolve=True)

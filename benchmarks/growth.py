@@ -87,9 +87,9 @@ def ours(name: str, source: Path) -> Contestant:
     """A growth of this project by its name in the table."""
     from omegaconf import OmegaConf
 
+    from aquilamoe.checkpoint.hf_config import read_config
     from aquilamoe.config.network import ModelConfig
     from aquilamoe.config.schema import GrowthConfig, UpcyclingConfig
-    from aquilamoe.weights.configuration import read_config
 
     group, options, sizes = OURS[name]
     values: Any = OmegaConf.to_container(OmegaConf.load(HERE.parent / f"conf/{group}.yaml"))
@@ -109,9 +109,10 @@ def make_source(directory: Path, num_bytes: float) -> None:
     """A Llama of about so many bytes with random weights, and the smallest tokenizer that transformers reads."""
     import torch
 
+    from aquilamoe.checkpoint import hf_config
+    from aquilamoe.checkpoint import tensor_names as names
+    from aquilamoe.checkpoint.reader import CheckpointWriter
     from aquilamoe.config.network import ModelConfig
-    from aquilamoe.weights import configuration, names
-    from aquilamoe.weights.store import Writer
 
     layer_bytes = 2 * (2 * HIDDEN**2 + 2 * HIDDEN**2 * KV_HEADS // HEADS + 3 * HIDDEN * FFN)
     config = ModelConfig(
@@ -133,10 +134,10 @@ def make_source(directory: Path, num_bytes: float) -> None:
         moe_intermediate_size=0,
     )
     shapes, random = names.tensor_shapes(config), torch.Generator().manual_seed(0)
-    with Writer(directory, shapes, torch.bfloat16) as out:
+    with CheckpointWriter(directory, shapes, torch.bfloat16) as out:
         for name, shape in shapes.items():
             out.write(name, [torch.empty(shape, dtype=torch.bfloat16).normal_(0.0, 0.02, generator=random)])
-    configuration.write_config(directory, config, "bfloat16", eos_token_id=0)
+    hf_config.write_config(directory, config, "bfloat16", eos_token_id=0)
     model = {"type": "WordLevel", "vocab": {"a": 0, "b": 1}, "unk_token": "a"}
     tokenizer: dict[str, Any] = {"version": "1.0", "added_tokens": [], "model": model}
     tokenizer |= dict.fromkeys(("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder"))

@@ -18,14 +18,14 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from aquilamoe.checkpoint import tensor_names as names
+from aquilamoe.checkpoint.reader import CheckpointWriter, Reader
+from aquilamoe.checkpoint.state_dict import load_model, save_model
 from aquilamoe.config.schema import GrowthConfig, ModelConfig, UpcyclingConfig
 from aquilamoe.growth import rules
 from aquilamoe.growth.scale_out import scale_out
 from aquilamoe.growth.scale_up import scale_up
-from aquilamoe.model import Decoder
-from aquilamoe.weights import names
-from aquilamoe.weights.huggingface import load_model, save_model
-from aquilamoe.weights.store import Reader, Writer
+from aquilamoe.model.transformer import Decoder
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs/growth-exactness.md"
@@ -177,7 +177,7 @@ def write_source(directory: Path, config: ModelConfig = SOURCE, dtype: torch.dty
 @contextmanager
 def counted_reads() -> Iterator[list[int]]:
     """Collect the bytes of all rows that are read."""
-    get, rows, copy = Reader.get, Reader.rows, Writer.copy
+    get, rows, copy = Reader.get, Reader.rows, CheckpointWriter.copy
     sizes: list[int] = []
 
     def counting_get(reader: Reader, name: str) -> Tensor:
@@ -189,14 +189,14 @@ def counted_reads() -> Iterator[list[int]]:
         sizes.append(tensor.nbytes)
         return tensor
 
-    def counting_copy(writer: Writer, names: Any, reader: Reader, source_name: str) -> None:
+    def counting_copy(writer: CheckpointWriter, names: Any, reader: Reader, source_name: str) -> None:
         sizes.append(reader.info(source_name).num_bytes)
         copy(writer, names, reader, source_name)
 
     with (
         patch.object(Reader, "get", counting_get),
         patch.object(Reader, "rows", counting_rows),
-        patch.object(Writer, "copy", counting_copy),
+        patch.object(CheckpointWriter, "copy", counting_copy),
     ):
         yield sizes
 

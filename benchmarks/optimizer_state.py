@@ -22,30 +22,23 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from aquilamoe.checkpoint.state_dict import load_model
 from aquilamoe.config import graph
 from aquilamoe.config.graph import Node
-from aquilamoe.config.schema import (
-    ClusterConfig,
-    CorpusStage,
-    ModelConfig,
-    PretrainStage,
-    ScaleOutStage,
-    ScaleUpStage,
-)
+from aquilamoe.config.schema import ClusterConfig, CorpusStage, ModelConfig, PretrainStage, ScaleOutStage, ScaleUpStage
 from aquilamoe.data.corpus import prepare_corpus
 from aquilamoe.data.encoding import tokenize_corpus
 from aquilamoe.data.loader import Batches
 from aquilamoe.data.tokenizer import train_tokenizer
-from aquilamoe.growth import gradients, moments
-from aquilamoe.growth.moments import grow_moments
+from aquilamoe.growth import gradient_maps, optimizer_state
+from aquilamoe.growth.optimizer_state import grow_moments
 from aquilamoe.growth.scale_out import scale_out
 from aquilamoe.growth.scale_up import scale_up
 from aquilamoe.growth.stream import silent
 from aquilamoe.reports import canvas
+from aquilamoe.training.checkpoint import MOMENTS, TRAINING
 from aquilamoe.training.job import Job
 from aquilamoe.training.loop import train
-from aquilamoe.training.state import MOMENTS, TRAINING
-from aquilamoe.weights.huggingface import load_model
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -248,10 +241,10 @@ def agreement(bench: Bench, case: Case) -> list[str]:
     assert isinstance(node.stage, (ScaleUpStage, ScaleOutStage)) and node.source_model
     how = node.stage.growth if isinstance(node.stage, ScaleUpStage) else node.stage.upcycling
     sums = {part: torch.zeros(3, dtype=torch.float64) for part in PARTS}
-    for name, pasts in gradients.pasts(node.source_model, model, how, seed):
+    for name, pasts in gradient_maps.gradient_maps(node.source_model, model, how, seed):
         part = next((part for part, words in PARTS.items() if any(word in name for word in words)), None)
         for index, past in enumerate(pasts):
-            mapped = moments.first(before[past.name], past)
+            mapped = optimizer_state.first(before[past.name], past)
             found = after[name][index] if len(pasts) > 1 else after[name]
             if part is not None:
                 found = found.where(mapped != 0, 0)

@@ -23,6 +23,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from aquilamoe.estimates.duration import Speed
+
 HERE = Path(__file__).resolve().parent
 MODES = ("in this process", "Ray, from nothing", "Ray, workers anew", "Ray, workers that stand")
 GOAL_S, WAIT_GOAL = 3.0, 0.01
@@ -51,7 +53,7 @@ def tokens_of(found: Any, root: Path) -> Path:
     from aquilamoe.pipeline import runner
     from aquilamoe.pipeline.store import Store
 
-    plan = planning.make(graph.build(found), Store(root), planning.Speed(1e9))
+    plan = planning.make(graph.build(found), Store(root), Speed(1e9))
     return runner.run(plan[:-1], Store(root), found.cluster, [])["tokens"].directory
 
 
@@ -59,7 +61,7 @@ def measure(found: Any, tokens: Path, mode: str, out: Path, root: Path) -> tuple
     """Seconds until the first point, seconds of the call, share of the steps' time that waited for data."""
     from aquilamoe.config import graph
     from aquilamoe.training.job import Job
-    from aquilamoe.training.launch import launch
+    from aquilamoe.training.ray.launch import launch
 
     node = graph.build(found)["prepare"]
     assert node.stage.kind == "pretrain"
@@ -75,7 +77,7 @@ def measure(found: Any, tokens: Path, mode: str, out: Path, root: Path) -> tuple
 
 def one_round(root: Path) -> None:
     """Runs in a process of its own, since a session of Ray cannot be started twice as for the first time."""
-    from aquilamoe.training.launch import release
+    from aquilamoe.training.ray.launch import release
 
     found = experiment(root)
     tokens = tokens_of(found, root)

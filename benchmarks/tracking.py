@@ -31,6 +31,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from aquilamoe.estimates.duration import Speed
+
 HERE = Path(__file__).resolve().parent
 SLOW_S, KILL_AFTER_S, START_S = 5.0, 2.0, 180.0
 MODES = ("no tracking", "database", "server", "slow server", "full server", "killed server")
@@ -84,7 +86,7 @@ def train_one(values: dict[str, Any], mode: str, uri: str | None, root: Path) ->
 
     experiment = graph.parse(values)
     store = Store(root)
-    plan = planning.make(graph.build(experiment), store, planning.Speed.of(experiment.cluster))
+    plan = planning.make(graph.build(experiment), store, Speed.of(experiment.cluster))
     tracker = tracker_of(uri, root) if mode != MODES[0] else None
     began = time.process_time()
     if tracker is not None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 BALANCE, Z = 0.001, 0.001
-ALLOCATOR = Path(__file__).resolve().parents[1] / "platform/aquilamoe/weights/allocator.py"
+ALLOCATOR = Path(__file__).resolve().parents[1] / "platform/aquilamoe/checkpoint/allocator.py"
 # Where the time of a step goes: the beginnings of the names of the profiler's events, whose inner ones count for them.
 REGIONS = {
     "attention": ("aquilamoe::explicit_attention", "aten::scaled_dot_product", "aten::_scaled_dot_product"),
@@ -66,7 +66,7 @@ def keep_large_buffers() -> None:
 def ours(shape: dict[str, Any], mode: Mode, device: str) -> tuple[nn.Module, Loss]:
     """This project's network, as `precision` bf16, bf16_master or fp32 trains it."""
     from aquilamoe.config.network import ModelConfig
-    from aquilamoe.model import Decoder
+    from aquilamoe.model.transformer import Decoder
     from aquilamoe.training.objective import balance_loss, z_loss
 
     config = ModelConfig.model_validate(

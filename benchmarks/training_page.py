@@ -15,7 +15,7 @@ average {load:.1f} (others were at work, too, as far as it exceeds the threads).
 Everybody trains the same shapes on the same random tokens: forward with the mean next-token loss, backward, clipping of
 the gradient's norm, fused AdamW; Mixtures of Experts with a balance loss, except litgpt, which has none. One process
 for each library; contestants take turns of a few steps. All have this project's setting of the C library's allocator
-(`weights/allocator.py`), without which each is slower. `x8`: 8 experts, 2 of them for a token, each as large as the
+(`checkpoint/allocator.py`), without which each is slower. `x8`: 8 experts, 2 of them for a token, each as large as the
 dense feed-forward.
 
 - `autocast`: float32 weights, products in bf16. `bf16`: weights, gradients and optimizer in bf16, which trains worse;

@@ -188,7 +188,7 @@ def finished_store(
     tmp_path_factory: pytest.TempPathFactory, tiny: list[str], compose: Callable[..., dict[str, Any]]
 ) -> Path:
     """The root of the tiny experiment, run once in this process, untracked. Tests that change it take a copy."""
-    from aquilamoe import commands
+    from aquilamoe.cli import commands
 
     root = tmp_path_factory.mktemp("finished") / "runs"
     commands.execute(compose(*tiny, f"paths.root={root}", "tracking.enabled=false"), "")

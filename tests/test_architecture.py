@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from aquilamoe.config import graph, plugins
+from aquilamoe.estimates.duration import Speed
 from aquilamoe.pipeline import code
 from aquilamoe.pipeline import plan as planning
 from aquilamoe.pipeline.store import Store
@@ -72,14 +73,14 @@ ONLY_IN = {
             *("kernels", "model.py", "weights", "growth", "training", "stages"),
             *(
                 "data/loader.py",
-                "dryrun/shapes.py",
-                "growing/comparison.py",
+                "estimates/dry_run_shapes.py",
+                "growth/tool/comparison.py",
                 "evaluation/generation.py",
                 "evaluation/harness.py",
             ),
         )
     ],
-    "rich": ["aquilamoe/terminal", "aquilamoe/ablation/screen.py", "aquilamoe/growing/screen.py"],
+    "rich": ["aquilamoe/cli", "aquilamoe/cli/ablation_view.py", "aquilamoe/cli/grow_view.py"],
     "lm_eval": ["aquilamoe/evaluation/harness.py"],
     "datasets": ["aquilamoe/evaluation/harness.py", "aquilamoe/data/hub.py"],
     "matplotlib": ["aquilamoe/reports"],
@@ -123,7 +124,7 @@ def imports(path: Path, tree: ast.AST | None = None, typing_only: bool = False) 
             yield from (Import(path, node.lineno, alias.name, typing_only) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno}: a relative import"
-            # `from aquilamoe import terminal` imports the room `aquilamoe.terminal`.
+            # `from aquilamoe import terminal` imports the room `aquilamoe.cli`.
             names = [f".{alias.name}" for alias in node.names] if node.module == "aquilamoe" else [""]
             yield from (Import(path, node.lineno, f"{node.module}{name}", typing_only) for name in names)
         elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
@@ -178,7 +179,7 @@ def test_the_rules_would_notice_an_import_inside_a_function_and_one_for_type_che
     source.write_text(
         "from typing import TYPE_CHECKING\n"
         "if TYPE_CHECKING:\n    import torch\nelse:\n    import ray\n"
-        "def f():\n    with g():\n        from aquilamoe import stages, model\n"
+        "def f():\n    with g():\n        from aquilamoe import stages; from aquilamoe.model import transformer\n"
         "class C:\n    import mlflow.entities as e\n"
     )
     assert [(found.module, found.typing_only) for found in imports(source)] == [
@@ -186,7 +187,7 @@ def test_the_rules_would_notice_an_import_inside_a_function_and_one_for_type_che
         ("torch", True),
         ("ray", False),
         ("aquilamoe.stages", False),
-        ("aquilamoe.model", False),
+        ("aquilamoe.model.transformer", False),
         ("mlflow.entities", False),
     ]
 
@@ -198,7 +199,7 @@ def test_importing_the_commands_and_every_stage_imports_nothing_heavy() -> None:
         *("growth.rules", "growing.command", "growing.held_out"),
     )
     light = [f"aquilamoe.{module}" for module in modules]
-    code = f"import sys, aquilamoe.commands, {', '.join([*stages, *light])}; print(*sys.modules)"
+    code = f"import sys, aquilamoe.cli.commands, {', '.join([*stages, *light])}; print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert {module.partition(".")[0] for module in modules} & HEAVY == set()
 
@@ -227,7 +228,7 @@ def test_every_option_of_every_group_composes_to_a_valid_experiment(
 ) -> None:
     experiment = graph.parse(compose(f"+{word}" if word.startswith("experiment=") else word))
     if not word.startswith("model="):  # the default experiment grows its own small model only
-        plan = planning.make(graph.build(experiment), Store(tmp_path), planning.Speed(1e9))
+        plan = planning.make(graph.build(experiment), Store(tmp_path), Speed(1e9))
         assert {planned.name for planned in plan} == set(experiment.stages)
 
 
@@ -242,7 +243,7 @@ def test_every_method_has_an_option_of_its_name_and_every_option_a_method(
 
 def test_the_code_that_recipes_name_is_what_its_digest_says() -> None:
     # A digest that is not right here makes the outputs of earlier versions unknown. If this code computes other bytes,
-    # raise the VERSION of the stages that use it (and growing/identity.py's); then copy the right digests.
+    # raise the VERSION of the stages that use it (and growth/tool/identity.py's); then copy the right digests.
     right = {}
     for files in code.NAMED.values():
         names = plugins.names("growth/methods") if "{}" in files[0] else [""]

@@ -109,8 +109,8 @@ from pathlib import Path
 import torch, yaml
 from aquilamoe.config.schema import GrowthConfig, ModelConfig
 from aquilamoe.growth.scale_up import scale_up
-from aquilamoe.model import Decoder
-from aquilamoe.weights.huggingface import load_model, save_model
+from aquilamoe.model.transformer import Decoder
+from aquilamoe.checkpoint.state_dict import load_model, save_model
 values = yaml.safe_load(Path({str(tmp_path / "conf/model/dense_d64.yaml")!r}).read_text())
 values |= {{"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3}}
 source = ModelConfig(**values)

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from aquilamoe.training import example, launch
-from aquilamoe.training.launch import Workers
+from aquilamoe.training import example
+from aquilamoe.training.ray import launch
+from aquilamoe.training.ray.launch import Workers
 
 ROOT = Path(__file__).resolve().parents[1]
 REMOVES = re.compile(r"rmtree|removedirs|delete_dir|\brm -[a-z]*r|shutil\.move")
@@ -24,17 +25,19 @@ ALLOWED = {
     "benchmarks/tracking.py": "a temporary folder of its own",
     "platform/aquilamoe/ablation/tuning.py": "trials/tune-PID in the store, which Ray Tune makes in this call",
     "platform/aquilamoe/data/cleaning.py": "its own folders in the stage's .partial",
-    "platform/aquilamoe/growing/output.py": "the contents of TARGET.partial, refused where others' files are in it",
-    "platform/aquilamoe/lineage/actions.py": "rebuild/STAGE-FINGERPRINT, which it has just filled",
-    "platform/aquilamoe/lineage/rebuilding.py": "STAGE-FINGERPRINT in that folder, of an earlier rebuild",
-    "platform/aquilamoe/pipeline/mirror.py": "STAGE-FINGERPRINT.partial, for which a checkpoint was fetched",
+    "platform/aquilamoe/growth/tool/output.py": "the contents of TARGET.partial, refused where others' files are in it",
+    "platform/aquilamoe/cli/lineage.py": "rebuild/STAGE-FINGERPRINT, which it has just filled",
+    "platform/aquilamoe/lineage/rebuild.py": "STAGE-FINGERPRINT in that folder, of an earlier rebuild",
+    "platform/aquilamoe/pipeline/checkpoint_sync.py": "STAGE-FINGERPRINT.partial, for which a checkpoint was fetched",
     "platform/aquilamoe/pipeline/remote.py": "STAGE-FINGERPRINT.fetched.partial, and the checkpoints that it copied",
     "platform/aquilamoe/pipeline/store.py": "STAGE-FINGERPRINT.partial, and checkpoints/ in it",
     "platform/aquilamoe/process/temporary.py": "efficientscale-* in TMPDIR, by its lock file, of runs that have ended",
-    "platform/aquilamoe/training/crew.py": "ray/efficientscale-LABEL-PID-TIME, which Ray Train makes in this call",
-    "platform/aquilamoe/training/launch.py": "the same, also of killed runs",
+    "platform/aquilamoe/training/ray/worker_pool.py": (
+        "ray/efficientscale-LABEL-PID-TIME, which Ray Train makes in this call"
+    ),
+    "platform/aquilamoe/training/ray/launch.py": "the same, also of killed runs",
     "platform/aquilamoe/training/sessions.py": "the folder of the Ray session that this process has started",
-    "platform/aquilamoe/training/state.py": "model/, training/ and hidden folders of a stage's output",
+    "platform/aquilamoe/training/checkpoint.py": "model/, training/ and hidden folders of a stage's output",
 }
 
 

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from aquilamoe.format import power
 from aquilamoe.pipeline.store import METRICS, read_points
 from aquilamoe.reports.curves import chain_of, crossing, line_of, trained
-from aquilamoe.reports.rows import power
 
 CHAIN = ("prepare", "scale_up", "dense", "scale_out", "moe")
 HEADER = (

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from aquilamoe.tracking.lineage import comparison_url
+from aquilamoe.tracking.queries import comparison_url
 from browser import Browser, missing
 
 # What MLflow opens beside the page in a browser that it does not know.

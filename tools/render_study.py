@@ -9,11 +9,11 @@ import re
 import sys
 from pathlib import Path
 
-from aquilamoe.ablation.judgement import judge
+from aquilamoe.ablation.conclusions import conclusions
+from aquilamoe.ablation.ranking import judge
+from aquilamoe.ablation.study import SUMMARY, Ancestor, Entry, Seed, Study, read, text
 from aquilamoe.config.messages import UserError
 from aquilamoe.reports import comparison
-from aquilamoe.reports.comparison_findings import findings
-from aquilamoe.reports.study import SUMMARY, Ancestor, Entry, Seed, Study, read, text
 from aquilamoe.training.metrics import RECOVERED
 
 SENTENCES = re.compile(r"(?<=Written by the command, from the numbers only\.\n\n)(- .*\n)+")
@@ -47,7 +47,7 @@ def main() -> None:
         study = judged(read(Path(sys.argv[1]) / SUMMARY))
     except UserError as error:
         raise SystemExit(f"error: {error}") from None
-    sentences = "".join(f"- {sentence.text}\n" for sentence in findings(study))
+    sentences = "".join(f"- {sentence.text}\n" for sentence in conclusions(study))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / SUMMARY).write_text(text(study), encoding="utf-8")
     page = folder / "README.md"

@@ -10,17 +10,19 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from aquilamoe.cli.console import silent_console
 from aquilamoe.cli.shipped import CONF, options
-from aquilamoe.config import growing
-from aquilamoe.config.growing import GrowConfig
+from aquilamoe.config import grow as grow_config
+from aquilamoe.config.grow import GrowConfig
 from aquilamoe.config.messages import UserError, nearest
-from aquilamoe.growing import command, plan
-from aquilamoe.growing.plan import Cost, Line
-from aquilamoe.growing.request import resolve
-from aquilamoe.lineage.entries import Entry
-from aquilamoe.lineage.finding import find
-from aquilamoe.lineage.library import Library, read_library
-from aquilamoe.terminal.screen import silent_console
+from aquilamoe.growth.tool import plan
+from aquilamoe.growth.tool.grow import certify as grow_certify
+from aquilamoe.growth.tool.grow import make
+from aquilamoe.growth.tool.plan import GrowthCost, TensorLine
+from aquilamoe.growth.tool.request import resolve
+from aquilamoe.lineage.artifacts import Artifact
+from aquilamoe.lineage.graph import ArtifactGraph, read_graph
+from aquilamoe.lineage.lookup import find
 
 # A method by its name, or its settings: {"method": "fpi", "noise": 0.2}; what is left out is as in conf/.
 Method = str | Mapping[str, Any]
@@ -42,8 +44,8 @@ class GrowthPlan:
     parameters: int
     active_parameters: int
     preserving: bool
-    tensors: tuple[Line, ...]
-    cost: Cost
+    tensors: tuple[TensorLine, ...]
+    cost: GrowthCost
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,7 @@ def certify(source: str | Path, target: str | Path, **settings: Any) -> Mapping[
     Raises:
         UserError: the two cannot be compared, or the target claims to keep the function and does not.
     """
-    return command.certify(_config(source, target, {}, None, None, 1234, settings, "certify"), silent_console())
+    return grow_certify(_config(source, target, {}, None, None, 1234, settings, "certify"), silent_console())
 
 
 @dataclass(frozen=True)
@@ -164,11 +166,11 @@ class Store:
 
     root: str | Path = "runs"
 
-    def outputs(self) -> list[Entry]:
+    def outputs(self) -> list[Artifact]:
         """All complete outputs, newest first."""
         return self._library().newest_first()
 
-    def output(self, name: str) -> Entry:
+    def output(self, name: str) -> Artifact:
         """The output that a fingerprint, a directory's name or a SHA-256 prefix names, or a stage's newest.
 
         Raises:
@@ -178,27 +180,27 @@ class Store:
         newest = library.of_stage(name)
         return newest[0] if newest else find(library, {}, name)
 
-    def lineage(self, name: str) -> list[Entry]:
+    def lineage(self, name: str) -> list[Artifact]:
         """The output that `name` names, then everything that it was made from, nearest first."""
         entry = self.output(name)
         return [entry, *self._library().ancestors(entry)]
 
-    def __iter__(self) -> Iterator[Entry]:
+    def __iter__(self) -> Iterator[Artifact]:
         return iter(self.outputs())
 
-    def _library(self) -> Library:
+    def _library(self) -> ArtifactGraph:
         folder = Path(self.root) / "stages"
         if not folder.is_dir():
             raise UserError(
                 f"{self.root}: has no outputs (there is no {folder}); name the folder that paths.root named"
             )
-        return read_library(folder)
+        return read_graph(folder)
 
 
 def _made(config: GrowConfig, verb: str) -> GrownCheckpoint:
     request = resolve(config)
     call = f"aquilamoe.{verb}({config.source!r}, {config.target!r}, ...)"
-    return GrownCheckpoint(request.target, command.make(request, config, call, silent_console()))
+    return GrownCheckpoint(request.target, make(request, config, call, silent_console()))
 
 
 def _config(
@@ -221,7 +223,7 @@ def _config(
         values["growth"] = _method("growth", growth)
     if upcycling is not None:
         values["upcycling"] |= _method("upcycling", upcycling)
-    return growing.parse(values)
+    return grow_config.parse(values)
 
 
 def _method(group: str, method: Method) -> dict[str, Any]:

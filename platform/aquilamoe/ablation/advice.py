@@ -14,14 +14,14 @@ from typing import Literal
 
 from pydantic import TypeAdapter
 
-from aquilamoe.ablation.question import Question
+from aquilamoe.ablation import study as studies
+from aquilamoe.ablation.advice_query import AdviceQuery
+from aquilamoe.ablation.conclusions import horizon, listed, shown
+from aquilamoe.ablation.intervals import mean_interval
 from aquilamoe.ablation.statistics import mean_curve, value_at
+from aquilamoe.ablation.study import Control, Entry, Interval, Study
 from aquilamoe.config.network import Config
-from aquilamoe.reports import study as studies
-from aquilamoe.reports.comparison_findings import horizon, listed, shown
-from aquilamoe.reports.intervals import mean_interval
-from aquilamoe.reports.rows import count
-from aquilamoe.reports.study import Control, Entry, Interval, Study
+from aquilamoe.format import count
 
 LIKE = 2.0  # within this factor something is like what was recorded
 Topic = Literal["whether", "how", "start", "rate"]
@@ -34,7 +34,7 @@ TITLES: Mapping[Topic, str] = {
 
 
 @dataclass(frozen=True)
-class Sentence:
+class AdviceLine:
     """evidence: where it is from; empty for the statement that there is none."""
 
     topic: Topic
@@ -89,22 +89,22 @@ def rules() -> list[Rule]:
     return TypeAdapter(list[Rule]).validate_python(json.loads(text))
 
 
-def advise(question: Question, recorded: Sequence[Recorded], published: Sequence[Rule]) -> list[Sentence]:
+def advise(question: AdviceQuery, recorded: Sequence[Recorded], published: Sequence[Rule]) -> list[AdviceLine]:
     """An answer to each of the four questions, the recorded evidence first."""
     cases = [case for each in recorded for case in _cases(each) if case.kind == question.kind]
     like = [case for case in cases if _is_like(case, question)]
-    answers: dict[Topic, list[Sentence]] = {
+    answers: dict[Topic, list[AdviceLine]] = {
         "whether": list(_whether(question, like)),
         "how": list(_how(question, like)),
         "start": list(_start(question, cases)),
         "rate": list(_rate(like)),
     }
-    found: list[Sentence] = []
+    found: list[AdviceLine] = []
     said: set[str] = set()
     for topic, own in answers.items():
         if not own:
             reason = _why(topic, question, cases, like)
-            own = [Sentence(topic, f"No recorded evidence{', as above' if reason in said else f': {reason}'}.")]
+            own = [AdviceLine(topic, f"No recorded evidence{', as above' if reason in said else f': {reason}'}.")]
             said.add(reason)
         found += [*own, *_published(topic, question, published)]
     return found
@@ -131,7 +131,7 @@ def _near(ours: float | None, theirs: float) -> bool:
     return ours is not None and theirs / LIKE <= ours <= theirs * LIKE
 
 
-def _is_like(case: Case, question: Question) -> bool:
+def _is_like(case: Case, question: AdviceQuery) -> bool:
     return (
         _of_size(case, question)
         and _near(question.source.tokens_per_parameter, case.tokens_per_parameter)
@@ -139,11 +139,11 @@ def _is_like(case: Case, question: Question) -> bool:
     )
 
 
-def _of_size(case: Case, question: Question) -> bool:
+def _of_size(case: Case, question: AdviceQuery) -> bool:
     return _near(question.source.params, case.source) and _near(question.growth, case.growth)
 
 
-def _whether(question: Question, like: Sequence[Case]) -> Iterator[Sentence]:
+def _whether(question: AdviceQuery, like: Sequence[Case]) -> Iterator[AdviceLine]:
     """Of every like study, its best variant against each control of equal FLOPs."""
     for recorded in dict.fromkeys(case.recorded.where for case in like):
         own = [case for case in like if case.recorded.where == recorded]
@@ -152,7 +152,7 @@ def _whether(question: Question, like: Sequence[Case]) -> Iterator[Sentence]:
             known = control.control
             difference = known.differences.get(best.entry.name) if known else None
             if known is not None and difference is not None and known.equal == "flops":
-                yield Sentence("whether", _verdict(known, difference), _evidence(best, difference, question))
+                yield AdviceLine("whether", _verdict(known, difference), _evidence(best, difference, question))
 
 
 def _verdict(control: Control, difference: Interval) -> str:
@@ -164,7 +164,7 @@ def _verdict(control: Control, difference: Interval) -> str:
     return f"Do not grow; {other}: it ends {-difference.mean:.3f} nats/token lower at equal FLOPs."
 
 
-def _evidence(case: Case, difference: Interval, question: Question) -> str:
+def _evidence(case: Case, difference: Interval, question: AdviceQuery) -> str:
     return (
         f"{case.recorded.where}: '{case.entry.name}', control less variant {shown(difference)}, {difference.pairs} "
         f"seeds, source {count(case.source)} at {case.tokens_per_parameter:.3g} tokens per parameter, "
@@ -172,7 +172,7 @@ def _evidence(case: Case, difference: Interval, question: Question) -> str:
     )
 
 
-def _how(question: Question, like: Sequence[Case]) -> Iterator[Sentence]:
+def _how(question: AdviceQuery, like: Sequence[Case]) -> Iterator[AdviceLine]:
     """Of every like study that varies a way of growing, those that lead at the budget, if it is within the horizon."""
     for where in dict.fromkeys(case.recorded.where for case in like):
         own = [case for case in like if case.recorded.where == where]
@@ -182,7 +182,7 @@ def _how(question: Question, like: Sequence[Case]) -> Iterator[Sentence]:
             continue
         first = [entry.name for entry in ranked if entry.rank == ranked[0].rank]
         reach = f"after {horizon(study)}"
-        yield Sentence(
+        yield AdviceLine(
             "how",
             f"{listed([repr(name) for name in first])} {'lead' if len(first) > 1 else 'leads'} {reach}"
             f"{'; the seeds do not tell them apart' if len(first) > 1 else ''}.",
@@ -190,7 +190,7 @@ def _how(question: Question, like: Sequence[Case]) -> Iterator[Sentence]:
         )
         shorter = _leader_at(ranked, question.budget)
         if shorter is not None and shorter not in first:
-            yield Sentence(
+            yield AdviceLine(
                 "how",
                 f"At your {count(question.budget)} tokens the lowest mean loss was that of {shorter!r}: the order "
                 "depends on the budget.",
@@ -208,7 +208,7 @@ def _leader_at(entries: Sequence[Entry], tokens: float) -> str | None:
     return min(losses, key=losses.__getitem__) if len(losses) > 1 else None
 
 
-def _start(question: Question, cases: Sequence[Case]) -> Iterator[Sentence]:
+def _start(question: AdviceQuery, cases: Sequence[Case]) -> Iterator[AdviceLine]:
     """Whether longer training of the source has made growing better than continuing it, in one study."""
     for where in dict.fromkeys(case.recorded.where for case in cases):
         own = [case for case in cases if case.recorded.where == where and _of_size(case, question)]
@@ -227,7 +227,7 @@ def _start(question: Question, cases: Sequence[Case]) -> Iterator[Sentence]:
             tried = listed([f"{length:.3g}" for length in known])
             text = f"At none of {tried} tokens per parameter did growing beat continuing the source at equal FLOPs."
         if known:
-            yield Sentence("start", text, f"{where}: control less variant by tokens per parameter, {told}")
+            yield AdviceLine("start", text, f"{where}: control less variant by tokens per parameter, {told}")
 
 
 def _best_against_continuing(cases: Sequence[Case]) -> Interval | None:
@@ -241,7 +241,7 @@ def _best_against_continuing(cases: Sequence[Case]) -> Interval | None:
     return max(found, key=lambda difference: difference.mean, default=None)
 
 
-def _rate(like: Sequence[Case]) -> Iterator[Sentence]:
+def _rate(like: Sequence[Case]) -> Iterator[AdviceLine]:
     """Of every like study that varies the learning rate, the best one, all else being equal, over the source's."""
     for where in dict.fromkeys(case.recorded.where for case in like):
         own = [case.entry for case in like if case.recorded.where == where and case.entry.learning_rate is not None]
@@ -258,7 +258,7 @@ def _rate(like: Sequence[Case]) -> Iterator[Sentence]:
         source = like[0].recorded.study.source_of(own[0])
         over = f", {best / source.learning_rate:.2g} of the source's peak" if source and source.learning_rate else ""
         told = ", ".join(f"{rate:g}: {mean:.3f}" for rate, mean in means.items())
-        yield Sentence("rate", f"{best:g}{over}{certain}{edge}.", f"{where}: mean objective by rate, {told}")
+        yield AdviceLine("rate", f"{best:g}{over}{certain}{edge}.", f"{where}: mean objective by rate, {told}")
 
 
 def _by_the_rest(entries: Sequence[Entry], rate: float) -> dict[tuple[str, ...], float]:
@@ -277,7 +277,7 @@ def _names_rate(value: str, entries: Sequence[Entry], entry: Entry) -> bool:
     return with_it == {entry.learning_rate}
 
 
-def _published(topic: Topic, question: Question, published: Sequence[Rule]) -> Iterator[Sentence]:
+def _published(topic: Topic, question: AdviceQuery, published: Sequence[Rule]) -> Iterator[AdviceLine]:
     for rule in published:
         if rule.topic != topic or rule.kind != question.kind:
             continue
@@ -288,10 +288,10 @@ def _published(topic: Topic, question: Question, published: Sequence[Rule]) -> I
             tokens = question.source.tokens
             inside = tokens is not None and low <= question.budget / tokens <= high
         if inside:
-            yield Sentence(topic, f"Published: {rule.says}.", rule.citation)
+            yield AdviceLine(topic, f"Published: {rule.says}.", rule.citation)
 
 
-def _why(topic: Topic, question: Question, cases: Sequence[Case], like: Sequence[Case]) -> str:
+def _why(topic: Topic, question: AdviceQuery, cases: Sequence[Case], like: Sequence[Case]) -> str:
     """What is missing for an answer: the study, or its range."""
     if not cases:
         return f"no recorded study is of a {question.kind.replace('_', '-')}"

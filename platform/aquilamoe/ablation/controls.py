@@ -20,7 +20,7 @@ EQUAL: tuple[Equal, ...] = get_args(Equal)
 
 
 @dataclass(frozen=True)
-class Control:
+class ControlStage:
     """A stage to compare with.
 
     of: the checkpoint that is continued, None from scratch. equal: what it has in common with the objective's line.
@@ -51,7 +51,7 @@ def line(nodes: Mapping[str, Node], objective: str) -> list[Node]:
 
 def controls(
     nodes: Mapping[str, Node], objective: str, config: ControlsConfig, from_scratch: bool = True
-) -> Iterator[Control]:
+) -> Iterator[ControlStage]:
     """The controls of an objective, but for those that would train no batch; without scratch if it has none."""
     chain = line(nodes, objective)
     target = chain[-1]
@@ -70,7 +70,7 @@ def _trainer(chain: list[Node]) -> Node:
     return next(node for node in reversed(chain) if isinstance(node.stage, PretrainStage))
 
 
-def _control(template: Node, of: Node | None, target: Node, equal: Equal, ratio: float) -> Iterator[Control]:
+def _control(template: Node, of: Node | None, target: Node, equal: Equal, ratio: float) -> Iterator[ControlStage]:
     stage, model = cast(PretrainStage, template.stage), of.model if of else target.model
     assert model is not None, "a line consists of checkpoints"
     spent_tokens, spent_flops = (of.lineage_tokens, of.lineage_flops) if of else (0, 0)
@@ -88,7 +88,7 @@ def _control(template: Node, of: Node | None, target: Node, equal: Equal, ratio:
             "decay_tokens": last.schedule.decay_tokens * tokens // left,
         }
     )
-    yield Control(
+    yield ControlStage(
         of.name if of else None,
         equal,
         ratio,

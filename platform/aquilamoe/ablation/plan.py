@@ -5,10 +5,11 @@ from copy import copy
 from dataclasses import dataclass, replace
 from functools import cache
 
-from aquilamoe.ablation.union import Leaf, Union, ancestors
+from aquilamoe.ablation.study_graph import Leaf, StudyGraph, ancestors
 from aquilamoe.ablation.variants import Variant
+from aquilamoe.estimates.duration import Speed
 from aquilamoe.pipeline import plan as planning
-from aquilamoe.pipeline.plan import Planned, Speed
+from aquilamoe.pipeline.plan import Planned
 from aquilamoe.pipeline.store import Store
 
 DATA_KINDS = ("corpus", "tokenizer", "tokenize")
@@ -46,7 +47,7 @@ class Task:
         return self.stages[-1].state == "cached"
 
 
-def tasks(union: Union, store: Store, speed: Speed) -> list[Task]:
+def tasks(union: StudyGraph, store: Store, speed: Speed) -> list[Task]:
     """Every distinct leaf once, seed by seed: an ablation that is cut has whole comparisons of its first seeds."""
     plans: dict[str, tuple[Leaf, list[Planned]]] = {}
     store = Glance(store)
@@ -107,7 +108,7 @@ def totals(found: Sequence[Task]) -> Totals:
     )
 
 
-def by_variant(union: Union) -> list[tuple[Variant, list[Leaf]]]:
+def by_variant(union: StudyGraph) -> list[tuple[Variant, list[Leaf]]]:
     """Every variant with its leaves by seed, controls left out."""
     found: dict[str, tuple[Variant, list[Leaf]]] = {}
     for leaf in union.leaves:

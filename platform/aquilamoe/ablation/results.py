@@ -5,18 +5,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from aquilamoe.ablation import measures
-from aquilamoe.ablation.controls import Control as ControlLeaf
-from aquilamoe.ablation.judgement import horizon_of, judge, leaders_of
-from aquilamoe.ablation.union import Leaf, Union
+from aquilamoe.ablation import weight_metrics
+from aquilamoe.ablation.controls import ControlStage as ControlLeaf
+from aquilamoe.ablation.ranking import horizon_of, judge, leaders_of
+from aquilamoe.ablation.study import Ancestor, Control, Entry, Point, Seed, Study
+from aquilamoe.ablation.study_graph import Leaf, StudyGraph
 from aquilamoe.ablation.variants import baseline
 from aquilamoe.config.ablation import AblationConfig
+from aquilamoe.config.growth import GROWTH_KINDS
 from aquilamoe.config.messages import UserError, nearest
 from aquilamoe.config.schema import ExperimentConfig, PretrainStage
 from aquilamoe.pipeline import integrity
+from aquilamoe.pipeline.figures import metric
 from aquilamoe.pipeline.store import METRICS, RECORD, Record, Store, read_points
-from aquilamoe.reports.rows import GROWTH_KINDS, metric
-from aquilamoe.reports.study import Ancestor, Control, Entry, Point, Seed, Study
 
 # What a training stage reports of itself beside its losses by language.
 METRICS_OF_TRAINING = ("loss_end", "recovery_tokens", "recovery_flops")
@@ -39,7 +40,9 @@ def check_objective(config: AblationConfig, experiment: ExperimentConfig) -> Non
         )
 
 
-def collect(union: Union, store: Store, config: AblationConfig, experiment: ExperimentConfig, command: str) -> Study:
+def collect(
+    union: StudyGraph, store: Store, config: AblationConfig, experiment: ExperimentConfig, command: str
+) -> Study:
     """Every leaf's record and curve, and what follows from them; what is not there is missing, with its reason.
 
     command: what reproduces it. What records do not have is measured on the weights, as `measures` keeps it.
@@ -65,7 +68,7 @@ def collect(union: Union, store: Store, config: AblationConfig, experiment: Expe
     )
 
 
-def _variants(union: Union, reader: "_Reader") -> Iterable[Entry]:
+def _variants(union: StudyGraph, reader: "_Reader") -> Iterable[Entry]:
     groups: dict[str, list[Leaf]] = {}
     for leaf in union.leaves:
         if leaf.control is None:
@@ -74,7 +77,7 @@ def _variants(union: Union, reader: "_Reader") -> Iterable[Entry]:
         yield reader.entry(name, leaves, dict(leaves[0].variant.values), None)
 
 
-def _controls(union: Union, reader: "_Reader") -> Iterable[Entry]:
+def _controls(union: StudyGraph, reader: "_Reader") -> Iterable[Entry]:
     """Every distinct control, with the variants that it stands for: those for which the same stages are computed."""
     by_variant: dict[tuple[str, str], list[Leaf]] = {}
     for leaf in union.leaves:
@@ -208,10 +211,10 @@ class _Reader:
     def _measured(self, directory: Path, record: Record) -> dict[str, float]:
         """Of the weights, if they are there still."""
         kept = self.store.root / "ablations" / "measures" / f"{record['fingerprint']}.json"
-        if (directory / "model").is_dir() and measures.kept_figures(kept) is None:
+        if (directory / "model").is_dir() and weight_metrics.kept_figures(kept) is None:
             integrity.check(directory, record, "the comparison")
         try:
-            return measures.of_checkpoint(directory / "model", kept)
+            return weight_metrics.of_checkpoint(directory / "model", kept)
         except UserError:
             return {}
 

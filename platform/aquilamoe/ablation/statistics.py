@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from aquilamoe.reports.intervals import mean_interval, paired_difference
-from aquilamoe.reports.study import Interval
+from aquilamoe.ablation.intervals import mean_interval, paired_difference
+from aquilamoe.ablation.study import Interval
 
 Curve = Sequence[tuple[float, float]]  # (tokens or FLOPs, loss), rising in the first
 
@@ -57,14 +57,14 @@ def crossings(one: Curve, other: Curve) -> list[float]:
 
 
 @dataclass(frozen=True)
-class Crossing:
+class CurveCrossing:
     """Where two mean curves cross. is_shown: with the seeds' intervals on both sides of it, not by the means alone."""
 
     place: float
     is_shown: bool
 
 
-def shown_crossings(ones: Mapping[int, Curve], others: Mapping[int, Curve]) -> list[Crossing]:
+def shown_crossings(ones: Mapping[int, Curve], others: Mapping[int, Curve]) -> list[CurveCrossing]:
     """The crossings of the mean curves of seeds that both have, and which of them the seeds tell from noise."""
     seeds = sorted(ones.keys() & others.keys())
     if not seeds:
@@ -79,7 +79,7 @@ def shown_crossings(ones: Mapping[int, Curve], others: Mapping[int, Curve]) -> l
     ]
     edges = [-math.inf, *found, math.inf]
     return [
-        Crossing(place, any(before < at < place for at in apart) and any(place < at < after for at in apart))
+        CurveCrossing(place, any(before < at < place for at in apart) and any(place < at < after for at in apart))
         for before, place, after in zip(edges, found, edges[2:], strict=False)
     ]
 

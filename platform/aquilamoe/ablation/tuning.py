@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aquilamoe.ablation.plan import Task
-from aquilamoe.ablation.trials import Field, Stopped, Stopping, compute
+from aquilamoe.ablation.trial import Field, Stopped, Stopping, compute
 from aquilamoe.config.schema import ClusterConfig
 from aquilamoe.pipeline import integrity
 from aquilamoe.pipeline.store import METRICS, Record, Store, read_points
@@ -29,7 +29,7 @@ LOSS, ABOVE_SOURCE, TOKENS = "loss", "above_source", "tokens"
 GRACE, REDUCTION = 8, 2
 
 
-class Reporter:
+class TuneReporter:
     """Tells Ray Tune the held-out losses of one stage of a line, for its scheduler.
 
     The last is not told, after `tokens`: who gets there is to write its result, however it compares.
@@ -71,7 +71,7 @@ def run(field: Field, cluster: ClusterConfig, stopping: Stopping | None) -> None
         os.environ.setdefault(key, value)
     from ray import tune
 
-    from aquilamoe.training.session import start_session
+    from aquilamoe.training.ray.session import start_session
 
     start_session(cluster)
     cluster = cluster.model_copy(update={"runtime_env": {}})  # the session has it; Tune's notes on the disk need not
@@ -110,7 +110,7 @@ def _room(cluster: ClusterConfig) -> int:
     """How many trials' workers the cluster has room for at once; at least 1, which then says what is missing."""
     import ray
 
-    from aquilamoe.training.session import resources_per_worker
+    from aquilamoe.training.ray.session import resources_per_worker
 
     has, each = ray.cluster_resources(), resources_per_worker(cluster)
     return max(1, min(int(has.get(name, 0.0) // (amount * cluster.workers)) for name, amount in each.items()))
@@ -128,7 +128,7 @@ def _trial(
     """Runs in a worker."""
     task = tasks[config["task"]]
     leaf = task.leaf
-    told = [Reporter(leaf.stage, leaf.nodes[leaf.stage].tokens)] if reports else []
+    told = [TuneReporter(leaf.stage, leaf.nodes[leaf.stage].tokens)] if reports else []
     compute(task, store, cluster, logs, told)
 
 

@@ -8,7 +8,7 @@ from aquilamoe.cli.hydra_cli import recompose, run
 from aquilamoe.cli.shipped import STUDIES, options
 from aquilamoe.cli.words import Program
 from aquilamoe.config.ablation import AblationConfig
-from aquilamoe.config.growing import GrowConfig
+from aquilamoe.config.grow import GrowConfig
 from aquilamoe.config.messages import nearest
 from aquilamoe.config.schema import ExperimentConfig
 
@@ -29,21 +29,21 @@ GROW = Program("grow", GrowConfig, ("growth", "upcycling"))
 
 def run_pipeline() -> None:
     """`efficientscale [run]`, `workflows/efficientscale.py`: pretrain small, scale up, scale out."""
-    from aquilamoe.commands import execute
+    from aquilamoe.cli.commands import execute
 
     run(PIPELINE, execute)
 
 
 def grow() -> None:
     """`efficientscale grow`, `workflows/grow.py`: grow one Hugging Face checkpoint."""
-    from aquilamoe.growing.command import execute
+    from aquilamoe.cli.grow import execute
 
     run(GROW, execute)
 
 
 def ablate() -> None:
     """`efficientscale ablate`, `workflows/ablations.py`: compare ways of growing."""
-    from aquilamoe.ablation.command import execute
+    from aquilamoe.cli.ablate import execute
 
     def compare(values: dict[str, Any], command: str) -> None:
         execute(values, options("ablation"), recompose(ABLATIONS), command, STUDIES)

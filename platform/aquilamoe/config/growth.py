@@ -65,3 +65,6 @@ class UpcyclingConfig(Config):
                     f"method {self.method} with {field} {amount}; {field} is > 0 for '{method}' and 0 for the others"
                 )
         return self
+
+
+GROWTH_KINDS = ("scale_up", "scale_out")

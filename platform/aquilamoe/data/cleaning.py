@@ -33,7 +33,7 @@ from aquilamoe.data.corpus import (
 )
 from aquilamoe.data.duplicates import first_occurrences
 from aquilamoe.data.processes import available, share_out
-from aquilamoe.data.reading import Place, Row, Shard
+from aquilamoe.data.reading import Place, RawDocument, SourceShard
 
 # Documents that are named, of each thing that can be wrong with one, in the report of a source.
 NAMED = 5
@@ -86,7 +86,7 @@ def clean_corpus(
     """
     assert stage.cleaning is not None
     out.mkdir(parents=True, exist_ok=True)
-    work: dict[str, tuple[Settings, list[Shard]]] = {}
+    work: dict[str, tuple[Settings, list[SourceShard]]] = {}
     for source, config in sorted(stage.sources.items()):
         check_source_name(source)
         settings = Settings(config, stage.cleaning, stage.validation_fraction, scratch / source)
@@ -106,14 +106,14 @@ def clean_corpus(
     return metrics
 
 
-def _fitting(shards: list[Shard]) -> int:
+def _fitting(shards: list[SourceShard]) -> int:
     """As many processes as pay: other processes take about a second to start."""
     parts = [part for shard in shards for part in shard.parts]
     is_small = all(part.kind != reading.HUB for part in parts) and sum(part.bytes for part in parts) < SMALL_BYTES
     return 1 if is_small else available()
 
 
-def _forget_other_input(settings: Settings, shards: list[Shard], out: Path) -> None:
+def _forget_other_input(settings: Settings, shards: list[SourceShard], out: Path) -> None:
     """Start anew where the files are no longer those that an earlier run has read."""
     folder, source = settings.folder, settings.folder.name
     seen = folder / "input.json"
@@ -125,7 +125,7 @@ def _forget_other_input(settings: Settings, shards: list[Shard], out: Path) -> N
         seen.write_text(now)
 
 
-def _read_all(work: dict[str, tuple[Settings, list[Shard]]], processes: int, progress: Progress) -> None:
+def _read_all(work: dict[str, tuple[Settings, list[SourceShard]]], processes: int, progress: Progress) -> None:
     waiting = [
         (settings, shard)
         for settings, shards in work.values()
@@ -140,7 +140,7 @@ def _read_all(work: dict[str, tuple[Settings, list[Shard]]], processes: int, pro
         progress(done, total)
 
 
-def _clean(task: tuple[Settings, Shard]) -> None:
+def _clean(task: tuple[Settings, SourceShard]) -> None:
     """Read one shard and leave its files, the report last."""
     settings, shard = task
     shard_writer = _ShardWriter(settings, shard)
@@ -169,7 +169,7 @@ def _clean(task: tuple[Settings, Shard]) -> None:
 class _ShardWriter:
     """Writes the documents of a shard by split, and the hash and the split of each in their order."""
 
-    def __init__(self, settings: Settings, shard: Shard) -> None:
+    def __init__(self, settings: Settings, shard: SourceShard) -> None:
         self.settings, self.number = settings, shard.number
         self.writers = {
             split: SplitWriter(_part(settings.folder, split, shard.number), shard.source) for split in SPLITS
@@ -178,7 +178,7 @@ class _ShardWriter:
         self._seen: set[int] = set()
         self._hashes, self._splits = array("Q"), array("B")
 
-    def add(self, row: Row) -> None:
+    def add(self, row: RawDocument) -> None:
         assert row.text is not None
         digest = text_hash(row.text)
         if self.settings.cleaning.deduplicate:
@@ -198,7 +198,7 @@ class _ShardWriter:
         np.save(_split_flags(self.settings.folder, self.number), np.frombuffer(self._splits, np.uint8))
 
 
-def _problem(row: Row, settings: Settings) -> str | None:
+def _problem(row: RawDocument, settings: Settings) -> str | None:
     """What is wrong with a document that has a text."""
     assert row.text is not None
     if len(row.text) > settings.cleaning.max_document_bytes:
@@ -212,13 +212,13 @@ def _problem(row: Row, settings: Settings) -> str | None:
     return None if split is None or split in SPLITS else "unknown_split"
 
 
-def _is_wanted(row: Row, filters: FiltersConfig) -> bool:
+def _is_wanted(row: RawDocument, filters: FiltersConfig) -> bool:
     assert row.text is not None
     within = filters.min_bytes <= len(row.text) and (filters.max_bytes is None or len(row.text) <= filters.max_bytes)
     return within and all(row.values.get(name) in allowed for name, allowed in filters.columns.items())
 
 
-def _without_repeats(settings: Settings, shards: list[Shard], out: Path, processes: int) -> list[Report]:
+def _without_repeats(settings: Settings, shards: list[SourceShard], out: Path, processes: int) -> list[Report]:
     """Put the files of all shards into their places, without documents that came before; return the reports."""
     folder = settings.folder
     hash_files = [_hash_file(folder, shard.number) for shard in shards]
@@ -241,7 +241,7 @@ def _without_repeats(settings: Settings, shards: list[Shard], out: Path, process
     return [reports[shard.number] for shard in shards]
 
 
-def _move(settings: Settings, out: Path, shard: Shard) -> Report:
+def _move(settings: Settings, out: Path, shard: SourceShard) -> Report:
     """Move a shard's files to where they belong, unless a run that was killed has done so."""
     report = _read_report(_report_file(settings.folder, shard.number))
     for split in SPLITS:
@@ -251,7 +251,7 @@ def _move(settings: Settings, out: Path, shard: Shard) -> Report:
     return report
 
 
-def _place(settings: Settings, out: Path, task: tuple[Shard, int, int]) -> tuple[int, Report]:
+def _place(settings: Settings, out: Path, task: tuple[SourceShard, int, int]) -> tuple[int, Report]:
     """Write what is left of a shard of which documents came before. task: with their range among all of the source."""
     shard, start, stop = task
     folder = settings.folder
@@ -323,7 +323,7 @@ def _check_splits(source: str, validation_fraction: float, metrics: dict[str, fl
             )
 
 
-def _final(out: Path, split: str, shard: Shard) -> Path:
+def _final(out: Path, split: str, shard: SourceShard) -> Path:
     return split_file(out, split, shard.source) / f"{shard.number:06d}.parquet"
 
 

@@ -44,7 +44,7 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Shard:
+class RowGroups:
     """Row groups `start` to `stop` of a prepared file. leaves: how the paths of what it leaves begin."""
 
     file: Path
@@ -98,7 +98,7 @@ def tokenize_corpus(
     return _metrics(sources)
 
 
-def _shards(corpus: Path, scratch: Path) -> dict[tuple[str, str], list[Shard]]:
+def _shards(corpus: Path, scratch: Path) -> dict[tuple[str, str], list[RowGroups]]:
     """How the corpus is cut, by source and split."""
     files = {
         (source, split): [(part, group_sizes(part)) for part in split_parts(split_file(corpus, split, source))]
@@ -117,7 +117,7 @@ def _shards(corpus: Path, scratch: Path) -> dict[tuple[str, str], list[Shard]]:
     }
 
 
-def _cut(part: Path, groups: list[tuple[int, int]], shard_bytes: int, leaves: Path) -> Iterator[Shard]:
+def _cut(part: Path, groups: list[tuple[int, int]], shard_bytes: int, leaves: Path) -> Iterator[RowGroups]:
     """Neighbouring row groups, until they have `shard_bytes` of text together."""
     start = 0
     while start < len(groups):
@@ -126,11 +126,11 @@ def _cut(part: Path, groups: list[tuple[int, int]], shard_bytes: int, leaves: Pa
             size += groups[stop][1]
             stop += 1
         documents = sum(number for number, _ in groups[start:stop])
-        yield Shard(part, start, stop, documents, size, leaves.with_name(f"{leaves.name}-{start:06d}"))
+        yield RowGroups(part, start, stop, documents, size, leaves.with_name(f"{leaves.name}-{start:06d}"))
         start = stop
 
 
-def _encode_all(shards: list[Shard], tokenizer: Path, progress: Progress, processes: int | None) -> None:
+def _encode_all(shards: list[RowGroups], tokenizer: Path, progress: Progress, processes: int | None) -> None:
     waiting = [shard for shard in shards if not shard.report.is_file()]
     total, done = sum(shard.documents for shard in shards), sum(shard.documents for shard in shards)
     done -= sum(shard.documents for shard in waiting)
@@ -144,7 +144,7 @@ def _encode_all(shards: list[Shard], tokenizer: Path, progress: Progress, proces
         progress(done, total)
 
 
-def _encode(task: tuple[Shard, Path]) -> int:
+def _encode(task: tuple[RowGroups, Path]) -> int:
     """Encode one shard and leave its files, the report last; return the number of documents."""
     shard, directory = task
     tokenizer, vocab_size, end = _opened(directory)
@@ -164,7 +164,7 @@ def _opened(directory: Path) -> "tuple[Tokenizer, int, int]":
     return tokenizer, tokenizer.get_vocab_size(), end_of_text_id(tokenizer)
 
 
-def _encoded(shard: Shard, tokenizer: "Tokenizer", end: int, sizes: list[int]) -> Iterator[np.ndarray]:
+def _encoded(shard: RowGroups, tokenizer: "Tokenizer", end: int, sizes: list[int]) -> Iterator[np.ndarray]:
     """The ids of a shard's documents, each with its end; `sizes` gets the UTF-8 bytes of every row group."""
     for texts in read_groups(shard.file, shard.start, shard.stop):
         sizes.append(sum(len(text.encode()) for text in texts))
@@ -172,7 +172,7 @@ def _encoded(shard: Shard, tokenizer: "Tokenizer", end: int, sizes: list[int]) -
             yield np.array([*ids, end], dtype=np.int64)
 
 
-def _join(shards: list[Shard], prefix: Path, dtype: np.dtype) -> TokenCounts:
+def _join(shards: list[RowGroups], prefix: Path, dtype: np.dtype) -> TokenCounts:
     """Put the ids of shards, each removed when it is there, into one file, and write its index."""
     counts = [TokenCounts(**json.loads(shard.report.read_text())) for shard in shards]
     path = bin_file(prefix)

@@ -33,7 +33,7 @@ class Place(NamedTuple):
     number: int
 
 
-class Row(NamedTuple):
+class RawDocument(NamedTuple):
     """A document as it was found: its text as bytes that may not be UTF-8, or the problem that there is none.
 
     values: what other columns say, as far as it was asked for.
@@ -46,7 +46,7 @@ class Row(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Part:
+class FileRange:
     """A range of a file (`kind` parquet: row groups, jsonl: bytes, txt: all), or of a data set's shards or rows."""
 
     kind: str
@@ -58,23 +58,23 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Shard:
+class SourceShard:
     """Parts of a source, read in order by one process; shards are numbered in the order of the source."""
 
     source: str
     number: int
-    parts: tuple[Part, ...]
+    parts: tuple[FileRange, ...]
 
 
-def shards(source: str, config: SourceConfig, shard_bytes: int) -> list[Shard]:
+def shards(source: str, config: SourceConfig, shard_bytes: int) -> list[SourceShard]:
     """Cut a source into shards of about `shard_bytes`; UserError if it cannot be opened."""
     if config.hub is not None:
         ranges = hub.ranges(config.hub, f"sources.{source}.hub", shard_bytes)
         return [
-            Shard(source, number, (Part(HUB, config.hub.name, start, stop, 0, 0),))
+            SourceShard(source, number, (FileRange(HUB, config.hub.name, start, stop, 0, 0),))
             for number, (start, stop) in enumerate(ranges)
         ]
-    found: list[list[Part]] = []
+    found: list[list[FileRange]] = []
     filled = shard_bytes
     for path in source_files(source, config):
         for part in _parts(path, shard_bytes):
@@ -83,10 +83,10 @@ def shards(source: str, config: SourceConfig, shard_bytes: int) -> list[Shard]:
                 filled = 0
             found[-1].append(part)
             filled += part.bytes
-    return [Shard(source, number, tuple(parts)) for number, parts in enumerate(found)]
+    return [SourceShard(source, number, tuple(parts)) for number, parts in enumerate(found)]
 
 
-def read(shard: Shard, config: SourceConfig, max_document_bytes: int) -> Iterator[Row]:
+def read(shard: SourceShard, config: SourceConfig, max_document_bytes: int) -> Iterator[RawDocument]:
     """The rows of a shard in order; UserError for a file that cannot be read, or has no column for the text."""
     wanted = [config.text, config.split, *config.filters.columns]
     for part in shard.parts:
@@ -114,22 +114,22 @@ def spoken(place: Place) -> str:
     return f"{place.file}:{lines}"
 
 
-def _parts(path: Path, shard_bytes: int) -> Iterator[Part]:
+def _parts(path: Path, shard_bytes: int) -> Iterator[FileRange]:
     status = path.stat()
     if path.suffix == ".jsonl":
         for start in range(0, status.st_size, shard_bytes):
             stop = min(start + shard_bytes, status.st_size)
-            yield Part(path.suffix, str(path), start, stop, stop - start, status.st_mtime_ns)
+            yield FileRange(path.suffix, str(path), start, stop, stop - start, status.st_mtime_ns)
     elif path.suffix == ".parquet":
         with open_parquet(path) as file:
             sizes = [file.metadata.row_group(group).total_byte_size for group in range(file.num_row_groups)]
         for group, size in enumerate(sizes):
-            yield Part(path.suffix, str(path), group, group + 1, size, status.st_mtime_ns)
+            yield FileRange(path.suffix, str(path), group, group + 1, size, status.st_mtime_ns)
     else:
-        yield Part(path.suffix, str(path), 0, status.st_size, status.st_size, status.st_mtime_ns)
+        yield FileRange(path.suffix, str(path), 0, status.st_size, status.st_size, status.st_mtime_ns)
 
 
-def _parquet_rows(part: Part, wanted: list[str]) -> Iterator[Row]:
+def _parquet_rows(part: FileRange, wanted: list[str]) -> Iterator[RawDocument]:
     import pyarrow as pa
 
     with open_parquet(Path(part.file)) as file:
@@ -151,7 +151,7 @@ def _parquet_rows(part: Part, wanted: list[str]) -> Iterator[Row]:
 
 def _table_rows(
     tables: "Iterator[pa.Table]", wanted: list[str], file: str, before: int, names: list[str] | None = None
-) -> Iterator[Row]:
+) -> Iterator[RawDocument]:
     """The rows of tables; `before` rows of the file come before them. names: all columns, for a message."""
     text, split, *others = wanted
     row = before
@@ -167,7 +167,7 @@ def _table_rows(
         for index, found in enumerate(texts):
             row += 1
             more = {name: column[index] for name, column in zip(said, values, strict=True)}
-            yield Row(found, more, Place(file, "row", row), "empty" if found is None else None)
+            yield RawDocument(found, more, Place(file, "row", row), "empty" if found is None else None)
 
 
 def _as_bytes(table: "pa.Table", name: str, file: str) -> list[bytes | None]:
@@ -193,7 +193,7 @@ def _plain(table: "pa.Table", name: str) -> list[Any]:
     return list(column.to_pylist())
 
 
-def _json_rows(part: Part, wanted: list[str], line_limit: int) -> Iterator[Row]:
+def _json_rows(part: FileRange, wanted: list[str], line_limit: int) -> Iterator[RawDocument]:
     """The lines that begin in the part's bytes."""
     with Path(part.file).open("rb") as file:
         if part.start:
@@ -203,7 +203,7 @@ def _json_rows(part: Part, wanted: list[str], line_limit: int) -> Iterator[Row]:
             place = Place(part.file, "byte", at)
             if len(line) == line_limit and not line.endswith(b"\n"):
                 _skip_line(line, file)
-                yield Row(None, {}, place, "too_long")
+                yield RawDocument(None, {}, place, "too_long")
             elif line.strip():
                 yield _json_row(line, wanted, place)
 
@@ -213,27 +213,27 @@ def _skip_line(begun: bytes, file: Any) -> None:
         begun = file.readline(SKIPPED_BYTES)
 
 
-def _json_row(line: bytes, wanted: list[str], place: Place) -> Row:
+def _json_row(line: bytes, wanted: list[str], place: Place) -> RawDocument:
     try:
         values = json.loads(line.decode("utf-8" if place.number else "utf-8-sig"))
     except UnicodeDecodeError:
-        return Row(None, {}, place, "invalid_utf8")
+        return RawDocument(None, {}, place, "invalid_utf8")
     except (ValueError, RecursionError):
-        return Row(None, {}, place, "not_json")
+        return RawDocument(None, {}, place, "not_json")
     if not isinstance(values, dict):
-        return Row(None, {}, place, "no_text")
+        return RawDocument(None, {}, place, "no_text")
     text = values.get(wanted[0], 0)
     more = {name: values[name] for name in wanted[1:] if name in values}
     if not isinstance(text, str):
-        return Row(None, more, place, "empty" if text is None else "no_text")
+        return RawDocument(None, more, place, "empty" if text is None else "no_text")
     try:
-        return Row(text.encode(), more, place)
+        return RawDocument(text.encode(), more, place)
     except UnicodeEncodeError:  # half of a pair, as \ud800
-        return Row(None, more, place, "invalid_utf8")
+        return RawDocument(None, more, place, "invalid_utf8")
 
 
-def _text_row(part: Part, max_document_bytes: int) -> Row:
+def _text_row(part: FileRange, max_document_bytes: int) -> RawDocument:
     place = Place(part.file, "", 0)
     if part.bytes > max_document_bytes:
-        return Row(None, {}, place, "too_long")
-    return Row(Path(part.file).read_bytes(), {}, place)
+        return RawDocument(None, {}, place, "too_long")
+    return RawDocument(Path(part.file).read_bytes(), {}, place)

@@ -7,7 +7,7 @@ where the embedding is float32, 2 where the weights themselves are bf16), `weigh
 from dataclasses import dataclass
 
 from aquilamoe.config.network import ModelConfig
-from aquilamoe.kernels.choice import Kernels
+from aquilamoe.model.kernels.choice import Kernels
 
 INDEX, FLOAT = 8, 4  # bytes of an index; of what is float32 in any precision
 LONG, SHORT_BLOCK, LONG_BLOCK = 512, 64, 128  # blocks of queries of the explicit attention

@@ -7,6 +7,7 @@ context and its libraries take (about 1 GB), and the holes of an allocator that 
 from dataclasses import dataclass
 from math import prod
 
+from aquilamoe.checkpoint import tensor_names
 from aquilamoe.config.network import ModelConfig
 from aquilamoe.config.schema import ClusterConfig, PretrainStage
 from aquilamoe.estimates.activations import (
@@ -17,9 +18,8 @@ from aquilamoe.estimates.activations import (
     layer_bytes,
     working_bytes,
 )
-from aquilamoe.kernels.choice import Kernels
-from aquilamoe.kernels.chunks import chunk_rows
-from aquilamoe.weights import names
+from aquilamoe.model.kernels.choice import Kernels
+from aquilamoe.model.kernels.chunks import chunk_rows
 
 FLOAT, ROUNDED = 4, 2
 
@@ -214,8 +214,8 @@ class _Device:
 
 def _params(model: ModelConfig, layer: int) -> dict[str, int]:
     """Parameters of a layer by role, those left out that only a file has."""
-    shapes = names.role_shapes(model, layer)
-    return {role: prod(shape) for role, shape in shapes.items() if role not in names.filler_roles(model)}
+    shapes = tensor_names.role_shapes(model, layer)
+    return {role: prod(shape) for role, shape in shapes.items() if role not in tensor_names.filler_roles(model)}
 
 
 def kinds(model: ModelConfig) -> dict[int, int]:
@@ -230,6 +230,7 @@ def _hidden_matrices(model: ModelConfig) -> int:
     return sum(
         number * prod(shape)
         for layer, number in kinds(model).items()
-        for role, shape in names.role_shapes(model, layer).items()
-        if len(shape) > 1 and role not in (*names.filler_roles(model), names.ROUTER, names.SHARED_ROUTER)
+        for role, shape in tensor_names.role_shapes(model, layer).items()
+        if len(shape) > 1
+        and role not in (*tensor_names.filler_roles(model), tensor_names.ROUTER, tensor_names.SHARED_ROUTER)
     )

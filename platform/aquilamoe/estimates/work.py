@@ -4,7 +4,7 @@ from aquilamoe.config.network import ModelConfig
 from aquilamoe.config.schema import PretrainStage
 from aquilamoe.estimates.activations import FLOAT, PRECISIONS, Pass, cast_bytes, layer_bytes
 from aquilamoe.estimates.memory import kinds
-from aquilamoe.kernels.choice import Kernels
+from aquilamoe.model.kernels.choice import Kernels
 
 # Products of small matrices wait for memory: a byte of what a forward pass keeps takes as long as so many FLOPs.
 # Of large models it is a hundredth. `benchmarks/estimates.py` shows what becomes of it, in float32 on one core.

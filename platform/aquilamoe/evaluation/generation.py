@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from aquilamoe.checkpoint.hf_config import read_eos_token_id
+from aquilamoe.checkpoint.state_dict import load_model
 from aquilamoe.config.evaluation import GenerationConfig
 from aquilamoe.data.tokenizer import encode, load_tokenizer
-from aquilamoe.model import Decoder
-from aquilamoe.weights.configuration import read_eos_token_id
-from aquilamoe.weights.huggingface import load_model
+from aquilamoe.model.transformer import Decoder
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 CUT = "\N{REPLACEMENT CHARACTER}"  # what a character becomes of which only the first bytes were generated
 
 
-class Writer:
+class Generator:
     """A checkpoint's model and tokenizer, to continue texts with."""
 
     def __init__(self, model: Decoder, tokenizer: "Tokenizer", eos_token_id: int | None) -> None:
         self.model, self.tokenizer, self.eos_token_id = model, tokenizer, eos_token_id
 
     @staticmethod
-    def open(directory: Path) -> "Writer":
+    def open(directory: Path) -> "Generator":
         """Of a Hugging Face directory that has a tokenizer.json, in float32."""
-        return Writer(load_model(directory), load_tokenizer(directory), read_eos_token_id(directory))
+        return Generator(load_model(directory), load_tokenizer(directory), read_eos_token_id(directory))
 
     def continue_texts(self, prompts: Sequence[str], settings: GenerationConfig) -> list[str]:
         """The continuation of each prompt, without the prompt."""

@@ -21,13 +21,13 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from aquilamoe.config.evaluation import GenerationConfig
 from aquilamoe.config.messages import UserError, nearest
 from aquilamoe.data.tokenizer import encode
-from aquilamoe.evaluation.generation import Writer
+from aquilamoe.evaluation.generation import Generator
 
 ROWS = 16  # continuations scored at once
 Request = tuple[Any, list[int], list[int]]
 
 
-def evaluate(writer: Writer, folders: Sequence[Path], names: Sequence[str], cache: Path) -> dict[str, Any]:
+def evaluate(writer: Generator, folders: Sequence[Path], names: Sequence[str], cache: Path) -> dict[str, Any]:
     """lm-eval's results for tasks of some folders; UserError for a task that is in none of them.
 
     cache: where `datasets` keeps its copies.
@@ -67,7 +67,7 @@ def _silent() -> Iterator[None]:
 class Harness(TemplateLM):
     """Scores and continues with our own model. The numbers are those of lm-eval's `hf` model on the same directory."""
 
-    def __init__(self, writer: Writer) -> None:
+    def __init__(self, writer: Generator) -> None:
         super().__init__()
         self.writer = writer
         self.window = writer.model.config.max_position_embeddings

@@ -18,10 +18,10 @@ from aquilamoe.config.schema import GrowthConfig, ModelConfig, UpcyclingConfig
 from aquilamoe.growth.alignment import LEAST_UPDATE, Alignment, align
 from aquilamoe.growth.bounds import COMPARED_TOKENS
 from aquilamoe.growth.forward import Opened, StreamedDecoder, Weights, opened
-from aquilamoe.growth.logits import Comparison, compare
+from aquilamoe.growth.logits import LogitDifference, compare
 from aquilamoe.growth.rounding import RoundedAgain, Unrounded, unrounded
 from aquilamoe.growth.stream import Progress, silent
-from aquilamoe.model import Routing
+from aquilamoe.model.transformer import Routing
 
 # Of the tolerance: what one layer may be off. In logits, the rounding of all layers adds up.
 LAYER_SHARE = 1 / 8
@@ -91,7 +91,7 @@ def certify(
     return certificate
 
 
-def _measures(found: Comparison) -> dict[str, Any]:
+def _measures(found: LogitDifference) -> dict[str, Any]:
     return {
         "max_abs_dlogit": found.max_abs_dlogit,
         "logit_spread": found.spread,
@@ -102,7 +102,7 @@ def _measures(found: Comparison) -> dict[str, Any]:
     }
 
 
-def _broken(fault: str, found: Comparison, tolerance: float, is_known: bool) -> UserError:
+def _broken(fault: str, found: LogitDifference, tolerance: float, is_known: bool) -> UserError:
     remedy = "grow it again" if is_known else "raise the tolerance if the files' dtype rounds that much"
     if not math.isfinite(found.relative):
         remedy = "choose less noise, or a source with smaller weights"
@@ -216,10 +216,10 @@ class _Walk:
         counted_n = torch.ones(count, dtype=torch.bool) if routing is None else ~_tied(routing)[:count]
         self.differences.append(self.alignment.difference(*streams, counted_n))
 
-    def compare(self) -> Comparison:
+    def compare(self) -> LogitDifference:
         return compare((self.source, self.source_btd), (self.target, self.target_btd), self.labels_bt)
 
-    def judge(self, found: Comparison, tolerance: float) -> tuple[str | None, bool]:
+    def judge(self, found: LogitDifference, tolerance: float) -> tuple[str | None, bool]:
         """What breaks the claim, if anything; and whether logits are as far off as they are because of ties."""
         for place, difference in enumerate(self.differences):
             if not difference <= LAYER_SHARE * tolerance:

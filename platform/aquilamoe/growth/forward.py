@@ -1,8 +1,8 @@
 """A checkpoint that computes without being loaded: every tensor is read when it is needed, and released after.
 
-The modules are those of `aquilamoe.model`, on the meta device; only where their weights come from is different. In
-memory are the hidden states of all tokens, and of the weights an attention, a feed-forward, an expert, or a slice of
-the head.
+The modules are those of `aquilamoe.model.transformer`, on the meta device; only where their weights come from is
+different. In memory are the hidden states of all tokens, and of the weights an attention, a feed-forward, an expert, or
+a slice of the head.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,15 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from aquilamoe.checkpoint import tensor_names
+from aquilamoe.checkpoint.hf_config import read_checkpoint_config
+from aquilamoe.checkpoint.positions import Positions, plain
+from aquilamoe.checkpoint.reader import Reader
+from aquilamoe.checkpoint.state_dict import check
 from aquilamoe.config.schema import ModelConfig
 from aquilamoe.growth.bounds import LOOKUPS, TOKENS_AT_ONCE
-from aquilamoe.kernels.choice import Kernels
-from aquilamoe.model import Block, FeedForward, RMSNorm, Routing, rotary_table
-from aquilamoe.weights import names
-from aquilamoe.weights.configuration import read_checkpoint_config
-from aquilamoe.weights.huggingface import check
-from aquilamoe.weights.positions import Positions, plain
-from aquilamoe.weights.store import Reader
+from aquilamoe.model.kernels.choice import Kernels
+from aquilamoe.model.transformer import Block, FeedForward, RMSNorm, Routing, rotary_table
 
 Tensors = dict[str, Tensor]
 
@@ -51,7 +51,7 @@ class Stored:
     """
 
     def __init__(self, reader: Reader, dtype: torch.dtype) -> None:
-        self.reader, self.dtype, self.file_dtype = reader, dtype, reader.dtype(names.EMBEDDING)
+        self.reader, self.dtype, self.file_dtype = reader, dtype, reader.dtype(tensor_names.EMBEDDING)
 
     def get(self, name: str) -> Tensor:
         """A tensor."""
@@ -94,12 +94,12 @@ class StreamedDecoder:
         """The residual stream that enters the first layer (b, t, d); only the rows of these tokens are read."""
         out_btd = torch.empty(*tokens_bt.shape, self.config.hidden_size, dtype=self.dtype)
         for tokens_n, out_nd in _together(LOOKUPS, tokens_bt.flatten(), out_btd.flatten(0, 1)):
-            out_nd.copy_(self.weights.look_up(names.EMBEDDING, tokens_n))
+            out_nd.copy_(self.weights.look_up(tensor_names.EMBEDDING, tokens_n))
         return out_btd
 
     def run_layer(self, layer: int, x_btd: Tensor) -> tuple[Tensor, Routing | None]:
         """The residual stream behind a layer, of the stream before it; and what its router decided."""
-        roles = names.role_shapes(self.config, layer)
+        roles = tensor_names.role_shapes(self.config, layer)
         with torch.device("meta"):
             block = Block(self.config, layer)
         # The other one keeps the softmax, and is of a kind that imports torch's compiler when it is first called.
@@ -110,17 +110,17 @@ class StreamedDecoder:
         resident = [role for role in roles if not role.startswith(("self_attn.", "mlp."))]
         if self.config.is_sparse(layer):
             block.mlp.set_submodule("experts", _StreamedExperts(self.config, read))
-            resident.append(names.ROUTER)
+            resident.append(tensor_names.ROUTER)
             if self.config.shared_expert_intermediate_size:
                 shared = block.get_submodule("mlp.shared_expert")
                 block.mlp.set_submodule(
                     "shared_expert", _Streamed(shared, partial(read, "mlp.shared_expert."), flat=True)
                 )
-                resident.append(names.SHARED_ROUTER)
+                resident.append(tensor_names.SHARED_ROUTER)
         else:
             block.set_submodule("mlp", _Streamed(block.mlp, partial(read, "mlp."), flat=True))
         table = self._rotary_table(x_btd.shape[1])
-        weights = {role: self.weights.get(names.layer_name(self.config, layer, role)) for role in resident}
+        weights = {role: self.weights.get(tensor_names.layer_name(self.config, layer, role)) for role in resident}
         return functional_call(block, weights, (x_btd, *table))
 
     def _rotary_table(self, length: int) -> tuple[Tensor, Tensor]:
@@ -139,16 +139,16 @@ class StreamedDecoder:
         """What the head reads (n, d), of the stream behind the last layer."""
         with torch.device("meta"):
             norm = RMSNorm(self.config.hidden_size, self.config.rms_norm_eps)
-        return functional_call(norm, {"weight": self.weights.get(names.FINAL_NORM)}, (x_btd.flatten(0, 1),))
+        return functional_call(norm, {"weight": self.weights.get(tensor_names.FINAL_NORM)}, (x_btd.flatten(0, 1),))
 
     def head_rows(self, start: int, stop: int) -> Tensor:
         """Rows of the head (stop - start, d): what makes the logits of these tokens of the vocabulary."""
-        head = names.EMBEDDING if self.config.tie_word_embeddings else names.HEAD
+        head = tensor_names.EMBEDDING if self.config.tie_word_embeddings else tensor_names.HEAD
         return self.weights.rows(head, start, stop)
 
     def _read(self, layer: int, prefix: str) -> Tensors:
         """The tensors of a part of a layer, by their names inside it."""
-        on_disk = names.layer_names(self.config, layer)
+        on_disk = tensor_names.layer_names(self.config, layer)
         return {
             role.removeprefix(prefix): self.weights.get(on_disk[role]) for role in on_disk if role.startswith(prefix)
         }
@@ -211,7 +211,7 @@ def opened(*directories: Path) -> Iterator[tuple[Opened, ...]]:
         dtype = torch.float32
         for reader, config in zip(readers, configs, strict=True):
             check(config.model, reader)
-            dtype = torch.promote_types(dtype, reader.dtype(names.EMBEDDING))
+            dtype = torch.promote_types(dtype, reader.dtype(tensor_names.EMBEDDING))
         yield tuple(
             Opened(Stored(reader, dtype), config.model, config.positions)
             for reader, config in zip(readers, configs, strict=True)

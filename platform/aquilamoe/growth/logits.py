@@ -11,7 +11,7 @@ from aquilamoe.growth.forward import StreamedDecoder
 
 
 @dataclass(frozen=True)
-class Comparison:
+class LogitDifference:
     """What `compare` measured.
 
     max_abs_dlogit: over the source's vocabulary.
@@ -36,7 +36,7 @@ class Comparison:
 
 def compare(
     source: tuple[StreamedDecoder, Tensor], target: tuple[StreamedDecoder, Tensor], labels_bt: Tensor
-) -> Comparison:
+) -> LogitDifference:
     """Compare predictions, given each model with the stream behind its last layer (b, t, d).
 
     The target's vocabulary is the source's, perhaps with further tokens. Sums are taken in float64.
@@ -98,10 +98,10 @@ class _Sums:
         self.source_label_n[tokens][rows] = source_nv[rows, columns_n[rows]].double()
         self.target_label_n[tokens][rows] = target_nv[rows, columns_n[rows]].double()
 
-    def result(self, vocabulary: int) -> Comparison:
+    def result(self, vocabulary: int) -> LogitDifference:
         variance_n = (self.square_sum_n / vocabulary - (self.sum_n / vocabulary).square()).clamp(min=0.0)
         kl = (self.mean_difference_n - self.source_n + self.target_n).mean()
-        return Comparison(
+        return LogitDifference(
             max_abs_dlogit=self.worst.item(),
             spread=variance_n.mean().sqrt().item(),
             kl=kl.clamp(min=0.0).item(),  # rounding alone could make it negative

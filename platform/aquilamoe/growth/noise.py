@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aquilamoe.growth import draws
-from aquilamoe.growth.rows import Index, Rows
+from aquilamoe.growth import rng
+from aquilamoe.growth.lazy_tensor import Index, LazyTensor
 from aquilamoe.growth.units import UnitMap
 
 STREAM = 2**18  # elements drawn from one stream; other numbers come of another size
@@ -21,7 +21,7 @@ def rows_of_stream(shape: tuple[int, ...]) -> int:
     return max(1, STREAM // max(1, prod(shape[1:])))
 
 
-def drawn(shape: tuple[int, ...], std: float, dtype: torch.dtype, seed: int, name: str, step: int = 0) -> Rows:
+def drawn(shape: tuple[int, ...], std: float, dtype: torch.dtype, seed: int, name: str, step: int = 0) -> LazyTensor:
     """Normal numbers with mean 0, of which every `step` rows have a stream: any thread can make any of them.
 
     step: `rows_of_stream` of what they become a part of; left out, their own.
@@ -36,12 +36,12 @@ def drawn(shape: tuple[int, ...], std: float, dtype: torch.dtype, seed: int, nam
         begin, end = index.start // step * step, min(-(-index.stop // step) * step, shape[0])
         values = np.empty((end - begin, *shape[1:]), kind)
         for start in range(begin, end, step):
-            draws.fill(values[start - begin :][:step], draws.stream(seed, f"{name}/{start // step}"))
+            rng.fill(values[start - begin :][:step], rng.stream(seed, f"{name}/{start // step}"))
         if std != 1:
             values *= std
         return torch.from_numpy(values[index.start - begin : index.stop - begin])
 
-    return Rows(shape, read, is_random=True)
+    return LazyTensor(shape, read, is_random=True)
 
 
 class Columns:

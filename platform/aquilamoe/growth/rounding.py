@@ -9,7 +9,7 @@ from aquilamoe.config.messages import UserError
 from aquilamoe.config.schema import GrowthConfig, UpcyclingConfig
 from aquilamoe.growth import scale_out, scale_up
 from aquilamoe.growth.forward import Opened, Stored
-from aquilamoe.growth.rows import Rows, rows_of_block
+from aquilamoe.growth.lazy_tensor import LazyTensor, rows_of_block
 from aquilamoe.growth.stream import Recipe
 
 # No power of two: what is multiplied by it, rounded and divided again is rounded in every element.
@@ -113,7 +113,7 @@ class Unrounded:
             self._source.reader.release(source_name)
 
 
-def _blocks(rows: Rows, start: int, stop: int) -> Iterator[slice]:
+def _blocks(rows: LazyTensor, start: int, stop: int) -> Iterator[slice]:
     step = rows_of_block(rows.shape)
     return (slice(first, min(first + step, stop)) for first in range(start, stop, step))
 

@@ -86,7 +86,7 @@ def _check_scale_up(source: ModelConfig, target: ModelConfig, growth: GrowthConf
     _check_head_dim(source, target)
     _check_layers(source, target, growth)
     _check_experts_of_layers(source, target, growth)
-    if not map_units(source, target, growth).q_heads.is_onto:
+    if not map_units(source, target, growth).q_heads.is_surjective:
         _refuse_heads(source, target)
     method = plugins.load("growth/methods", growth.method)
     if hasattr(method, "check"):

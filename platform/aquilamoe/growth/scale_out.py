@@ -7,15 +7,19 @@ from pathlib import Path
 
 import numpy as np
 
+from aquilamoe.checkpoint import hf_config, tensor_names
+from aquilamoe.checkpoint.reader import Reader
 from aquilamoe.config.schema import ModelConfig, UpcyclingConfig
-from aquilamoe.growth import draws, rules
-from aquilamoe.growth.rows import Rows, between, given, repeated, scaled, stored
+from aquilamoe.growth import rng, rules
+from aquilamoe.growth.lazy_tensor import LazyTensor, between, given, repeated, scaled, stored
 from aquilamoe.growth.stream import Progress, Recipe, compute_dtype, rewrite, silent
-from aquilamoe.weights import configuration, names
-from aquilamoe.weights.store import Reader
 
 # The shared expert is a copy of the dense feed-forward.
-_SHARED = {names.SHARED_GATE: names.GATE, names.SHARED_UP: names.UP, names.SHARED_DOWN: names.DOWN}
+_SHARED = {
+    tensor_names.SHARED_GATE: tensor_names.GATE,
+    tensor_names.SHARED_UP: tensor_names.UP,
+    tensor_names.SHARED_DOWN: tensor_names.DOWN,
+}
 
 
 def scale_out(
@@ -36,7 +40,7 @@ def scale_out(
     memory there are some blocks of rows. Returns the SHA-256 of every tensor. Raises UserError for a growth that cannot
     be done (see `rules.check`) and for a damaged source.
     """
-    config = configuration.read_checkpoint_config(source)
+    config = hf_config.read_checkpoint_config(source)
     rules.check(config.model, target_config, upcycling)
     grow = partial(recipes, source=config.model, target=target_config, upcycling=upcycling, seed=seed)
     return rewrite(source, target, (config, target_config), range(target_config.num_hidden_layers), grow, progress)
@@ -46,7 +50,7 @@ def recipes(
     reader: Reader, source: ModelConfig, target: ModelConfig, upcycling: UpcyclingConfig, seed: int
 ) -> Iterator[Recipe]:
     """Yield what every tensor of the target is made of."""
-    for name in names.outer_shapes(target):
+    for name in tensor_names.outer_shapes(target):
         yield Recipe([name], stored(reader, name))
     for index in range(target.num_hidden_layers):
         layer = _Layer(reader, source, target, upcycling, seed, index)
@@ -66,33 +70,33 @@ class _Layer:
 
     def dense(self) -> Iterator[Recipe]:
         """The layer as it is."""
-        for role in names.role_shapes(self.target, self.index):
+        for role in tensor_names.role_shapes(self.target, self.index):
             yield self._to(self._from(role), role)
 
     def sparse(self) -> Iterator[Recipe]:
         """The layer with a router and experts."""
-        fillers = names.filler_roles(self.target)
-        for role, shape in names.role_shapes(self.target, self.index).items():
+        fillers = tensor_names.filler_roles(self.target)
+        for role, shape in tensor_names.role_shapes(self.target, self.index).items():
             if role.startswith("mlp.experts."):
                 continue
-            if role == names.ROUTER:
+            if role == tensor_names.ROUTER:
                 yield self._to(self._router(shape), role)
-            elif role in fillers or (role == names.SHARED_ROUTER and not self.source.is_moe):
+            elif role in fillers or (role == tensor_names.SHARED_ROUTER and not self.source.is_moe):
                 yield self._to(given(np.zeros(shape)), role)
             else:
                 yield self._to(self._from(role if self.source.is_moe else _SHARED.get(role, role)), role)
-        for role in (names.GATE, names.UP, names.DOWN):
+        for role in (tensor_names.GATE, tensor_names.UP, tensor_names.DOWN):
             yield from self._experts(role)
 
-    def _from(self, role: str) -> Rows:
-        return stored(self.reader, names.layer_name(self.source, self.index, role))
+    def _from(self, role: str) -> LazyTensor:
+        return stored(self.reader, tensor_names.layer_name(self.source, self.index, role))
 
-    def _to(self, rows: Rows, *roles: str) -> Recipe:
-        return Recipe([names.layer_name(self.target, self.index, role) for role in roles], rows)
+    def _to(self, rows: LazyTensor, *roles: str) -> Recipe:
+        return Recipe([tensor_names.layer_name(self.target, self.index, role) for role in roles], rows)
 
     def _experts(self, role: str) -> Iterator[Recipe]:
         """What every expert has in one role; each tensor of the source is read for all of its copies at once."""
-        originals = [names.expert_role(expert, role) for expert in range(self.source.num_experts)] or [role]
+        originals = [tensor_names.expert_role(expert, role) for expert in range(self.source.num_experts)] or [role]
         shards = rules.num_shards(self.source, self.target)
         copies = self.target.num_experts // (len(originals) * shards)
         for original, original_role in enumerate(originals):
@@ -100,31 +104,31 @@ class _Layer:
             of_original = range(original * copies, (original + 1) * copies)
             if self.upcycling.method == "copy":
                 for shard in range(shards):
-                    experts = [names.expert_role(copy * shards + shard, role) for copy in of_original]
+                    experts = [tensor_names.expert_role(copy * shards + shard, role) for copy in of_original]
                     yield self._to(self._cut(tensor, role, shard, shards), *experts)
                 continue
             yield from self._varied(tensor, role, of_original, shards)
 
-    def _varied(self, tensor: Rows, role: str, copies: range, shards: int) -> Iterator[Recipe]:
+    def _varied(self, tensor: LazyTensor, role: str, copies: range, shards: int) -> Iterator[Recipe]:
         """Copies that something random tells apart, each a tensor of its own."""
-        from aquilamoe.growth.variety import Variety
+        from aquilamoe.growth.expert_diversity import Variety
 
         place = f"model.layers.{self.index}."
         variety = Variety(self.upcycling, self.seed, place, compute_dtype(self.reader))
         for copy in copies:
             varied = variety.vary(tensor, role, copy)
             for shard in range(shards):
-                expert = names.expert_role(copy * shards + shard, role)
+                expert = tensor_names.expert_role(copy * shards + shard, role)
                 part = self._cut(varied, role, shard, shards)
                 yield self._to(variety.add_noise(part, tensor, expert, self._factor(role, shards)), expert)
 
-    def _cut(self, tensor: Rows, role: str, shard: int, shards: int) -> Rows:
+    def _cut(self, tensor: LazyTensor, role: str, shard: int, shards: int) -> LazyTensor:
         """One part of a feed-forward, times what keeps the sum over all of them."""
         if shards == 1:
             return scaled(tensor, self._factor(role, shards))
         neurons = self.target.moe_intermediate_size
         part = slice(shard * neurons, (shard + 1) * neurons)
-        if role == names.DOWN:
+        if role == tensor_names.DOWN:
             cut = tensor.derive(lambda index: tensor[index][:, part], (tensor.shape[0], neurons))
         else:
             cut = between(tensor, part.start, part.stop)
@@ -135,11 +139,11 @@ class _Layer:
 
         Beside a shared expert, which has a half, the others have the other half.
         """
-        factor = 1.0 if role == names.GATE else shards**0.5
-        is_halved = role == names.DOWN and not self.source.is_moe and self.target.shared_expert_intermediate_size
+        factor = 1.0 if role == tensor_names.GATE else shards**0.5
+        is_halved = role == tensor_names.DOWN and not self.source.is_moe and self.target.shared_expert_intermediate_size
         return factor / 2 if is_halved else factor
 
-    def _router(self, shape: tuple[int, ...]) -> Rows:
+    def _router(self, shape: tuple[int, ...]) -> LazyTensor:
         """Scores of the copies: those of their originals, or of a dense source drawn for each feed-forward.
 
         Parts of a feed-forward have one score (virtual groups, arXiv 2410.07524). `variance` reads router_std as the
@@ -147,12 +151,15 @@ class _Layer:
         `normal` are on average.
         """
         if self.source.is_moe:
-            return repeated(self._from(names.ROUTER), self.target.num_experts // self.source.num_experts)
+            return repeated(self._from(tensor_names.ROUTER), self.target.num_experts // self.source.num_experts)
         shards = rules.num_shards(self.source, self.target)
-        random, std = draws.stream(self.seed, f"model.layers.{self.index}.{names.ROUTER}"), self.upcycling.router_std
+        random, std = (
+            rng.stream(self.seed, f"model.layers.{self.index}.{tensor_names.ROUTER}"),
+            self.upcycling.router_std,
+        )
         if self.upcycling.router_init == "orthogonal":
-            router = std * draws.orthogonal(shape[0] // shards, shape[1], random)
+            router = std * rng.orthogonal(shape[0] // shards, shape[1], random)
         else:
             std = {"normal": std, "variance": std**0.5, "zero": 0.0}[self.upcycling.router_init]
-            router = std * draws.normal((shape[0] // shards, shape[1]), random, np.float64)
+            router = std * rng.normal((shape[0] // shards, shape[1]), random, np.float64)
         return given(router.repeat(shards, axis=0))

@@ -9,15 +9,15 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from aquilamoe.checkpoint import hf_config, tensor_names
+from aquilamoe.checkpoint.reader import Reader
 from aquilamoe.config import plugins
 from aquilamoe.config.schema import GrowthConfig, ModelConfig
 from aquilamoe.growth import depth, rules
-from aquilamoe.growth.rows import Rows, as_rows, filled, scaled, stored
+from aquilamoe.growth.lazy_tensor import LazyTensor, as_rows, filled, scaled, stored
 from aquilamoe.growth.stream import Progress, Recipe, compute_dtype, rewrite, silent
 from aquilamoe.growth.units import UnitMap, map_units
 from aquilamoe.growth.width import Width
-from aquilamoe.weights import configuration, names
-from aquilamoe.weights.store import Reader
 
 
 def scale_up(
@@ -34,7 +34,7 @@ def scale_up(
     Returns the SHA-256 of every tensor. Raises UserError for a growth that cannot be done (see `rules.check`) and for a
     damaged source.
     """
-    config = configuration.read_checkpoint_config(source)
+    config = hf_config.read_checkpoint_config(source)
     rules.check(config.model, target_config, growth)
     grow = partial(recipes, source=config.model, target=target_config, growth=growth, seed=seed)
     layers = depth.map_layers(config.model, target_config, growth).sources
@@ -47,7 +47,7 @@ def recipes(
     """Yield what every tensor of the target is made of: what is outside the layers, then a source layer at a time."""
     method = plugins.load("growth/methods", growth.method)
     layers = depth.map_layers(source, target, growth)
-    outer = names.outer_shapes(target)
+    outer = tensor_names.outer_shapes(target)
     width = Width(
         units=map_units(source, target, growth, seed),
         growth=growth,
@@ -67,24 +67,28 @@ def recipes(
         layer, above = (_layer(reader, source, index) for index in (origin, upper))
         # Beside a layer without experts one with experts has no namesakes: its own stand for them.
         upper_layer = {role: above.get(role, tensor) for role, tensor in layer.items()}
-        shapes = names.role_shapes(target, copies[0]) | outer if copies else outer
+        shapes = tensor_names.role_shapes(target, copies[0]) | outer if copies else outer
         grown = {
             index: method.grow(layer, upper_layer, replace(width, shapes=shapes, place=f"model.layers.{index}."))
             for index in copies
         }
-        for role in names.filler_roles(target) if copies and target.is_sparse(copies[0]) else ():
-            yield Recipe([names.layer_name(target, index, role) for index in copies], filled(shapes[role], 0.0))
+        for role in tensor_names.filler_roles(target) if copies and target.is_sparse(copies[0]) else ():
+            yield Recipe([tensor_names.layer_name(target, index, role) for index in copies], filled(shapes[role], 0.0))
         for role in layer:
             yield from _share(
-                (names.layer_name(target, index, role), as_rows(tensors[role]), _softening(role, index, layers, growth))
+                (
+                    tensor_names.layer_name(target, index, role),
+                    as_rows(tensors[role]),
+                    _softening(role, index, layers, growth),
+                )
                 for index, tensors in grown.items()
             )
 
 
-def _layer(reader: Reader, config: ModelConfig, index: int) -> dict[str, Rows]:
+def _layer(reader: Reader, config: ModelConfig, index: int) -> dict[str, LazyTensor]:
     """Tensors of one source layer by role, without those that only the format demands."""
-    fillers = names.filler_roles(config) if config.is_sparse(index) else []
-    on_disk = names.layer_names(config, index)
+    fillers = tensor_names.filler_roles(config) if config.is_sparse(index) else []
+    on_disk = tensor_names.layer_names(config, index)
     return {role: stored(reader, name) for role, name in on_disk.items() if role not in fillers}
 
 
@@ -93,17 +97,17 @@ def _softening(role: str, index: int, layers: UnitMap, growth: GrowthConfig) -> 
 
     `zero` silences all but the first copy of a layer (LLaMA-Pro: the function is kept); `scaled` lets the copies share.
     """
-    if not names.writes_residual(role) or growth.new_layers == "copy":
+    if not tensor_names.writes_residual(role) or growth.new_layers == "copy":
         return 1.0
     if growth.new_layers == "scaled":
         return 1 / layers.copies[index]
     return 0.0 if layers.is_new[index] else 1.0
 
 
-def _share(copies: Iterable[tuple[str, Rows, float]]) -> Iterator[Recipe]:
+def _share(copies: Iterable[tuple[str, LazyTensor, float]]) -> Iterator[Recipe]:
     """Make one tensor of those copies of a layer that nothing random tells apart. Of each: name, tensor, factor."""
     equal: dict[float, list[str]] = {}
-    tensors: dict[float, Rows] = {}
+    tensors: dict[float, LazyTensor] = {}
     for name, tensor, factor in copies:
         soft = scaled(tensor, factor) if factor else filled(tensor.shape, 0.0)
         if soft.is_random:

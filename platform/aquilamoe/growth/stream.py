@@ -11,14 +11,16 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from aquilamoe.checkpoint import carrying, companions, fit, hf_config
+from aquilamoe.checkpoint import reader as reading
+from aquilamoe.checkpoint import tensor_names as names
+from aquilamoe.checkpoint.allocator import keep_large_buffers
+from aquilamoe.checkpoint.dtypes import cast, check_finite, check_representable, torch_dtype
+from aquilamoe.checkpoint.hf_config import CheckpointConfig
+from aquilamoe.checkpoint.safetensors_header import DTYPE_NAMES
 from aquilamoe.config.messages import UserError
 from aquilamoe.config.schema import ModelConfig
-from aquilamoe.growth.rows import Rows, block_slices
-from aquilamoe.weights import carrying, companions, configuration, fit, names, store
-from aquilamoe.weights.allocator import keep_large_buffers
-from aquilamoe.weights.configuration import CheckpointConfig
-from aquilamoe.weights.elements import cast, check_finite, check_representable, torch_dtype
-from aquilamoe.weights.headers import DTYPE_NAMES
+from aquilamoe.growth.lazy_tensor import LazyTensor, block_slices
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +34,7 @@ class Recipe:
     """What becomes of `rows`: the tensors of the target that they are, by on-disk names."""
 
     names: Sequence[str]
-    rows: Rows
+    rows: LazyTensor
 
 
 def silent(done: int, total: int) -> None:
@@ -44,7 +46,7 @@ def rewrite(
     target: Path,
     configs: tuple[CheckpointConfig, ModelConfig],
     layers: Sequence[int],
-    grow: Callable[[store.Reader], Iterable[Recipe]],
+    grow: Callable[[reading.Reader], Iterable[Recipe]],
     progress: Progress,
 ) -> dict[str, str]:
     """Write to `target` what `grow` makes of the weights of `source`, in their dtype; then config and tokenizer.
@@ -61,28 +63,28 @@ def rewrite(
         raise UserError(f"{target}: is source and target at once, 2 directories are needed; choose another target")
     shapes = names.tensor_shapes(target_config)
     companions.companions(source)  # refuses links out of the checkpoint
-    with store.Reader(source) as reader:
+    with reading.Reader(source) as reader:
         fit.check(source, source_config.model, reader.tensors)
         fit.check_fillers(reader, source_config.model)
         dtype = reader.info(names.EMBEDDING).dtype
         values = carrying.carried(source_config, target_config, layers, DTYPE_NAMES[dtype])
         recipes = list(grow(reader))
-        with store.Writer(target, shapes, dtype) as writer:
+        with reading.CheckpointWriter(target, shapes, dtype) as writer:
             _write(recipes, reader, writer, dtype, lambda done: progress(done, len(shapes)))
-    configuration.write_json(target / configuration.CONFIG_FILE, values)
+    hf_config.write_json(target / hf_config.CONFIG_FILE, values)
     companions.copy_companions(source, target)
     return {name: writer.digests[name] for name in shapes}
 
 
-def compute_dtype(reader: store.Reader) -> torch.dtype:
+def compute_dtype(reader: reading.Reader) -> torch.dtype:
     """Sums of weights are taken in float32 or wider, and rounded once, when they are written."""
     return torch_dtype("F64" if reader.info(names.EMBEDDING).dtype == "F64" else "F32")
 
 
 def _write(
     recipes: Sequence[Recipe],
-    reader: store.Reader,
-    writer: store.Writer,
+    reader: reading.Reader,
+    writer: reading.CheckpointWriter,
     dtype: str,
     tell: Callable[[int], None],
 ) -> None:
@@ -105,7 +107,7 @@ def _write(
                 tell(done)
 
 
-def _is_computed(rows: Rows) -> bool:
+def _is_computed(rows: LazyTensor) -> bool:
     return rows.copies is None and rows.values is None
 
 

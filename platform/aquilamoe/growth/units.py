@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from random import Random
 
+from aquilamoe.checkpoint import tensor_names
 from aquilamoe.config.schema import GrowthConfig, ModelConfig
-from aquilamoe.weights import names
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class UnitMap:
         return not self.padding and self.sources == tuple(range(self.num_sources))
 
     @property
-    def is_onto(self) -> bool:
+    def is_surjective(self) -> bool:
         """Whether every source unit has a copy, without which no method keeps the function."""
         return all(self.counts)
 
@@ -124,40 +124,40 @@ def rotary_channels(head_dim: int, ratio: int) -> UnitMap:
 # The spaces that the rows (outputs) and the columns (inputs) of each tensor live in, by role: one map per space is what
 # makes neighbouring tensors agree. Vocabulary rows never grow, so the head has columns only and the embedding is apart.
 _ROWS = {
-    names.Q_WEIGHT: "q_channels",
-    names.Q_BIAS: "q_channels",
-    names.K_WEIGHT: "k_channels",
-    names.K_BIAS: "k_channels",
-    names.V_WEIGHT: "v_channels",
-    names.V_BIAS: "v_channels",
-    names.O_WEIGHT: "residual",
-    names.GATE: "ffn",
-    names.UP: "ffn",
-    names.DOWN: "residual",
-    names.EXPERT_GATE: "expert_ffn",
-    names.EXPERT_UP: "expert_ffn",
-    names.EXPERT_DOWN: "residual",
-    names.SHARED_GATE: "shared_ffn",
-    names.SHARED_UP: "shared_ffn",
-    names.SHARED_DOWN: "residual",
+    tensor_names.Q_WEIGHT: "q_channels",
+    tensor_names.Q_BIAS: "q_channels",
+    tensor_names.K_WEIGHT: "k_channels",
+    tensor_names.K_BIAS: "k_channels",
+    tensor_names.V_WEIGHT: "v_channels",
+    tensor_names.V_BIAS: "v_channels",
+    tensor_names.O_WEIGHT: "residual",
+    tensor_names.GATE: "ffn",
+    tensor_names.UP: "ffn",
+    tensor_names.DOWN: "residual",
+    tensor_names.EXPERT_GATE: "expert_ffn",
+    tensor_names.EXPERT_UP: "expert_ffn",
+    tensor_names.EXPERT_DOWN: "residual",
+    tensor_names.SHARED_GATE: "shared_ffn",
+    tensor_names.SHARED_UP: "shared_ffn",
+    tensor_names.SHARED_DOWN: "residual",
 }
 _COLUMNS = {
-    names.Q_WEIGHT: "residual",
-    names.K_WEIGHT: "residual",
-    names.V_WEIGHT: "residual",
-    names.O_WEIGHT: "mixed_channels",
-    names.GATE: "residual",
-    names.UP: "residual",
-    names.DOWN: "ffn",
-    names.HEAD: "residual",
-    names.ROUTER: "residual",
-    names.EXPERT_GATE: "residual",
-    names.EXPERT_UP: "residual",
-    names.EXPERT_DOWN: "expert_ffn",
-    names.SHARED_GATE: "residual",
-    names.SHARED_UP: "residual",
-    names.SHARED_DOWN: "shared_ffn",
-    names.SHARED_ROUTER: "residual",
+    tensor_names.Q_WEIGHT: "residual",
+    tensor_names.K_WEIGHT: "residual",
+    tensor_names.V_WEIGHT: "residual",
+    tensor_names.O_WEIGHT: "mixed_channels",
+    tensor_names.GATE: "residual",
+    tensor_names.UP: "residual",
+    tensor_names.DOWN: "ffn",
+    tensor_names.HEAD: "residual",
+    tensor_names.ROUTER: "residual",
+    tensor_names.EXPERT_GATE: "residual",
+    tensor_names.EXPERT_UP: "residual",
+    tensor_names.EXPERT_DOWN: "expert_ffn",
+    tensor_names.SHARED_GATE: "residual",
+    tensor_names.SHARED_UP: "residual",
+    tensor_names.SHARED_DOWN: "shared_ffn",
+    tensor_names.SHARED_ROUTER: "residual",
 }
 
 
@@ -198,12 +198,12 @@ class Units:
 
     def rows(self, role: str) -> UnitMap | None:
         """Map of the rows of a projection or the entries of its bias; None where rows are no units (the head)."""
-        space = _ROWS.get(names.general(role))
+        space = _ROWS.get(tensor_names.general(role))
         return getattr(self, space) if space else None
 
     def columns(self, role: str) -> UnitMap | None:
         """Map of the columns of a projection; None for a bias."""
-        space = _COLUMNS.get(names.general(role))
+        space = _COLUMNS.get(tensor_names.general(role))
         return getattr(self, space) if space else None
 
     @property

@@ -7,11 +7,12 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from aquilamoe.checkpoint import tensor_names
 from aquilamoe.config.schema import GrowthConfig
 from aquilamoe.growth import noise
-from aquilamoe.growth.rows import (
+from aquilamoe.growth.lazy_tensor import (
     Index,
-    Rows,
+    LazyTensor,
     as_rows,
     extended,
     filled,
@@ -22,10 +23,9 @@ from aquilamoe.growth.rows import (
     wide,
 )
 from aquilamoe.growth.units import UnitMap, Units
-from aquilamoe.weights import names
 
-Tensors = Mapping[str, Rows]  # by role
-_NORMS = (names.INPUT_NORM, names.POST_ATTENTION_NORM, names.FINAL_NORM)
+Tensors = Mapping[str, LazyTensor]  # by role
+_NORMS = (tensor_names.INPUT_NORM, tensor_names.POST_ATTENTION_NORM, tensor_names.FINAL_NORM)
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,10 @@ class Width:
     def copy(
         self,
         role: str,
-        tensor: Rows | Tensor,
-        new_rows: Rows | Tensor | None = None,
-        new_columns: Rows | Tensor | None = None,
-    ) -> Rows:
+        tensor: LazyTensor | Tensor,
+        new_rows: LazyTensor | Tensor | None = None,
+        new_columns: LazyTensor | Tensor | None = None,
+    ) -> LazyTensor:
         """Grow one tensor so that the network keeps its function, as long as nothing *new* is given.
 
         tensor: the source's tensor of this role, or what was made of it.
@@ -67,14 +67,14 @@ class Width:
         tensor = as_rows(tensor)
         if role in _NORMS:
             return self._copy_gain(role, tensor)
-        if role in (names.Q_NORM, names.K_NORM):
+        if role in (tensor_names.Q_NORM, tensor_names.K_NORM):
             return self._copy_head_gain(role, tensor)
-        if role in (names.EMBEDDING, names.HEAD):
+        if role in (tensor_names.EMBEDDING, tensor_names.HEAD):
             # Logits of the old tokens stay, and by Jensen's inequality a new token takes no more probability than the
             # mean old one: the KL divergence of the predictions is at most log(1 + new / old) nats.
             known = tensor
             tensor = extended(known, self.shapes[role][0], lambda: known.mean_row)
-        if role == names.EMBEDDING:
+        if role == tensor_names.EMBEDDING:
             return self._pad(role, _copy_columns(tensor, self.units.residual, self._residual_factor))
         rows, columns = self.units.rows(role), self.units.columns(role)
         grown = _read_copies(tensor, columns, None if new_columns is None else as_rows(new_columns))
@@ -86,7 +86,7 @@ class Width:
             grown = self._tell_apart(role, grown, tensor, columns)
         return self._pad(role, self._scale_rows(role, grown))
 
-    def draw(self, role: str) -> Rows:
+    def draw(self, role: str) -> LazyTensor:
         """A fresh tensor as a model starts with: matrices normal with `initializer_range`, biases zero, gains one."""
         if role.endswith("norm.weight"):
             return filled(self.shapes[role], 1.0)
@@ -94,12 +94,12 @@ class Width:
             return filled(self.shapes[role], 0.0)
         return noise.drawn(self.shapes[role], self.initializer_range, self.dtype, self.seed, self.place + role)
 
-    def _drawn(self, role: str, name: str, shape: tuple[int, ...]) -> Rows:
+    def _drawn(self, role: str, name: str, shape: tuple[int, ...]) -> LazyTensor:
         """Normal numbers for some columns of a tensor."""
         step = noise.rows_of_stream(self.shapes[role])
         return noise.drawn(shape, 1.0, self.dtype, self.seed, self.place + name, step)
 
-    def _tell_apart(self, role: str, grown: Rows, tensor: Rows, columns: UnitMap) -> Rows:
+    def _tell_apart(self, role: str, grown: LazyTensor, tensor: LazyTensor, columns: UnitMap) -> LazyTensor:
         """Add noise that cancels over the copies of an input, and what is read of the padding.
 
         The latter are weights on inputs that are zero: free, so random, and as large as those on copies.
@@ -124,17 +124,17 @@ class Width:
             free,
         )
 
-    def _scale_rows(self, role: str, grown: Rows) -> Rows:
+    def _scale_rows(self, role: str, grown: LazyTensor) -> LazyTensor:
         """What is written to the residual stream carries alpha; queries make good for the root of a wider head_dim.
 
         Norms on queries and keys have the epsilon of all norms. Where padding changes it, what they divide changes too.
         """
-        if names.writes_residual(role):
+        if tensor_names.writes_residual(role):
             factor = self._residual_factor
-        elif role in (names.Q_WEIGHT, names.K_WEIGHT) and names.Q_NORM in self.shapes:
+        elif role in (tensor_names.Q_WEIGHT, tensor_names.K_WEIGHT) and tensor_names.Q_NORM in self.shapes:
             residual = self.units.residual
             factor = self._head_factor(role) * (len(residual.sources) / residual.size) ** 0.5
-        elif role in (names.Q_WEIGHT, names.Q_BIAS):
+        elif role in (tensor_names.Q_WEIGHT, tensor_names.Q_BIAS):
             factor = self._query_factor
         else:
             return grown
@@ -149,25 +149,25 @@ class Width:
         Copies of a head carry beta times its channels, so that the mean square over all heads stays at uneven counts.
         A norm over each head (Qwen3) sees whole heads: 1.
         """
-        heads = self.units.q_heads if role in (names.Q_WEIGHT, names.Q_NORM) else self.units.kv_heads
+        heads = self.units.q_heads if role in (tensor_names.Q_WEIGHT, tensor_names.Q_NORM) else self.units.kv_heads
         channels = self.units.q_channels if heads is self.units.q_heads else self.units.k_channels
-        gains = self.shapes[names.Q_NORM if heads is self.units.q_heads else names.K_NORM][0]
+        gains = self.shapes[tensor_names.Q_NORM if heads is self.units.q_heads else tensor_names.K_NORM][0]
         if gains != channels.size:
             return torch.ones(channels.size, dtype=torch.float64)
         copies = torch.tensor(channels.copies, dtype=torch.float64)
         return (channels.size / channels.num_sources / copies).sqrt()
 
-    def _copy_head_gain(self, role: str, gain: Rows) -> Rows:
+    def _copy_head_gain(self, role: str, gain: LazyTensor) -> LazyTensor:
         """Gains of the norm on queries or keys: of one head, shared by all, or of all heads together."""
         if gain.shape == self.shapes[role]:
             return gain
-        copied = _copy_rows(gain, self.units.q_channels if role == names.Q_NORM else self.units.k_channels)
+        copied = _copy_rows(gain, self.units.q_channels if role == tensor_names.Q_NORM else self.units.k_channels)
         factor = 1 / self._head_factor(role)
         if (factor == 1).all():
             return copied
         return copied.derive(lambda index: multiply(copied[index], factor[index]))
 
-    def _copy_gain(self, role: str, gain: Rows) -> Rows:
+    def _copy_gain(self, role: str, gain: LazyTensor) -> LazyTensor:
         """Gains of a norm, changed so that readers see equal copies; the gain of padding multiplies zeros.
 
         A tied head cannot divide its columns by the number of copies, for they are the embedding's: the final norm
@@ -177,7 +177,7 @@ class Width:
         # Padding is counted by the mean square that the norm divides by.
         share = (len(residual.sources) / residual.size) ** 0.5
         factor = share / self._residual_factor
-        if role == names.FINAL_NORM and self.tied:
+        if role == tensor_names.FINAL_NORM and self.tied:
             factor = share / (self._residual_factor.square() * torch.tensor(residual.copies, dtype=torch.float64))
         grown = _copy_rows(gain, residual)
         if not (factor == 1).all():
@@ -185,7 +185,7 @@ class Width:
             grown = copied.derive(lambda index: multiply(copied[index], factor[index]))
         return extended(grown, residual.size, lambda: torch.ones(()))
 
-    def _pad(self, role: str, grown: Rows) -> Rows:
+    def _pad(self, role: str, grown: LazyTensor) -> LazyTensor:
         """Zeros where padding is written: behind the rows, or behind the columns of the embedding."""
         rows, *columns = self.shapes[role]
         if columns and columns[0] != grown.shape[1]:
@@ -211,7 +211,7 @@ class Width:
         return of_head.repeat(len(self.units.q_heads.sources))
 
 
-def _read_copies(tensor: Rows, columns: UnitMap | None, new_columns: Rows | None = None) -> Rows:
+def _read_copies(tensor: LazyTensor, columns: UnitMap | None, new_columns: LazyTensor | None = None) -> LazyTensor:
     """Grow the input side: every copy of a unit reads its share, so that their sum is what the unit was read with."""
     if columns is None:
         return tensor
@@ -223,7 +223,7 @@ def _read_copies(tensor: Rows, columns: UnitMap | None, new_columns: Rows | None
     return own.derive(lambda index: torch.where(is_new, other[index], own[index]), None, other)
 
 
-def _copy_columns(tensor: Rows, columns: UnitMap, factor: Tensor) -> Rows:
+def _copy_columns(tensor: LazyTensor, columns: UnitMap, factor: Tensor) -> LazyTensor:
     """Copies of columns, without padding, each times its factor."""
     if columns.sources == tuple(range(columns.num_sources)):
         if (factor == 1).all():
@@ -239,14 +239,14 @@ def _copy_columns(tensor: Rows, columns: UnitMap, factor: Tensor) -> Rows:
     return tensor.derive(read, (tensor.shape[0], len(columns.sources)))
 
 
-def _copy_rows(tensor: Rows, units: UnitMap | None) -> Rows:
+def _copy_rows(tensor: LazyTensor, units: UnitMap | None) -> LazyTensor:
     """Copies of rows, without padding."""
     if units is None or units.sources == tuple(range(units.num_sources)):
         return tensor
     return gathered(tensor, torch.tensor(units.sources))
 
 
-def _mix_rows(old: Rows, new: Rows, units: UnitMap) -> Rows:
+def _mix_rows(old: LazyTensor, new: LazyTensor, units: UnitMap) -> LazyTensor:
     """Copies of rows, the first of each unit from `old` and further ones from `new`."""
     sources, is_new = torch.tensor(units.sources), torch.tensor(units.is_new)
 

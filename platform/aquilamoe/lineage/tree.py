@@ -6,20 +6,20 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from aquilamoe.lineage.entries import Entry
-from aquilamoe.lineage.library import Library, Parent
+from aquilamoe.lineage.artifacts import Artifact
+from aquilamoe.lineage.graph import ArtifactGraph, Parent
 from aquilamoe.pipeline.fingerprint import differences, flatten
 
 WIDTH = 110  # of a recipe's lines, without the branches
 LABEL = 12
 
 
-def tree(library: Library, entry: Entry) -> list[str]:
+def tree(library: ArtifactGraph, entry: Artifact) -> list[str]:
     """The lines of an output's tree; what was shown once is named only."""
     return [_title(entry), *_below(library, entry, [], {entry.directory})]
 
 
-def _below(library: Library, entry: Entry, descendants: list[Entry], shown: set[Any]) -> Iterator[str]:
+def _below(library: ArtifactGraph, entry: Artifact, descendants: list[Artifact], shown: set[Any]) -> Iterator[str]:
     """An output's facts and its parents, with branches drawn to the left."""
     parents = library.parents(entry)
     bar = "│  " if parents else "   "
@@ -39,7 +39,7 @@ def _is_shown(parent: Parent, shown: set[Any]) -> bool:
     return parent.entry is not None and parent.entry.directory in shown
 
 
-def _title(entry: Entry) -> str:
+def _title(entry: Artifact) -> str:
     here = entry.directory.is_relative_to(Path.cwd())
     where = entry.directory.relative_to(Path.cwd()) if here else entry.directory
     return f"{entry.stage} {entry.fingerprint}  {entry.kind}  in {where}"
@@ -51,14 +51,14 @@ def _parent_title(parent: Parent) -> str:
     return f"{parent.stage} {parent.fingerprint or ''}  {parent.problem}".replace("  ", " ")
 
 
-def facts(entry: Entry, ancestors: list[Entry]) -> Iterator[str]:
+def facts(entry: Artifact, ancestors: list[Artifact]) -> Iterator[str]:
     """What an output is, cost and reached, a line each; recipes against the nearest ancestor of its kind."""
     lines = textwrap.wrap("; ".join(recipe_changes(entry, ancestors)), WIDTH)
     yield from (f"{'' if index else 'recipe':<{LABEL}}{line}" for index, line in enumerate(lines))
     yield from (f"{label:<{LABEL}}{text}" for label, text in figures(entry).items())
 
 
-def figures(entry: Entry) -> dict[str, str]:
+def figures(entry: Artifact) -> dict[str, str]:
     """What an output is, cost and reached, in words, by what they are about."""
     metrics = entry.metrics
     parts = {
@@ -74,7 +74,7 @@ def figures(entry: Entry) -> dict[str, str]:
     return {label: text for label, text in parts.items() if text}
 
 
-def recipe_changes(entry: Entry, ancestors: list[Entry]) -> list[str]:
+def recipe_changes(entry: Artifact, ancestors: list[Artifact]) -> list[str]:
     """How a recipe differs from that of its parent.
 
     The sizes of its network against those of the nearest ancestor that states them, its other fields against the
@@ -103,7 +103,7 @@ def _stated(config: Mapping[str, Any]) -> list[str]:
     return [f"{key} {value}" for key, value in flatten(config).items() if value]
 
 
-def _config(entry: Entry) -> dict[str, Any]:
+def _config(entry: Artifact) -> dict[str, Any]:
     return dict(entry.recipe["config"])
 
 
@@ -152,14 +152,14 @@ def _certificate(metrics: Mapping[str, Any]) -> str:
     return f"{claim}; {off}{spread}, KL {metrics['kl']:.3g}"
 
 
-def _sha256(entry: Entry) -> str:
+def _sha256(entry: Artifact) -> str:
     if entry.weights_sha256 is not None:
         shards = len(entry.weights)
         return entry.weights_sha256 + (f" (of the {shards} lines that sha256sum prints)" if shards > 1 else "")
     return f"of each of its {len(entry.tensors)} tensors in record.json" if entry.tensors else ""
 
 
-def _made(entry: Entry) -> str:
+def _made(entry: Artifact) -> str:
     record = entry.record
     commit, torch = str(record.get("git_commit") or ""), record.get("versions", {}).get("torch")
     digits, _, changes = commit.partition("+")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from aquilamoe.config.points import is_number, note
-from aquilamoe.pipeline.ledger import Cost, Rates
+from aquilamoe.pipeline.cost import Cost, Rates
 
 FOLDER = "attempts"
 

@@ -20,7 +20,7 @@ DIGITS = 12
 NAMED: Mapping[str, tuple[str, ...]] = {
     "growth.method": ("growth/methods/{}.py",),
     "growth.depth": ("growth/depth.py",),
-    "upcycling.method": ("growth/scale_out.py", "growth/variety.py"),
+    "upcycling.method": ("growth/scale_out.py", "growth/expert_diversity.py"),
     "schedule.name": ("training/schedules.py",),
 }
 # Digests of these files as they are shipped; `tests/test_architecture.py` prints the right ones. Who changes what a

@@ -1,16 +1,16 @@
 """What a run would do, and why, without doing it."""
 
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal
 
 from aquilamoe.config.graph import Node
 from aquilamoe.config.schema import ClusterConfig
-from aquilamoe.estimates import machine
-from aquilamoe.pipeline import code, expectation, mirror
+from aquilamoe.estimates.duration import Speed
+from aquilamoe.pipeline import checkpoint_sync, code, expectation
 from aquilamoe.pipeline import fingerprint as identity
+from aquilamoe.pipeline.cost import Cost, own, rates
 from aquilamoe.pipeline.fingerprint import Recipe
 from aquilamoe.pipeline.stage import Estimate, module
 from aquilamoe.pipeline.store import METRICS, Record, Store, read_points
@@ -43,32 +43,6 @@ class Planned:
     def is_computed(self) -> bool:
         """Whether a run has to work for it: nobody has its output."""
         return self.state in ("resumes", "runs")
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Of training on all devices, where no record tells it: `flops_per_s`, or what `cores` of this machine can do."""
-
-    flops_per_s: float | None
-    cores: int = 0
-
-    @classmethod
-    def of(cls, cluster: ClusterConfig) -> Self:
-        """As the cluster states it."""
-        if cluster.flops_per_s is not None:
-            return cls(cluster.flops_per_s)
-        if cluster.device_flops_per_s is not None and cluster.mfu is not None:
-            devices = cluster.workers * max(1, cluster.gpus_per_worker)
-            return cls(devices * cluster.device_flops_per_s * cluster.mfu)
-        if cluster.address is None and not cluster.gpus_per_worker:
-            return cls(None, min(cluster.workers * cluster.cpus_per_worker, os.cpu_count() or 1))
-        return cls(None)
-
-    def seconds(self, flops: float, work: float | None) -> float | None:
-        """For so much training; None where nobody knows."""
-        if self.flops_per_s is not None:
-            return flops / self.flops_per_s
-        return (work or flops) / machine.work_per_s(self.cores) if self.cores else None
 
 
 def make(nodes: Mapping[str, Node], store: Store, speed: Speed, devices: int | None = None) -> list[Planned]:
@@ -138,7 +112,7 @@ def _planned(
     if partial.exists() and resumes:
         reason = _resume_point(partial, node)
         return Planned(node, recipe, digest, "resumes", reason, estimate, seconds, directory, None)
-    if resumes and node.tokens and store.remote and (saved := mirror.newest(store.remote, digest)):
+    if resumes and node.tokens and store.remote and (saved := checkpoint_sync.newest(store.remote, digest)):
         reason = f"from {saved} of {store.remote}"
         return Planned(node, recipe, digest, "resumes", reason, estimate, seconds, directory, None)
     reason = "interrupted, starts anew" if partial.exists() else _why(recipe, history, node, done)
@@ -178,3 +152,16 @@ def _resume_point(partial: Path, node: Node) -> str:
     if last.get("done") and {"total", "unit"} <= last.keys():
         return f"interrupted at {last['done']:,} of {last['total']:,} {last['unit']}"
     return "interrupted at its start"
+
+
+def foreseen(planned: Planned, cluster: ClusterConfig) -> Cost:
+    """Of a stage that will run, what its expected time costs; of a cached one, what it did cost."""
+    if planned.record is not None:
+        return own(planned.record)
+    return rates(planned.node, cluster).cost(planned.seconds or 0.0, planned.node.flops)
+
+
+def foreseen_total(plan: Iterable[Planned], cluster: ClusterConfig) -> Cost:
+    """Of stages together; two names for one recipe are computed once."""
+    unique: Mapping[str, Planned] = {planned.fingerprint: planned for planned in reversed(list(plan))}
+    return sum((foreseen(planned, cluster) for planned in unique.values()), Cost())

@@ -2,7 +2,7 @@
 
 An output is there or it is not, as in the store: its files are copied first and `record.json` last, and a record that
 cannot be read is none. What is fetched is compared with the SHA-256 that its record gives each file, before it gets its
-name. So it is with what an unfinished stage needs to go on (`mirror.py`). Credentials are the environment's
+name. So it is with what an unfinished stage needs to go on (`checkpoint_sync.py`). Credentials are the environment's
 (AWS_ACCESS_KEY_ID, ...) or the machine's, never the configuration's.
 """
 

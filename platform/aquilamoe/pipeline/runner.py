@@ -14,9 +14,9 @@ from typing import Any, Protocol
 
 from aquilamoe.config.points import parse_points
 from aquilamoe.config.schema import ClusterConfig
-from aquilamoe.pipeline import integrity, ledger
+from aquilamoe.pipeline import cost, integrity
 from aquilamoe.pipeline.attempts import Attempts
-from aquilamoe.pipeline.mirror import Mirror
+from aquilamoe.pipeline.checkpoint_sync import CheckpointSync
 from aquilamoe.pipeline.plan import Planned
 from aquilamoe.pipeline.stage import Context, Input, module
 from aquilamoe.pipeline.store import METRICS, Record, Store
@@ -79,7 +79,7 @@ def _run_stage(
 ) -> Input:
     partial = store.partial(planned.name, planned.fingerprint)
     attempts = Attempts(store.root, planned.directory.name)
-    mirror = Mirror(store.remote, partial, planned.fingerprint, attempts) if store.remote else None
+    mirror = CheckpointSync(store.remote, partial, planned.fingerprint, attempts) if store.remote else None
     record = store.finish_publishing(partial)
     if record is None:
         record = store.publish(partial, _execute(planned, partial, store, cluster, done, observers, attempts, mirror))
@@ -100,7 +100,7 @@ def _execute(
     done: Mapping[str, Input],
     observers: Sequence[Observer],
     attempts: Attempts,
-    mirror: Mirror | None,
+    mirror: CheckpointSync | None,
 ) -> Record:
     """Run the stage in its partial directory; return its record, without the files."""
     stage = module(planned.node.stage.kind)
@@ -117,7 +117,7 @@ def _execute(
     for observer in observers:
         observer.stage_started(planned.name, planned.fingerprint, partial, planned.recipe, references)
     started = datetime.now(UTC)
-    rates = ledger.rates(planned.node, cluster)
+    rates = cost.rates(planned.node, cluster)
     attempts.begin(rates)
     copying = mirror.follow() if mirror and stage.RESUMES else nullcontext()
     with _following(partial / METRICS, planned.name, observers, attempts), copying:
@@ -139,9 +139,9 @@ def _execute(
         "resumed": resumed,
         "work": planned.estimate.work,
     }
-    spent = attempts.cost(seconds) + ledger.Cost(flops=planned.node.flops)
+    spent = attempts.cost(seconds) + cost.Cost(flops=planned.node.flops)
     known = [output.record for output in done.values()]
-    return {**record, "cost": ledger.entry(spent, record, known, len(attempts.read()), rates.devices)}
+    return {**record, "cost": cost.entry(spent, record, known, len(attempts.read()), rates.devices)}
 
 
 def _reference(source: Input) -> dict[str, str]:

@@ -15,6 +15,7 @@ from aquilamoe.config.messages import UserError, without_passwords
 from aquilamoe.config.paths import contents, local
 from aquilamoe.config.points import METRICS, note, read_points
 from aquilamoe.config.schema import PathsConfig
+from aquilamoe.files import temporary, write_atomically
 from aquilamoe.pipeline import integrity, records
 from aquilamoe.pipeline.records import RECORD, Record, to_json
 from aquilamoe.pipeline.remote import Remote
@@ -194,21 +195,6 @@ def _locked(file: TextIO) -> bool:
         else:
             return True
     return False
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a small file so that a reader sees the old text or the new, never a part."""
-    unfinished = temporary(path)
-    with unfinished.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
-
-
-def temporary(path: Path) -> Path:
-    """What a file is called until all of it is written; a process that is killed may leave it."""
-    return path.with_name(f".{path.name}.tmp")
 
 
 def _digest_and_sync(path: Path) -> dict[str, Any]:

@@ -5,19 +5,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from aquilamoe.ablation.conclusions import conclusions, horizon, shown, signed, times
+from aquilamoe.ablation.study import Entry, Study
+from aquilamoe.format import ABSENT, count, decimal, power
 from aquilamoe.reports import comparison_curves as curves
 from aquilamoe.reports import comparison_dots as dots
 from aquilamoe.reports import template
 from aquilamoe.reports.canvas import Drawing
-from aquilamoe.reports.comparison_findings import findings, horizon, shown, signed, times
-from aquilamoe.reports.rows import ABSENT, count, decimal, power
-from aquilamoe.reports.study import Entry, Study
 
 PAGE, FIGURES = "report.html", "figures"
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """A row of a table, as text."""
 
     name: str
@@ -35,7 +35,7 @@ def write(study: Study, folder: Path) -> Path:
     ranked = study.ranked()
     context = {
         "study": study,
-        "sentences": findings(study),
+        "sentences": conclusions(study),
         "horizon": horizon(study),
         "ranked": ranked,
         "rows": [_ranking_row(entry, tints) for entry in ranked],
@@ -71,7 +71,7 @@ def _routed(study: Study) -> bool:
     return any(entry.figure("similarity_end") or entry.figure("load_end") for entry in study.variants)
 
 
-def _ranking_row(entry: Entry, tints: dict[str, str]) -> Row:
+def _ranking_row(entry: Entry, tints: dict[str, str]) -> TableRow:
     interval = ABSENT
     difference = entry.to_baseline
     if difference is not None and difference.half_width:
@@ -91,10 +91,10 @@ def _ranking_row(entry: Entry, tints: dict[str, str]) -> Row:
         saving,
         str(len(entry.seeds)),
     )
-    return Row(entry.name, tints[entry.name], cells)
+    return TableRow(entry.name, tints[entry.name], cells)
 
 
-def _control_row(study: Study, entry: Entry, tints: dict[str, str]) -> Row:
+def _control_row(study: Study, entry: Entry, tints: dict[str, str]) -> TableRow:
     assert entry.control is not None
     seed = next(iter(entry.seeds.values()))
     cells = (
@@ -105,10 +105,10 @@ def _control_row(study: Study, entry: Entry, tints: dict[str, str]) -> Row:
     )
     own = dots.opposite(study, entry)
     note = f"{own.name}: {shown(entry.control.differences[own.name])}" if own else ""
-    return Row(curves.called(entry), tints[entry.name], cells, note)
+    return TableRow(curves.called(entry), tints[entry.name], cells, note)
 
 
-def _growth_row(entry: Entry, tints: dict[str, str], routed: bool) -> Row:
+def _growth_row(entry: Entry, tints: dict[str, str], routed: bool) -> TableRow:
     def mean(name: str, write: Callable[[float], str]) -> str:
         values = entry.figure(name)
         return write(statistics.fmean(values)) if len(values) == len(entry.seeds) else ABSENT
@@ -129,4 +129,4 @@ def _growth_row(entry: Entry, tints: dict[str, str], routed: bool) -> Row:
     ]
     if routed:
         cells += [mean(name, three) for name in ("similarity_grown", "similarity_end", "load_end")]
-    return Row(entry.name, tints[entry.name], cells)
+    return TableRow(entry.name, tints[entry.name], cells)

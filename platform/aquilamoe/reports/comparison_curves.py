@@ -5,10 +5,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from aquilamoe.ablation.study import Entry, Study
+from aquilamoe.format import count
 from aquilamoe.reports import canvas
 from aquilamoe.reports.canvas import Drawing
-from aquilamoe.reports.rows import count
-from aquilamoe.reports.study import Entry, Study
 from aquilamoe.reports.view import flops_ticks, spread, superscript
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class Look:
 
 
 @dataclass(frozen=True)
-class Line:
+class MeanCurve:
     """An entry's curve: the mean over seeds where all were measured, and the lowest and highest of them."""
 
     name: str
@@ -66,14 +66,14 @@ def looks(study: Study) -> dict[str, Look]:
     return found
 
 
-def line_of(entry: Entry, look: Look, reading: Reading) -> Line | None:
+def line_of(entry: Entry, look: Look, reading: Reading) -> MeanCurve | None:
     """An entry's curve by whatever `reading` takes from its seeds; None without a point."""
     curves = [dict(reading(seed)) for seed in entry.seeds.values()]
     places = sorted(set.intersection(*(set(curve) for curve in curves))) if curves else []
     if not places:
         return None
     columns = [[curve[place] for curve in curves] for place in places]
-    return Line(
+    return MeanCurve(
         called(entry),
         look,
         tuple(places),
@@ -178,7 +178,7 @@ def load_figure(study: Study) -> Drawing | None:
     return Drawing("expert_load", "Load of the fullest expert against tokens", draw, (10.0, 3.8), _narrow(lines))
 
 
-def _lines(study: Study, entries: Sequence[Entry], reading: Reading) -> list[Line]:
+def _lines(study: Study, entries: Sequence[Entry], reading: Reading) -> list[MeanCurve]:
     own = looks(study)
     drawn = [line_of(entry, own[entry.name], reading) for entry in entries if entry.seeds]
     return [line for line in drawn if line is not None]
@@ -197,12 +197,12 @@ def _ancestors(study: Study) -> list[list[tuple[float, float]]]:
     return [curve for curve in found if curve]
 
 
-def _narrow(lines: Sequence[Line]) -> tuple[float, float]:
+def _narrow(lines: Sequence[MeanCurve]) -> tuple[float, float]:
     """Room for a key below the figure."""
     return NARROW[0], NARROW[1] + 0.17 * len(lines)
 
 
-def _axes(figure: "Figure", narrow: bool, lines: Sequence[Line]) -> "Axes":
+def _axes(figure: "Figure", narrow: bool, lines: Sequence[MeanCurve]) -> "Axes":
     width, height = figure.get_size_inches()
     if narrow:
         below = 0.17 * len(lines) + 0.75
@@ -211,7 +211,9 @@ def _axes(figure: "Figure", narrow: bool, lines: Sequence[Line]) -> "Axes":
     return figure.add_axes((0.068, 0.62 / height, (width - right) / width - 0.068, (height - 0.82) / height))
 
 
-def _set_height(axes: "Axes", lines: Sequence[Line], first: float, others: Sequence[tuple[float, float]] = ()) -> None:
+def _set_height(
+    axes: "Axes", lines: Sequence[MeanCurve], first: float, others: Sequence[tuple[float, float]] = ()
+) -> None:
     """Show how the lines end: of what is above, so much that the variants' middle is still told from the lowest."""
     variants = [line for line in lines if line.look.colour != canvas.CONTROL]
     ends = sorted(line.mean[-1] for line in variants)
@@ -227,7 +229,7 @@ def _set_height(axes: "Axes", lines: Sequence[Line], first: float, others: Seque
     axes.set_ylim(floor - 0.06 * (top - floor), top + 0.04 * (top - floor))
 
 
-def _draw(axes: "Axes", lines: Sequence[Line]) -> None:
+def _draw(axes: "Axes", lines: Sequence[MeanCurve]) -> None:
     pale = 0.13 if len(lines) <= MANY else 0.06
     for line in lines:
         control = line.look.colour == canvas.CONTROL
@@ -243,7 +245,7 @@ def _draw(axes: "Axes", lines: Sequence[Line]) -> None:
         )
 
 
-def _at(line: Line, x: float) -> float:
+def _at(line: MeanCurve, x: float) -> float:
     """The mean at a place between two points."""
     for index in range(1, len(line.x)):
         if line.x[index] >= x:
@@ -261,7 +263,7 @@ def _count_axis(axes: "Axes", label: str, narrow: bool) -> None:
     axes.set_xlabel(label, labelpad=7)
 
 
-def _name(figure: "Figure", axes: "Axes", lines: Sequence[Line], narrow: bool) -> None:
+def _name(figure: "Figure", axes: "Axes", lines: Sequence[MeanCurve], narrow: bool) -> None:
     """Name the lines at their ends, best last value lowest; in a narrow figure, in a key below."""
     low, high = axes.get_ylim()
     box = axes.get_position()
@@ -286,7 +288,7 @@ def _name(figure: "Figure", axes: "Axes", lines: Sequence[Line], narrow: bool) -
         )
 
 
-def _key(figure: "Figure", lines: Sequence[Line]) -> None:
+def _key(figure: "Figure", lines: Sequence[MeanCurve]) -> None:
     from matplotlib.lines import Line2D
 
     height = float(figure.get_size_inches()[1])

@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from aquilamoe.ablation.conclusions import signed
+from aquilamoe.ablation.study import Entry, Interval, Study
+from aquilamoe.format import count
 from aquilamoe.reports import canvas
 from aquilamoe.reports.canvas import Drawing
 from aquilamoe.reports.comparison_curves import LETTER, called, looks
-from aquilamoe.reports.comparison_findings import signed
-from aquilamoe.reports.rows import count
-from aquilamoe.reports.study import Entry, Interval, Study
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

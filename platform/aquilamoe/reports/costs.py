@@ -4,10 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from aquilamoe.config.schema import ClusterConfig
-from aquilamoe.pipeline import ledger
-from aquilamoe.pipeline.ledger import Cost
-from aquilamoe.pipeline.plan import Planned
-from aquilamoe.reports.rows import ABSENT, Record, duration, energy, money, power
+from aquilamoe.format import ABSENT, duration, energy, money, power
+from aquilamoe.pipeline import cost as costing
+from aquilamoe.pipeline.cost import Cost
+from aquilamoe.pipeline.figures import Record
+from aquilamoe.pipeline.plan import Planned, foreseen_total
+from aquilamoe.pipeline.plan import foreseen as plan_foreseen
 
 FIGURES = ("FLOPs", "device time", "energy", "money")
 
@@ -53,8 +55,8 @@ class CostTable:
 def spent(records: Mapping[str, Record]) -> CostTable:
     """What finished stages cost; an output with two names was paid once."""
     known = {name: {"fingerprint": name, **record} for name, record in records.items()}
-    rows = [CostRow(name, ledger.own(each), ledger.lineage(each, known.values())) for name, each in known.items()]
-    return CostTable(rows, CostRow("pipeline", ledger.total(known.values()), None))
+    rows = [CostRow(name, costing.own(each), costing.lineage(each, known.values())) for name, each in known.items()]
+    return CostTable(rows, CostRow("pipeline", costing.total(known.values()), None))
 
 
 def foreseen(plan: Sequence[Planned], cluster: ClusterConfig) -> CostTable:
@@ -63,12 +65,12 @@ def foreseen(plan: Sequence[Planned], cluster: ClusterConfig) -> CostTable:
     rows = [
         CostRow(
             planned.name,
-            ledger.foreseen(planned, cluster),
-            ledger.foreseen_total(_with_ancestors(planned, by_name), cluster),
+            plan_foreseen(planned, cluster),
+            foreseen_total(_with_ancestors(planned, by_name), cluster),
         )
         for planned in plan
     ]
-    return CostTable(rows, CostRow("pipeline", ledger.foreseen_total(plan, cluster), None))
+    return CostTable(rows, CostRow("pipeline", foreseen_total(plan, cluster), None))
 
 
 def _with_ancestors(planned: Planned, by_name: Mapping[str, Planned]) -> list[Planned]:

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from aquilamoe.reports.rows import GROWTH_KINDS, Record, metric, number
+from aquilamoe.config.growth import GROWTH_KINDS
+from aquilamoe.pipeline.figures import Record, metric, number
 
 Points = Sequence[Mapping[str, Any]]
 
@@ -19,7 +20,7 @@ class Series:
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainingCurve:
     """A pretrain stage as the figures see it. FLOPs and tokens on the x axes include all ancestors'."""
 
     stage: str
@@ -48,9 +49,9 @@ class Jump:
     target_active: float | None
 
 
-def trained(stage: str, record: Record, points: Points) -> Trained:
+def trained(stage: str, record: Record, points: Points) -> TrainingCurve:
     """Collect the curves of a pretrain stage; each may be empty."""
-    return Trained(
+    return TrainingCurve(
         stage=stage,
         params_total=metric(record, "params_total"),
         params_active=metric(record, "params_active"),
@@ -73,9 +74,9 @@ def series(points: Points, x: str, y: str, above: float = float("-inf")) -> Seri
 
 def chain_of(
     records: Mapping[str, Record], curves: Mapping[str, Points], chain: Iterable[str]
-) -> tuple[list[Trained], list[Jump]]:
+) -> tuple[list[TrainingCurve], list[Jump]]:
     """Return the trained stages of a chain and the jumps of loss between them, as far as records and curves go."""
-    stages: list[Trained] = []
+    stages: list[TrainingCurve] = []
     jumps: list[Jump] = []
     growths: list[str] = []
     for name in chain:
@@ -94,7 +95,7 @@ def chain_of(
     return stages, jumps
 
 
-def _jump(source: Trained, target: Trained, growths: list[Record], points: Points) -> Jump | None:
+def _jump(source: TrainingCurve, target: TrainingCurve, growths: list[Record], points: Points) -> Jump | None:
     before = metric(growths[0], "source_final_loss")
     if before is None and source.validation.y:
         before = source.validation.y[-1]
@@ -113,7 +114,7 @@ def _jump(source: Trained, target: Trained, growths: list[Record], points: Point
     )
 
 
-def line_of(stages: Iterable[Trained]) -> Series:
+def line_of(stages: Iterable[TrainingCurve]) -> Series:
     """Held-out loss of a line's training stages, one after the other."""
     points = sorted((x, y) for stage in stages for x, y in zip(stage.validation.x, stage.validation.y, strict=True))
     return Series(tuple(x for x, _ in points), tuple(y for _, y in points))

@@ -3,13 +3,15 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from aquilamoe.format import count, power
+from aquilamoe.pipeline.figures import Record
 from aquilamoe.reports import canvas, labels
 from aquilamoe.reports.canvas import Drawing
 from aquilamoe.reports.curves import (
     Jump,
     Points,
     Series,
-    Trained,
+    TrainingCurve,
     chain_of,
     crossing,
     line_of,
@@ -17,17 +19,7 @@ from aquilamoe.reports.curves import (
     smoothed,
     thinned,
 )
-from aquilamoe.reports.rows import Record, count, power
-from aquilamoe.reports.view import (
-    Box,
-    View,
-    extent,
-    flops_ticks,
-    spread,
-    superscript,
-    whole,
-    window,
-)
+from aquilamoe.reports.view import Box, View, extent, flops_ticks, spread, superscript, whole, window
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,7 +36,7 @@ MOST_POINTS = 400
 LONGEST = 14  # characters of a stage's name
 
 
-def colours(stages: Sequence[Trained]) -> dict[str, str]:
+def colours(stages: Sequence[TrainingCurve]) -> dict[str, str]:
     """Return a colour for each trained stage, the same in every figure."""
     return {stage.stage: canvas.PALETTE[i % len(canvas.PALETTE)] for i, stage in enumerate(stages)}
 
@@ -57,7 +49,9 @@ def tints(
     return found | ({control: canvas.CONTROL} if control in records and control else {})
 
 
-def loss_figure(stages: Sequence[Trained], jumps: Sequence[Jump], control: Trained | None) -> Drawing | None:
+def loss_figure(
+    stages: Sequence[TrainingCurve], jumps: Sequence[Jump], control: TrainingCurve | None
+) -> Drawing | None:
     """Held-out loss over log10 cumulative FLOPs: the chain, its growths, the control. None without any point.
 
     It shows the part where the stages differ; an inset shows where in the whole run that lies.
@@ -102,7 +96,9 @@ def _loss_axes(axes: "Axes", view: View) -> None:
     axes.set_ylabel("held-out loss, nats per token", labelpad=7)
 
 
-def _loss_curves(axes: "Axes", stages: Sequence[Trained], control: Trained | None, tints: dict[str, str]) -> None:
+def _loss_curves(
+    axes: "Axes", stages: Sequence[TrainingCurve], control: TrainingCurve | None, tints: dict[str, str]
+) -> None:
     if control:
         curve = thinned(control.validation, MOST_POINTS)
         axes.plot(curve.x, curve.y, color=canvas.CONTROL, linewidth=1.6, dashes=(4, 2.5), dash_capstyle="butt")
@@ -111,7 +107,7 @@ def _loss_curves(axes: "Axes", stages: Sequence[Trained], control: Trained | Non
         axes.plot(curve.x, curve.y, color=tints[stage.stage], linewidth=2.4)
 
 
-def _bands(axes: "Axes", stages: Sequence[Trained], tints: dict[str, str], view: View) -> None:
+def _bands(axes: "Axes", stages: Sequence[TrainingCurve], tints: dict[str, str], view: View) -> None:
     """Head each stage's part of the axis with its name, size and tokens."""
     shown = [stage for stage in stages if stage.validation.x[-1] > view.x_low]
     width, height = _points(axes)
@@ -137,7 +133,7 @@ def _short(name: str, longest: int = LONGEST) -> str:
     return name if len(name) <= longest else name[: longest - 1] + "\N{HORIZONTAL ELLIPSIS}"
 
 
-def _size(stage: Trained) -> str:
+def _size(stage: TrainingCurve) -> str:
     if stage.is_sparse:
         return f"{count(stage.params_total)}, {count(stage.params_active)} active"
     return f"{count(stage.params_total)} dense"
@@ -146,8 +142,8 @@ def _size(stage: Trained) -> str:
 def _growths(
     axes: "Axes",
     jumps: Sequence[Jump],
-    stages: Sequence[Trained],
-    control: Trained | None,
+    stages: Sequence[TrainingCurve],
+    control: TrainingCurve | None,
     view: View,
     inset: Box | None,
 ) -> list[labels.Segment | Box]:
@@ -214,7 +210,9 @@ def _growth_label(
     return box
 
 
-def _ends(axes: "Axes", stages: Sequence[Trained], control: Trained | None, tints: dict[str, str], view: View) -> None:
+def _ends(
+    axes: "Axes", stages: Sequence[TrainingCurve], control: TrainingCurve | None, tints: dict[str, str], view: View
+) -> None:
     """Write the final losses of the chain and of the control at the ends of their curves."""
     width, height = _points(axes)
     ends = [(stage, tints[stage.stage]) for stage in stages[-1:]] + ([(control, canvas.CONTROL)] if control else [])
@@ -229,7 +227,7 @@ def _ends(axes: "Axes", stages: Sequence[Trained], control: Trained | None, tint
         axes.text(left, (place + 0.45 * LINE) / height, _short(stage.stage, 11), fontsize=9, **label)
 
 
-def _inset_box(stages: Sequence[Trained], view: View, full: View) -> Box | None:
+def _inset_box(stages: Sequence[TrainingCurve], view: View, full: View) -> Box | None:
     """Where the whole run has room inside the axes, in fractions of them; None where it has none, or is no other."""
     if full.height <= 1.25 * view.height:
         return None
@@ -242,8 +240,8 @@ def _inset_box(stages: Sequence[Trained], view: View, full: View) -> Box | None:
 def _inset(
     figure: "Figure",
     box: Box,
-    stages: Sequence[Trained],
-    control: Trained | None,
+    stages: Sequence[TrainingCurve],
+    control: TrainingCurve | None,
     tints: dict[str, str],
     view: View,
     full: View,
@@ -276,7 +274,7 @@ def _points(axes: "Axes") -> tuple[float, float]:
     return float(box.width * width * 72), float(box.height * height * 72)
 
 
-def training_figure(stages: Sequence[Trained], control: Trained | None) -> Drawing | None:
+def training_figure(stages: Sequence[TrainingCurve], control: TrainingCurve | None) -> Drawing | None:
     """Training loss over tokens. None without any point."""
     drawn = [stage for stage in [*stages, *([control] if control else [])] if stage.train.x]
     if not drawn:
@@ -290,7 +288,7 @@ def training_figure(stages: Sequence[Trained], control: Trained | None) -> Drawi
     return Drawing("training", "Training loss over tokens", draw, TRAIN_SIZE, TRAIN_NARROW)
 
 
-def _train_panel(axes: "Axes", stages: Sequence[Trained], tints: dict[str, str]) -> None:
+def _train_panel(axes: "Axes", stages: Sequence[TrainingCurve], tints: dict[str, str]) -> None:
     lowest, late = [], []
     for rank, stage in enumerate(stages):
         curve = thinned(stage.train, MOST_POINTS)
@@ -318,7 +316,7 @@ def _panel(axes: "Axes", title: str, across: str) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: count(value)))
 
 
-def _key(axes: "Axes", stages: Sequence[Trained], tints: dict[str, str]) -> None:
+def _key(axes: "Axes", stages: Sequence[TrainingCurve], tints: dict[str, str]) -> None:
     """Name the stages in their colours, in a row at the upper right."""
     width, height = _points(axes)
     right = 1.0

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from aquilamoe.format import ABSENT, count
 from aquilamoe.lineage import tree
-from aquilamoe.lineage.entries import Entry
-from aquilamoe.reports import canvas, lineage, template
-from aquilamoe.reports.rows import ABSENT, Record, count, input_stages, number
+from aquilamoe.lineage.artifacts import Artifact
+from aquilamoe.pipeline.figures import Record, input_stages, number
+from aquilamoe.reports import ancestry, canvas, template
 from aquilamoe.reports.template import Link
 
 NEEDED = ("fingerprint", "recipe", "metrics", "files")
@@ -42,7 +43,7 @@ def render(
     shown = next((name for name in reversed(chain) if name in records), next(iter(records), ""))
     context = {
         "experiment": experiment,
-        "graph": canvas.themed(lineage.graph_svg(records, chain, tints)),
+        "graph": canvas.themed(ancestry.graph_svg(records, chain, tints)),
         "stages": stages,
         "first": [stage.stage for stage in stages].index(shown) if stages else 0,
         "tints": tints,
@@ -78,13 +79,13 @@ def _is_whole(record: Record) -> bool:
     return all(key in record for key in NEEDED) and "config" in record["recipe"]
 
 
-def _entry(name: str, record: Record) -> Entry:
-    return Entry(Path(name), {**record, "stage": name})
+def _entry(name: str, record: Record) -> Artifact:
+    return Artifact(Path(name), {**record, "stage": name})
 
 
-def _ancestors(name: str, records: Mapping[str, Record]) -> list[Entry]:
+def _ancestors(name: str, records: Mapping[str, Record]) -> list[Artifact]:
     """What a stage was made from, nearest first."""
-    found: dict[str, Entry] = {}
+    found: dict[str, Artifact] = {}
     waiting = [name]
     while waiting:
         for stage in input_stages(records[waiting.pop(0)]).values():

@@ -4,22 +4,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from aquilamoe.reports import costs, figure, finding, paper, paper_figure, template
+from aquilamoe.config.growth import GROWTH_KINDS
+from aquilamoe.format import ABSENT, count, decimal, power, seconds
+from aquilamoe.pipeline.figures import Record, input_stages, metric, number
+from aquilamoe.reports import conclusion, costs, figure, paper, paper_figure, template
 from aquilamoe.reports.canvas import Drawing
 from aquilamoe.reports.curves import Points, chain_of, line_of, trained
-from aquilamoe.reports.rows import (
-    ABSENT,
-    GROWTH_KINDS,
-    Record,
-    count,
-    decimal,
-    input_stages,
-    metric,
-    number,
-    power,
-    seconds,
-    stage_rows,
-)
+from aquilamoe.reports.stage_rows import stage_rows
 from aquilamoe.reports.template import Link
 
 COMMAND = "python workflows/efficientscale.py"
@@ -64,16 +55,16 @@ def render(
     loss = figure.loss_figure(stages, jumps, compared)
     training = figure.training_figure(stages, compared)
     beside = paper_figure.beside_the_paper(stages, compared)
-    points = finding.checkpoints(records)
-    found = finding.find(records, chain, control)
+    points = conclusion.checkpoints(records)
+    found = conclusion.find(records, chain, control)
     context = {
         "experiment": experiment,
         "description": description,
-        "story": finding.story(records, chain),
-        "scale_note": finding.scale_note(records, chain),
+        "story": conclusion.story(records, chain),
+        "scale_note": conclusion.scale_note(records, chain),
         "finding": found,
-        "crossing": finding.crossing_note(line_of(stages), compared.validation) if compared else "",
-        "parts_note": finding.parts_note(records, found),
+        "crossing": conclusion.crossing_note(line_of(stages), compared.validation) if compared else "",
+        "parts_note": conclusion.parts_note(records, found),
         "facts": _facts(records, chain),
         "loss": loss.shown() if loss else None,
         "training": training.shown() if training else None,
@@ -101,7 +92,7 @@ def render(
 
 def _facts(records: Mapping[str, Record], chain: Sequence[str]) -> list[tuple[str, str]]:
     """A few numbers of the whole run, as (value, what it is)."""
-    last = finding.last_trained(records, chain)
+    last = conclusion.last_trained(records, chain)
     if last is None:
         return []
     record = records[last]
@@ -109,14 +100,14 @@ def _facts(records: Mapping[str, Record], chain: Sequence[str]) -> list[tuple[st
     times = [spent for record in records.values() if (spent := number(record.get("seconds"))) is not None]
     facts = [
         (count(total), "parameters at the end" + (f", {count(active)} active" if active != total else "")),
-        (count(finding.trained_tokens(records, chain)), "tokens along the chain"),
+        (count(conclusion.trained_tokens(records, chain)), "tokens along the chain"),
         (power(metric(record, "lineage_flops")), "model FLOPs along the chain"),
         (f"{seconds(sum(times))} s", "for all stages" if len(times) > 1 else "in all"),
     ]
     return [(value, what) for value, what in facts if not value.startswith(ABSENT)]
 
 
-def _best(points: Sequence[finding.Checkpoint]) -> dict[str, float]:
+def _best(points: Sequence[conclusion.HeldOutLosses]) -> dict[str, float]:
     """The lowest value of each column of the evaluation table."""
     best: dict[str, float] = {}
     for point in points:

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from aquilamoe.pipeline import ledger
+from aquilamoe.pipeline import cost
+from aquilamoe.pipeline.figures import Record, metric
 from aquilamoe.reports.curves import Series
-from aquilamoe.reports.rows import Record, metric
 
 PUBLISHED = (4.12, 3.35, 2.39)
 # Of each stage: billions of tokens, billions of (active) parameters, billions of tokens a day.
@@ -61,7 +61,7 @@ def of_run(records: Mapping[str, Record], chain: Sequence[str], line: Series, co
     stages = [records[name] for name in chain if records.get(name, {}).get("kind") == "pretrain"]
     rates = [(metric(each, "tokens"), _inverse(metric(each, "tokens_per_s"))) for each in stages]
     sizes = [(metric(each, "tokens"), metric(each, "params_active")) for each in stages]
-    spent = [ledger.own({"fingerprint": "", **each}).device_seconds or None for each in stages]
+    spent = [cost.own({"fingerprint": "", **each}).device_seconds or None for each in stages]
     devices = [
         (tokens, time / tokens if time and tokens else None) for (tokens, _), time in zip(sizes, spent, strict=True)
     ]

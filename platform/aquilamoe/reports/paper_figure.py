@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from aquilamoe.reports import canvas, paper
 from aquilamoe.reports.canvas import Drawing
-from aquilamoe.reports.curves import Series, Trained, thinned
+from aquilamoe.reports.curves import Series, TrainingCurve, thinned
 from aquilamoe.reports.figure import MOST_POINTS, colours
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 SIZE, NARROW = (10.0, 3.9), (5.0, 7.0)  # inches
 
 
-def beside_the_paper(stages: Sequence[Trained], control: Trained | None) -> Drawing | None:
+def beside_the_paper(stages: Sequence[TrainingCurve], control: TrainingCurve | None) -> Drawing | None:
     """This run on the left, the paper on the right, each on scales of its own. None without any point of ours."""
     drawn = [stage for stage in stages if stage.validation.x]
     if not drawn:

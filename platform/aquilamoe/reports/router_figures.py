@@ -4,10 +4,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from aquilamoe.format import count
 from aquilamoe.reports import canvas
 from aquilamoe.reports.canvas import Drawing
 from aquilamoe.reports.curves import Points
-from aquilamoe.reports.rows import count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

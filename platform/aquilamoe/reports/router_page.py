@@ -5,17 +5,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from aquilamoe.pipeline.figures import Record, input_stages
 from aquilamoe.reports import router_figures, template
 from aquilamoe.reports.canvas import Drawing, Shown
 from aquilamoe.reports.curves import Points
-from aquilamoe.reports.rows import Record, input_stages
 from aquilamoe.reports.template import Link
 
 SILENT = 0.1  # of the mean load: an expert below it is hardly used
 
 
 @dataclass(frozen=True)
-class Trained:
+class RouterStage:
     """A stage that trained a Mixture of Experts: its last measured step, and figures of all of them."""
 
     stage: str
@@ -67,7 +67,7 @@ def _kinds(records: Mapping[str, Record]) -> dict[str, str]:
     return {name: str(record.get("kind")) for name, record in records.items()}
 
 
-def _trained(stage: str, points: Points, drawings: list[Drawing]) -> Trained:
+def _trained(stage: str, points: Points, drawings: list[Drawing]) -> RouterStage:
     load, entropy = router_figures.load_figure(stage, points), router_figures.entropy_figure(stage, points)
     drawings += [load, entropy]
     last = points[-1]
@@ -79,7 +79,7 @@ def _trained(stage: str, points: Points, drawings: list[Drawing]) -> Trained:
         if share * experts < SILENT
     ]
     dropped = sum(sum(point["dropped"]) for point in points)
-    return Trained(stage, dropped, silent, experts, len(last["load"]), load.shown(), entropy.shown())
+    return RouterStage(stage, dropped, silent, experts, len(last["load"]), load.shown(), entropy.shown())
 
 
 def _examined(stage: str, table: Mapping[str, Any], drawings: list[Drawing]) -> Examined:

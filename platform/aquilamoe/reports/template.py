@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from aquilamoe.format import count, decimal, power, seconds
 from aquilamoe.reports import canvas
-from aquilamoe.reports.rows import count, decimal, power, seconds
 
 Link = tuple[str, str, bool]  # what it says, where it leads, whether it is the page itself
 

@@ -7,9 +7,10 @@ from aquilamoe.config.graph import Node
 from aquilamoe.config.messages import UserError
 from aquilamoe.config.schema import GrowthConfig, GrowthStage, UpcyclingConfig
 from aquilamoe.estimates import work
+from aquilamoe.files import write_atomically
 from aquilamoe.growth import rules
 from aquilamoe.pipeline.stage import Context, Estimate, Metrics
-from aquilamoe.pipeline.store import to_json, write_atomically
+from aquilamoe.pipeline.store import to_json
 
 if TYPE_CHECKING:
     import numpy as np

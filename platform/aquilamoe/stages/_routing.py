@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from aquilamoe.model import Decoder, Routing
+    from aquilamoe.model.transformer import Decoder, Routing
 
 DIGITS = 6  # of shares, entropies and cosines
 
@@ -16,7 +16,7 @@ class Choices:
     """Which experts the tokens of each language choose, counted while a model is evaluated."""
 
     def __init__(self, model: "Decoder") -> None:
-        from aquilamoe.model import MixtureOfExperts
+        from aquilamoe.model.transformer import MixtureOfExperts
 
         layers = enumerate(layer.mlp for layer in model.model.layers)
         self.sparse = {index: mlp for index, mlp in layers if isinstance(mlp, MixtureOfExperts)}

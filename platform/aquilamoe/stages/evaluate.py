@@ -15,7 +15,7 @@ from aquilamoe.pipeline.store import to_json
 from aquilamoe.stages._routing import Choices, figures
 
 if TYPE_CHECKING:
-    from aquilamoe.model import Decoder
+    from aquilamoe.model.transformer import Decoder
 
 VERSION = 3
 SAMPLES, ROUTING = "samples.md", "routing.json"
@@ -30,10 +30,10 @@ def estimate(node: Node) -> Estimate:
 def run(context: Context) -> Metrics:
     import torch
 
-    from aquilamoe.evaluation.generation import Writer
+    from aquilamoe.checkpoint.allocator import keep_large_buffers
+    from aquilamoe.checkpoint.state_dict import load_model
+    from aquilamoe.evaluation.generation import Generator
     from aquilamoe.evaluation.samples import page
-    from aquilamoe.weights.allocator import keep_large_buffers
-    from aquilamoe.weights.huggingface import load_model
 
     keep_large_buffers()
     torch.set_num_threads(context.cluster.cpus_per_worker)
@@ -45,7 +45,7 @@ def run(context: Context) -> Metrics:
     routing: dict[str, dict[str, Any]] = {}
     for index, (role, directory) in enumerate(checkpoints.items()):
         context.progress(index, len(checkpoints), "checkpoints")
-        writer = Writer.open(directory / "model") if prompts else None  # who writes nothing needs no tokenizer
+        writer = Generator.open(directory / "model") if prompts else None  # who writes nothing needs no tokenizer
         model = writer.model if writer else load_model(directory / "model")
         choices = Choices(model)
         found = _losses(stage, context.cluster, model, tokens, choices)

@@ -22,9 +22,9 @@ def estimate(node: Node) -> Estimate:
 def run(context: Context) -> Metrics:
     import torch
 
-    from aquilamoe.weights.companions import copy_companions
-    from aquilamoe.weights.configuration import read_eos_token_id
-    from aquilamoe.weights.huggingface import load_model, save_model
+    from aquilamoe.checkpoint.companions import copy_companions
+    from aquilamoe.checkpoint.hf_config import read_eos_token_id
+    from aquilamoe.checkpoint.state_dict import load_model, save_model
 
     node, stage = context.node, cast(ExportStage, context.node.stage)
     assert node.model is not None

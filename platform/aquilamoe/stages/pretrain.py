@@ -22,12 +22,12 @@ def estimate(node: Node) -> Estimate:
 
 
 def run(context: Context) -> Metrics:
+    from aquilamoe.checkpoint.companions import copy_companions
+    from aquilamoe.checkpoint.hf_config import write_config
     from aquilamoe.data.tokens import read_record
     from aquilamoe.training.job import Job
-    from aquilamoe.training.launch import launch
     from aquilamoe.training.metrics import recovery_tokens
-    from aquilamoe.weights.companions import copy_companions
-    from aquilamoe.weights.configuration import write_config
+    from aquilamoe.training.ray.launch import launch
 
     node, source, tokens = context.node, context.inputs.get("source"), context.inputs["tokens"]
     assert node.model is not None

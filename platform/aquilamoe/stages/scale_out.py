@@ -5,14 +5,14 @@ from typing import cast
 from aquilamoe.config.graph import Node
 from aquilamoe.config.schema import ScaleOutStage
 from aquilamoe.pipeline.stage import Context, Estimate, Metrics
-from aquilamoe.stages import _growth, _moments
+from aquilamoe.stages import _growth, _optimizer_state
 
 VERSION = 3
 RESUMES = False
 
 
 def estimate(node: Node) -> Estimate:
-    return _moments.estimate(node, _growth.estimate(node, cast(ScaleOutStage, node.stage).upcycling))
+    return _optimizer_state.estimate(node, _growth.estimate(node, cast(ScaleOutStage, node.stage).upcycling))
 
 
 def run(context: Context) -> Metrics:
@@ -20,5 +20,5 @@ def run(context: Context) -> Metrics:
 
     upcycling = cast(ScaleOutStage, context.node.stage).upcycling
     metrics = _growth.run(context, upcycling, scale_out)
-    _moments.run(context, upcycling)
+    _optimizer_state.run(context, upcycling)
     return metrics

@@ -5,14 +5,14 @@ from typing import cast
 from aquilamoe.config.graph import Node
 from aquilamoe.config.schema import ScaleUpStage
 from aquilamoe.pipeline.stage import Context, Estimate, Metrics
-from aquilamoe.stages import _growth, _moments
+from aquilamoe.stages import _growth, _optimizer_state
 
 VERSION = 3
 RESUMES = False
 
 
 def estimate(node: Node) -> Estimate:
-    return _moments.estimate(node, _growth.estimate(node, cast(ScaleUpStage, node.stage).growth))
+    return _optimizer_state.estimate(node, _growth.estimate(node, cast(ScaleUpStage, node.stage).growth))
 
 
 def run(context: Context) -> Metrics:
@@ -20,5 +20,5 @@ def run(context: Context) -> Metrics:
 
     growth = cast(ScaleUpStage, context.node.stage).growth
     metrics = _growth.run(context, growth, scale_up)
-    _moments.run(context, growth)
+    _optimizer_state.run(context, growth)
     return metrics

@@ -28,7 +28,7 @@ ENVIRONMENT = {
 }
 
 
-class Watch:
+class LatencyMonitor:
     """How long a server takes to answer: nobody but a thread of its own waits for it, but at the end of a pipeline."""
 
     def __init__(self) -> None:
@@ -55,7 +55,7 @@ class Watch:
 class WatchedClient:
     """An MlflowClient whose calls are watched."""
 
-    def __init__(self, client: Any, watch: Watch) -> None:
+    def __init__(self, client: Any, watch: LatencyMonitor) -> None:
         self._client, self._watch = client, watch
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
@@ -86,7 +86,7 @@ def shown(uri: str) -> str:
     return without_passwords(f"{kind} {scheme}{rest}")
 
 
-def answers(uri: str) -> bool:
+def is_reachable(uri: str) -> bool:
     """Whether anything answers over HTTP, be it an error; databases are not asked."""
     if not uri.startswith(("http://", "https://")):
         return True
@@ -118,7 +118,7 @@ def is_away(error: BaseException | None) -> bool:
     return False
 
 
-def connect(uri: str, watch: Watch | None = None, repairs: Repairs | None = None) -> Any:
+def connect(uri: str, watch: LatencyMonitor | None = None, repairs: Repairs | None = None) -> Any:
     """An MlflowClient, watched if it talks to a server.
 
     Imports MLflow (1-4 s) and, the first time, makes the tables of a SQLite database (1-3 s).

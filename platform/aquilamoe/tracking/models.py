@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from aquilamoe.lineage.entries import Entry
+from aquilamoe.lineage.artifacts import Artifact
 from aquilamoe.pipeline.store import RECORD
 from aquilamoe.tracking import notes
-from aquilamoe.tracking.receipts import Receipt, Stage, read_json
+from aquilamoe.tracking.sync_state import Stage, SyncState, read_json
 
 MAX_TAG = 5000  # characters that MLflow takes
 MODEL_FIGURES = ("params_total", "params_active", "tokens", "flops", "lineage_tokens", "lineage_flops", "loss_end")
@@ -94,7 +94,7 @@ class Models:
         parts = []
         for own in line(stage.directory, record)[:-1]:
             key = f"{own['stage']}-{own['fingerprint']}"
-            known = Receipt(stage.receipt.path.parent.parent, key, self.uri)["model_id"]
+            known = SyncState(stage.receipt.path.parent.parent, key, self.uri)["model_id"]
             parts.append(f"[{step_of(own)}](#/experiments/{experiment_id}/models/{known})" if known else step_of(own))
         return " → ".join([*parts, f"**{step_of(record)}**"])
 
@@ -126,7 +126,7 @@ def search_tags(directory: Path, record: Mapping[str, Any]) -> dict[str, str]:
 
 def where(directory: Path, record: dict[str, Any]) -> dict[str, str]:
     """Where the weights are, and their SHA-256."""
-    sha256 = Entry(directory, record).weights_sha256
+    sha256 = Artifact(directory, record).weights_sha256
     return {"directory": str((directory / "model").absolute())} | ({"sha256": sha256} if sha256 else {})
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from aquilamoe.tracking.receipts import Pipeline, Stage, fingerprint_of
+from aquilamoe.tracking.sync_state import Pipeline, Stage, fingerprint_of
 
 FIGURE = "loss.svg"  # of a report: as wide as a page of MLflow, which does not shrink pictures
 COLUMNS = ("stage", "kind", "parameters", "tokens", "loss at start", "at end", "seconds", "run")

@@ -12,14 +12,14 @@ from typing import Any
 
 from aquilamoe.config.messages import without_passwords
 from aquilamoe.pipeline.store import Record
-from aquilamoe.tracking.connection import Watch, answers, is_away, shown, tracking_uri
+from aquilamoe.tracking.connection import LatencyMonitor, is_away, is_reachable, shown, tracking_uri
 from aquilamoe.tracking.database import Repairs
-from aquilamoe.tracking.receipts import (
+from aquilamoe.tracking.sync_state import (
     FOLDER,
     Pipeline,
     Point,
-    Receipt,
     Stage,
+    SyncState,
     finished_stage,
     key_of,
     still_known,
@@ -58,7 +58,7 @@ class Tracker:
         self._broken = ""  # an error of our own: not everything was taken note of
         self._closing = False
         self._abandoned = False  # nobody waits any more: what is left is for the next run
-        self._watch = Watch()
+        self._watch = LatencyMonitor()
         self._repairs = Repairs()
         self._known: dict[str, bool] | None = None  # runs of the database, and whether MLflow shows them
         self._started = 0.0
@@ -123,7 +123,7 @@ class Tracker:
         self._stages = {stage.key: stage for stage in stages}
         identity = json.dumps([experiment, config.get("stages", config)], sort_keys=True, default=str)
         recipe = hashlib.sha256(identity.encode()).hexdigest()[:12]
-        self._pipeline = Pipeline(Receipt(root, f"pipeline-{recipe}", self.uri), latest_ms=now_ms)
+        self._pipeline = Pipeline(SyncState(root, f"pipeline-{recipe}", self.uri), latest_ms=now_ms)
         self._pipelines[recipe] = self._pipeline
         for stage in self._stages.values():
             stage.pipeline = self._pipelines[stage.pipeline.recipe]  # one object for the current one
@@ -144,7 +144,7 @@ class Tracker:
     ) -> bool:
         assert self._pipeline is not None, "pipeline_started comes first"
         final = directory.with_name(key_of(directory))
-        receipt = Receipt(self.root, final.name, self.uri)
+        receipt = SyncState(self.root, final.name, self.uri)
         receipt.update(stage=name, pipeline=self._pipeline.recipe, directory=final.name, delivered=False)
         stage = Stage(name, directory, recipe, inputs, fingerprint, self._pipeline, receipt, now_ms)
         self._announce(stage, final)
@@ -158,7 +158,7 @@ class Tracker:
 
     def _on_stage_finished(self, name: str, directory: Path, record: Record, cached: bool) -> bool:
         assert self._pipeline is not None, "pipeline_started comes first"
-        receipt = Receipt(self.root, directory.name, self.uri)
+        receipt = SyncState(self.root, directory.name, self.uri)
         stage = finished_stage(directory, record, name, self._pipeline, receipt, self._known)
         self._announce(stage, directory)
         if stage.dirty:
@@ -271,12 +271,12 @@ class Tracker:
     def _connect(self) -> None:
         """Import MLflow only for a server that answers: its own timeouts are long."""
         with self._watch.call():
-            if not answers(self.uri):
+            if not is_reachable(self.uri):
                 raise ConnectionError(self.uri)
-        from aquilamoe.tracking.delivery import Delivery
+        from aquilamoe.tracking.mlflow_writer import MlflowWriter
 
         replaced = len(self._repairs.replaced)
-        self._delivery = Delivery(self.uri, self.root, self._watch, self._repairs)
+        self._delivery = MlflowWriter(self.uri, self.root, self._watch, self._repairs)
         if len(self._repairs.replaced) > replaced:
             self._send_all_again()
 

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from aquilamoe.config.messages import without_passwords
-from aquilamoe.tracking.connection import answers, connect, is_away, shown, tracking_uri
+from aquilamoe.tracking.connection import connect, is_away, is_reachable, shown, tracking_uri
 from aquilamoe.tracking.database import Repairs
 from aquilamoe.tracking.experiments import Experiments
-from aquilamoe.tracking.receipts import Receipt, still_known
+from aquilamoe.tracking.sync_state import SyncState, still_known
 from aquilamoe.tracking.view import comparison_views
 
 MAX_NOTE = 60_000  # characters
@@ -41,7 +41,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class TrackedStudy:
     """A study as MLflow is told of it.
 
     note: Markdown for the page of the parent run. axes: the parameters that are varied. files: artifacts, by the folder
@@ -65,7 +65,7 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Told:
+class PublishResult:
     """How telling went. experiment_id: MLflow's, if it is known. notes: lines about what MLflow did not get, or what
     had to be done to its data.
     """
@@ -74,29 +74,29 @@ class Told:
     notes: tuple[str, ...] = ()
 
 
-def tell(uri: str | None, root: Path, comparison: Comparison) -> Told:
+def publish(uri: str | None, root: Path, comparison: TrackedStudy) -> PublishResult:
     """Let MLflow have a study; never fails, and imports MLflow only for one that it does not have yet.
 
     uri: as `tracking.uri`; None is the database in `root`. What could not be told is told by the next run.
     """
     address, repairs = tracking_uri(uri, root), Repairs()
-    receipt = Receipt(root, f"ablation-{comparison.name}", address)
+    receipt = SyncState(root, f"ablation-{comparison.name}", address)
     known = still_known(address, root)
     if receipt["digest"] == comparison.digest and (known is None or known.get(receipt["run_id"])):
-        return Told(receipt["experiment_id"])
+        return PublishResult(receipt["experiment_id"])
     try:
-        if not answers(address):
+        if not is_reachable(address):
             raise ConnectionError(address)
         client = connect(address, repairs=repairs)
         experiment_id, run_id = _Delivery(client, Experiments(client, address, root, repairs)).bring(comparison)
     except Exception as error:  # nothing that MLflow raises is the end of an ablation
         first_line = next(iter(without_passwords(str(error)).splitlines()), type(error).__name__)[:200]
         problem = f"{shown(address)} does not answer" if is_away(error) else first_line
-        return Told(
+        return PublishResult(
             None, (*repairs.lines(), f"tracking: MLflow did not get this study ({problem}); the next run sends it")
         )
     receipt.update(digest=comparison.digest, run_id=run_id, experiment_id=experiment_id)
-    return Told(experiment_id, tuple(repairs.lines()))
+    return PublishResult(experiment_id, tuple(repairs.lines()))
 
 
 class _Delivery:
@@ -105,7 +105,7 @@ class _Delivery:
     def __init__(self, client: Any, experiments: Experiments) -> None:
         self.client, self.experiments = client, experiments
 
-    def bring(self, comparison: Comparison) -> tuple[str, str]:
+    def bring(self, comparison: TrackedStudy) -> tuple[str, str]:
         """Returns MLflow's names of the experiment and of the parent run."""
         experiment_id = self._experiment(comparison)
         parent, children = self._parent(comparison, experiment_id)
@@ -129,11 +129,11 @@ class _Delivery:
         self.client.set_terminated(parent, "FINISHED")
         return experiment_id, parent
 
-    def _experiment(self, comparison: Comparison) -> str:
+    def _experiment(self, comparison: TrackedStudy) -> str:
         tags = {"mlflow.note.content": comparison.description, "mlflow.experimentKind": "custom_model_development"}
         return self.experiments.make(comparison.name, tags, comparison_views(comparison.axes))
 
-    def _parent(self, comparison: Comparison, experiment_id: str) -> tuple[str, dict[str, Any]]:
+    def _parent(self, comparison: TrackedStudy, experiment_id: str) -> tuple[str, dict[str, Any]]:
         """The newest run of this study, none of whose trials another recipe has computed since; and its children."""
         from mlflow.entities import ViewType
 

@@ -4,7 +4,7 @@
 Every process of the expert dimension trains on data of its own: it is a data-parallel process like any other, and only
 what experts compute is computed elsewhere. No row is dropped, whatever the experts' load.
 
-Shapes: as in `kernels.experts`; p processes of the expert dimension.
+Shapes: as in `model.kernels.experts`; p processes of the expert dimension.
 """
 
 from functools import partial
@@ -20,8 +20,8 @@ from torch.distributed.tensor import DTensor, Shard
 
 from aquilamoe.config.messages import UserError
 from aquilamoe.config.schema import ModelConfig
-from aquilamoe.kernels.experts import expert_feed_forwards, gather_rows, sort_rows
-from aquilamoe.model import Decoder, Experts, MixtureOfExperts
+from aquilamoe.model.kernels.experts import expert_feed_forwards, gather_rows, sort_rows
+from aquilamoe.model.transformer import Decoder, Experts, MixtureOfExperts
 
 
 def check(config: ModelConfig, expert_parallel: int) -> None:

@@ -9,7 +9,7 @@ from torch.optim import Muon
 # Torch has no other door to its iteration, and a copy of it could become another.
 from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz
 
-from aquilamoe.weights.parts import gather, own_part
+from aquilamoe.checkpoint.dtensor import gather, own_part
 
 
 class GatheringMuon(Muon):

@@ -32,7 +32,7 @@ class Job:
     cluster: ClusterConfig
 
 
-class Meter(Protocol):
+class MetricsExporter(Protocol):
     """Somebody who is told, on every rank, how a training goes: at every step, therefore in no time."""
 
     def begins(self, job: Job, rank: "Rank", device: "torch.device", step: int) -> None: ...
@@ -56,7 +56,7 @@ class Rank:
     world_size: int = 1
     local_rank: int = 0
     is_save_due: Callable[[], bool] = bool
-    meter: Meter | None = None
+    meter: MetricsExporter | None = None
 
 
 FIRST = Rank()

@@ -10,18 +10,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from aquilamoe.checkpoint.allocator import keep_large_buffers
 from aquilamoe.data.loader import Batches
-from aquilamoe.model import Decoder
+from aquilamoe.model.transformer import Decoder
 from aquilamoe.process import errors, interruption
+from aquilamoe.training import checkpoint, spikes
 from aquilamoe.training import optimizer as optimizers
-from aquilamoe.training import spikes, state
 from aquilamoe.training.job import FIRST, Job, Rank
-from aquilamoe.training.journal import CHECKPOINT, STEP, VALIDATION, WAIT, Journal
-from aquilamoe.training.parallel import Group, initialize
-from aquilamoe.training.spikes import Progress, SpikeError
-from aquilamoe.training.step import Stepper
+from aquilamoe.training.metrics_logger import CHECKPOINT, STEP, VALIDATION, WAIT, MetricsLogger
+from aquilamoe.training.parallel import ParallelContext, initialize
+from aquilamoe.training.spikes import SpikeError, TrainProgress
+from aquilamoe.training.step import TrainStep
 from aquilamoe.training.validation import validate
-from aquilamoe.weights.allocator import keep_large_buffers
 
 LOG_POINTS = 200  # training points logged over a stage
 log = logging.getLogger(__name__)
@@ -34,23 +34,23 @@ def train(job: Job, rank: Rank = FIRST) -> dict[str, Any]:
     what a user can repair, a loss that is not finite among it.
     """
     keep_large_buffers()
-    group = Group(job.cluster, rank)
-    with errors.at(job.out), state.only_writer(job.out) if group.is_first else nullcontext():
+    group = ParallelContext(job.cluster, rank)
+    with errors.at(job.out), checkpoint.only_writer(job.out) if group.is_first else nullcontext():
         group.wait()  # nobody reads a checkpoint before the writer of this run is the only one
         try:
             return _train(job, group, rank)
         finally:
-            state.wait()  # nothing is written here when another may be the only writer
+            checkpoint.wait()  # nothing is written here when another may be the only writer
 
 
-def _train(job: Job, group: Group, rank: Rank) -> dict[str, Any]:
+def _train(job: Job, group: ParallelContext, rank: Rank) -> dict[str, Any]:
     if not job.cluster.gpus_per_worker:
         torch.set_num_threads(job.cluster.cpus_per_worker)
     if group.is_first:
         kernels = group.kernels.describe(group.device.type, job.stage.sequence_length, job.model.is_moe)
         log.info("stage %s: %s", job.name, kernels)
     batches = _batches(job, group)  # a mistake in the data shows before anything is built or exchanged
-    back: Progress | None = None
+    back: TrainProgress | None = None
     while True:
         run = _Run(job, group, back, rank)
         try:
@@ -86,15 +86,15 @@ class _Run:
     rank: this process, which may be told that it will end soon.
     """
 
-    def __init__(self, job: Job, group: Group, back: Progress | None, rank: Rank) -> None:
+    def __init__(self, job: Job, group: ParallelContext, back: TrainProgress | None, rank: Rank) -> None:
         self.job, self.group, self.told = job, group, rank.is_save_due
-        saved, self.passed_over = state.newest_intact(job.out, group)
+        saved, self.passed_over = checkpoint.newest_intact(job.out, group)
         self.model, self.optimizer, step, extra = _restore(job, group, saved)
-        self.progress = Progress.of(step, extra if step else {})
+        self.progress = TrainProgress.of(step, extra if step else {})
         if back:
             self.progress = back.at(step, job.stage.batch_tokens // job.stage.sequence_length)
-        self.journal = Journal(job, group, step, rank)
-        self.stepper = Stepper(job, self.model, self.optimizer, group, self.progress)
+        self.journal = MetricsLogger(job, group, step, rank)
+        self.stepper = TrainStep(job, self.model, self.optimizer, group, self.progress)
         self.stepper.restore(extra)
 
     @property
@@ -134,34 +134,34 @@ class _Run:
         extra = self.stepper.extra()
         with self.journal.measure(CHECKPOINT):
             self.journal.sync()  # before the checkpoint: who resumes from it needs the points up to it
-            state.save_checkpoint(self.job.out, self.model, self.optimizer, self.progress.step, extra, self.group)
+            checkpoint.save_checkpoint(self.job.out, self.model, self.optimizer, self.progress.step, extra, self.group)
 
     def save(self) -> dict[str, Any]:
         """Leave the result of the stage and return its metrics."""
         extra = self.stepper.extra()
-        state.save(self.job.out, self.model, self.optimizer, self.progress.step, extra, self.group)
+        checkpoint.save(self.job.out, self.model, self.optimizer, self.progress.step, extra, self.group)
         return self.journal.metrics.summary() | self.progress.counts(prefix="")
 
 
 def _restore(
-    job: Job, group: Group, saved: Path | None
+    job: Job, group: ParallelContext, saved: Path | None
 ) -> tuple[Decoder, optimizers.AnyOptimizer, int, dict[str, Tensor]]:
     """Model, optimizer, step and the rest as a checkpoint of this stage has them, or as the stage begins."""
     model = group.build(job.model, job.stage.precision)
     if not saved and job.source is not None:
-        state.load_weights(job.source, model)
+        checkpoint.load_weights(job.source, model)
     elif not saved:
         initialize(model, job.stage.seed)
     optimizer = optimizers.build(model, job.stage.optimizer, job.stage.learning_rate)
     if saved:
-        return model, optimizer, state.load(saved, model, optimizer), state.load_extra(saved)
+        return model, optimizer, checkpoint.load(saved, model, optimizer), checkpoint.load_extra(saved)
     if job.source is not None and job.stage.optimizer_state == "keep":
-        state.load_moments(job.source, model, optimizer)
-        return model, optimizer, 0, state.load_extra(job.source)
+        checkpoint.load_moments(job.source, model, optimizer)
+        return model, optimizer, 0, checkpoint.load_extra(job.source)
     return model, optimizer, 0, {}
 
 
-def _batches(job: Job, group: Group) -> Batches:
+def _batches(job: Job, group: ParallelContext) -> Batches:
     stage = job.stage
     rows = stage.batch_tokens // stage.sequence_length
     return Batches(

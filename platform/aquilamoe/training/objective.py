@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from aquilamoe.config.schema import RouterConfig
-from aquilamoe.model import Routing
-from aquilamoe.training.parallel import Group
+from aquilamoe.model.transformer import Routing
+from aquilamoe.training.parallel import ParallelContext
 
 
 def balance_loss(routing: Routing, counts_e: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ class RouterObjective:
     Cross-entropy and z-loss are means over tokens, and the same for every division.
     """
 
-    def __init__(self, config: RouterConfig, group: Group) -> None:
+    def __init__(self, config: RouterConfig, group: ParallelContext) -> None:
         self.config, self.group = config, group
         self.is_classic = config.balance_scope == "micro_batch"
         self.counts_le: Tensor | None = None  # by layer; of the whole batch once `counted`, or else of the step so far

@@ -12,9 +12,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
 
+from aquilamoe.checkpoint.dtensor import stack, unstack
 from aquilamoe.config.steps import OptimizerConfig, Role, RoleConfig
 from aquilamoe.training.gathering_muon import GatheringMuon
-from aquilamoe.weights.parts import stack, unstack
 
 RATIO = "learning_rate_ratio"  # of a group, to the learning rate of the step
 ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")

@@ -17,18 +17,18 @@ from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from aquilamoe.checkpoint.dtensor import own_part
 from aquilamoe.config.messages import UserError
 from aquilamoe.config.schema import ClusterConfig, ModelConfig
-from aquilamoe.kernels.choice import Kernels
-from aquilamoe.model import Decoder
+from aquilamoe.model.kernels.choice import Kernels
+from aquilamoe.model.transformer import Decoder
 from aquilamoe.training import expert_parallel
 from aquilamoe.training.job import FIRST, Rank
-from aquilamoe.weights.parts import own_part
 
 MASTER_IN_FLOAT32 = "bf16_master"  # the precision that computes with rounded copies of the parameters
 
 
-class Group:
+class ParallelContext:
     """The processes of a stage, seen from one of them. Alone, every operation is what its name says of one process.
 
     cluster: how the model is laid out over them. rank: which of them this is. UserError if they do not divide so.

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aquilamoe.model import Routing
-from aquilamoe.training.parallel import Group
+from aquilamoe.model.transformer import Routing
+from aquilamoe.training.parallel import ParallelContext
 
 DIGITS = 6  # of shares and entropies in the table
 
@@ -18,7 +18,7 @@ class RouterLoad:
     layers, experts: of the network, its dense layers not counted.
     """
 
-    def __init__(self, layers: int, experts: int, group: Group) -> None:
+    def __init__(self, layers: int, experts: int, group: ParallelContext) -> None:
         self.group, self.experts = group, experts
         # By layer: tokens of each expert; the routers' entropy in nats, tokens, and choices, that is k for a token.
         self.sums_lc = torch.zeros(layers, experts + 3, dtype=torch.float64, device=group.device)

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from aquilamoe.config.messages import UserError
-from aquilamoe.training import state
+from aquilamoe.training import checkpoint
 from aquilamoe.training.job import Job
-from aquilamoe.training.parallel import Group
+from aquilamoe.training.parallel import ParallelContext
 
 PROGRESS = "progress"  # among the tensors of a checkpoint
 
 
 @dataclass
-class Progress:
+class TrainProgress:
     """How far a stage is, and what went wrong on the way: part of its checkpoints.
 
     step: optimizer steps behind it, the skipped ones included. skipped_steps: those without an update. rollbacks: how
@@ -73,7 +73,11 @@ class SpikeError(UserError):
 
     def checkpoints_before(self, job: Job) -> list[str]:
         """Those that can be trusted, newest first."""
-        return [str(path) for path in state.checkpoints(job.out) if state.step_of(path) < self.first_bad_checkpoint]
+        return [
+            str(path)
+            for path in checkpoint.checkpoints(job.out)
+            if checkpoint.step_of(path) < self.first_bad_checkpoint
+        ]
 
 
 def find(job: Job, step: int, weights_of: int, values: Mapping[str, float]) -> SpikeError | None:
@@ -96,14 +100,14 @@ def require_finite(job: Job, step: int, values: Mapping[str, float], weights_of:
         raise spike
 
 
-def count(job: Job, progress: Progress, spike: SpikeError) -> None:
+def count(job: Job, progress: TrainProgress, spike: SpikeError) -> None:
     """Allow one more event; raise the spike when there have been `spikes.max_events` in this stage."""
     allowed = job.stage.spikes.max_events
     if progress.skipped_steps + progress.rollbacks >= allowed:
         raise UserError(f"{spike} (skipped or rolled back {allowed} times before: spikes.max_events)")
 
 
-def roll_back(job: Job, group: Group, spike: SpikeError, progress: Progress) -> Progress:
+def roll_back(job: Job, group: ParallelContext, spike: SpikeError, progress: TrainProgress) -> TrainProgress:
     """Leave as the newest checkpoint the last one that can be trusted; return the progress with one rollback more.
 
     Raises the spike if that is not the policy, or if the weights that the stage began with are the cause. Done again
@@ -112,11 +116,11 @@ def roll_back(job: Job, group: Group, spike: SpikeError, progress: Progress) -> 
     if job.stage.spikes.policy != "roll_back" or spike.step == 0:
         raise spike
     count(job, progress, spike)
-    state.wait()
+    checkpoint.wait()
     group.wait()  # the checkpoint before is written, by all
     if group.is_first:
-        for path in state.checkpoints(job.out):
-            if state.step_of(path) >= spike.first_bad_checkpoint:
-                state.discard(path)
+        for path in checkpoint.checkpoints(job.out):
+            if checkpoint.step_of(path) >= spike.first_bad_checkpoint:
+                checkpoint.discard(path)
     group.wait()
     return replace(progress, rollbacks=progress.rollbacks + 1)

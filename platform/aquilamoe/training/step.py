@@ -7,22 +7,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from aquilamoe.model import Decoder, Routing
+from aquilamoe.model.transformer import Decoder, Routing
 from aquilamoe.training import optimizer as optimizers
 from aquilamoe.training import spikes
+from aquilamoe.training.expert_bias import ExpertBias
 from aquilamoe.training.job import Job, micro_batch_rows
+from aquilamoe.training.master_weights import Bf16Copy
 from aquilamoe.training.objective import RouterObjective
-from aquilamoe.training.parallel import MASTER_IN_FLOAT32, Group
-from aquilamoe.training.rounded import RoundedCopy
-from aquilamoe.training.router_bias import SelectionBias
+from aquilamoe.training.parallel import MASTER_IN_FLOAT32, ParallelContext
 from aquilamoe.training.router_load import RouterLoad
 from aquilamoe.training.schedules import learning_rate_factor
-from aquilamoe.training.spikes import Progress
+from aquilamoe.training.spikes import TrainProgress
 
 LOAD, BIAS = "router_load", "selection_bias"  # among the tensors of a checkpoint
 
 
-class Stepper:
+class TrainStep:
     """Takes optimizer steps with the model of a job.
 
     progress: counts the steps that are skipped. router_load, selection_bias: what the routers of a Mixture of Experts
@@ -34,11 +34,11 @@ class Stepper:
         job: Job,
         model: Decoder,
         optimizer: optimizers.AnyOptimizer,
-        group: Group,
-        progress: Progress | None = None,
+        group: ParallelContext,
+        progress: TrainProgress | None = None,
     ) -> None:
         self.job, self.model, self.optimizer, self.group = job, model, optimizer, group
-        self.progress = progress or Progress()
+        self.progress = progress or TrainProgress()
         self.rows = micro_batch_rows(job.cluster, job.stage.sequence_length)
         router = job.stage.router
         self.coefficients = {
@@ -46,17 +46,17 @@ class Stepper:
             "train/balance_loss": router.balance_loss_coeff,
             "train/z_loss": router.z_loss_coeff,
         }
-        self.rounded: RoundedCopy | None = None
+        self.rounded: Bf16Copy | None = None
         if job.stage.precision == MASTER_IN_FLOAT32 and not group.is_sharded:
-            self.rounded = RoundedCopy(model, group)
+            self.rounded = Bf16Copy(model, group)
         self.decoder = self.rounded.network if self.rounded else model  # what computes
         self.network: nn.Module = self.decoder if self.rounded else group.distribute(model)
         self.router_load: RouterLoad | None = None
-        self.selection_bias: SelectionBias | None = None
+        self.selection_bias: ExpertBias | None = None
         if job.model.is_moe:
             self.router_load = RouterLoad(job.model.num_sparse_layers, job.model.num_experts, group)
             if router.bias_update_rate:
-                self.selection_bias = SelectionBias(self.decoder, router.bias_update_rate)
+                self.selection_bias = ExpertBias(self.decoder, router.bias_update_rate)
 
     def restore(self, extra: Mapping[str, Tensor]) -> None:
         """Go on from what `extra` returned; what is not there begins at zero."""

@@ -7,9 +7,9 @@ import torch
 
 from aquilamoe.config.schema import ClusterConfig
 from aquilamoe.data.loader import validation_batches
-from aquilamoe.model import Decoder, Routing
+from aquilamoe.model.transformer import Decoder, Routing
 from aquilamoe.training.job import Job, micro_batch_rows
-from aquilamoe.training.parallel import Group
+from aquilamoe.training.parallel import ParallelContext
 from aquilamoe.training.spikes import require_finite
 
 VALIDATION_ROWS = 32
@@ -20,7 +20,7 @@ def validation_rows(cluster: ClusterConfig, sequence_length: int) -> int:
     return min(VALIDATION_ROWS, micro_batch_rows(cluster, sequence_length))
 
 
-def validate(job: Job, model: Decoder, step: int, group: Group) -> dict[str, float]:
+def validate(job: Job, model: Decoder, step: int, group: ParallelContext) -> dict[str, float]:
     """Held-out loss by language, and their mean weighted as the training mixture, in nats per token."""
     stage = job.stage
     rows = validation_rows(job.cluster, stage.sequence_length) * group.world_size
@@ -45,7 +45,7 @@ def evaluate(
     model: Decoder,
     batches: Iterable[np.ndarray],
     precision: str,
-    group: Group | None = None,
+    group: ParallelContext | None = None,
     watch: Callable[[Sequence[Routing]], None] | None = None,
 ) -> float:
     """Mean next-token loss in nats over batches, at least one, of (rows, length + 1) token ids.

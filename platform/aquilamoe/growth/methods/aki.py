@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from aquilamoe.checkpoint.tensor_names import writes_residual
 from aquilamoe.config.schema import GrowthConfig
 from aquilamoe.growth.units import Units
-from aquilamoe.weights.names import writes_residual
 
 if TYPE_CHECKING:  # plans ask `keeps_function`, and they do not wait for torch
-    from aquilamoe.growth.rows import Rows
+    from aquilamoe.growth.lazy_tensor import LazyTensor
     from aquilamoe.growth.width import Tensors, Width
 
 
@@ -23,7 +23,7 @@ def grow(layer: Tensors, upper_layer: Tensors, width: Width) -> Tensors:
     return {role: advance(role, tensor, upper_layer, width) for role, tensor in layer.items()}
 
 
-def advance(role: str, tensor: Rows, upper_layer: Tensors, width: Width) -> Rows:
+def advance(role: str, tensor: LazyTensor, upper_layer: Tensors, width: Width) -> LazyTensor:
     """Grow one tensor with its namesake in the layer above, by `scope`."""
     if width.units.rows(role) is None:
         return width.copy(role, tensor)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from aquilamoe.checkpoint import tensor_names
 from aquilamoe.config.schema import GrowthConfig
 from aquilamoe.growth.methods import aki
 from aquilamoe.growth.methods.aki import advance
 from aquilamoe.growth.units import Units
-from aquilamoe.weights import names
 
 if TYPE_CHECKING:  # plans ask `keeps_function`, and they do not wait for torch
     from aquilamoe.growth.width import Tensors, Width
 
 # Keys and values stay the layer's own: they grow on the input side, and further groups are copies.
-OWN = (names.K_WEIGHT, names.K_BIAS, names.V_WEIGHT, names.V_BIAS)
+OWN = (tensor_names.K_WEIGHT, tensor_names.K_BIAS, tensor_names.V_WEIGHT, tensor_names.V_BIAS)
 
 
 def grow(layer: Tensors, upper_layer: Tensors, width: Width) -> Tensors:

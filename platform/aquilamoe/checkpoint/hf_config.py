@@ -1,0 +1,289 @@
+"""config.json both ways: the network that a checkpoint says it is, and the checkpoint of a network. Torch-free.
+
+Directories we write open in `transformers` without remote code; those we read are refused when our network would
+compute something else.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from aquilamoe.checkpoint import jsonfile, positions, spelling, tensor_names, tying
+from aquilamoe.checkpoint.positions import Positions
+from aquilamoe.config.messages import UserError, first_problem
+from aquilamoe.config.network import ABSENT_SHARED_EXPERT_SIZE
+from aquilamoe.config.schema import ModelConfig
+
+CONFIG_FILE = "config.json"
+GENERATION_FILE = "generation_config.json"
+
+MODEL_TYPES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "MixtralForCausalLM": "mixtral",
+    "Qwen2MoeForCausalLM": "qwen2_moe",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
+    "OlmoeForCausalLM": "olmoe",
+}
+QWEN = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM")
+MOE = ("MixtralForCausalLM", "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM", "OlmoeForCausalLM")
+QK_NORM = {"Qwen3ForCausalLM": "head", "Qwen3MoeForCausalLM": "head", "OlmoeForCausalLM": "projection"}
+# Where layers may be dense and experts have a size of their own.
+MIXED = ("Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM")
+# What the config classes of transformers assume when a file does not say.
+DEFAULT_BALANCE = {"OlmoeForCausalLM": 0.01}
+DEFAULT_HEAD_DIM = {"Qwen3ForCausalLM": 128}
+
+_SAME_SPELLING = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+    "rms_norm_eps",
+)
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What a config.json says: all of it, as it is spelled there, and what we make of it."""
+
+    values: Mapping[str, Any]
+    architecture: str
+    model: ModelConfig
+    positions: Positions
+
+
+def config_to_dict(
+    config: ModelConfig, *, dtype: str, eos_token_id: int | None = None, architecture: str | None = None
+) -> dict[str, Any]:
+    """Contents of config.json; `dtype` is that of the weights, e.g. `bfloat16`."""
+    architecture = architecture or tensor_names.architecture(config)
+    return {
+        "architectures": [architecture],
+        "model_type": MODEL_TYPES[architecture],
+        **{key: getattr(config, key) for key in _SAME_SPELLING},
+        "intermediate_size": config.intermediate_size,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "rope_theta": config.rope_theta,  # where transformers 4 looks
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},  # where transformers 5 does
+        "attention_dropout": 0.0,
+        "initializer_range": config.initializer_range,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "use_cache": True,
+        # Said even when there is none: Llama's config class would make them 1 and 2.
+        "bos_token_id": None,
+        "eos_token_id": eos_token_id,
+        "pad_token_id": None,
+        "dtype": dtype,
+        "torch_dtype": dtype,  # where transformers 4 looks
+        **_particulars(config, architecture),
+    }
+
+
+def _particulars(config: ModelConfig, architecture: str) -> dict[str, Any]:
+    """Keys that only some architectures have, set to what our network computes."""
+    values: dict[str, Any] = {}
+    if architecture in QWEN:
+        values |= {"use_sliding_window": False, "sliding_window": None, "max_window_layers": config.num_hidden_layers}
+    elif architecture in ("MistralForCausalLM", "MixtralForCausalLM"):
+        values["sliding_window"] = None
+    if architecture == "LlamaForCausalLM":
+        values["mlp_bias"] = False
+    if architecture in ("LlamaForCausalLM", *QK_NORM):
+        values["attention_bias"] = False
+    if architecture == "OlmoeForCausalLM":
+        values["clip_qkv"] = None
+    if architecture == "Qwen2MoeForCausalLM":
+        shared = config.shared_expert_intermediate_size or ABSENT_SHARED_EXPERT_SIZE
+        values |= {"qkv_bias": config.qkv_bias, "shared_expert_intermediate_size": shared}
+    if architecture in MIXED:
+        values |= {
+            "moe_intermediate_size": config.moe_intermediate_size,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": list(config.mlp_only_layers),
+        }
+    return values | (_experts(config, architecture) if config.is_moe else {})
+
+
+def _experts(config: ModelConfig, architecture: str) -> dict[str, Any]:
+    is_mixtral = architecture == "MixtralForCausalLM"
+    return {
+        "num_local_experts" if is_mixtral else "num_experts": config.num_experts,
+        "num_experts_per_tok": config.num_experts_per_tok,
+        "output_router_logits": False,
+        "router_aux_loss_coef": DEFAULT_BALANCE.get(architecture, 0.001),
+        **({} if is_mixtral else {"norm_topk_prob": config.norm_topk_prob}),
+    }
+
+
+def config_from_dict(values: Mapping[str, Any], where: str = CONFIG_FILE) -> ModelConfig:
+    """Model of a config.json by this package or by transformers 4 or 5.
+
+    Raises `UserError`, beginning with `where`, for a model that our network cannot compute exactly.
+    """
+    return _computed(parse(values, where), where)
+
+
+def _computed(found: CheckpointConfig, where: str) -> ModelConfig:
+    """The model, unless growth alone knows what to do with it."""
+    problem = next(found.positions.differences(found.model), None)
+    if problem is not None:
+        raise UserError(
+            f"{where}: {problem}, which is grown and upcycled (efficientscale grow), but not computed by training, "
+            "evaluation and generation; choose another checkpoint for these"
+        )
+    return found.model
+
+
+def parse(values: Mapping[str, Any], where: str = CONFIG_FILE) -> CheckpointConfig:
+    """What a config.json by this package or by transformers 4 or 5 says, for a growth.
+
+    Raises `UserError`, beginning with `where`, for a model that cannot be grown.
+    """
+    spelling.check(values, where)
+    architecture = _architecture_of(values, where)
+    model = _model(values, architecture, where)
+    return CheckpointConfig(values, architecture, model, positions.read(values, architecture, model, where))
+
+
+def _model(values: Mapping[str, Any], architecture: str, where: str) -> ModelConfig:
+    # Qwen3-MoE has the one spelling from transformers 4, the other from 5.
+    experts = values.get("num_experts", values.get("num_local_experts"))
+    if architecture in MOE and experts is not None:
+        values = {"num_experts": experts, "num_local_experts": experts, **values}
+    keys = _required_keys(architecture)
+    missing = [key for key in keys.values() if values.get(key) is None]
+    if missing:
+        raise UserError(f"{where}: '{missing[0]}' is missing for {architecture}; use the config.json of the checkpoint")
+    problem = next(_differences(values, architecture), None)
+    if problem is not None:
+        raise UserError(f"{where}: {problem}")
+    fields = {
+        "num_experts": 0,
+        "num_experts_per_tok": 0,
+        "num_key_value_heads": values.get("num_key_value_heads") or values["num_attention_heads"],
+        **{field: values[key] for field, key in keys.items()},
+        "head_dim": values.get("head_dim") or DEFAULT_HEAD_DIM.get(architecture),
+        "rope_theta": positions.rope_parameters(values, architecture)["rope_theta"],
+        "initializer_range": _stated(values, "initializer_range", 0.02),
+        "tie_word_embeddings": _stated(values, "tie_word_embeddings", False),
+        "qkv_bias": _has_qkv_bias(values, architecture),
+        "qk_norm": QK_NORM.get(architecture, "none"),
+        **(_sparsity(values, architecture) if architecture in MOE else {}),
+    }
+    try:
+        return ModelConfig.model_validate(fields)
+    except ValidationError as error:
+        raise first_problem(error, ModelConfig, fields, where) from error
+
+
+def _stated(values: Mapping[str, Any], key: str, default: Any) -> Any:
+    """A value, or what the config class assumes where there is none."""
+    found = values.get(key)
+    return default if found is None else found
+
+
+def _required_keys(architecture: str) -> dict[str, str]:
+    """Keys of config.json by the field that they fill."""
+    keys = {key: key for key in (*_SAME_SPELLING, "intermediate_size")}
+    if architecture in MOE:
+        keys["num_experts"] = "num_local_experts" if architecture == "MixtralForCausalLM" else "num_experts"
+        keys["num_experts_per_tok"] = "num_experts_per_tok"
+    if architecture in MIXED:
+        keys["moe_intermediate_size"] = "moe_intermediate_size"
+    if architecture not in ("LlamaForCausalLM", "OlmoeForCausalLM"):  # without the key, these have as many as heads
+        keys["num_key_value_heads"] = "num_key_value_heads"
+    return keys
+
+
+def _has_qkv_bias(values: Mapping[str, Any], architecture: str) -> bool:
+    return architecture == "Qwen2ForCausalLM" or (
+        architecture == "Qwen2MoeForCausalLM" and _stated(values, "qkv_bias", True)
+    )
+
+
+def _sparsity(values: Mapping[str, Any], architecture: str) -> dict[str, Any]:
+    """Fields that say which layers have experts, and how these are weighed."""
+    step, layers = _stated(values, "decoder_sparse_step", 1), values["num_hidden_layers"]
+    named = set(values.get("mlp_only_layers") or ()) if architecture in MIXED else set()
+    skipped = {layer for layer in range(layers) if architecture in MIXED and (layer + 1) % step}
+    has_shared = architecture == "Qwen2MoeForCausalLM"
+    shared = _stated(values, "shared_expert_intermediate_size", 5632) if has_shared else 0
+    return {
+        "mlp_only_layers": tuple(sorted(named | skipped)),
+        "norm_topk_prob": architecture == "MixtralForCausalLM" or bool(values.get("norm_topk_prob")),
+        "shared_expert_intermediate_size": 0 if shared == ABSENT_SHARED_EXPERT_SIZE else shared,
+    }
+
+
+def _architecture_of(values: Mapping[str, Any], where: str) -> str:
+    stated = values.get("architectures") or [
+        name for name, model_type in MODEL_TYPES.items() if model_type == values.get("model_type")
+    ]
+    if not (isinstance(stated, list) and len(stated) == 1 and stated[0] in MODEL_TYPES):
+        raise UserError(
+            f"{where}: architectures {stated} with model_type {values.get('model_type')!r} is not a model that can be "
+            f"read; choose one of {', '.join(MODEL_TYPES)}"
+        )
+    return stated[0]
+
+
+def _differences(values: Mapping[str, Any], architecture: str) -> Iterator[str]:
+    """What the checkpoint computes and our network does not: value, ours, remedy."""
+    other = "choose another checkpoint"
+    if _stated(values, "hidden_act", "silu") != "silu":
+        yield f"hidden_act '{values['hidden_act']}', only 'silu' is computed; {other}"
+    if values.get("quantization_config"):
+        yield "quantization_config is set, only plain weights are read; use the checkpoint before quantization"
+    for key in ("attention_bias", "mlp_bias"):
+        if architecture in ("LlamaForCausalLM", *QK_NORM) and values.get(key):
+            yield f"{key} true puts biases on o_proj or the MLP, only q, k and v can have them; {other}"
+    if values.get("clip_qkv") is not None:
+        yield f"clip_qkv {values['clip_qkv']} cuts queries, keys and values, which is not computed; {other}"
+    step = _stated(values, "decoder_sparse_step", 1)
+    if architecture in MIXED and step < 1:
+        yield f"decoder_sparse_step {step!r} is not a number of layers; use 1 for experts in every layer"
+
+
+def read_checkpoint_config(directory: Path) -> CheckpointConfig:
+    """What the config.json of a checkpoint directory says, for a growth.
+
+    A head with other numbers than the embedding is untied, whatever it says.
+    """
+    path = directory / CONFIG_FILE
+    found = parse(jsonfile.read(path, directory), where=str(path))
+    if found.model.tie_word_embeddings and tying.has_own_head(directory):
+        return replace(found, model=found.model.model_copy(update={"tie_word_embeddings": False}))
+    return found
+
+
+def read_config(directory: Path) -> ModelConfig:
+    """Model of a checkpoint directory, to be computed."""
+    return _computed(read_checkpoint_config(directory), str(directory / CONFIG_FILE))
+
+
+def read_eos_token_id(directory: Path) -> int | None:
+    """The end-of-text token of a checkpoint directory; of several, the first."""
+    eos = jsonfile.read(directory / CONFIG_FILE, directory).get("eos_token_id")
+    return next(iter(eos), None) if isinstance(eos, list) else eos
+
+
+def write_config(directory: Path, config: ModelConfig, dtype: str, eos_token_id: int | None) -> None:
+    """Write config.json and generation_config.json; `dtype` is that of the weights, e.g. `bfloat16`."""
+    write_json(directory / CONFIG_FILE, config_to_dict(config, dtype=dtype, eos_token_id=eos_token_id))
+    write_json(directory / GENERATION_FILE, {"eos_token_id": eos_token_id})
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a file of a checkpoint."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")

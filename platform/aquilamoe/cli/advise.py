@@ -1,0 +1,73 @@
+"""`action=advise`: reads the question, the recorded studies and the published rules, and prints the answers."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from aquilamoe.ablation.advice import TITLES, advise, load, rules
+from aquilamoe.ablation.advice_query import AdviceQuery, GrowthSource, ask
+from aquilamoe.checkpoint.hf_config import CONFIG_FILE, read_config
+from aquilamoe.cli.console import console
+from aquilamoe.config import graph
+from aquilamoe.config.paths import local
+from aquilamoe.format import count
+from aquilamoe.lineage.expected import expected_stages
+from aquilamoe.lineage.graph import read_graph
+from aquilamoe.lineage.lookup import find
+from aquilamoe.pipeline.store import Store
+
+KEYS = ("source", "target", "budget", "source_tokens")
+
+
+def answer(values: Mapping[str, Any], experiment: Mapping[str, Any], shipped: Path) -> None:
+    """Print advice. values: with the question's keys. experiment: whose stages a source may name.
+
+    shipped: the folder of the studies that come with the platform; those of the store are read, too.
+    """
+    root = local(str(experiment["paths"]["root"])).absolute()
+    question = ask(values, lambda text: _find(text, experiment, Store(root)))
+    recorded = load([shipped, root / "ablations"])
+    out = console()
+    out.print(f"{described(question)}\n", soft_wrap=True)
+    topic = ""
+    for sentence in advise(question, recorded, rules()):
+        if sentence.topic != topic:
+            topic = sentence.topic
+            out.print(f"{TITLES[sentence.topic]}:", style="bold")
+        out.print(f"  {sentence.text}", soft_wrap=True)
+        if sentence.evidence:
+            out.print(f"      {_relative(sentence.evidence)}", style="dim", soft_wrap=True)
+    out.print(f"\n{len(recorded)} recorded {'study' if len(recorded) == 1 else 'studies'} read.")
+
+
+def described(question: AdviceQuery) -> str:
+    """The question as it was understood."""
+    source, seen = question.source, "an unknown number of"
+    if source.tokens is not None:
+        seen = f"{count(source.tokens)} ({source.tokens / source.params:.3g} a parameter)"
+    active = f", {count(question.active_params)} active" if question.kind == "scale_out" else ""
+    return (
+        f"From {count(source.params)} parameters trained on {seen} tokens to {count(question.target_params)}{active}, "
+        f"with {count(question.budget)} tokens of training after growth:"
+    )
+
+
+def _find(text: str, experiment: Mapping[str, Any], store: Store) -> GrowthSource:
+    """A checkpoint of the store, or a directory that transformers opens, of which nobody knows its tokens."""
+    path = local(text)
+    if (path / CONFIG_FILE).is_file():
+        model = read_config(path)
+        return GrowthSource(model.num_params, None, model)
+    nodes = graph.build(graph.parse({**experiment, "action": "lineage"}))
+    wanted = {name: each.fingerprint for name, each in expected_stages(nodes).items()}
+    entry = find(read_graph(store.stages), wanted, text, latest=True)
+    model = read_config(entry.directory / "model" if entry.is_stage else entry.directory)
+    tokens = entry.metrics.get("lineage_tokens")
+    return GrowthSource(model.num_params, float(tokens) if tokens is not None else None, model)
+
+
+def _relative(evidence: str) -> str:
+    """Evidence with the path of its file from here."""
+    where, colon, rest = evidence.partition(": ")
+    return f"{os.path.relpath(where)}{colon}{rest}" if Path(where).is_file() else evidence

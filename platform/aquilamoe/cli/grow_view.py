@@ -1,0 +1,210 @@
+"""What a user of the growth tool sees: the plan, a bar with rates, the certificate, the summary."""
+
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from aquilamoe import format
+from aquilamoe.checkpoint.companions import left_behind
+from aquilamoe.checkpoint.safetensors_header import ITEM_BYTES
+from aquilamoe.cli.tables import make_table
+from aquilamoe.config.grow import GrowConfig
+from aquilamoe.config.network import ModelConfig
+from aquilamoe.format import duration, size_or_absent
+from aquilamoe.growth.bounds import certificate_bytes
+from aquilamoe.growth.tool import held_out, plan
+from aquilamoe.growth.tool.card import certificate_rows
+from aquilamoe.growth.tool.remarks import architecture, remarks, written
+from aquilamoe.growth.tool.request import CheckpointFiles, Request
+from aquilamoe.process import interruption
+
+REFRESH_S = 0.1
+
+
+class Bar:
+    """One step of the work: a bar on a terminal, and a line at its end. With `total_bytes` it also tells the rate."""
+
+    def __init__(self, out: Console, step: str, unit: str, total_bytes: int = 0) -> None:
+        self.out, self.step, self.unit, self.total_bytes = out, step, unit, total_bytes
+        self._started = time.monotonic()
+        self._drawn = 0.0
+        self._last = ""
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[numbers]}"))
+        self._bars = Progress(*columns, TimeRemainingColumn(compact=True), console=out, transient=True)
+        self._task = self._bars.add_task(f"  {step:<11}", total=None, numbers="")
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._started
+
+    def update(self, done: int, total: int) -> None:
+        """Show how far the step is."""
+        interruption.check()
+        now = time.monotonic()
+        if self.out.is_terminal and (now - self._drawn > REFRESH_S or done == total):
+            self._drawn = now
+            numbers = self._numbers(done, total)
+            self._bars.update(self._task, completed=done, total=total, numbers=numbers)
+
+    def _numbers(self, done: int, total: int) -> str:
+        rate = size_or_absent(int(self.total_bytes * done / total / max(self.seconds, 1e-3)))
+        return f"{done}/{total} {self.unit}" + (f"  {rate}/s" if self.total_bytes else "")
+
+    def __enter__(self) -> "Bar":
+        if self.out.is_terminal:
+            self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.out.is_terminal:
+            self._bars.stop()
+        if self._last:
+            say(self.out, self.step, self._last)
+
+    def end(self, text: str) -> None:
+        """What the line says that stays when the bar is gone."""
+        self._last = text
+
+
+def say(out: Console, step: str, text: str) -> None:
+    """A line about one step of the work."""
+    out.print(f"  {step:<11}  {text}", soft_wrap=True)
+
+
+def show_plan(out: Console, request: Request, config: GrowConfig, state: str, tolerance: float) -> None:
+    """Where everything comes from and what it takes; nothing was started."""
+    _show_heads(out, request, state)
+    differences = make_table("size", ">source", ">target", "")
+    for row in plan.sizes(request):
+        differences.add_row(row.field, row.source, row.target, row.why)
+    out.print(differences)
+    if left := left_behind(request.source.directory):
+        out.print(f"\nleft    {', '.join(left)}: about the source alone", soft_wrap=True)
+    if copies := plan.copies(request):
+        out.print(f"\ncopies  {', '.join(copies)}", soft_wrap=True)
+    if layers := plan.layers(request):
+        out.print(f"layers  {', '.join(layers)}   (target <- source; * is a further copy)", soft_wrap=True)
+    out.print()
+    _show_tensors(out, request, config.plan == "full")
+    out.print()
+    _show_cost(out, request, config)
+    _show_claim(out, request, config, tolerance)
+    out.print("\nOnly headers and config.json were read; nothing was started.")
+
+
+def _show_heads(out: Console, request: Request, state: str) -> None:
+    heads = make_table("", "", "", ">parameters", ">active", ">bytes", "")
+    source, dtype = request.source, request.source.dtype_name
+    places = (relative(source.directory), architecture(source)), (relative(request.target), written(request))
+    heads.add_row("source", *places[0], *_counts(source.model), size_or_absent(source.weight_bytes), dtype)
+    heads.add_row("target", *places[1], *_counts(request.model), size_or_absent(plan.target_bytes(request)), dtype)
+    out.print(heads)
+    out.print(f"{request.kind} by {request.growth.method}; {state}\n")
+    for remark in remarks(request):
+        out.print(f"{remark}\n", soft_wrap=True)
+
+
+def _counts(model: ModelConfig) -> tuple[str, str]:
+    return format.count(model.num_params), format.count(model.num_active_params)
+
+
+def _show_tensors(out: Console, request: Request, full: bool) -> None:
+    lines = [(one.tensor, one.layers, _shape(one), one.source, one.how) for one in plan.lines(request, full)]
+    if full:  # text that tools can read: a tensor a line, however wide
+        cells = [(tensor, shape, source, how) for tensor, _, shape, source, how in lines]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        for row in cells:
+            text = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+            out.print(text.rstrip(), soft_wrap=True)
+        return
+    table = make_table("tensor", "layers", "shape", "from", "how")
+    for column in table.columns:
+        column.overflow = "fold"
+    for line in lines:
+        table.add_row(*line)
+    out.print(table)
+
+
+def _shape(line: plan.TensorLine) -> str:
+    return " x ".join(map(str, line.shape))
+
+
+def _show_cost(out: Console, request: Request, config: GrowConfig) -> None:
+    cost = plan.cost(request, config.disk_bytes_per_s)
+    files = f"{cost.files} file{'s' * (cost.files > 1)}"
+    out.print(f"reads   {size_or_absent(cost.read_bytes)}")
+    out.print(
+        f"writes  {size_or_absent(cost.written_bytes)} in {files}; {size_or_absent(cost.free_bytes)} are free there"
+    )
+    certifying = ""
+    if config.certificate.enabled:
+        shape = held_out.shape(request.source.model, config.certificate)
+        item_bytes = max(4, ITEM_BYTES[request.source.dtype])
+        needed = certificate_bytes(request.source.model, request.model, *shape, item_bytes)
+        certifying = f", the certificate at most {size_or_absent(needed)}"
+    out.print(
+        f"memory  the growth at most {size_or_absent(cost.memory_bytes)}{certifying}, beside the libraries",
+        soft_wrap=True,
+    )
+    rate = f"{size_or_absent(int(config.disk_bytes_per_s))}/s, as disk_bytes_per_s says (stated, not measured)"
+    out.print(f"time    about {duration(cost.seconds)} at {rate}; the certificate comes on top", soft_wrap=True)
+
+
+def _show_claim(out: Console, request: Request, config: GrowConfig, tolerance: float) -> None:
+    if not request.preserving:
+        out.print("claim   none: source and target differ, the certificate says by how much")
+    elif config.certificate.enabled:
+        tokens = f"{config.certificate.tokens:,} tokens"
+        limit = f"{tolerance:.3g} of the logits' spread"
+        is_rounded = ITEM_BYTES[request.source.dtype] < 4
+        before = f", before it is rounded to {request.source.dtype_name}" if is_rounded else ""
+        out.print(
+            f"claim   the function is kept; refused if a logit is off by more than {limit} on {tokens}{before}",
+            soft_wrap=True,
+        )
+    else:
+        out.print("claim   the function is kept; certificate.enabled is false, so nothing will be measured")
+
+
+def show_certificate(out: Console, certificate: Mapping[str, Any]) -> None:
+    """What was measured, one measure a line."""
+    table = make_table("certificate", "")
+    for measure, value in certificate_rows(certificate):
+        table.add_row(measure, value)
+    out.print(table)
+
+
+def show_result(out: Console, request: Request, record: Mapping[str, Any]) -> None:
+    """The last table: what there was and what there is."""
+    table = make_table("", "", ">layers", ">hidden", ">heads", ">experts", ">parameters", ">active", ">bytes")
+    for name, kind, model, count in (
+        ("source", architecture(request.source), request.source.model, request.source.weight_bytes),
+        ("target", written(request), request.model, plan.target_bytes(request)),
+    ):
+        experts = f"{model.num_experts}, top {model.num_experts_per_tok}" if model.is_moe else format.ABSENT
+        heads = f"{model.num_attention_heads}/{model.num_key_value_heads}"
+        shape = (str(model.num_hidden_layers), str(model.hidden_size), heads, experts)
+        table.add_row(name, kind, *shape, *_counts(model), size_or_absent(count))
+    out.print(table)
+    if record["certificate"] is not None:
+        out.print()
+        show_certificate(out, record["certificate"])
+
+
+def show_comparison(out: Console, source: CheckpointFiles, target: CheckpointFiles) -> None:
+    """Which two checkpoints are compared."""
+    table = make_table("", "", "", ">parameters", ">active", ">bytes", "")
+    for name, found in (("source", source), ("target", target)):
+        counts = *_counts(found.model), size_or_absent(found.weight_bytes)
+        table.add_row(name, relative(found.directory), architecture(found), *counts, found.dtype_name)
+    out.print(table)
+
+
+def relative(path: Path) -> str:
+    """A path as short as it can be said from here."""
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)

@@ -1,0 +1,34 @@
+"""How fast training is, as the cluster states it or by what the processors of this machine can do."""
+
+import os
+from dataclasses import dataclass
+from typing import Self
+
+from aquilamoe.config.schema import ClusterConfig
+from aquilamoe.estimates import processor_speed
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Of training on all devices, where no record tells it: `flops_per_s`, or what `cores` of this machine can do."""
+
+    flops_per_s: float | None
+    cores: int = 0
+
+    @classmethod
+    def of(cls, cluster: ClusterConfig) -> Self:
+        """As the cluster states it."""
+        if cluster.flops_per_s is not None:
+            return cls(cluster.flops_per_s)
+        if cluster.device_flops_per_s is not None and cluster.mfu is not None:
+            devices = cluster.workers * max(1, cluster.gpus_per_worker)
+            return cls(devices * cluster.device_flops_per_s * cluster.mfu)
+        if cluster.address is None and not cluster.gpus_per_worker:
+            return cls(None, min(cluster.workers * cluster.cpus_per_worker, os.cpu_count() or 1))
+        return cls(None)
+
+    def seconds(self, flops: float, work: float | None) -> float | None:
+        """For so much training; None where nobody knows."""
+        if self.flops_per_s is not None:
+            return flops / self.flops_per_s
+        return (work or flops) / processor_speed.work_per_s(self.cores) if self.cores else None

@@ -1,0 +1,72 @@
+"""What tells copies of a feed-forward apart: noise, neurons in another order, neurons drawn afresh (METHODS 5)."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from aquilamoe.checkpoint import tensor_names
+from aquilamoe.config.schema import UpcyclingConfig
+from aquilamoe.growth import noise, rng
+from aquilamoe.growth.lazy_tensor import Index, LazyTensor, gathered, wide
+
+
+@dataclass(frozen=True)
+class Variety:
+    """The differences between the copies of one layer's feed-forward.
+
+    place: where they go, e.g. `model.layers.3.`; with a role it names a stream of random numbers.
+    dtype: of the computation, float32 or wider.
+    """
+
+    upcycling: UpcyclingConfig
+    seed: int
+    place: str
+    dtype: torch.dtype
+
+    def vary(self, tensor: LazyTensor, role: str, copy: int) -> LazyTensor:
+        """What tells the neurons of a copy apart: rows of gate and up, and columns of down, by one order for all."""
+        if self.upcycling.method not in ("permute", "drop"):
+            return tensor
+        axis = 1 if role == tensor_names.DOWN else 0
+        neurons = neuron_order(tensor.shape[axis], self.seed, self.place, copy)
+        if self.upcycling.method == "permute":
+            return _take(tensor, axis, neurons)
+        dropped = neurons[: math.ceil(self.upcycling.drop_ratio * len(neurons))]
+        return _redraw(tensor, axis, dropped, self._drawn(tensor.shape, f"{role}/drop.{copy}"))
+
+    def add_noise(self, part: LazyTensor, tensor: LazyTensor, expert: str, factor: float) -> LazyTensor:
+        """Noise of an expert's own, as a fraction of the deviation of the whole tensor, times its `factor`."""
+        if self.upcycling.method != "noise":
+            return part
+        size, drawn = self.upcycling.noise * factor, self._drawn(part.shape, expert)
+        return part.derive(lambda index: drawn[index].mul_(size * tensor.std).add_(part[index]), None, drawn)
+
+    def _drawn(self, shape: tuple[int, ...], role: str) -> LazyTensor:
+        return noise.drawn(shape, 1.0, self.dtype, self.seed, self.place + role)
+
+
+def neuron_order(size: int, seed: int, place: str, copy: int) -> Tensor:
+    """The order of a copy's neurons; the first of them are those that `drop` draws afresh."""
+    return torch.from_numpy(rng.permutation(size, rng.stream(seed, f"{place}neurons.{copy}")))
+
+
+def _take(tensor: LazyTensor, axis: int, neurons: Tensor) -> LazyTensor:
+    """Neurons of a feed-forward in an order."""
+    if axis == 0:
+        return gathered(tensor, neurons)
+    return tensor.derive(lambda index: tensor[index].index_select(1, neurons), (tensor.shape[0], len(neurons)))
+
+
+def _redraw(tensor: LazyTensor, axis: int, dropped: Tensor, drawn: LazyTensor) -> LazyTensor:
+    """Draw the dropped neurons afresh, with the mean and deviation of what they were (Drop-Upcycling)."""
+    old = _take(tensor, axis, dropped.sort().values)
+    is_dropped = torch.zeros(tensor.shape[axis], dtype=torch.bool)
+    is_dropped[dropped] = True
+
+    def read(index: Index) -> Tensor:
+        fresh = drawn[index] * old.std + old.mean
+        return torch.where(is_dropped if axis else is_dropped[index][:, None], fresh, wide(tensor[index]))
+
+    return tensor.derive(read, None, drawn)

@@ -1,0 +1,220 @@
+"""The model card of a grown checkpoint: what it is, from what, by which command, and what was measured."""
+
+import json
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from aquilamoe import format
+from aquilamoe.config.grow import GrowConfig
+from aquilamoe.growth.tool.plan import sizes
+from aquilamoe.growth.tool.remarks import deed, remarks
+from aquilamoe.growth.tool.request import Request
+
+CARD = "README.md"
+# What a source's card says of rights and languages holds for what is grown from it.
+CARRIED = ("license", "license_name", "license_link", "language")
+PLAIN = r"([\w.+/-][\w .+/-]*|\"[\w .+/-]+\"|'[\w .+/-]+'|https?://[\w.+/#?=&%~-]+)"
+LICENCE_FILES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY", "COPYING")
+TOOL = "EfficientScale"
+
+
+def render(
+    request: Request, config: GrowConfig, command: str, record: Mapping[str, Any], source_digests: Mapping[str, str]
+) -> str:
+    """The text of README.md; paths appear by their last part, so that it does not depend on where it was made."""
+    source = checkpoint_name(request.source.directory)
+    parts = [
+        "---",
+        *_front_matter(request, source),
+        "---",
+        "",
+        f"# {request.target.name}",
+        "",
+        _summary(request, source),
+        "",
+        "## Recipe",
+        "",
+        "```",
+        portable(command, config),
+        "```",
+        "",
+        *_settings(request),
+        "",
+        "## Certificate",
+        "",
+        *_certificate(record["certificate"], request.preserving),
+        "",
+        "## Sizes",
+        "",
+        *_sizes(request),
+        "",
+        "## Source",
+        "",
+        f"`{source}`, identified by the SHA-256 of its files (those of the grown tensors are in `record.json`):",
+        "",
+        *_table(("file", "SHA-256"), [(name, f"`{digest}`") for name, digest in sorted(source_digests.items())]),
+        "",
+        *_licence(request.source.directory, source),
+    ]
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def checkpoint_name(directory: Path) -> str:
+    """What a checkpoint is called: `owner/name` in a hub's cache, otherwise the name of its directory."""
+    for part in directory.parts:
+        if part.startswith("models--"):
+            return part.removeprefix("models--").replace("--", "/")
+    return directory.name
+
+
+def portable(command: str, config: GrowConfig) -> str:
+    """The command as typed, with directories and files by their names alone."""
+    names = {
+        "source": checkpoint_name(Path(config.source)),
+        "target": Path(config.target).name,
+        "certificate.text": Path(config.certificate.text or "").name,
+    }
+    words = []
+    for word in shlex.split(command):
+        key = word.partition("=")[0]
+        words.append(f"{key}={names[key]}" if key in names and "=" in word else word)
+    return shlex.join(words)
+
+
+def _front_matter(request: Request, source: str) -> list[str]:
+    carried = _carried(request.source.directory)
+    method = request.growth.method
+    tags = [TOOL.lower(), request.kind.replace("_", "-"), method.replace("_", "-"), *(["moe"] * request.model.is_moe)]
+    return [
+        *(line for key in CARRIED for line in carried.get(key, [])),
+        f"base_model: {json.dumps(source, ensure_ascii=False)}",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags:",
+        *(f"- {tag}" for tag in tags),
+    ]
+
+
+def _carried(source: Path) -> dict[str, list[str]]:
+    """Lines of the front matter of the source's card, by key: a plain value, or a list below it."""
+    try:
+        text = (source / CARD).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return {}
+    found = re.match(r"---\r?\n(.*?)\r?\n---\s*(\n|$)", text, re.DOTALL)
+    carried: dict[str, list[str]] = {}
+    key = ""
+    for line in found[1].splitlines() if found else ():
+        if start := re.match(r"([A-Za-z_]+):", line):
+            key = start[1]
+            carried[key] = [line]
+        elif key:
+            carried[key].append(line)
+    return {key: lines for key, lines in carried.items() if key in CARRIED and _is_plain(lines)}
+
+
+def _is_plain(lines: Sequence[str]) -> bool:
+    """Whether lines are a value that needs no parser to be copied: words, a list of words, or a list below the key."""
+    first, *rest = (line.rstrip() for line in lines)
+    _, value = first.split(":", 1)
+    if rest:
+        return not value and all(re.fullmatch(rf"\s*- {PLAIN}", line) for line in rest)
+    return bool(re.fullmatch(rf"\s*({PLAIN}|\[{PLAIN}(, *{PLAIN})*\])", value))
+
+
+def _summary(request: Request, source: str) -> str:
+    old, new = request.source.model, request.model
+    claim = "claims to compute the same function" if request.preserving else "does not claim to keep the function"
+    if request.kind == "scale_up":
+        what = f"{deed(request)} by `{request.growth.method}`"
+    else:
+        experts = f"{new.num_experts} experts, {new.num_experts_per_tok} for a token"
+        what = f"upcycled to {experts}, by `{request.growth.method}`"
+    return (
+        f"`{source}` with {format.count(old.num_params)} parameters, {what} to {format.count(new.num_params)} "
+        "parameters "
+        f"({format.count(new.num_active_params)} active). It has not been trained since; the growth {claim}. "
+        f"{' '.join([*remarks(request), f'Made by {TOOL}.'])}"
+    )
+
+
+def _settings(request: Request) -> list[str]:
+    growth = request.growth.model_dump(mode="json")
+    values = [*growth.items(), ("seed", request.seed), ("dtype", request.source.dtype_name)]
+    return _table(("setting", "value"), [(key, f"`{value}`") for key, value in values])
+
+
+def _certificate(certificate: Mapping[str, Any] | None, preserving: bool) -> list[str]:
+    if certificate is None:
+        claim = " that it keeps the function" if preserving else ""
+        return [f"None was made: nothing was measured, and the growth's claim{claim} is unproven here."]
+    return _table(("measure", "value"), certificate_rows(certificate))
+
+
+def certificate_rows(certificate: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The measures of a certificate, in words."""
+    difference, spread = certificate["max_abs_dlogit"], certificate["logit_spread"]
+    rounding = certificate.get("rounding")
+    before = f", before rounding to {rounding['dtype']}" if rounding else ""
+    share = f"{difference / spread:.3g} of the logits' spread" if spread else "the source's logits are all equal"
+    found = [("largest difference of a logit", f"{difference:.3g}, {share}{before}")]
+    if certificate["preserving"]:
+        found.append(("allowed", f"{certificate['tolerance']:.3g} of the spread"))
+    if layers := certificate["layers"]:
+        worst = max(range(len(layers)), key=layers.__getitem__)
+        place = f"layer {worst - 1}" if worst else "the embedding"
+        found.append(("largest difference of a layer", f"{layers[worst]:.3g} of what it adds, in {place}"))
+    if certificate["ties"]:
+        found.append(("ties", "logits differ by more where experts of equal score changed places"))
+    if rounding:
+        found += _rounding_rows(rounding)
+    return [
+        *found,
+        ("KL(source, target), nats/token", f"{certificate['kl']:.3g}"),
+        ("loss of the source, nats/token", f"{certificate['source_loss']:.5f}"),
+        ("loss of the target, nats/token", f"{certificate['target_loss']:.5f}"),
+        ("tokens", f"{certificate['tokens']:,}"),
+        ("text", str(certificate["text"])),
+    ]
+
+
+def _rounding_rows(rounding: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What rounding does to the target, and what it does to the source where its own weights are rounded once more."""
+
+    def effect(whose: str) -> str:
+        share, kl = rounding[f"{whose}_relative"], rounding[f"{whose}_kl"]
+        return f"a logit by up to {share:.3g} of the spread, KL {kl:.3g} nats/token"
+
+    return [
+        (f"rounding to {rounding['dtype']} moves", f"{effect('target')}, on {rounding['tokens']:,} tokens"),
+        ("the same, of the source's weights", f"{effect('source')}, rounded once more"),
+    ]
+
+
+def _sizes(request: Request) -> list[str]:
+    old, new = request.source.model, request.model
+    cells = [(size.field, size.source, size.target, size.why) for size in sizes(request)]
+    cells.append(("parameters", f"{old.num_params:,}", f"{new.num_params:,}", ""))
+    cells.append(("active parameters", f"{old.num_active_params:,}", f"{new.num_active_params:,}", ""))
+    return _table(("", "source", "target", ""), cells)
+
+
+def _licence(source: Path, name: str) -> list[str]:
+    files = sorted(path.name for path in source.iterdir() if path.name.upper().startswith(LICENCE_FILES))
+    stated = _carried(source).get("license")
+    if not stated and not files:
+        return []
+    parts = ["The terms of the source hold for what is grown from it"]
+    if stated:
+        parts.append(f"its card says `{stated[0]}`")
+    if files:
+        parts.append(f"{', '.join(f'`{file}`' for file in files)} of `{name}` is here")
+    return ["## Licence", "", f"{': '.join([parts[0], ', '.join(parts[1:])])}."]
+
+
+def _table(titles: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:
+    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
+    return lines + ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in cells]

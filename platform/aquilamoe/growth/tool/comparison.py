@@ -1,0 +1,80 @@
+"""Source and target compared on held-out tokens: the certificate, with the text that it was made on."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self
+
+from pydantic import ValidationError
+
+from aquilamoe import format
+from aquilamoe.cli import grow_view
+from aquilamoe.config.grow import CertificateConfig
+from aquilamoe.config.schema import GrowthConfig, UpcyclingConfig
+from aquilamoe.growth.bounds import default_tolerance, file_tolerance
+from aquilamoe.growth.tool import identity
+from aquilamoe.growth.tool.held_out import HeldOut
+from aquilamoe.growth.tool.request import CheckpointFiles
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a target is held to: whether it keeps the function, and by which growth, where that is known."""
+
+    preserving: bool
+    growth: GrowthConfig | UpcyclingConfig | None = None
+    seed: int = 0
+
+    @classmethod
+    def of_record(cls, record: Mapping[str, Any]) -> Self:
+        """The claim of a target by this tool; of one whose recipe nobody knows any more, that of its logits alone."""
+        settings = record["recipe"]["config"]
+        if record["recipe"].get("version") != identity.VERSION:  # the same recipe made other weights then
+            return cls(bool(record.get("preserving")))
+        try:
+            growth: GrowthConfig | UpcyclingConfig = (
+                GrowthConfig.model_validate(settings["growth"])
+                if "growth" in settings
+                else UpcyclingConfig.model_validate(settings["upcycling"])
+            )
+            return cls(record["preserving"], growth, settings["seed"])
+        except (KeyError, ValidationError):
+            return cls(bool(record.get("preserving")))
+
+
+def tolerance(
+    source: CheckpointFiles, certificate: CertificateConfig, growth: GrowthConfig | UpcyclingConfig | None
+) -> float:
+    """How far a growth may be off that claims to keep the function, as a fraction of the logits' spread."""
+    default = file_tolerance if growth is None else default_tolerance
+    return certificate.tolerance or default(source.dtype)
+
+
+def compare(
+    out: "Console",
+    source: CheckpointFiles,
+    target: CheckpointFiles,
+    text: HeldOut,
+    settings: CertificateConfig,
+    claim: Claim,
+) -> dict[str, Any]:
+    """Measure how far apart two checkpoints are; UserError when they claim to be equal and are not."""
+    import torch
+
+    from aquilamoe.growth.certificate import certify
+
+    with grow_view.Bar(out, "certificate", "layers") as bar:
+        found: dict[str, Any] = certify(
+            source.directory,
+            target.directory,
+            torch.from_numpy(text.tokens_bt),
+            claim.preserving,
+            tolerance(source, settings, claim.growth),
+            growth=claim.growth,
+            seed=claim.seed,
+            progress=bar.update,
+        )
+        bar.end(f"{found['tokens']:,} tokens in {format.duration(bar.seconds)}")
+    return {**found, "text": text.text}

@@ -1,0 +1,114 @@
+"""The tokens on which source and target are compared: held-out text in the source's own vocabulary."""
+
+import hashlib
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from aquilamoe.config.grow import CertificateConfig
+from aquilamoe.config.messages import UserError
+from aquilamoe.config.network import ModelConfig
+from aquilamoe.config.paths import local
+from aquilamoe.config.plugins import PACKAGE_ROOT
+from aquilamoe.data.tokenizer import encode, open_tokenizer
+
+if TYPE_CHECKING:
+    import numpy as np
+    from tokenizers import Tokenizer
+
+TOKENIZER_FILE = "tokenizer.json"
+EMBEDDED = PACKAGE_ROOT / "data" / "embedded"
+# No text needs more bytes than this for a token, on average; what is beyond is not read.
+BYTES_PER_TOKEN = 64
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Sequences to compare on, (rows, length + 1): the last column is only predicted; `text` says what they are."""
+
+    tokens_bt: "np.ndarray"
+    text: str
+
+
+def read(source: Path, model: ModelConfig, certificate: CertificateConfig, seed: int) -> HeldOut:
+    """About `certificate.tokens` tokens of text, encoded by the tokenizer of `source`, in whole sequences.
+
+    Without a tokenizer.json they are random ids. UserError for an unreadable tokenizer or text, for a tokenizer of
+    another vocabulary, and for too short a text.
+    """
+    import numpy as np
+
+    rows, length = shape(model, certificate)
+    if not (source / TOKENIZER_FILE).is_file():
+        draw = random.Random(seed)
+        ids = [[draw.randrange(model.vocab_size) for _ in range(length + 1)] for _ in range(rows)]
+        return HeldOut(np.array(ids, np.int64), f"random ids, the source has no {TOKENIZER_FILE}")
+    tokenizer = open_tokenizer(source / TOKENIZER_FILE)
+    path = None if certificate.text is None else local(certificate.text)
+    texts = list(_embedded()) if path is None else [_read_text(path, rows * (length + 1))]
+    share = math.ceil(rows / len(texts))
+    parts = [_sequences(tokenizer, text, share, length, str(source / TOKENIZER_FILE)) for text in texts]
+    tokens_bt = np.concatenate(parts)
+    if not len(tokens_bt):
+        raise UserError(
+            f"certificate.text: {path or 'the embedded validation text'} is shorter than one sequence of {length + 1} "
+            f"tokens; give a {'longer ' if path else ''}text, or a smaller certificate.sequence_length"
+        )
+    _check_vocabulary(source, int(tokens_bt.max()), model)
+    digest = hashlib.sha256(tokens_bt.astype("<i8").tobytes()).hexdigest()
+    name = "embedded validation text" if path is None else path.name
+    return HeldOut(tokens_bt, f"{name} (SHA-256 of the ids {digest[:12]})")
+
+
+def shape(model: ModelConfig, certificate: CertificateConfig) -> tuple[int, int]:
+    """How many sequences, and how many tokens of each are predicted."""
+    length = min(certificate.sequence_length, model.max_position_embeddings)
+    return math.ceil(certificate.tokens / length), length
+
+
+def _check_vocabulary(source: Path, largest: int, model: ModelConfig) -> None:
+    if largest >= model.vocab_size:
+        raise UserError(
+            f"{source / TOKENIZER_FILE}: makes token {largest} of the held-out text, the model's vocab_size is "
+            f"{model.vocab_size}; take tokenizer and weights from the same checkpoint, or set certificate.enabled=false"
+        )
+
+
+def _embedded() -> Iterator[str]:
+    """The validation split of every embedded language, each as one text."""
+    import pyarrow.parquet as pq
+
+    for path in sorted(EMBEDDED.glob("*.parquet")):
+        rows = pq.read_table(path, columns=["text", "split"], filters=[("split", "=", "validation")])
+        yield "\n\n".join(rows.column("text").to_pylist())
+
+
+def _read_text(path: Path, tokens: int) -> str:
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise UserError(f"certificate.text: {path} is no file; name a text file")
+    try:
+        with path.open("rb") as file:
+            data = file.read(tokens * BYTES_PER_TOKEN)
+    except OSError as error:
+        raise UserError(f"certificate.text: {path} cannot be read ({error.strerror}); name a text file") from None
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        if error.start < len(data) - 3:  # a character cut at the end is no mistake
+            raise UserError(f"certificate.text: {path} is not UTF-8 at byte {error.start}; convert it") from None
+        return data[: error.start].decode()
+
+
+def _sequences(tokenizer: "Tokenizer", text: str, rows: int, length: int, name: str) -> "np.ndarray":
+    """Sequences of length + 1 tokens, each beginning with the token that the one before ends with."""
+    import numpy as np
+
+    # No more text than is needed: tokenizing all of it takes seconds.
+    (ids,) = encode(tokenizer, [text[: (rows * length + 1) * BYTES_PER_TOKEN]], name)
+    rows = min(rows, (len(ids) - 1) // length)
+    return np.array([ids[row * length : row * length + length + 1] for row in range(rows)], np.int64).reshape(
+        -1, length + 1
+    )

@@ -1,0 +1,87 @@
+"""What a target is: its recipe, with the source by the digests of its files; never where or when it was made."""
+
+import hashlib
+from collections.abc import Mapping
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+from aquilamoe.checkpoint import hf_config, links
+from aquilamoe.checkpoint.companions import companions
+from aquilamoe.config.messages import UserError
+from aquilamoe.growth.tool.request import Request
+from aquilamoe.pipeline import code
+from aquilamoe.pipeline.fingerprint import Recipe, differences, fingerprint
+
+# Raised by hand when the same recipe makes other files.
+VERSION = 3
+SHOWN_DIFFERENCES = 3
+BUFFER_BYTES = 8 * 2**20
+
+
+def source_files(request: Request) -> list[Path]:
+    """What the target is made of: weights, config.json, the files beside them that are copied, and the card."""
+    source = request.source
+    weights = sorted({info.file for info in source.tensors.values()})
+    card = [path for path in [source.directory / "README.md"] if path.is_file()]
+    for path in card:
+        links.check(path, source.directory)
+    named = [source.directory / hf_config.CONFIG_FILE, *(source.directory / file for file in weights), *card]
+    return [*named, *companions(source.directory)]
+
+
+def digests(files: list[Path], stop: Event | None = None) -> dict[str, str]:
+    """SHA-256 of every file by its name beside the first, as hubs of checkpoints list them; several are read at once.
+
+    stop: once it is set, reading ends with CancelledError.
+    """
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        found = pool.map(lambda path: _digest(path, stop or Event()), files)
+        return dict(zip((str(path.relative_to(files[0].parent)) for path in files), found, strict=True))
+
+
+def _digest(path: Path, stop: Event) -> str:
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(BUFFER_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            if stop.is_set():
+                raise CancelledError
+            digest.update(buffer[:count])
+    return digest.hexdigest()
+
+
+def recipe(request: Request, source: Mapping[str, str]) -> Recipe:
+    """All that the bytes of the weights depend on; `source` are the digests of its files."""
+    name = "growth" if request.kind == "scale_up" else "upcycling"
+    model, growth = request.model.model_dump(mode="json"), request.growth.model_dump(mode="json")
+    config = {name: growth, "model": model, "dtype": request.source.dtype_name, "seed": request.seed}
+    changed = {"code": own} if (own := code.of(config)) else {}
+    inputs = {"source": dict(sorted(source.items()))}
+    return {"kind": request.kind, "version": VERSION, "config": config, "inputs": inputs, **changed}
+
+
+def identity(recipe: Recipe) -> str:
+    """A short name of the recipe."""
+    return fingerprint(recipe)
+
+
+def changes(request: Request, record: Mapping[str, Any]) -> list[str]:
+    """How the recipe of a record differs from the request's; the source is read only where nothing else differs."""
+    old = record["recipe"]
+    known = old["inputs"].get("source")
+    known = known if isinstance(known, dict) else {}
+    if changed := differences(old, recipe(request, known)):
+        return changed
+    changed = differences(old, recipe(request, digests(source_files(request))))
+    return [f"{line.split(' ', 1)[0]} has other bytes" for line in changed]
+
+
+def check_same(target: Path, request: Request, record: Mapping[str, Any]) -> None:
+    """UserError unless the target was made by this recipe."""
+    if changed := changes(request, record):
+        more = f" and {len(changed) - SHOWN_DIFFERENCES} more" if len(changed) > SHOWN_DIFFERENCES else ""
+        raise UserError(
+            f"target: {target} was made by another recipe ({'; '.join(changed[:SHOWN_DIFFERENCES])}{more}); nothing "
+            "was changed, name another target or remove this one"
+        )

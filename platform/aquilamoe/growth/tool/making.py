@@ -1,0 +1,147 @@
+"""From a request to a published target: grow, certify, describe, rename."""
+
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from threading import Event
+from typing import TYPE_CHECKING, Any
+
+from aquilamoe import format
+from aquilamoe.cli import grow_view
+from aquilamoe.config.grow import GrowConfig
+from aquilamoe.files import write_atomically
+from aquilamoe.growth.tool import card, comparison, held_out, identity, output, plan, unchanged
+from aquilamoe.growth.tool.comparison import Claim
+from aquilamoe.growth.tool.held_out import HeldOut
+from aquilamoe.growth.tool.output import TargetFolder
+from aquilamoe.growth.tool.request import Request, open_checkpoint
+from aquilamoe.pipeline.store import to_json
+from aquilamoe.process import errors, interruption
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+# Card, record, tokenizer and what file systems keep for themselves.
+SLACK_BYTES = 64 * 10**6
+STARTS_ANEW = "nothing is left behind; the same command starts anew"
+CONTINUES = "the weights are kept beside the target; the same command continues with the certificate"
+
+
+class Making:
+    """One target in the making. `seconds` are what its parts took so far, which is no part of what it is."""
+
+    def __init__(self, out: "Console", request: Request, config: GrowConfig, command: str, place: TargetFolder) -> None:
+        self.out, self.request, self.config, self.command, self.place = out, request, config, command, place
+        self.seconds: dict[str, float] = {}
+        self._is_grown = False
+
+    def run(self) -> dict[str, Any]:
+        """Publish the target and return its record. What fails leaves nothing; what is interrupted can continue."""
+        started = time.time()
+        try:
+            with errors.at(self.request.target):
+                record = self._make()
+                interruption.check()
+                run = {"started": started, "seconds": time.time() - started, **self.seconds}
+                write_atomically(self.place.partial / output.RUN, to_json(run, str(self.request.target)) + "\n")
+                self.place.publish(record)
+        except KeyboardInterrupt:
+            if not self._is_grown:
+                self.place.discard()
+            raise KeyboardInterrupt(CONTINUES if self._is_grown else STARTS_ANEW) from None
+        except BaseException:
+            self.place.discard()
+            raise
+        return record
+
+    def _make(self) -> dict[str, Any]:
+        """Fill the directory; return the record."""
+        text = self._held_out()  # what is wrong with it is said before anything is written
+        note = self.place.grown()
+        if note is not None and not identity.changes(self.request, note):
+            grow_view.say(self.out, "grow", "done by an earlier run, which was cut off")
+        else:
+            self.place.discard()
+            note = self._grow()
+        self._is_grown = True
+        record = self._describe(note, self._certify(text))
+        page = card.render(self.request, self.config, self.command, record, record["recipe"]["inputs"]["source"])
+        (self.place.partial / card.CARD).write_text(page, encoding="utf-8")
+        return record
+
+    def _held_out(self) -> HeldOut | None:
+        if not self.config.certificate.enabled:
+            return None
+        source = self.request.source
+        return held_out.read(source.directory, source.model, self.config.certificate, self.config.seed)
+
+    def _grow(self) -> dict[str, Any]:
+        """Write all tensors of the target; return what is known of them. The source's files are hashed meanwhile."""
+        self.place.check_space(plan.target_bytes(self.request) + SLACK_BYTES)
+        unchanged.check(self.request.source.directory)
+        stop = Event()
+        with ThreadPoolExecutor(max_workers=1) as aside:
+            digests = aside.submit(identity.digests, identity.source_files(self.request), stop)
+            try:
+                tensors = self._grow_tensors()
+                recipe = identity.recipe(self.request, digests.result())
+                note = {"fingerprint": identity.identity(recipe), "recipe": recipe, "tensors": tensors}
+            except BaseException:
+                stop.set()
+                raise
+        self.place.note_grown(note)
+        return note
+
+    def _grow_tensors(self) -> dict[str, str]:
+        """SHA-256 of every tensor that the engine wrote."""
+        request = self.request
+        grow = _engine(request.kind)
+        with grow_view.Bar(self.out, "grow", "tensors", plan.target_bytes(request)) as bar:
+            source, target = request.source.directory, self.place.partial
+            tensors = grow(source, target, request.model, request.growth, request.seed, bar.update)
+            self.seconds["grow_s"] = bar.seconds
+            written = plan.target_bytes(request)
+            rate = format.size_or_absent(int(written / max(bar.seconds, 1e-3)))
+            bar.end(f"{format.size_or_absent(written)} in {format.duration(bar.seconds)}, {rate}/s, on disk")
+        return dict(tensors)
+
+    def _certify(self, text: HeldOut | None) -> dict[str, Any] | None:
+        if text is None:
+            return None
+        began = time.monotonic()
+        target = open_checkpoint("target", self.place.partial)
+        request, settings = self.request, self.config.certificate
+        claim = Claim(request.preserving, request.growth, request.seed)
+        certificate = comparison.compare(self.out, request.source, target, text, settings, claim)
+        self.seconds["certificate_s"] = time.monotonic() - began
+        return certificate
+
+    def _describe(self, note: Mapping[str, Any], certificate: Mapping[str, Any] | None) -> dict[str, Any]:
+        """All that is known of the target. No time is in it: made again, it is the same."""
+        request = self.request
+        return {
+            "fingerprint": note["fingerprint"],
+            "recipe": note["recipe"],
+            "source": {
+                "name": card.checkpoint_name(request.source.directory),
+                "model": request.source.model.model_dump(mode="json"),
+            },
+            "params_total": request.model.num_params,
+            "params_active": request.model.num_active_params,
+            "preserving": request.preserving,
+            "certificate": certificate,
+            "tensors": note["tensors"],
+            "versions": {package: version(package) for package in ("aquilamoe", "torch")},
+        }
+
+
+def _engine(kind: str) -> Any:
+    """What grows by `scale_up` or by `scale_out`. Only one is imported: the latter may do without torch."""
+    if kind == "scale_up":
+        from aquilamoe.growth.scale_up import scale_up
+
+        return scale_up
+    from aquilamoe.growth.scale_out import scale_out
+
+    return scale_out

@@ -1,0 +1,188 @@
+"""What a growth would do and take, from headers alone: rows for the plan's tables."""
+
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from aquilamoe.checkpoint import sharding
+from aquilamoe.config.network import ModelConfig
+from aquilamoe.config.schema import GrowthConfig
+from aquilamoe.growth.bounds import growth_bytes
+from aquilamoe.growth.depth import map_layers
+from aquilamoe.growth.tool.origins import Origin, space_names, trace
+from aquilamoe.growth.tool.request import Request
+from aquilamoe.growth.units import UnitMap, map_units
+
+
+@dataclass(frozen=True)
+class TensorLine:
+    """A line of the plan's table of tensors: one tensor, or its equals in many layers and among many experts."""
+
+    tensor: str
+    layers: str
+    shape: tuple[int, ...]
+    source: str
+    how: str
+
+
+@dataclass(frozen=True)
+class Size:
+    """A field of the model, of source and target; `why` is empty where both are equal."""
+
+    field: str
+    source: str
+    target: str
+    why: str
+
+
+@dataclass(frozen=True)
+class GrowthCost:
+    """What a growth takes: bytes of disk, bytes of memory at most, and seconds at `disk_bytes_per_s`."""
+
+    read_bytes: int
+    written_bytes: int
+    files: int
+    memory_bytes: int
+    free_bytes: int
+    seconds: float
+
+
+def document(request: Request, disk_bytes_per_s: float) -> dict[str, Any]:
+    """The whole plan as one JSON document, a line of it for every tensor."""
+    return {
+        "version": 1,
+        "action": "plan",
+        "source": str(request.source.directory),
+        "target": str(request.target),
+        "kind": request.kind,
+        "method": request.growth.method,
+        "preserving": request.preserving,
+        "model": request.model.model_dump(mode="json"),
+        "parameters": request.model.num_params,
+        "active_parameters": request.model.num_active_params,
+        "tensors": [asdict(line) for line in lines(request, full=True)],
+        "cost": asdict(cost(request, disk_bytes_per_s)),
+    }
+
+
+def lines(request: Request, full: bool) -> list[TensorLine]:
+    """Where every tensor of the target comes from, in the order of its files; `full` has a line for each."""
+    origins = trace(request)
+    if full:
+        return [TensorLine(o.name, "", o.shape, " + ".join(o.sources), o.how) for o in origins]
+    groups: dict[tuple[object, ...], list[Origin]] = {}
+    for origin in origins:
+        key = (origin.family, origin.shape, origin.pattern, origin.layer is None)
+        groups.setdefault(key, []).append(origin)
+    in_layers = {o.family: place for place, o in reversed(list(enumerate(origins)))}
+    rows = sorted(groups.values(), key=lambda group: in_layers[group[0].family])
+    kinds = _layer_kinds(request)
+    return [_line(group, kinds) for group in rows]
+
+
+def _layer_kinds(request: Request) -> dict[frozenset[int], str]:
+    """What sets of layers are called that need not be listed."""
+    everywhere = range(request.model.num_hidden_layers)
+    kinds = {frozenset(everywhere): "all"}
+    if isinstance(request.growth, GrowthConfig):
+        found = map_layers(request.source.model, request.model, request.growth)
+        further = {layer for layer in everywhere if found.is_new[layer]}
+        kinds |= {frozenset(further): "further *", frozenset(everywhere) - further: "all but *"} if further else {}
+    return kinds
+
+
+def _line(group: Sequence[Origin], kinds: Mapping[frozenset[int], str]) -> TensorLine:
+    first = group[0]
+    source, how = first.pattern
+    if first.layer is None:
+        return TensorLine(first.name, "", first.shape, source, how)
+    layers = sorted({origin.layer for origin in group if origin.layer is not None})
+    tensor = first.family
+    if ".experts.*." in tensor:
+        experts = sorted({int(origin.name.partition(".experts.")[2].split(".")[0]) for origin in group})
+        tensor = tensor.replace("*", ranges(experts))
+    return TensorLine(tensor, kinds.get(frozenset(layers)) or ranges(layers), first.shape, source, how)
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Rising numbers as ranges: 0-3, 5, 7-9."""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)
+
+
+def sizes(request: Request) -> list[Size]:
+    """Every field of the model that differs, then those that stay, as one row each."""
+    source, model = request.source.model, request.model
+    different = [field for field in ModelConfig.model_fields if getattr(source, field) != getattr(model, field)]
+    return [
+        Size(field, _shown(getattr(source, field)), _shown(getattr(model, field)), request.derived.get(field, "named"))
+        for field in different
+    ]
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, tuple):
+        return ranges(value) or "none"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def copies(request: Request) -> list[str]:
+    """How often units are copied: `channels 1-2 times`; of an upcycling, how often a feed-forward is."""
+    source, model = request.source.model, request.model
+    if not isinstance(request.growth, GrowthConfig):
+        return []
+    units = map_units(source, model, request.growth, request.seed)
+    return [f"{name} {_times(space)}" for name, space in space_names(units).items() if not space.is_identity]
+
+
+def _times(space: UnitMap) -> str:
+    fewest, most = min(space.counts), max(space.counts)
+    padding = f" and {space.padding} zeros" if space.padding else ""
+    return (f"{fewest} times" if fewest == most else f"{fewest}-{most} times") + padding
+
+
+def layers(request: Request) -> list[str]:
+    """The source's layer of every target layer: `0-1 <- 0`, `2 <- 1`; new copies are marked. None when all stay."""
+    if not isinstance(request.growth, GrowthConfig):
+        return []
+    found = map_layers(request.source.model, request.model, request.growth)
+    if found.is_identity:
+        return []
+    return [
+        f"{layer}{'*' if is_new else ''} <- {source}"
+        for layer, (source, is_new) in enumerate(zip(found.sources, found.is_new, strict=True))
+    ]
+
+
+def target_bytes(request: Request) -> int:
+    """Bytes of the target's weight files."""
+    return sum(shard.size for shard in _shards(request))
+
+
+def _shards(request: Request) -> list[sharding.ShardLayout]:
+    return sharding.plan_shards(request.shapes, request.source.dtype, sharding.MAX_SHARD_BYTES)
+
+
+def cost(request: Request, disk_bytes_per_s: float) -> GrowthCost:
+    """What the growth reads, writes and keeps in memory; the certificate comes on top."""
+    largest = max(sharding.num_bytes(shape, request.source.dtype) for shape in request.shapes.values())
+    read, written = request.source.weight_bytes, target_bytes(request)
+    return GrowthCost(
+        read_bytes=read,
+        written_bytes=written,
+        files=len(_shards(request)),
+        memory_bytes=growth_bytes(largest),
+        free_bytes=shutil.disk_usage(_existing(request.target)).free,
+        seconds=(read + written) / disk_bytes_per_s,
+    )
+
+
+def _existing(path: Path) -> Path:
+    return next(place for place in (path, *path.parents) if place.exists())

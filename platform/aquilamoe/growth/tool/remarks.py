@@ -1,0 +1,68 @@
+"""What a target is in words, and where it is not what the source's config.json would lead one to expect."""
+
+from aquilamoe.checkpoint import carrying, hf_config, tensor_names
+from aquilamoe.growth.tool.request import CheckpointFiles, Request
+
+_WIDTHS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+_DIRECTIONS = {
+    "width": _WIDTHS,
+    "depth": ("num_hidden_layers",),
+    "vocabulary": ("vocab_size",),
+    "context length": ("max_position_embeddings",),
+}
+
+
+def deed(request: Request) -> str:
+    """What was done to a dense model that stays dense: `grown in width and depth`."""
+    source, target = request.source.model, request.model
+    larger = [
+        name
+        for name, fields in _DIRECTIONS.items()
+        if any(getattr(target, field) > getattr(source, field) for field in fields)
+    ]
+    if not larger:
+        return "copied in all its sizes"
+    first, last = ", ".join(larger[:-1]), larger[-1]
+    return f"grown in {first} and {last}" if first else f"grown in {last}"
+
+
+def remarks(request: Request) -> list[str]:
+    """Sentences on a format that changes, and on a head that is read as another than config.json says."""
+    return [*_format(request), *_head(request.source)]
+
+
+def architecture(checkpoint: CheckpointFiles) -> str:
+    """The architecture that a checkpoint's config.json states, in short: Llama."""
+    return short(checkpoint.config.architecture)
+
+
+def written(request: Request) -> str:
+    """The architecture as which the target is written, in short."""
+    return short(carrying.target_architecture(request.source.config, request.model))
+
+
+def short(name: str) -> str:
+    """The architecture without what all of their names end in."""
+    return name.removesuffix("ForCausalLM")
+
+
+def _format(request: Request) -> list[str]:
+    old, new = architecture(request.source), written(request)
+    if old == new:
+        return []
+    heads, hidden = request.model.num_attention_heads, request.model.hidden_size
+    if request.model.is_moe:
+        why = "the format of transformers for these experts"
+    else:
+        why = f"the same network, whose {heads} heads do not divide the hidden size {hidden}, which {old} refuses"
+    return [f"The source is a {old}, the target is written as a {new}: {why}."]
+
+
+def _head(source: CheckpointFiles) -> list[str]:
+    if source.model.tie_word_embeddings or not source.config.values.get("tie_word_embeddings"):
+        return []
+    return [
+        f"The source's {hf_config.CONFIG_FILE} says tie_word_embeddings, its {tensor_names.HEAD} has other numbers "
+        "than "
+        "the embedding: it is read as untied, as transformers does."
+    ]

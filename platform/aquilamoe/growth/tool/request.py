@@ -1,0 +1,176 @@
+"""What a call asks for: source and target with all sizes, which of them follow, and what the growth claims."""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from aquilamoe.checkpoint import carrying, companions, fit, hf_config, links, packed, safetensors_header, tensor_names
+from aquilamoe.checkpoint.hf_config import CheckpointConfig
+from aquilamoe.config.graph import grown_model
+from aquilamoe.config.grow import GrowConfig, SparseUpcycling
+from aquilamoe.config.messages import UserError
+from aquilamoe.config.network import ModelConfig
+from aquilamoe.config.paths import local
+from aquilamoe.config.schema import GrowthConfig, UpcyclingConfig
+from aquilamoe.growth import rules
+from aquilamoe.growth.depth import map_layers
+
+CARD = "README.md"
+
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # OWNER/NAME: also a path, but of no directory
+
+
+@dataclass(frozen=True)
+class CheckpointFiles:
+    """A checkpoint on disk, as its config.json and its headers tell."""
+
+    directory: Path
+    config: CheckpointConfig
+    tensors: Mapping[str, safetensors_header.TensorInfo]
+
+    @property
+    def model(self) -> ModelConfig:
+        return self.config.model
+
+    @property
+    def dtype(self) -> str:
+        """Safetensors' name of the type of its embedding, e.g. BF16: also that of what is grown from it."""
+        return self.tensors[tensor_names.EMBEDDING].dtype
+
+    @property
+    def dtype_name(self) -> str:
+        return safetensors_header.DTYPE_NAMES[self.dtype]
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(tensor.num_bytes for tensor in self.tensors.values())
+
+
+@dataclass(frozen=True)
+class Request:
+    """A growth of one checkpoint to another, checked: it can be done.
+
+    derived: sizes of the target that nobody named and that are not the source's, with what they follow.
+    preserving: whether the growth claims to keep the function.
+    """
+
+    source: CheckpointFiles
+    target: Path
+    model: ModelConfig
+    growth: GrowthConfig | UpcyclingConfig
+    seed: int
+    derived: Mapping[str, str]
+    preserving: bool
+
+    @property
+    def kind(self) -> str:
+        """The stage of the pipeline that does this."""
+        return "scale_up" if isinstance(self.growth, GrowthConfig) else "scale_out"
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of all tensors of the target, in the order of its files."""
+        return tensor_names.tensor_shapes(self.model)
+
+
+def directory(key: str, value: str) -> Path:
+    """A path as the user typed it, absolute and without links, so that renaming works on what it names."""
+    if not value.strip():
+        raise UserError(f"{key}: '{value}' is no directory; name one")
+    return Path(os.path.realpath(local(value)))
+
+
+def open_checkpoint(key: str, path: Path) -> CheckpointFiles:
+    """Read config.json and the headers; UserError unless they are of one model that can be computed."""
+    if not path.is_dir():
+        what = "is a file" if path.exists() else "no such directory"
+        if HUB_NAME.fullmatch(typed := os.path.relpath(path)):
+            what += f" (from the Hugging Face hub: hf download {typed} --local-dir {path.name}, then {key}={path.name})"
+        raise UserError(f"{key}: {path}: {what}; name a directory with a Hugging Face checkpoint")
+    config = hf_config.read_checkpoint_config(path)
+    tensors = packed.read(path)
+    fit.check(path, config.model, tensors)
+    # Links out of the checkpoint are refused here, before anything is read that is copied.
+    companions.companions(path)
+    links.check(path / CARD, path)
+    return CheckpointFiles(path, config, tensors)
+
+
+def resolve(config: GrowConfig) -> Request:
+    """Fill in all sizes and check the growth; UserError with one line for what cannot be done."""
+    source_path, target = directory("source", config.source), directory("target", config.target)
+    _check_apart(source_path, target)
+    source = open_checkpoint("source", source_path)
+    growth = config.upcycling.plain if config.upcycling else config.growth
+    assert growth is not None, "a configuration to run or plan names one"
+    changes = _changes(config, source.model)
+    model = grown_model(source.model, changes, "model", config.growth)
+    try:
+        rules.check(source.model, model, growth)
+        carrying.carried(source.config, model, _layers(source.model, model, growth), source.dtype_name)
+    except UserError as error:
+        # A rule's message begins with the field: of the model, or of the growth itself.
+        inside = "" if str(error).startswith(("growth", "upcycling", "architecture")) else "model."
+        raise UserError(f"{inside}{error}") from None
+    return Request(
+        source=source,
+        target=target,
+        model=model,
+        growth=growth,
+        seed=config.seed,
+        derived=_derived(source.model, model, config),
+        preserving=rules.preserves(growth, source.model, model),
+    )
+
+
+def _layers(source: ModelConfig, model: ModelConfig, growth: GrowthConfig | UpcyclingConfig) -> Sequence[int]:
+    """The layer of the source behind every layer of the target."""
+    if isinstance(growth, GrowthConfig):
+        return map_layers(source, model, growth).sources
+    return range(model.num_hidden_layers)
+
+
+def _check_apart(source: Path, target: Path) -> None:
+    if source == target:
+        raise UserError(f"target: {target} is the source; a growth leaves its source as it is, name another directory")
+    if not target.name:
+        raise UserError(f"target: {target} is the root of all directories; name a new directory in it")
+    partial = target.with_name(f"{target.name}.partial")
+    if source.is_relative_to(partial):
+        raise UserError(f"target: {partial} is where it grows, and the source is there; name another target")
+    if source.is_relative_to(target):
+        raise UserError(f"target: {target} contains the source; name a directory of its own")
+
+
+def _changes(config: GrowConfig, source: ModelConfig) -> dict[str, Any]:
+    """The sizes that were named, with those that `upcycling.layers` stands for."""
+    changes = {field: value for field, value in config.model.items() if value is not None}
+    if not isinstance(config.upcycling, SparseUpcycling):
+        return changes
+    dense = config.upcycling.dense_layers(source.num_hidden_layers)
+    if dense is None:
+        return changes
+    if "mlp_only_layers" in changes:
+        raise UserError(
+            f"upcycling.layers: {config.upcycling.layers}, and model.mlp_only_layers {changes['mlp_only_layers']} says "
+            "it too; name one of them"
+        )
+    return {**changes, "mlp_only_layers": dense}
+
+
+def _derived(source: ModelConfig, model: ModelConfig, config: GrowConfig) -> dict[str, str]:
+    """Why each size that was not named differs from the source's."""
+    reasons = {
+        "num_attention_heads": f"follows hidden_size at head_dim {model.head_dim}",
+        "head_dim": "follows hidden_size and num_attention_heads",
+        "rms_norm_eps": "follows hidden_size by growth.norm zero_pad",
+        "moe_intermediate_size": "follows the source's feed-forward",
+        "mlp_only_layers": "follows upcycling.layers",
+        "intermediate_size": "follows moe_intermediate_size, no layer is dense",
+    }
+    named = {field for field, value in config.model.items() if value is not None}
+    different = [field for field in ModelConfig.model_fields if getattr(source, field) != getattr(model, field)]
+    return {field: reasons.get(field, "follows the others") for field in different if field not in named}

@@ -1,0 +1,87 @@
+"""What a training stage writes down while it runs, and the seconds that each part of it takes."""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from aquilamoe.training.job import FIRST, Job, Rank
+from aquilamoe.training.metrics import MetricsFile, PointsFile
+from aquilamoe.training.parallel import ParallelContext
+from aquilamoe.training.router_load import RouterLoad
+
+WAIT, STEP, VALIDATION, CHECKPOINT = "wait", "step", "validation", "checkpoint"
+
+
+class MetricsLogger:
+    """metrics.jsonl, router.jsonl of a Mixture of Experts, and a stopwatch between two points of them."""
+
+    def __init__(self, job: Job, group: ParallelContext, resume_step: int, rank: Rank = FIRST) -> None:
+        """resume_step: what was written after it is forgotten, see `PointsFile`. rank: its meter is told as well."""
+        self.batch_tokens, enabled = job.stage.batch_tokens, group.is_first
+        self.metrics = MetricsFile(
+            job.out / "metrics.jsonl",
+            resume_step=resume_step,
+            batch_tokens=self.batch_tokens,
+            flops_per_token=job.model.flops_per_token(job.stage.sequence_length),
+            ancestor_tokens=job.ancestor_tokens,
+            ancestor_flops=job.ancestor_flops,
+            enabled=enabled,
+        )
+        self.router: PointsFile | None = None
+        if job.model.is_moe:
+            self.router = PointsFile(job.out / "router.jsonl", resume_step, self.batch_tokens, enabled)
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.steps = 0
+        self.meter = rank.meter
+        if self.meter:
+            self.meter.begins(job, rank, group.device, resume_step)
+
+    @contextmanager
+    def measure(self, part: str) -> Iterator[None]:
+        """Count the seconds of a `with` block to a part."""
+        started = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - started
+        self.seconds[part] += seconds
+        self.steps += part == STEP
+        if self.meter:
+            self.meter.spent(part, seconds)
+
+    def stepped(self, step: int, values: Mapping[str, float]) -> None:
+        """The values of a step, which the host has: for the meter alone."""
+        if self.meter:
+            self.meter.stepped(step, values)
+
+    def write(self, step: int, values: Mapping[str, float], router_load: RouterLoad | None) -> None:
+        """Add a point: the values of this step, and what was measured since the point before."""
+        point, table = {**values, **self._speeds()}, None
+        if router_load and not router_load.is_empty:
+            assert self.router is not None
+            means, table = router_load.read_and_reset()
+            point |= means
+            self.router.write(step, table)
+        self.metrics.write(step, point)
+        if self.meter:
+            self.meter.measured(step, point, table)
+        self.seconds.clear()
+        self.steps = 0
+
+    def _speeds(self) -> dict[str, Any]:
+        """Speed in the steps themselves: validating and saving have seconds of their own."""
+        found = {}
+        if self.steps:
+            busy = self.seconds[WAIT] + self.seconds[STEP]
+            found["train/tokens_per_s"] = self.steps * self.batch_tokens / busy
+            found["train/data_wait_share"] = self.seconds[WAIT] / busy
+        for part, name in ((VALIDATION, "val/seconds"), (CHECKPOINT, "checkpoint/seconds")):
+            if part in self.seconds:
+                found[name] = self.seconds[part]
+        return found
+
+    def sync(self) -> None:
+        """Wait until every point is on disk."""
+        for file in (self.metrics, self.router):
+            if file:
+                file.sync()
