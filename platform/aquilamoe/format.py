@@ -1,7 +1,5 @@
 """How numbers with a unit are written, wherever a person reads them."""
 
-from aquilamoe import format as formats
-
 
 def size(num_bytes: float) -> str:
     """Bytes with three digits and the unit that fits: 0 B, 8.5 MB, 999 GB, 1,300 TB."""
@@ -50,7 +48,7 @@ def seconds(value: float | None) -> str:
 
 def size_or_absent(count: int) -> str:
     """Bytes with a unit: 8.5 MB."""
-    return formats.size(count) if count else ABSENT
+    return size(count) if count else ABSENT
 
 
 def duration(seconds: float | None) -> str:

@@ -1,4 +1,4 @@
-"""Stages as rows of a table, and how numbers are written: shared by the page and the terminal, quick to import."""
+"""Stages as rows of a table: shared by the pages and the terminal, quick to import."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
