@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from aquilamoe.config.graph import Node
 from aquilamoe.config.messages import UserError
 from aquilamoe.config.schema import ExperimentConfig
+from aquilamoe.estimates.duration import Speed
 from aquilamoe.format import size
 from aquilamoe.lineage import differences
 from aquilamoe.lineage import rebuild as rebuilding
@@ -174,7 +175,10 @@ def _verdict(verified: Verified, width: int) -> str:
 def _rebuild(question: LineageQuery) -> None:
     """Make an output anew beside the store and compare it with its record; UserError if other bytes come out."""
     question, entry = question.find("checkpoint", question.experiment.checkpoint)
-    rebuild = rebuilding.prepare(question.experiment, entry, question.library, question.wanted, question.store.root)
+    speed = Speed.of(question.experiment.cluster)
+    rebuild = rebuilding.prepare(
+        question.experiment, entry, question.library, question.wanted, question.store.root, speed
+    )
     taken = ", ".join(each.stage for each in rebuild.taken) or "nothing"
     question.say(f"{_label(entry)} is made anew in {rebuild.store.root}; taken from the store: {taken}.")
     with rebuild.store.lock():

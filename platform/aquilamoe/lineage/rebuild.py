@@ -11,14 +11,13 @@ from pydantic import TypeAdapter, ValidationError
 from aquilamoe.config import graph
 from aquilamoe.config.messages import UserError
 from aquilamoe.config.schema import ExperimentConfig, ReportConfig, Stage
-from aquilamoe.estimates.duration import Speed
 from aquilamoe.lineage.artifacts import Artifact
 from aquilamoe.lineage.expected import ExpectedStage
 from aquilamoe.lineage.graph import ArtifactGraph
 from aquilamoe.lineage.verify import verify
 from aquilamoe.pipeline import plan as planning
 from aquilamoe.pipeline.fingerprint import Recipe, differences
-from aquilamoe.pipeline.plan import Planned
+from aquilamoe.pipeline.plan import Planned, TrainingSpeed
 from aquilamoe.pipeline.store import Store
 
 FOLDER = "rebuild"
@@ -59,10 +58,12 @@ def prepare(
     library: ArtifactGraph,
     wanted: Mapping[str, ExpectedStage],
     root: Path,
+    speed: TrainingSpeed,
 ) -> Rebuild:
     """Plan it, and put ancestors that are whole where the plan finds them; UserError if it cannot be made by this code.
 
     wanted: the experiment's stages, for recipes that no record has any more. root: the scratch root lies in it.
+    speed: of training, for expected times.
     """
     if not entry.is_stage:
         raise UserError(
@@ -78,7 +79,7 @@ def prepare(
     for each in taken:
         _link(store.directory(names[each.fingerprint], each.fingerprint), each.directory)
     nodes = graph.build(_experiment(experiment, entry, known, names))
-    plan = planning.make(nodes, store, Speed.of(experiment.cluster))
+    plan = planning.make(nodes, store, speed)
     _check_code(entry, known, names, plan)
     plan = [planned for planned in plan if planned.fingerprint in needed]
     anew = [planned.name for planned in plan if planned.state != "cached"]

@@ -67,7 +67,7 @@ def own(record: Record) -> Cost:
     noted = record.get("cost")
     if noted:
         return Cost(**noted["own"])
-    flops = (record.get("metrics") or {}).get("flops") if record.get("kind") == "pretrain" else None
+    flops = (record.get("metrics") or {}).get("flops")
     return Cost(_finite(flops), _finite(record.get("seconds")))
 
 

@@ -79,7 +79,7 @@ def _of_training(
 ) -> float | None:
     comparable = [record for record in whole if _on(record, devices)][:1]
     if not comparable:
-        others = [record for record in _all_training(store) if _on(record, devices)]
+        others = [record for record in _of_its_kind(node, store) if _on(record, devices)]
         comparable = _most_alike(node, others) or others
     records = [record for record in comparable if record["metrics"].get("flops")]
     if not records:
@@ -90,8 +90,8 @@ def _of_training(
     return float(took * node.flops / sum(record["metrics"]["flops"] for record in records))
 
 
-def _all_training(store: Store) -> list[Record]:
-    return [record for record in store.history() if record["kind"] == "pretrain" and not record.get("resumed")]
+def _of_its_kind(node: Node, store: Store) -> list[Record]:
+    return [record for record in store.history() if record["kind"] == node.stage.kind and not record.get("resumed")]
 
 
 def _most_alike(node: Node, records: Iterable[Record]) -> list[Record]:

@@ -3,11 +3,10 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 from aquilamoe.config.graph import Node
 from aquilamoe.config.schema import ClusterConfig
-from aquilamoe.estimates.duration import Speed
 from aquilamoe.pipeline import checkpoint_sync, code, expectation
 from aquilamoe.pipeline import fingerprint as identity
 from aquilamoe.pipeline.cost import Cost, own, rates
@@ -45,7 +44,15 @@ class Planned:
         return self.state in ("resumes", "runs")
 
 
-def make(nodes: Mapping[str, Node], store: Store, speed: Speed, devices: int | None = None) -> list[Planned]:
+class TrainingSpeed(Protocol):
+    """How fast training is where no record tells it; the plan itself knows nothing of devices."""
+
+    def seconds(self, flops: float, work: float | None) -> float | None:
+        """For so much training; None where nobody knows. work: as `Estimate.work`."""
+        ...
+
+
+def make(nodes: Mapping[str, Node], store: Store, speed: TrainingSpeed, devices: int | None = None) -> list[Planned]:
     """Fingerprint every stage in order and compare with what the store holds.
 
     speed: of training, where the store has no record of one to learn it from. devices: how many train; records of
@@ -88,7 +95,7 @@ def _planned(
     resumes: bool,
     store: Store,
     done: Mapping[str, Planned],
-    speed: Speed,
+    speed: TrainingSpeed,
     devices: int | None,
 ) -> Planned:
     digest = identity.fingerprint(recipe)
