@@ -10,7 +10,6 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from aquilamoe.cli.console import silent_console
 from aquilamoe.cli.shipped import CONF, options
 from aquilamoe.config import grow as grow_config
 from aquilamoe.config.grow import GrowConfig
@@ -19,6 +18,7 @@ from aquilamoe.growth.tool import plan
 from aquilamoe.growth.tool.grow import certify as grow_certify
 from aquilamoe.growth.tool.grow import make
 from aquilamoe.growth.tool.plan import GrowthCost, TensorLine
+from aquilamoe.growth.tool.reporter import Silent
 from aquilamoe.growth.tool.request import resolve
 from aquilamoe.lineage.artifacts import Artifact
 from aquilamoe.lineage.graph import ArtifactGraph, read_graph
@@ -153,7 +153,7 @@ def certify(source: str | Path, target: str | Path, **settings: Any) -> Mapping[
     Raises:
         UserError: the two cannot be compared, or the target claims to keep the function and does not.
     """
-    return grow_certify(_config(source, target, {}, None, None, 1234, settings, "certify"), silent_console())
+    return grow_certify(_config(source, target, {}, None, None, 1234, settings, "certify"), Silent())
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ class Store:
 def _made(config: GrowConfig, verb: str) -> GrownCheckpoint:
     request = resolve(config)
     call = f"aquilamoe.{verb}({config.source!r}, {config.target!r}, ...)"
-    return GrownCheckpoint(request.target, make(request, config, call, silent_console()))
+    return GrownCheckpoint(request.target, make(request, config, call, Silent()))
 
 
 def _config(

@@ -1,6 +1,5 @@
 """How wide the terminal is, and a curve in one line of it."""
 
-import io
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -22,11 +21,6 @@ def console() -> Console:
     found = found if found.is_terminal else Console(highlight=False, markup=False, width=160)
     found.push_render_hook(_Escaping())
     return found
-
-
-def silent_console() -> Console:
-    """A console whose lines are dropped, for callers that want results and no output."""
-    return Console(file=io.StringIO())
 
 
 class _Escaping(RenderHook):

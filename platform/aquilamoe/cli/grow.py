@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from aquilamoe import format
 from aquilamoe.cli import grow_view
@@ -14,9 +14,6 @@ from aquilamoe.config.messages import UserError
 from aquilamoe.growth.tool import comparison, output, plan
 from aquilamoe.growth.tool.grow import certify, make
 from aquilamoe.growth.tool.request import Request, resolve
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 
 def execute(values: Mapping[str, Any], command: str) -> None:
@@ -29,7 +26,7 @@ def execute(values: Mapping[str, Any], command: str) -> None:
         raise UserError(f"json: action={config.action} has no JSON document; action=plan has one")
     if config.action == "certify":
         out = console()
-        certificate = certify(config, out)
+        certificate = certify(config, grow_view.TerminalReporter(out))
         out.print()
         grow_view.show_certificate(out, certificate)
     elif config.action == "plan":
@@ -50,12 +47,8 @@ def _plan(request: Request, config: GrowConfig) -> None:
 
 def _run(request: Request, config: GrowConfig, command: str) -> None:
     out, began = console(), time.monotonic()
-    record = make(request, config, command, out)
+    record = make(request, config, command, grow_view.TerminalReporter(out))
     out.print()
     grow_view.show_result(out, request, record)
     seconds = format.duration(time.monotonic() - began)
     out.print(f"\nDone in {seconds}: {grow_view.relative(request.target)}", soft_wrap=True)
-
-
-def _say_cached(out: "Console", request: Request) -> None:
-    out.print(f"cached: {grow_view.relative(request.target)} is complete, by this very recipe")

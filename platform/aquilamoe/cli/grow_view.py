@@ -16,8 +16,7 @@ from aquilamoe.cli.tables import make_table
 from aquilamoe.config.grow import GrowConfig
 from aquilamoe.config.network import ModelConfig
 from aquilamoe.format import duration, size_or_absent
-from aquilamoe.growth.bounds import certificate_bytes
-from aquilamoe.growth.tool import held_out, plan
+from aquilamoe.growth.tool import comparison, plan
 from aquilamoe.growth.tool.card import certificate_rows
 from aquilamoe.growth.tool.remarks import architecture, remarks, written
 from aquilamoe.growth.tool.request import CheckpointFiles, Request
@@ -69,6 +68,30 @@ class Bar:
     def end(self, text: str) -> None:
         """What the line says that stays when the bar is gone."""
         self._last = text
+
+
+class TerminalReporter:
+    """Shows how a growth goes."""
+
+    def __init__(self, out: Console) -> None:
+        self.out = out
+
+    def step(self, name: str, unit: str, total_bytes: int = 0) -> Bar:
+        return Bar(self.out, name, unit, total_bytes)
+
+    def note(self, step: str, text: str) -> None:
+        say(self.out, step, text)
+
+    def cached(self, target: Path) -> None:
+        self.out.print(f"cached: {relative(target)} is complete, by this very recipe")
+
+    def comparing(self, source: CheckpointFiles, target: CheckpointFiles) -> None:
+        """Which two checkpoints are compared."""
+        table = make_table("", "", "", ">parameters", ">active", ">bytes", "")
+        for name, found in (("source", source), ("target", target)):
+            counts = *_counts(found.model), size_or_absent(found.weight_bytes)
+            table.add_row(name, relative(found.directory), architecture(found), *counts, found.dtype_name)
+        self.out.print(table)
 
 
 def say(out: Console, step: str, text: str) -> None:
@@ -143,9 +166,7 @@ def _show_cost(out: Console, request: Request, config: GrowConfig) -> None:
     )
     certifying = ""
     if config.certificate.enabled:
-        shape = held_out.shape(request.source.model, config.certificate)
-        item_bytes = max(4, ITEM_BYTES[request.source.dtype])
-        needed = certificate_bytes(request.source.model, request.model, *shape, item_bytes)
+        needed = comparison.memory_bytes(request, config.certificate)
         certifying = f", the certificate at most {size_or_absent(needed)}"
     out.print(
         f"memory  the growth at most {size_or_absent(cost.memory_bytes)}{certifying}, beside the libraries",
@@ -194,15 +215,6 @@ def show_result(out: Console, request: Request, record: Mapping[str, Any]) -> No
     if record["certificate"] is not None:
         out.print()
         show_certificate(out, record["certificate"])
-
-
-def show_comparison(out: Console, source: CheckpointFiles, target: CheckpointFiles) -> None:
-    """Which two checkpoints are compared."""
-    table = make_table("", "", "", ">parameters", ">active", ">bytes", "")
-    for name, found in (("source", source), ("target", target)):
-        counts = *_counts(found.model), size_or_absent(found.weight_bytes)
-        table.add_row(name, relative(found.directory), architecture(found), *counts, found.dtype_name)
-    out.print(table)
 
 
 def relative(path: Path) -> str:

@@ -2,21 +2,19 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from pydantic import ValidationError
 
 from aquilamoe import format
-from aquilamoe.cli import grow_view
+from aquilamoe.checkpoint.safetensors_header import ITEM_BYTES
 from aquilamoe.config.grow import CertificateConfig
 from aquilamoe.config.schema import GrowthConfig, UpcyclingConfig
-from aquilamoe.growth.bounds import default_tolerance, file_tolerance
-from aquilamoe.growth.tool import identity
+from aquilamoe.growth.bounds import certificate_bytes, default_tolerance, file_tolerance
+from aquilamoe.growth.tool import held_out, identity
 from aquilamoe.growth.tool.held_out import HeldOut
-from aquilamoe.growth.tool.request import CheckpointFiles
-
-if TYPE_CHECKING:
-    from rich.console import Console
+from aquilamoe.growth.tool.reporter import Reporter
+from aquilamoe.growth.tool.request import CheckpointFiles, Request
 
 
 @dataclass(frozen=True)
@@ -52,8 +50,15 @@ def tolerance(
     return certificate.tolerance or default(source.dtype)
 
 
+def memory_bytes(request: Request, certificate: CertificateConfig) -> int:
+    """The most that comparing source and target takes, over the libraries."""
+    shape = held_out.shape(request.source.model, certificate)
+    item_bytes = max(4, ITEM_BYTES[request.source.dtype])
+    return certificate_bytes(request.source.model, request.model, *shape, item_bytes)
+
+
 def compare(
-    out: "Console",
+    reporter: Reporter,
     source: CheckpointFiles,
     target: CheckpointFiles,
     text: HeldOut,
@@ -65,7 +70,7 @@ def compare(
 
     from aquilamoe.growth.certificate import certify
 
-    with grow_view.Bar(out, "certificate", "layers") as bar:
+    with reporter.step("certificate", "layers") as bar:
         found: dict[str, Any] = certify(
             source.directory,
             target.directory,

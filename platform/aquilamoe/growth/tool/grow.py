@@ -1,60 +1,56 @@
 """One growth of one checkpoint, and its certificate: what the command and the Python API do."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from aquilamoe.cli import grow_view
 from aquilamoe.config.grow import GrowConfig
 from aquilamoe.growth.tool import comparison, held_out, identity, output
 from aquilamoe.growth.tool.comparison import Claim
 from aquilamoe.growth.tool.making import Making
 from aquilamoe.growth.tool.output import TargetFolder
+from aquilamoe.growth.tool.reporter import Reporter
 from aquilamoe.growth.tool.request import Request, directory, open_checkpoint
 
-if TYPE_CHECKING:
-    from rich.console import Console
-from aquilamoe.cli.grow import _say_cached
 
-
-def certify(config: GrowConfig, out: "Console") -> dict[str, Any]:
+def certify(config: GrowConfig, reporter: Reporter) -> dict[str, Any]:
     """Compare two checkpoints as they are; one by this tool is held to what its record claims."""
     source = open_checkpoint("source", directory("source", config.source))
     target = open_checkpoint("target", directory("target", config.target))
     text = held_out.read(source.directory, source.model, config.certificate, config.seed)
-    grow_view.show_comparison(out, source, target)
+    reporter.comparing(source, target)
     record = output.record(target.directory)
     claim = Claim.of_record(record) if record else Claim(config.certificate.tolerance is not None)
-    return comparison.compare(out, source, target, text, config.certificate, claim)
+    return comparison.compare(reporter, source, target, text, config.certificate, claim)
 
 
-def make(request: Request, config: GrowConfig, command: str, out: "Console") -> Mapping[str, Any]:
+def make(request: Request, config: GrowConfig, command: str, reporter: Reporter) -> Mapping[str, Any]:
     """Grow, certify and publish; return the target's record. A target that is complete is served as it is."""
-    cached = _cached(out, request)
+    cached = _cached(reporter, request)
     if cached is not None:
         return cached
     with output.locked(request.target) as place:
         # Another run may have finished it meanwhile, or was killed between the record and the name.
-        cached = _cached(out, request) or _finished(out, request, place)
+        cached = _cached(reporter, request) or _finished(reporter, request, place)
         if cached is None:
-            Making(out, request, config, command, place).run()
+            Making(reporter, request, config, command, place).run()
     published = cached or output.record(request.target)
     assert published is not None
     return published
 
 
-def _cached(out: "Console", request: Request) -> dict[str, Any] | None:
+def _cached(reporter: Reporter, request: Request) -> dict[str, Any] | None:
     record = output.published(request.target)
     if record is None:
         return None
     identity.check_same(request.target, request, record)
-    _say_cached(out, request)
+    reporter.cached(request.target)
     return record
 
 
-def _finished(out: "Console", request: Request, place: TargetFolder) -> dict[str, Any] | None:
+def _finished(reporter: Reporter, request: Request, place: TargetFolder) -> dict[str, Any] | None:
     record = place.finished()
     if record is None or identity.changes(request, record):
         return None
     place.rename()
-    _say_cached(out, request)
+    reporter.cached(request.target)
     return record

@@ -5,22 +5,19 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from threading import Event
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from aquilamoe import format
-from aquilamoe.cli import grow_view
 from aquilamoe.config.grow import GrowConfig
 from aquilamoe.files import write_atomically
 from aquilamoe.growth.tool import card, comparison, held_out, identity, output, plan, unchanged
 from aquilamoe.growth.tool.comparison import Claim
 from aquilamoe.growth.tool.held_out import HeldOut
 from aquilamoe.growth.tool.output import TargetFolder
+from aquilamoe.growth.tool.reporter import Reporter
 from aquilamoe.growth.tool.request import Request, open_checkpoint
 from aquilamoe.pipeline.store import to_json
 from aquilamoe.process import errors, interruption
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 # Card, record, tokenizer and what file systems keep for themselves.
 SLACK_BYTES = 64 * 10**6
@@ -31,8 +28,10 @@ CONTINUES = "the weights are kept beside the target; the same command continues 
 class Making:
     """One target in the making. `seconds` are what its parts took so far, which is no part of what it is."""
 
-    def __init__(self, out: "Console", request: Request, config: GrowConfig, command: str, place: TargetFolder) -> None:
-        self.out, self.request, self.config, self.command, self.place = out, request, config, command, place
+    def __init__(
+        self, reporter: Reporter, request: Request, config: GrowConfig, command: str, place: TargetFolder
+    ) -> None:
+        self.reporter, self.request, self.config, self.command, self.place = reporter, request, config, command, place
         self.seconds: dict[str, float] = {}
         self._is_grown = False
 
@@ -60,7 +59,7 @@ class Making:
         text = self._held_out()  # what is wrong with it is said before anything is written
         note = self.place.grown()
         if note is not None and not identity.changes(self.request, note):
-            grow_view.say(self.out, "grow", "done by an earlier run, which was cut off")
+            self.reporter.note("grow", "done by an earlier run, which was cut off")
         else:
             self.place.discard()
             note = self._grow()
@@ -97,7 +96,7 @@ class Making:
         """SHA-256 of every tensor that the engine wrote."""
         request = self.request
         grow = _engine(request.kind)
-        with grow_view.Bar(self.out, "grow", "tensors", plan.target_bytes(request)) as bar:
+        with self.reporter.step("grow", "tensors", plan.target_bytes(request)) as bar:
             source, target = request.source.directory, self.place.partial
             tensors = grow(source, target, request.model, request.growth, request.seed, bar.update)
             self.seconds["grow_s"] = bar.seconds
@@ -113,7 +112,7 @@ class Making:
         target = open_checkpoint("target", self.place.partial)
         request, settings = self.request, self.config.certificate
         claim = Claim(request.preserving, request.growth, request.seed)
-        certificate = comparison.compare(self.out, request.source, target, text, settings, claim)
+        certificate = comparison.compare(self.reporter, request.source, target, text, settings, claim)
         self.seconds["certificate_s"] = time.monotonic() - began
         return certificate
 
