@@ -5,7 +5,7 @@ from copy import copy
 from dataclasses import dataclass, replace
 from functools import cache
 
-from aquilamoe.ablation.study_graph import Leaf, StudyGraph, ancestors
+from aquilamoe.ablation.study_graph import Leaf, StudyGraph, with_ancestors
 from aquilamoe.ablation.variants import Variant
 from aquilamoe.estimates.duration import Speed
 from aquilamoe.pipeline import plan as planning
@@ -79,7 +79,7 @@ def sources(found: Sequence[Task]) -> list[Task]:
             continue
         last = shared[-1]
         leaf = replace(task.leaf, control=None, stage=last.name, fingerprint=last.fingerprint)
-        needed = ancestors(task.leaf.nodes, last.name)
+        needed = with_ancestors(task.leaf.nodes, last.name)
         stages = [stage for stage in task.stages if stage.name in needed]
         first.setdefault(last.fingerprint, Task(leaf, stages, task.shared))
     return list(first.values())

@@ -6,6 +6,7 @@ from typing import Any
 
 from aquilamoe.ablation.controls import ControlStage, controls
 from aquilamoe.ablation.variants import Compose, Variant, baseline, check_differences, variants
+from aquilamoe.ancestors import ancestors
 from aquilamoe.config import graph
 from aquilamoe.config.ablation import AblationConfig
 from aquilamoe.config.graph import Node
@@ -73,7 +74,7 @@ def build(config: AblationConfig, compose: Compose) -> StudyGraph:
             built = graph.build(experiment.model_copy(update={"stages": stages}))
             digests = {name: identity.fingerprint(recipe) for name, recipe in recipes(built).items()}
             for name, control in [(target, None), *((control.name, control) for control in found)]:
-                needed = {stage: built[stage] for stage in built if stage in ancestors(built, name)}
+                needed = {stage: built[stage] for stage in built if stage in with_ancestors(built, name)}
                 leaves.append(Leaf(variant, control, seed, name, digests[name], needed))
                 nodes |= {digests[stage]: node for stage, node in needed.items() if digests[stage] not in nodes}
             own.append(digests[target])
@@ -117,16 +118,13 @@ def _source(experiment: ExperimentConfig, stage: PretrainStage) -> Stage | None:
 
 def _narrowed(experiment: ExperimentConfig, target: str) -> ExperimentConfig:
     """Only what leads to one stage: what else the experiment has is not run, and need not fit."""
-    needed: set[str] = set()
-    waiting = [target]
-    while waiting:
-        name = waiting.pop()
-        stage = experiment.stages.get(name)
-        if stage is None or name in needed:
-            continue
-        needed.add(name)
+
+    def read(name: str) -> list[str]:
+        stage = experiment.stages[name]
         equal = getattr(stage, "equal_flops", None)
-        waiting += [*stage.inputs.values(), *([equal] if equal else [])]
+        return [each for each in (*stage.inputs.values(), equal) if each in experiment.stages]
+
+    needed = {target, *ancestors(target, read)}
     stages = {name: stage for name, stage in experiment.stages.items() if name in needed}
     return experiment.model_copy(update={"stages": stages, "report": ReportConfig(chain=[], control=None)})
 
@@ -141,9 +139,6 @@ def _budget_tokens(config: AblationConfig, experiment: ExperimentConfig, target:
     return batches * node.stage.batch_tokens
 
 
-def ancestors(nodes: Mapping[str, Node], name: str) -> set[str]:
+def with_ancestors(nodes: Mapping[str, Node], name: str) -> set[str]:
     """A stage and all that it reads, directly or not."""
-    found = {name}
-    for source in nodes[name].stage.inputs.values():
-        found |= ancestors(nodes, source)
-    return found
+    return {name, *ancestors(name, lambda each: nodes[each].stage.inputs.values())}

@@ -1,11 +1,12 @@
 """From an experiment's stages to a graph: references resolved, model sizes and FLOPs known, before anything runs."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import ValidationError
 
+from aquilamoe.ancestors import ancestors
 from aquilamoe.config import passwords
 from aquilamoe.config.messages import UserError, first_problem, nearest
 from aquilamoe.config.scaling import scaled
@@ -218,7 +219,9 @@ class _Builder:
 
     def _check_corpus(self, name: str, stage: PretrainStage, model: ModelConfig) -> None:
         """The tokenizer's ids must be in the model's vocabulary, the mixture's languages in the corpus."""
-        for upstream in self._upstream(stage.inputs["tokens"]):
+        tokens = stage.inputs["tokens"]
+        for name_of in [tokens, *ancestors(tokens, lambda each: self.stages[each].inputs.values())]:
+            upstream = self.stages[name_of]
             if isinstance(upstream, TokenizerStage) and upstream.vocab_size > model.vocab_size:
                 raise UserError(
                     f"stages.{name}: the model's vocab_size {model.vocab_size} is smaller than the tokenizer's "
@@ -229,11 +232,6 @@ class _Builder:
                 raise UserError(
                     f"stages.{name}.mixture.{source}: not in the corpus; {nearest(source, upstream.sources)}"
                 )
-
-    def _upstream(self, name: str) -> Iterator[Stage]:
-        yield self.stages[name]
-        for source in self.stages[name].inputs.values():
-            yield from self._upstream(source)
 
 
 def _check_length(where: str, sequence_length: int, model: ModelConfig) -> None:

@@ -1,9 +1,10 @@
 """All outputs beside each other, and what each of them was made from."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from aquilamoe.ancestors import ancestors
 from aquilamoe.config.messages import UserError
 from aquilamoe.lineage.artifacts import WEIGHTS, Artifact, read_artifact
 from aquilamoe.pipeline.integrity import sha256
@@ -60,15 +61,16 @@ class ArtifactGraph:
         found = [self._parent(role, reference) for role, reference in entry.inputs.items()]
         return sorted(found, key=lambda parent: (parent.role != "source", not (parent.entry and parent.entry.weights)))
 
-    def ancestors(self, entry: Artifact) -> Iterator[Artifact]:
+    def ancestors(self, entry: Artifact) -> list[Artifact]:
         """Everything that an output was made from, each once, nearest first."""
-        waiting, seen = [entry], {entry.directory}
-        while waiting:
-            for parent in self.parents(waiting.pop(0)):
-                if parent.entry is not None and parent.entry.directory not in seen:
-                    seen.add(parent.entry.directory)
-                    waiting.append(parent.entry)
-                    yield parent.entry
+        known = {entry.directory: entry}
+
+        def parents(directory: Path) -> list[Path]:
+            found = [parent.entry for parent in self.parents(known[directory]) if parent.entry is not None]
+            known.update({each.directory: each for each in found if each.directory not in known})
+            return [each.directory for each in found]
+
+        return [known[directory] for directory in ancestors(entry.directory, parents)]
 
     def _parent(self, role: str, reference: Mapping[str, str]) -> Parent:
         fingerprint, name = reference["fingerprint"], reference["directory"]

@@ -1,13 +1,14 @@
 """An output made once more from its recipe, in a scratch root, to see whether the same bytes come out."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from aquilamoe.ancestors import ancestors
 from aquilamoe.config import graph
 from aquilamoe.config.messages import UserError
 from aquilamoe.config.schema import ExperimentConfig, ReportConfig, Stage
@@ -120,17 +121,17 @@ def _names(known: Mapping[str, _Known]) -> dict[str, str]:
 
 def _needed(fingerprint: str, known: Mapping[str, _Known], library: ArtifactGraph, taken: list[Artifact]) -> set[str]:
     """What has a part in it: the output, its ancestors up to those that are in the store and whole."""
-    needed, waiting = {fingerprint}, [fingerprint]
-    while waiting:
-        for source in known[waiting.pop()].recipe["inputs"].values():
-            if source in needed:
-                continue
-            needed.add(source)
-            there = library.by_fingerprint(source)
-            if there is not None and not verify(there).problems:
-                taken.append(there)
-            else:
-                waiting.append(source)
+    whole: dict[str, Artifact] = {}
+
+    def missing(output: str) -> Iterable[str]:
+        there = library.by_fingerprint(output) if output != fingerprint else None
+        if there is not None and not verify(there).problems:
+            whole[output] = there
+            return []
+        return known[output].recipe["inputs"].values()
+
+    needed = {fingerprint, *ancestors(fingerprint, missing)}
+    taken += whole.values()
     return needed
 
 

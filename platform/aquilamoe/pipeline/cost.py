@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from aquilamoe.ancestors import ancestors
 from aquilamoe.config.graph import Node
 from aquilamoe.config.schema import ClusterConfig
 from aquilamoe.pipeline.store import Record
@@ -78,15 +79,14 @@ def _finite(value: Any) -> float:
 def lineage(record: Record, known: Iterable[Record]) -> Cost:
     """What a finished stage cost with everything that it was made from, as far as it is `known`; each output once."""
     by_print = {str(other["fingerprint"]): other for other in known}
-    found: dict[str, Record] = {}
-    todo = [record]
-    while todo:
-        current = todo.pop()
-        if str(current["fingerprint"]) not in found:
-            found[str(current["fingerprint"])] = current
-            prints = [str(source.get("fingerprint")) for source in (current.get("inputs") or {}).values()]
-            todo += [by_print[each] for each in prints if each in by_print]
-    return total(found.values())
+    own = str(record["fingerprint"])
+    by_print[own] = record
+
+    def parents(fingerprint: str) -> list[str]:
+        inputs = (by_print[fingerprint].get("inputs") or {}).values()
+        return [name for source in inputs if (name := str(source.get("fingerprint"))) in by_print]
+
+    return total(by_print[each] for each in [own, *ancestors(own, parents)])
 
 
 def total(records: Iterable[Record]) -> Cost:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from markupsafe import Markup
 
+from aquilamoe.ancestors import ancestors
 from aquilamoe.config.growth import GROWTH_KINDS
 from aquilamoe.format import ABSENT, count, decimal
 from aquilamoe.pipeline.figures import Record, input_stages, metric
@@ -44,30 +45,19 @@ def _parents(record: Record, records: Mapping[str, Record]) -> list[str]:
     return sorted({stage for stage in input_stages(record).values() if stage in records})
 
 
-def _ancestors(name: str, parents: Mapping[str, list[str]]) -> set[str]:
-    found: set[str] = set()
-    todo = list(parents[name])
-    while todo:
-        stage = todo.pop()
-        if stage not in found:
-            found.add(stage)
-            todo += parents[stage]
-    return found
-
-
 def _direct(name: str, parents: Mapping[str, list[str]]) -> list[str]:
     """Parents that are not also ancestors of another parent: the transitive reduction."""
     return [
         parent
         for parent in parents[name]
-        if not any(parent in _ancestors(other, parents) for other in parents[name] if other != parent)
+        if not any(parent in ancestors(other, parents.__getitem__) for other in parents[name] if other != parent)
     ]
 
 
 def _places(parents: Mapping[str, list[str]], chain: Sequence[str]) -> dict[str, tuple[int, int]]:
     """Return (depth, lane) of each stage: the longest way from a root, and the first free lane, the chain first."""
     depth: dict[str, int] = {}
-    for name in sorted(parents, key=lambda stage: len(_ancestors(stage, parents))):
+    for name in sorted(parents, key=lambda stage: len(ancestors(stage, parents.__getitem__))):
         depth[name] = 1 + max((depth[parent] for parent in parents[name]), default=-1)
     taken: set[tuple[int, int]] = set()
     places: dict[str, tuple[int, int]] = {}

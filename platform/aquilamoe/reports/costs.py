@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from aquilamoe.ancestors import ancestors
 from aquilamoe.config.schema import ClusterConfig
 from aquilamoe.format import ABSENT, duration, energy, money, power
 from aquilamoe.pipeline import cost as costing
@@ -74,11 +75,5 @@ def foreseen(plan: Sequence[Planned], cluster: ClusterConfig) -> CostTable:
 
 
 def _with_ancestors(planned: Planned, by_name: Mapping[str, Planned]) -> list[Planned]:
-    found: dict[str, Planned] = {}
-    todo = [planned.name]
-    while todo:
-        name = todo.pop()
-        if name not in found:
-            found[name] = by_name[name]
-            todo += by_name[name].node.stage.inputs.values()
-    return list(found.values())
+    names = ancestors(planned.name, lambda name: by_name[name].node.stage.inputs.values())
+    return [planned, *(by_name[name] for name in names)]

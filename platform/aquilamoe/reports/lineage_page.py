@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from aquilamoe.ancestors import ancestors
 from aquilamoe.format import ABSENT, count
 from aquilamoe.lineage import tree
 from aquilamoe.lineage.artifacts import Artifact
@@ -85,14 +86,12 @@ def _entry(name: str, record: Record) -> Artifact:
 
 def _ancestors(name: str, records: Mapping[str, Record]) -> list[Artifact]:
     """What a stage was made from, nearest first."""
-    found: dict[str, Artifact] = {}
-    waiting = [name]
-    while waiting:
-        for stage in input_stages(records[waiting.pop(0)]).values():
-            if stage in records and stage not in found and _is_whole(records[stage]):
-                found[stage] = _entry(stage, records[stage])
-                waiting.append(stage)
-    return list(found.values())
+
+    def parents(stage: str) -> list[str]:
+        sources = input_stages(records[stage]).values()
+        return [source for source in sources if source in records and _is_whole(records[source])]
+
+    return [_entry(stage, records[stage]) for stage in ancestors(name, parents)]
 
 
 def _bytes(size: float) -> str:
