@@ -225,7 +225,7 @@ def test_every_file_and_folder_is_on_disk_before_a_checkpoint_gets_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     synced: list[Path] = []
-    monkeypatch.setattr(checkpoint, "_sync", synced.append)
+    monkeypatch.setattr(checkpoint, "sync_directory", synced.append)
     made = save_checkpoint(tmp_path, *trained(), 8)
     hidden = made.with_name(f".{made.name}")
     inside = [hidden / path.relative_to(made) for path in made.rglob("*")]

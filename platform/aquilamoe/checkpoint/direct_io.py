@@ -205,12 +205,3 @@ def check_space(directory: Path, needed: int) -> None:
             f"{directory}: needs {formats.size(needed)}, {formats.size(free)} are free; "
             f"free {formats.size(needed - free)} or name a directory on another disk"
         )
-
-
-def sync_directory(directory: Path) -> None:
-    """Make the names in a directory durable."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 
 from aquilamoe.checkpoint import sharding
-from aquilamoe.checkpoint.direct_io import BUFFER_BYTES, Buffer, Lane, OutputFile, check_space, sync_directory
+from aquilamoe.checkpoint.direct_io import BUFFER_BYTES, Buffer, Lane, OutputFile, check_space
 from aquilamoe.checkpoint.dtypes import cast, encode, torch_dtype
 from aquilamoe.checkpoint.finite import first_nonfinite_bytes
 from aquilamoe.checkpoint.raw_reader import RawReader
 from aquilamoe.checkpoint.safetensors_header import INDEX_FILE, ITEM_BYTES, SINGLE_FILE
 from aquilamoe.checkpoint.sharding import MAX_SHARD_BYTES, PAGE
+from aquilamoe.files import sync_directory
 
 if TYPE_CHECKING:
     import torch

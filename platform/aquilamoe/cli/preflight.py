@@ -1,7 +1,6 @@
 """Whether an experiment can run here: asked before anything is started."""
 
 import os
-import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -10,6 +9,7 @@ from aquilamoe.config.messages import UserError
 from aquilamoe.config.schema import CorpusStage, ExperimentConfig, PretrainStage, TokenizerStage
 from aquilamoe.data.corpus import source_files
 from aquilamoe.data.vocabulary import find_file
+from aquilamoe.files import free_bytes
 from aquilamoe.format import size
 from aquilamoe.pipeline.plan import Planned
 
@@ -107,8 +107,7 @@ def _check_workers(experiment: ExperimentConfig) -> None:
 
 def _check_disk(plan: Sequence[Planned], root: Path) -> None:
     needed = sum(planned.estimate.disk_bytes for planned in plan if planned.state != "cached")
-    existing = next(path for path in [root, *root.parents] if path.exists())
-    free = shutil.disk_usage(existing).free
+    free = free_bytes(root)
     if needed > free:
         raise UserError(
             f"{root}: the run writes about {size(needed)}, {size(free)} are free; "

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from aquilamoe.ancestors import ancestors
 from aquilamoe.config.messages import UserError
+from aquilamoe.files import sha256
 from aquilamoe.lineage.artifacts import WEIGHTS, Artifact, read_artifact
-from aquilamoe.pipeline.integrity import sha256
 from aquilamoe.pipeline.store import RECORD
 
 CONFIG, CARD = "config.json", "README.md"

@@ -9,11 +9,12 @@ from pathlib import Path
 from aquilamoe.checkpoint import safetensors_header
 from aquilamoe.checkpoint.safetensors_header import TensorInfo
 from aquilamoe.config.messages import UserError
+from aquilamoe.files import sha256
 from aquilamoe.lineage.artifacts import Artifact
 from aquilamoe.lineage.graph import ArtifactGraph
 from aquilamoe.pipeline import integrity
 from aquilamoe.pipeline.fingerprint import fingerprint
-from aquilamoe.pipeline.integrity import files_sha256, sha256
+from aquilamoe.pipeline.integrity import files_sha256
 from aquilamoe.pipeline.store import RECORD
 
 BESIDE = frozenset({RECORD, "run.json"})  # what lies beside the files that a record names

@@ -13,6 +13,7 @@ from typing import Any
 
 from aquilamoe.config.messages import UserError
 from aquilamoe.config.points import METRICS
+from aquilamoe.files import sha256
 from aquilamoe.pipeline import records
 from aquilamoe.pipeline.records import RECORD, Record
 
@@ -61,12 +62,6 @@ def entry(path: Path) -> dict[str, Any]:
     size = path.stat().st_size
     sampled = {"sample": sample(path)} if size > BLOCKS * BLOCK_BYTES else {}
     return {"sha256": sha256(path), "bytes": size, **sampled}
-
-
-def sha256(path: Path) -> str:
-    """Of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sample(path: Path) -> str:

@@ -15,7 +15,7 @@ from aquilamoe.config.messages import UserError, without_passwords
 from aquilamoe.config.paths import contents, local
 from aquilamoe.config.points import METRICS, note, read_points
 from aquilamoe.config.schema import PathsConfig
-from aquilamoe.files import temporary, write_atomically
+from aquilamoe.files import sync_directory, temporary, write_atomically
 from aquilamoe.pipeline import integrity, records
 from aquilamoe.pipeline.records import RECORD, Record, to_json
 from aquilamoe.pipeline.remote import Remote
@@ -103,7 +103,7 @@ class Store:
         with ThreadPoolExecutor() as pool:
             entries = list(pool.map(_digest_and_sync, files))
         for directory in (path for path in kept if path.is_dir()):
-            _sync_directory(directory)
+            sync_directory(directory)
         names = [str(path.relative_to(partial)) for path in files]
         write_atomically(
             partial / RECORD, records.seal({**record, "files": dict(zip(names, entries, strict=True))}, partial.stem)
@@ -132,11 +132,11 @@ class Store:
         return True
 
     def _rename(self, partial: Path) -> None:
-        _sync_directory(partial)
+        sync_directory(partial)
         # Only now: a run killed while its files were hashed resumes from its checkpoints.
         shutil.rmtree(partial / SCRATCH, ignore_errors=True)
         partial.rename(partial.with_suffix(""))
-        _sync_directory(self.stages)
+        sync_directory(self.stages)
 
     def discard(self, partial: Path) -> None:
         """Remove what an interrupted stage left, for stages that start anew."""
@@ -202,11 +202,3 @@ def _digest_and_sync(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         os.fsync(file.fileno())
     return entry
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

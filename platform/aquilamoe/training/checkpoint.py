@@ -7,7 +7,6 @@ A checkpoint is what a finished stage is, and the hashes of all its bytes: `mode
 import fcntl
 import json
 import logging
-import os
 import shutil
 import time
 import warnings
@@ -33,6 +32,7 @@ from aquilamoe.checkpoint.state_dict import load_state, on_disk
 from aquilamoe.config.messages import UserError
 from aquilamoe.config.paths import contents
 from aquilamoe.config.schema import ModelConfig
+from aquilamoe.files import sync_directory
 from aquilamoe.model.transformer import Decoder
 from aquilamoe.training.dcp_storage import DTYPE, Files, FileSlice, PartsPlanner, SafetensorsWriter, Staged, TensorPart
 from aquilamoe.training.optimizer import AnyOptimizer, read_state, write_state
@@ -104,9 +104,9 @@ def save_checkpoint(
         _write_rest(built, model.config, step, kept)
         _write_hashes(built, spans)
         for path in [*contents(built), built]:
-            _sync(path)
+            sync_directory(path)
         built.rename(target)
-        _sync(folder)
+        sync_directory(folder)
         for old in _complete(out)[KEEP:]:
             discard(old)
 
@@ -341,11 +341,3 @@ def only_writer(out: Path, wait_s: float = 60.0) -> Iterator[None]:
                     ) from None
                 time.sleep(0.1)
         yield
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 from aquilamoe.config.messages import UserError
 from aquilamoe.config.paths import contents
-from aquilamoe.files import temporary, write_atomically
+from aquilamoe.files import free_bytes, sync_directory, temporary, write_atomically
 from aquilamoe.format import size
 from aquilamoe.pipeline import records
 from aquilamoe.pipeline.store import RECORD
@@ -67,7 +67,7 @@ class TargetFolder:
 
     def check_space(self, needed: int) -> None:
         """UserError unless the disk has room for `needed` bytes."""
-        free = shutil.disk_usage(self.partial).free
+        free = free_bytes(self.partial)
         if needed > free:
             raise UserError(
                 f"target: {self.target} needs {size(needed)}, {size(free)} are free on its disk; "
@@ -92,7 +92,7 @@ class TargetFolder:
                 raise
             raise _foreign(self.target) from None
         (self.target / LOCK).unlink(missing_ok=True)
-        _sync_path(self.target.parent)
+        sync_directory(self.target.parent)
 
 
 def partial_of(target: Path) -> Path:
@@ -230,13 +230,5 @@ def _has_sizes(directory: Path, expected: Any) -> bool:
 def sync(directory: Path) -> None:
     """Make files and names durable."""
     for path in contents(directory):
-        _sync_path(path)
-    _sync_path(directory)
-
-
-def _sync_path(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync_directory(path)
+    sync_directory(directory)

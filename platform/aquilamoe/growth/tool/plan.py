@@ -1,14 +1,13 @@
 """What a growth would do and take, from headers alone: rows for the plan's tables."""
 
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from aquilamoe.checkpoint import sharding
 from aquilamoe.config.network import ModelConfig
 from aquilamoe.config.schema import GrowthConfig
+from aquilamoe.files import free_bytes
 from aquilamoe.growth.bounds import growth_bytes
 from aquilamoe.growth.depth import map_layers
 from aquilamoe.growth.tool.origins import Origin, space_names, trace
@@ -179,10 +178,6 @@ def cost(request: Request, disk_bytes_per_s: float) -> GrowthCost:
         written_bytes=written,
         files=len(_shards(request)),
         memory_bytes=growth_bytes(largest),
-        free_bytes=shutil.disk_usage(_existing(request.target)).free,
+        free_bytes=free_bytes(request.target),
         seconds=(read + written) / disk_bytes_per_s,
     )
-
-
-def _existing(path: Path) -> Path:
-    return next(place for place in (path, *path.parents) if place.exists())
