@@ -337,7 +337,7 @@ def test_validations_and_checkpoints_come_once_in_so_many_tokens(
     tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int
 ) -> None:
     saved: list[int] = []
-    monkeypatch.setattr(loop.state, "save_checkpoint", lambda *arguments: saved.append(arguments[3]))
+    monkeypatch.setattr(checkpointing, "save_checkpoint", lambda *arguments: saved.append(arguments[3]))
     train(make_job(tokens, tmp_path, validate_every_tokens=every, checkpoint_every_tokens=every))
     due = {math.ceil(multiple / BATCH) for multiple in range(every, STEPS * BATCH + 1, every)}
     assert [point["step"] for point in points(tmp_path) if "val/loss" in point] == sorted(due | {0, STEPS})
