@@ -1,10 +1,12 @@
 """The shape of the house: who may import whom, and what no file may become."""
 
 import ast
+import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -21,66 +23,51 @@ PACKAGE = REPOSITORY / "platform" / "aquilamoe"
 CONF = REPOSITORY / "conf"
 SOURCES = sorted([*PACKAGE.rglob("*.py"), *(REPOSITORY / "workflows").glob("*.py")])
 
-# A room, and the rooms that it may import besides itself. Stages are loaded by their names: nobody imports them.
-MAY_IMPORT = {
+# What every room may import: how numbers are written, files made durable, signals and errors handled, ancestors walked
+# to.
+GROUND = {"format", "files", "process", "ancestors"}
+# A room, and the rooms that it may import besides itself and the ground. `growth/tool` and `training/ray` are rooms in
+# rooms. Stages are loaded by their names: nobody imports them.
+MAY_IMPORT: dict[str, set[str]] = {
     "config": set(),
     "format": set(),
-    "process": {"config", "format"},
-    "kernels": {"config"},
-    "model": {"config", "kernels"},
-    "weights": {"config", "format", "model"},
-    "growth": {"config", "kernels", "model", "weights"},
-    "data": {"config", "format"},
-    "training": {"config", "process", "kernels", "model", "weights", "data"},
-    "pipeline": {"config", "process", "estimates"},
-    # Of training only the session that trials run in; of weights only what files say of themselves.
-    "ablation": {"config", "process", "lineage", "pipeline", "reports", "terminal", "tracking", "training", "weights"},
-    "stages": {"config", "model", "weights", "growth", "data", "training", "evaluation", "pipeline", "estimates"},
-    "lineage": {"config", "format", "weights", "pipeline"},
-    "evaluation": {"config", "model", "weights", "data", "pipeline", "lineage"},
-    "tracking": {"config", "pipeline", "lineage"},
-    "reports": {"config", "format", "pipeline", "lineage"},
-    "preflight": {"config", "data", "format", "pipeline"},
-    # Of kernels and weights what is known without torch: which kernel, how large chunks, shapes of tensors.
-    "estimates": {"config", "kernels", "weights"},
-    "dryrun": {"config", "model", "weights", "growth"},
-    "terminal": {"config", "process", "lineage", "pipeline", "reports", "estimates"},
-    # Of training only what must be in the environment before torch is imported.
-    "commands": {
-        *("config", "pipeline", "lineage", "tracking", "reports", "preflight", "terminal", "evaluation", "training"),
-        *("estimates", "dryrun", "process"),
-    },
-    # The growth tool: from headers to a published directory, of the pipeline only recipes and how files become durable,
-    # of data only how a tokenizer is opened.
-    "growing": {"config", "format", "process", "data", "weights", "growth", "pipeline", "reports", "terminal"},
-    "api": {"config", "cli", "growing", "lineage", "terminal"},
-    "__init__": {"api"},
-    "cli": {"config", "process", "commands", "growing", "ablation"},
-    "workflows": {"cli"},
+    "files": {"config"},
+    "process": {"config"},
+    "ancestors": set(),
+    "model": {"config"},
+    "checkpoint": {"config", "model"},
+    "growth": {"config", "model", "checkpoint"},
+    "data": {"config"},
+    "pipeline": {"config"},
+    "lineage": {"config", "pipeline", "checkpoint"},  # of checkpoint only what headers say, without torch
+    "training": {"config", "model", "checkpoint", "data"},
+    "training/ray": {"config", "model", "checkpoint", "data", "training"},
+    "evaluation": {"config", "model", "checkpoint", "data"},
+    "estimates": {"config", "model", "checkpoint", "growth"},
+    # One growth of one checkpoint: of data only how a tokenizer is opened, of the pipeline only recipes.
+    "growth/tool": {"config", "model", "checkpoint", "growth", "data", "pipeline"},
 }
+ENGINES = {"config", "model", "checkpoint", "growth", "data", "training", "training/ray", "evaluation", "estimates"}
+MAY_IMPORT["stages"] = ENGINES | {"pipeline", "lineage"}
+MAY_IMPORT["ablation"] = {"config", "pipeline", "lineage", "checkpoint", "estimates", "training/ray"}
+MAY_IMPORT["reports"] = MAY_IMPORT["ablation"] | {"ablation"}
+MAY_IMPORT["tracking"] = MAY_IMPORT["reports"] | {"reports"}
+# Of data only whether files are there, before a run.
+MAY_IMPORT["cli"] = MAY_IMPORT["tracking"] | {"tracking", "growth/tool", "evaluation", "data", "__init__"}
+MAY_IMPORT["api"] = {"config", "growth/tool", "lineage", "cli"}  # of cli only where configurations lie
+MAY_IMPORT["__init__"] = {"api"}
+MAY_IMPORT["workflows"] = {"cli"}
 # A package of others, and the only places that may import it (of a directory: all its files).
 ONLY_IN = {
     "hydra": ["aquilamoe/cli"],
     "omegaconf": ["aquilamoe/cli", "aquilamoe/api.py"],
-    "ray": [
-        *(f"aquilamoe/training/{name}.py" for name in ("session", "crew", "launch", "gauges")),
-        "aquilamoe/ablation/tuning.py",
-    ],
+    "ray": ["aquilamoe/training/ray", "aquilamoe/ablation/tuning.py"],
     "mlflow": ["aquilamoe/tracking"],
     "torch": [
-        f"aquilamoe/{room}"
-        for room in (
-            *("kernels", "model.py", "weights", "growth", "training", "stages"),
-            *(
-                "data/loader.py",
-                "estimates/dry_run_shapes.py",
-                "growth/tool/comparison.py",
-                "evaluation/generation.py",
-                "evaluation/harness.py",
-            ),
-        )
+        *(f"aquilamoe/{room}" for room in ("model", "checkpoint", "growth", "training", "stages", "evaluation")),
+        *("aquilamoe/data/loader.py", "aquilamoe/estimates/dry_run_shapes.py"),
     ],
-    "rich": ["aquilamoe/cli", "aquilamoe/cli/ablation_view.py", "aquilamoe/cli/grow_view.py"],
+    "rich": ["aquilamoe/cli"],
     "lm_eval": ["aquilamoe/evaluation/harness.py"],
     "datasets": ["aquilamoe/evaluation/harness.py", "aquilamoe/data/hub.py"],
     "matplotlib": ["aquilamoe/reports"],
@@ -124,8 +111,9 @@ def imports(path: Path, tree: ast.AST | None = None, typing_only: bool = False) 
             yield from (Import(path, node.lineno, alias.name, typing_only) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno}: a relative import"
-            # `from aquilamoe import terminal` imports the room `aquilamoe.cli`.
-            names = [f".{alias.name}" for alias in node.names] if node.module == "aquilamoe" else [""]
+            # `from aquilamoe import cli` imports the room `aquilamoe.cli`, `from aquilamoe.growth import tool` another.
+            above = {f"aquilamoe.{name.split('/')[0]}" for name in MAY_IMPORT if "/" in name} | {"aquilamoe"}
+            names = [f".{alias.name}" for alias in node.names] if node.module in above else [""]
             yield from (Import(path, node.lineno, f"{node.module}{name}", typing_only) for name in names)
         elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             yield from imports(path, ast.Module(node.body, []), typing_only=True)
@@ -134,8 +122,16 @@ def imports(path: Path, tree: ast.AST | None = None, typing_only: bool = False) 
             yield from imports(path, node, typing_only)
 
 
+def room_of(parts: Sequence[str]) -> str:
+    """The room of a module by its parts: `growth/tool` for ("growth", "tool", "plan")."""
+    inner = "/".join(parts[:2])
+    return inner if inner in MAY_IMPORT else parts[0]
+
+
 def room(path: Path) -> str:
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py") if path.is_relative_to(PACKAGE) else "workflows"
+    if not path.is_relative_to(PACKAGE):
+        return "workflows"
+    return room_of(path.relative_to(PACKAGE).with_suffix("").parts)
 
 
 ALL_IMPORTS = [found for path in SOURCES for found in imports(path)]
@@ -155,9 +151,58 @@ def test_imports_go_only_in_the_directions_of_the_map() -> None:
     wrong = [
         found.where
         for found in internal
-        if found.module.split(".")[1] not in {room(found.path), *MAY_IMPORT[room(found.path)]}
+        if room_of(found.module.split(".")[1:]) not in {room(found.path), *GROUND, *MAY_IMPORT[room(found.path)]}
     ]
     assert wrong == []
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    """Also not for type checkers, and not inside functions; scripts beside each other are files like others."""
+    scripts = [path for folder in ("tools", "benchmarks") for path in (REPOSITORY / folder).glob("*.py")]
+    files = {path: ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts) for path in PACKAGE.rglob("*.py")}
+    files = {path: name.removesuffix(".__init__") for path, name in files.items()} | {
+        path: path.stem for path in scripts
+    }
+    modules = set(files.values())
+    graph = {name: {target for target in targets(path) if target in modules} for path, name in files.items()}
+    assert sum(map(len, graph.values())) > 500
+    TopologicalSorter(graph).prepare()  # CycleError names the files
+
+
+def targets(path: Path) -> Iterator[str]:
+    """Names of what a file imports, of modules and of what is in them."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            whole = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from whole
+            if node.module != "aquilamoe":
+                yield str(node.module)
+
+
+def test_only_the_command_line_prints() -> None:
+    """But for what a process that ends says, and one line on standard error while a cluster is waited for."""
+    printing = {path for path in SOURCES if re.search(r"(?<![\w.])print\(", path.read_text(encoding="utf-8"))}
+    inside = {path for path in printing if room(path) not in ("cli", "process")}
+    assert inside == {PACKAGE / "training" / "ray" / "session.py"}
+
+
+def test_no_two_classes_have_one_name() -> None:
+    names: dict[str, list[str]] = {}
+    for path in SOURCES:
+        classes = [node for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.ClassDef)]
+        for node in classes:
+            names.setdefault(node.name, []).append(str(path.relative_to(REPOSITORY)))
+    # The API's Store is the store as notebooks see it: its users know no other.
+    twice = {name: places for name, places in names.items() if len(places) > 1 and name != "Store"}
+    assert twice == {}
+
+
+def test_a_test_lies_in_the_folder_of_a_room() -> None:
+    """Or of what is beside the package; at the top is what looks at all of it."""
+    folders = {str(path.parent.relative_to(REPOSITORY / "tests")) for path in (REPOSITORY / "tests").rglob("*.py")}
+    assert folders <= {*MAY_IMPORT, ".", "support", "tools", "benchmarks", "docs"}
 
 
 @pytest.mark.parametrize("package", ONLY_IN)
@@ -187,7 +232,7 @@ def test_the_rules_would_notice_an_import_inside_a_function_and_one_for_type_che
         ("torch", True),
         ("ray", False),
         ("aquilamoe.stages", False),
-        ("aquilamoe.model.transformer", False),
+        ("aquilamoe.model", False),
         ("mlflow.entities", False),
     ]
 
@@ -196,7 +241,7 @@ def test_importing_the_commands_and_every_stage_imports_nothing_heavy() -> None:
     stages = [f"aquilamoe.stages.{name}" for name in plugins.names("stages")]
     modules = (
         *(f"data.{name}" for name in ("corpus", "cleaning", "tokenizer", "tokens", "encoding", "vocabulary")),
-        *("growth.rules", "growing.command", "growing.held_out"),
+        *("growth.rules", "cli.grow", "growth.tool.grow", "growth.tool.held_out"),
     )
     light = [f"aquilamoe.{module}" for module in modules]
     code = f"import sys, aquilamoe.cli.commands, {', '.join([*stages, *light])}; print(*sys.modules)"

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rehearse_compose import Rehearsal
+    from rehearsal import Rehearsal
 
 LINE = ["moe", "scale_out", "dense", "scale_up", "prepare"]  # the experiment's checkpoints, back to the first
 
