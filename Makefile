@@ -20,7 +20,7 @@ test: $(INSTALLED)
 
 # With Ray, browsers, and processes that are killed: the tests marked `process`, too.
 test-all: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" --durations=40
+	TEST_EFFORT=all $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" --durations=40
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -16,6 +16,8 @@ import pytest
 
 from processes import command, descendants, left_after
 
+pytestmark = pytest.mark.process
+
 REPOSITORY = Path(__file__).parents[2]
 TWO_METHODS = (
     "ablation.exclude=[{method:random},{method:lemon},{method:aki_pro},{method:hypercloning},{depth:interpolate}]"

@@ -22,6 +22,7 @@ from aquilamoe.config.network import ModelConfig
 from aquilamoe.growth.scale_out import scale_out
 from aquilamoe.growth.scale_up import scale_up
 from aquilamoe.growth.tool.request import open_checkpoint
+from effort import examples
 from small_checkpoints import growth, logits, model, padded, upcycling, write_source
 
 WEIGHTS = "model.safetensors"
@@ -312,7 +313,7 @@ FIELDS = sorted(
 )
 
 
-@settings(derandomize=True, deadline=None, max_examples=600)
+@settings(derandomize=True, deadline=None, max_examples=examples(600))
 @given(
     changes=st.dictionaries(st.sampled_from(FIELDS), anything, min_size=1, max_size=3),
     sparse=st.booleans(),

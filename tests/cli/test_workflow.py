@@ -22,6 +22,8 @@ import pytest
 import processes
 from aquilamoe.pipeline.store import RECORD, Store
 
+pytestmark = pytest.mark.process
+
 WORKFLOW = Path(__file__).parents[2] / "workflows" / "efficientscale.py"
 HEAVY = {"torch", "ray", "mlflow"}
 Command = Callable[..., "subprocess.CompletedProcess[str]"]

@@ -33,6 +33,7 @@ from aquilamoe.model.transformer import Decoder
 from aquilamoe.pipeline.stage import module
 from aquilamoe.training import checkpoint as training_state
 from aquilamoe.training import optimizer as optimizers
+from effort import examples
 from small_checkpoints import growth, write_source
 
 Gradients = dict[str, Tensor]
@@ -162,7 +163,7 @@ def growths(draw: st.DrawFn) -> tuple[ModelConfig, ModelConfig, GrowthConfig]:
 
 
 @given(growths())
-@settings(max_examples=60, derandomize=True, deadline=None)
+@settings(max_examples=examples(60), derandomize=True, deadline=None)
 def test_moments_of_copies_are_the_gradient_of_the_grown_model_and_its_square(
     case: tuple[ModelConfig, ModelConfig, GrowthConfig],
 ) -> None:
@@ -584,6 +585,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, command: Command, tiny: list[
     return {stage: directories[0] for stage, directories in found.items()}
 
 
+@pytest.mark.process
 def test_the_command_trains_on_with_a_state_that_went_through_both_growths(runs: dict[str, Path]) -> None:
     states = {stage: load_file(runs[stage] / training_state.TRAINING / training_state.MOMENTS) for stage in runs}
     embedding, router = f"{tensor_names.EMBEDDING}/{STEP}", f"{of_layer(0, tensor_names.ROUTER)}/{STEP}"

@@ -23,6 +23,7 @@ from aquilamoe.config.network import ABSENT_SHARED_EXPERT_SIZE
 from aquilamoe.config.schema import ModelConfig, UpcyclingConfig
 from aquilamoe.growth import rules
 from aquilamoe.growth.scale_out import scale_out
+from effort import examples
 from small_checkpoints import logits, upcycle, upcycling, write_source
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -102,7 +103,7 @@ def upcyclings(draw: st.DrawFn) -> tuple[ModelConfig, ModelConfig, UpcyclingConf
 
 
 @given(upcyclings())
-@settings(derandomize=True, deadline=None, max_examples=200)
+@settings(derandomize=True, deadline=None, max_examples=examples(200))
 def test_an_upcycling_keeps_the_function_exactly_when_it_claims_to(
     case: tuple[ModelConfig, ModelConfig, UpcyclingConfig],
 ) -> None:
@@ -379,7 +380,7 @@ def test_an_upcycling_that_cannot_be_done_is_refused_before_anything_is_written(
     family=st.sampled_from(sorted(FAMILIES)),
     normed=st.booleans(),
 )
-@settings(derandomize=True, deadline=None, max_examples=50)
+@settings(derandomize=True, deadline=None, max_examples=examples(50))
 def test_more_experts_keep_the_function_exactly_when_tokens_choose_all_copies(
     number: int, chosen: int, copies: int, more: int, family: str, normed: bool
 ) -> None:

@@ -20,6 +20,7 @@ from aquilamoe.growth import rules
 from aquilamoe.growth.depth import RULES
 from aquilamoe.growth.methods import hypercloning
 from aquilamoe.growth.scale_up import scale_up
+from effort import examples
 from small_checkpoints import difference, grow, growth, model, padded, tensor, transformers_logits, write_source
 
 METHODS = plugins.names("growth/methods")
@@ -88,7 +89,7 @@ def growths(draw: st.DrawFn, fewest_channels: int = 2) -> tuple[ModelConfig, Mod
 
 
 @given(growths())
-@settings(derandomize=True, deadline=None, max_examples=200)
+@settings(derandomize=True, deadline=None, max_examples=examples(200))
 def test_a_growth_keeps_the_function_exactly_when_it_claims_to(
     case: tuple[ModelConfig, ModelConfig, GrowthConfig],
 ) -> None:

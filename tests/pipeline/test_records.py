@@ -76,6 +76,7 @@ def mutations(text: str, draw: random.Random) -> Iterator[str]:
             yield json.dumps(with_value(record, draw.choice(places), draw.choice((*VALUES, VALUES))))
 
 
+@pytest.mark.process
 def test_whatever_a_record_says_every_command_answers_or_ends_in_a_line(
     root: Path, execute: Callable[[str], None], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

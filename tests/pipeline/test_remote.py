@@ -298,6 +298,7 @@ def test_checkpoints_that_cannot_be_removed_do_not_fail_the_stage_that_is_finish
     assert f"cannot remove {here.place}" in line and "stays there; the stage is finished" in line
 
 
+@pytest.mark.process
 def test_a_training_that_was_killed_goes_on_on_another_machine_and_ends_with_the_same_bytes(
     s3: str,
     tmp_path: Path,

@@ -22,6 +22,8 @@ from aquilamoe.pipeline.store import RECORD
 from aquilamoe.process import ending, errors, interruption, standard_output
 from aquilamoe.process.errors import described
 
+pytestmark = pytest.mark.process
+
 WORKFLOW = Path(__file__).parents[2] / "workflows" / "efficientscale.py"
 LATER = ("scale_up", "dense", "scale_out", "moe", "control", "evaluate", "export")
 NUMBERS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE, errno.EMFILE)

@@ -27,6 +27,8 @@ from aquilamoe.tracking import connection, observer, view
 from aquilamoe.tracking.observer import Tracker
 from aquilamoe.tracking.queries import comparison_url, lineage, ui_command
 
+pytestmark = pytest.mark.process
+
 DESCRIPTION = "A small model, grown."
 CONFIG = {"name": "demo", "stages": {"prepare": {"kind": "pretrain"}}, "growth": {"method": "aki_pro"}}
 

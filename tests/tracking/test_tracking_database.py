@@ -18,6 +18,8 @@ from aquilamoe.tracking.observer import Tracker
 from aquilamoe.tracking.queries import ui_command
 from test_tracking import Driver, client_of, empty_database, runs_by_stage, steps_of  # noqa: F401
 
+pytestmark = pytest.mark.process
+
 DAMAGES: dict[str, Callable[[Path], None]] = {
     "zero bytes": lambda path: path.write_bytes(b""),
     "no database": lambda path: path.write_bytes(b"not a database at all\n" * 100),

@@ -23,6 +23,8 @@ from aquilamoe.training.job import Rank
 from aquilamoe.training.objective import z_loss
 from aquilamoe.training.parallel import ParallelContext, initialize
 
+pytestmark = pytest.mark.process
+
 WORLD, ROWS, LENGTH, STEPS = 4, 8, 12, 5
 LAYOUTS: dict[str, dict[str, Any]] = {
     "fsdp, 2": {"parallel": "fsdp", "expert_parallel": 2},

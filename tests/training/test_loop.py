@@ -507,6 +507,7 @@ def test_a_checkpoint_cadence_that_changes_between_interruptions_changes_no_byte
     assert_same_result(tmp_path / "whole", tmp_path / "broken")
 
 
+@pytest.mark.process
 def test_a_process_that_is_killed_while_it_writes_a_checkpoint_ends_with_the_same_bytes_when_started_again(
     tokens: Path, tmp_path: Path
 ) -> None:

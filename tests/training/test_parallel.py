@@ -32,6 +32,8 @@ from aquilamoe.training.objective import RouterObjective
 from aquilamoe.training.parallel import ParallelContext, initialize
 from aquilamoe.training.step import TrainStep
 
+pytestmark = pytest.mark.process
+
 VOCABULARY, LENGTH, ROWS, STEPS = 50, 8, 8, 6
 BATCH = LENGTH * ROWS
 WORKERS, HANGS_AFTER_S = 4, 60.0

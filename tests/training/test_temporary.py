@@ -13,6 +13,8 @@ from aquilamoe.process import temporary
 from aquilamoe.training import sessions
 from aquilamoe.training.ray import session, worker_pool
 
+pytestmark = pytest.mark.process
+
 LITTER = """
 import os, sys, tempfile
 from multiprocessing import util

@@ -86,3 +86,5 @@ def _remove_left(folder: Path) -> None:
 def _remove(folder: Path, owner: int) -> None:
     if os.getpid() == owner:
         shutil.rmtree(folder, ignore_errors=True)
+        if _lock is not None:
+            _lock.close()

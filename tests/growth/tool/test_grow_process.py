@@ -23,6 +23,8 @@ from aquilamoe.config.schema import ModelConfig
 from aquilamoe.growth.tool.output import RUN, locked
 from aquilamoe.model.transformer import Decoder
 
+pytestmark = pytest.mark.process
+
 WORKFLOW = Path(__file__).resolve().parents[3] / "workflows" / "grow.py"
 HEAVY = {"torch", "transformers", "tokenizers", "pyarrow", "safetensors", "numpy", "ray", "mlflow"}
 FPI = (

@@ -38,7 +38,7 @@ from aquilamoe.training.ray.launch import has_workers, launch, release
 from processes import command, descendants, left_after
 
 # Ray Data, which Ray Train imports, warns of options of its own that nobody sets.
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")
+pytestmark = [pytest.mark.process, pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")]
 
 VOCABULARY, BATCH = example.VOCABULARY, example.BATCH
 LISTENS = "0A"  # the state of a socket in /proc/net/tcp
