@@ -2,7 +2,7 @@
 
 python benchmarks/estimates.py                   about a minute on one core
 
-Time: one training calibrates the speed, as the first record of a store does (`pipeline.plan`), and foretells the
+Time: one training calibrates the speed, as the first record of a store does (`pipeline.plan`), and estimates the
 others, which have other shapes. Seconds are those of this process on one thread, which other processes hardly change.
 Memory: what torch's allocator counts in a step against `estimates.memory`.
 """

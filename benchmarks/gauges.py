@@ -1,9 +1,9 @@
-"""What it costs a training to tell Ray's metrics how it goes: microseconds a step, and milliseconds of telling.
+"""What exporting a training's metrics to Ray costs: microseconds a step, and milliseconds per export.
 
 python benchmarks/gauges.py [--steps N]
 
-A Ray session is started, and one of its workers is told of a Mixture of Experts with 8 layers of 8 experts, as the
-training loop would tell it, by the CPU's clock; nothing is trained.
+A Ray session starts, and one of its workers exports metrics of a Mixture of Experts with 8 layers of 8 experts, as the
+training loop would, by the CPU's clock; nothing is trained.
 """
 
 import argparse
@@ -17,7 +17,7 @@ LAYERS, EXPERTS = 8, 8
 
 
 def measure(values: dict[str, Any], steps: int) -> dict[str, float]:
-    """Runs in a worker. Seconds of the CPU: of a step that tells nothing yet, of one that tells, of a log point."""
+    """Runs in a worker. Seconds of the CPU: of a step without an export, of one with an export, of a log point."""
     import torch
 
     from aquilamoe.config import graph

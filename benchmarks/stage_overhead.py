@@ -8,7 +8,7 @@ the call until its first point is written (model built, held-out loss of step 0 
   in this process          cluster=local_process
   Ray, from nothing        a session of Ray and a group of workers are started for it (the first stage of a run that
                            trains at once: a run that makes data first does both beside that)
-  Ray, workers anew        the session stands, the workers are started for this stage
+  Ray, new workers         the session stands, the workers are started for this stage
   Ray, workers that stand  every further stage of a run
 """
 

@@ -1,4 +1,4 @@
-"""What tracking costs a training: the same training without MLflow, with it, and with MLflow in trouble.
+"""What tracking costs a training: the same training without MLflow, with it, and with MLflow failing.
 
 python benchmarks/tracking.py [--rounds N] [--tokens N,N] [--threads N] [--modes NAME,NAME]
 
@@ -7,7 +7,7 @@ refuses everything because its disk is full, and one that is killed on the way. 
 thread that talks to MLflow shares the interpreter with the training: the worst case, as Ray's workers have interpreters
 of their own. What that thread takes has MLflow's late imports and the opening of the database in it. The order is
 turned every round; medians count, and of ratios those to the training without tracking of the same round. Trainings of
-two lengths tell what is paid once - loading MLflow, opening a database, the start and the end of a stage - from what
+two lengths divide what is paid once - loading MLflow, opening a database, the start and the end of a stage - from what
 grows with the training. In the end every server answers again, and what a next run finds missing there is counted.
 """
 
@@ -227,7 +227,7 @@ def measure(bench: Bench, modes: Sequence[str], rounds: int, tokens: int) -> Mea
 
 
 def deliver_the_rest(mode: str, uri: str, root: Path) -> None:
-    """A next run, when the server of a mode is well again: tell how many points of all stages on disk arrived.
+    """A next run, when the server of a mode is well again: return how many points of all stages on disk arrived.
 
     In a process of its own: MLflow remembers where it once sent files to.
     """

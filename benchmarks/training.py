@@ -161,7 +161,7 @@ def _make(library: Library, result: Result) -> None:
 
 
 def _take_turn(library: Library, result: Result) -> None:
-    """The first turn takes the place of the warm-up's last step, which told how many steps make a turn."""
+    """The first turn takes the place of the warm-up's last step, which determined how many steps make a turn."""
     if result.error:
         return
     count = max(1, round(TURN_S / result.rounds[-1]["seconds"]))

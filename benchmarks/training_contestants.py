@@ -38,7 +38,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]  # of tokens and the tokens that follo
 
 @dataclass
 class Mode:
-    """How a library is used, as its name says: words after the library's, separated by blanks."""
+    """How a library is used, from its name: words after the library's, separated by blanks."""
 
     words: list[str]
 

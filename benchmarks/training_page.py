@@ -108,7 +108,7 @@ def table(results: Sequence[Result], peaks: dict[str, float]) -> Iterator[str]:
 
 
 def goals(results: Sequence[Result], peaks: dict[str, float]) -> Iterator[str]:
-    """One line for each goal of each shape and length; what misses its goal is said.
+    """One line for each goal of each shape and length; what misses its goal is reported.
 
     Ratios to float32 are for machines that compute faster in bf16.
     """

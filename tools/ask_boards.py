@@ -1,4 +1,4 @@
-"""Ask a real Prometheus every question of Grafana's boards while a training runs, and say which it cannot answer.
+"""Run every query of Grafana's dashboards on a real Prometheus while a training runs; report those without data.
 
 python tools/ask_boards.py [FOLDER]
 
@@ -32,7 +32,7 @@ RAYS_FOLDER = "/tmp/ray/"  # where the configuration looks for Ray's list of mac
 INTERVAL = "1m"  # for $__rate_interval, which Grafana makes at least four times the 10 s between two scrapes
 STEP_S = 5
 START_S = 60
-# On machines without GPUs nothing tells these.
+# On machines without GPUs nothing exports these.
 OF_GPUS = re.compile(r"ray_node_gpu|ray_node_gram|Name=\"GPU\"")
 # Each stage long enough for a few scrapes, and saved a few times; what needs no scrape is left out.
 WORDS = (

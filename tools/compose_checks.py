@@ -142,7 +142,7 @@ def prometheus_reads_the_cluster(rehearsal: "Rehearsal") -> None:
 
 
 def _said(rehearsal: "Rehearsal", name: str, program: str, *words: str, entry: tuple[str, ...] = ()) -> str:
-    """What a Python program says inside the container of a service, with the service's environment."""
+    """What a Python program prints inside the container of a service, with the service's environment."""
     environment = rehearsal.environment(rehearsal.services[name])
     done = rehearsal.containers[name].run([*entry, "python", "-c", program, *words], environment, 100)
     if done.returncode != 0:

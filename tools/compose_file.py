@@ -102,7 +102,7 @@ def read_env(path: Path) -> dict[str, str]:
 
 
 def substitute(text: str, environment: Mapping[str, str]) -> str:
-    """The text with its variables filled in, as the Compose specification says."""
+    """The text with its variables filled in, as the Compose specification defines."""
 
     def value_of(match: re.Match[str]) -> str:
         if match["dollar"]:
@@ -128,7 +128,7 @@ def _filled(values: Any, environment: Mapping[str, str]) -> Any:
 
 
 def violations(values: Mapping[str, Any], schema: Mapping[str, Any]) -> list[str]:
-    """Where the file is not what the schema of the Compose specification says."""
+    """Where the file is not what the schema of the Compose specification requires."""
     import jsonschema
 
     validator = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)(schema)

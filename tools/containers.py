@@ -21,7 +21,7 @@ MACHINE = ("bin", "sbin", "lib", "lib32", "lib64", "usr", "etc", "var")
 
 
 def call(*words: str, **options: object) -> str:
-    """What a command prints; RuntimeError with what it said if it fails."""
+    """What a command prints; RuntimeError with its output if it fails."""
     done = subprocess.run(words, capture_output=True, text=True, timeout=60, **options)  # type: ignore[call-overload]
     if done.returncode:
         raise RuntimeError(f"{shlex.join(words)}: status {done.returncode}: {done.stderr.strip()}")

@@ -61,7 +61,7 @@ class Rehearsal:
         return {"HOME": "/home/user", "LANG": "C.UTF-8", **PATIENT, **self.image, **service.environment}
 
     def start(self, name: str) -> None:
-        """Make the container, and start what the file says in it, or what stands in for it."""
+        """Make the container, and start what the file defines in it, or what stands in for it."""
         service = self.services[name]
         user = service.user if ":" in service.user else _ids(service.user)
         volumes = {

@@ -1,8 +1,8 @@
 """Every service of docker-compose.yml as a container without Docker, and one run of the pipeline through all of them.
 
-Called by tools/rehearse_compose.sh, which says what it needs and installs it. Commands, environments, users, secrets,
+Called by tools/rehearse_compose.sh, which lists what it needs and installs it. Commands, environments, users, secrets,
 volumes, health checks and the order of the services are those of the file; where a program cannot be had here, the
-rehearsal says which one stands in for it.
+rehearsal prints which one stands in for it.
 """
 
 import argparse

@@ -213,7 +213,7 @@ def _config(
     certificate: Mapping[str, Any] | None = None,
     action: str = "run",
 ) -> GrowConfig:
-    """What conf/grow.yaml says, with the arguments in their places."""
+    """The settings of conf/grow.yaml, overridden by the arguments."""
     values = _yaml(CONF / "grow.yaml")
     del values["defaults"], values["hydra"]
     values |= {"source": str(source), "target": str(target), "seed": seed, "action": action}

@@ -52,7 +52,7 @@ def size_or_absent(count: int) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds as a reader says them: 0.3 s, 4 s, 3 min, 5.2 h, 12 days."""
+    """Seconds in readable units: 0.3 s, 4 s, 3 min, 5.2 h, 12 days."""
     if seconds is None:
         return ABSENT
     if 0 < seconds < 1:

@@ -1,6 +1,6 @@
-"""Whether to grow, how, from where and with which learning rate: what recorded studies and published rules say of it.
+"""Whether to grow, how, from where and with which learning rate: what recorded studies and published rules support.
 
-A sentence is said only with its evidence. Evidence counts for a question that is like it: sizes, growth, tokens per
+A sentence is printed only with its evidence. Evidence counts for a question that is like it: sizes, growth, tokens per
 parameter and budget within a factor of two of what was recorded. Otherwise the answer is that there is none.
 """
 
@@ -262,7 +262,7 @@ def _rate(like: Sequence[Case]) -> Iterator[AdviceLine]:
 
 
 def _by_the_rest(entries: Sequence[Entry], rate: float) -> dict[tuple[str, ...], float]:
-    """The objective of entries of a rate, by all that tells them and their seeds apart but the rate."""
+    """The objective of entries of a rate, by all that distinguishes them and their seeds but the rate."""
     found: dict[tuple[str, ...], float] = {}
     for entry in entries:
         if entry.learning_rate == rate:

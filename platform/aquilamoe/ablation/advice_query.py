@@ -17,7 +17,7 @@ FLOPS_PER_PARAMETER = 6  # of a token, for a budget in FLOPs and a target of whi
 
 @dataclass(frozen=True)
 class GrowthSource:
-    """Where to grow from. tokens: that it was trained on, if somebody says. model: None where only a size is known."""
+    """Where to grow from. tokens: that it was trained on, if given. model: None where only a size is known."""
 
     params: float
     tokens: float | None

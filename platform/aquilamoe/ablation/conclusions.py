@@ -1,4 +1,4 @@
-"""What a study's numbers say, in sentences, each with its horizon or its interval: nothing here is known beforehand."""
+"""What a study's numbers say, in sentences, each with its horizon or its interval: none is known beforehand."""
 
 import statistics
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ KEPT = 5e-4  # nats/token: a change at growth that the third decimal does not sh
 
 @dataclass(frozen=True)
 class Conclusion:
-    """A claim. A warning says what a reader would otherwise take from the numbers wrongly."""
+    """A claim. A warning corrects what a reader would otherwise conclude wrongly."""
 
     text: str
     kind: Literal["claim", "warning"] = "claim"

@@ -1,4 +1,4 @@
-"""From what every seed gave to what may be said: ranks, differences with intervals, crossings, savings."""
+"""From the results of every seed to supported claims: ranks, differences with intervals, crossings, savings."""
 
 from collections.abc import Mapping, Sequence
 

@@ -1,4 +1,4 @@
-"""What the curves of an ablation allow to be said: ranks with ties, crossings, savings."""
+"""What the curves of an ablation support: ranks with ties, crossings, savings."""
 
 import math
 import statistics
@@ -65,7 +65,7 @@ class CurveCrossing:
 
 
 def shown_crossings(ones: Mapping[int, Curve], others: Mapping[int, Curve]) -> list[CurveCrossing]:
-    """The crossings of the mean curves of seeds that both have, and which of them the seeds tell from noise."""
+    """The crossings of the mean curves of seeds that both have, and which of them the seeds distinguish from noise."""
     seeds = sorted(ones.keys() & others.keys())
     if not seeds:
         return []

@@ -126,7 +126,7 @@ class Control(Config):
 
 
 class Crossing(Config):
-    """Where the mean loss of a variant crosses the baseline's. shown: the seeds tell it from noise on both sides."""
+    """Where the mean loss of a variant crosses the baseline's. shown: it exceeds the seeds' noise on both sides."""
 
     tokens: float
     shown: bool
@@ -160,7 +160,7 @@ class Entry(Config):
     @field_validator("saving", mode="before")
     @classmethod
     def _without_symmetric_interval(cls, value: object) -> object:
-        """Studies of before had intervals of ratios that reached below zero: they are computed anew, not read."""
+        """Older studies had intervals of ratios that reached below zero: they are computed again, not read."""
         return None if isinstance(value, dict) and "half_width" in value else value
 
     def figure(self, name: str) -> list[float]:

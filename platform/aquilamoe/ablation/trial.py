@@ -34,7 +34,7 @@ class Stopped:
     loss: float
 
 
-# Told after every trial: its task, and what it ended with if not with a result.
+# Called after every trial with: its task, and what it ended with if not with a result.
 Told = Callable[[Task, Failure | Stopped | None], None]
 
 

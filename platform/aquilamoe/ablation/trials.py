@@ -1,7 +1,7 @@
 """Runs the lines of an ablation as trials: side by side where there is Ray, each failing for itself.
 
 What a trial has done is in the store, under the fingerprints of its stages: an ablation that was killed and is run
-again finds finished trials there, and goes on with the others from their checkpoints.
+again finds finished trials there, and resumes the others from their checkpoints.
 """
 
 from collections.abc import Mapping, Sequence

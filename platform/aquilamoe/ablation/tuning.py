@@ -30,9 +30,9 @@ GRACE, REDUCTION = 8, 2
 
 
 class TuneReporter:
-    """Tells Ray Tune the held-out losses of one stage of a line, for its scheduler.
+    """Reports to Ray Tune the held-out losses of one stage of a line, for its scheduler.
 
-    The last is not told, after `tokens`: who gets there is to write its result, however it compares.
+    The last, after `tokens`, is not reported: a trial that gets there writes its result, however it compares.
     """
 
     def __init__(self, stage: str, tokens: int) -> None:
@@ -55,7 +55,7 @@ class TuneReporter:
         return {LOSS: loss, ABOVE_SOURCE: max(0.0, loss - self.goal), TOKENS: point["tokens"]}
 
     def stage_finished(self, stage: str, directory: Path, record: Record, cached: bool) -> None:
-        """Of a trial that ended before this run, tell what it told then: others are compared with it."""
+        """Report again what a trial that ended before this run reported then: others are compared with it."""
         self.goal = record["metrics"].get("source_final_loss") or self.goal
         if cached and stage == self.stage:
             integrity.check(directory, record, "early stopping", [METRICS])
@@ -107,7 +107,7 @@ def run(field: Field, cluster: ClusterConfig, stopping: Stopping | None) -> None
 
 
 def _room(cluster: ClusterConfig) -> int:
-    """How many trials' workers the cluster has room for at once; at least 1, which then says what is missing."""
+    """How many trials' workers the cluster has room for at once; at least 1, which then reports what is missing."""
     import ray
 
     from aquilamoe.training.ray.session import resources_per_worker

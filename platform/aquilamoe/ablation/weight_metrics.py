@@ -1,4 +1,4 @@
-"""What weights say that no record does: how many directions a matrix has, and how much experts are alike.
+"""What weights show that no record does: how many directions a matrix has, and how much experts are alike.
 
 Computed from the files of a checkpoint, and kept beside the results, so that it is done once.
 """

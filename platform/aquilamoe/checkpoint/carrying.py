@@ -92,7 +92,7 @@ def _rope(source: CheckpointConfig) -> dict[str, Any]:
 
 
 def _windows(grown: Positions, source: CheckpointConfig, architecture: str, layers: Sequence[int]) -> dict[str, Any]:
-    """How far layers look back, as the architecture says it; what a source says of windows that are off stays too."""
+    """How far layers look back, as the architecture spells it; a source's fields of windows that are off stay too."""
     kinds = [FULL if window is None else SLIDING for window in grown.windows]
     stated = architecture in EACH_LAYER and source.values.get("layer_types") is not None
     if SLIDING not in kinds:

@@ -78,7 +78,7 @@ class Lane:
             try:
                 if not self._stopped:
                     job()
-            except BaseException as error:  # it is raised where somebody waits for it
+            except BaseException as error:  # raised again in the thread that waits for it
                 self.error, self._stopped = error, True
             finally:
                 if buffer is not None:

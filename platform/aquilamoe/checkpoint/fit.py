@@ -1,4 +1,4 @@
-"""Whether the tensors of a checkpoint are those that its config.json says: none missing, none left over. Torch-free."""
+"""Whether the tensors of a checkpoint are those of its config.json: none missing, none left over. Torch-free."""
 
 import math
 from collections.abc import Collection, Mapping
@@ -60,7 +60,7 @@ def _refuse_further(directory: Path, model: ModelConfig, further: Collection[str
 
 
 def check_fillers(source: RawReader, model: ModelConfig) -> None:
-    """UserError where a shared expert is not the zeros that its size says: reads these few small tensors."""
+    """UserError where a shared expert is not the zeros that its size implies: reads these few small tensors."""
     if tensor_names.SHARED_DOWN not in tensor_names.filler_roles(model):
         return
     for layer in range(model.num_hidden_layers):

@@ -1,4 +1,4 @@
-"""config.json both ways: the network that a checkpoint says it is, and the checkpoint of a network. Torch-free.
+"""config.json both ways: the network that a checkpoint describes, and the checkpoint of a network. Torch-free.
 
 Directories we write open in `transformers` without remote code; those we read are refused when our network would
 compute something else.
@@ -36,7 +36,7 @@ MOE = ("MixtralForCausalLM", "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM", "Olmo
 QK_NORM = {"Qwen3ForCausalLM": "head", "Qwen3MoeForCausalLM": "head", "OlmoeForCausalLM": "projection"}
 # Where layers may be dense and experts have a size of their own.
 MIXED = ("Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM")
-# What the config classes of transformers assume when a file does not say.
+# What the config classes of transformers assume for fields that a file lacks.
 DEFAULT_BALANCE = {"OlmoeForCausalLM": 0.01}
 DEFAULT_HEAD_DIM = {"Qwen3ForCausalLM": 128}
 
@@ -52,7 +52,7 @@ _SAME_SPELLING = (
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """What a config.json says: all of it, as it is spelled there, and what we make of it."""
+    """The contents of a config.json: all of it, as spelled there, and what it is parsed into."""
 
     values: Mapping[str, Any]
     architecture: str
@@ -79,7 +79,7 @@ def config_to_dict(
         "initializer_range": config.initializer_range,
         "tie_word_embeddings": config.tie_word_embeddings,
         "use_cache": True,
-        # Said even when there is none: Llama's config class would make them 1 and 2.
+        # Written even when there is none: Llama's config class would make them 1 and 2.
         "bos_token_id": None,
         "eos_token_id": eos_token_id,
         "pad_token_id": None,
@@ -145,7 +145,7 @@ def _computed(found: CheckpointConfig, where: str) -> ModelConfig:
 
 
 def parse(values: Mapping[str, Any], where: str = CONFIG_FILE) -> CheckpointConfig:
-    """What a config.json by this package or by transformers 4 or 5 says, for a growth.
+    """Parse a config.json by this package or by transformers 4 or 5, for a growth.
 
     Raises `UserError`, beginning with `where`, for a model that cannot be grown.
     """
@@ -212,7 +212,7 @@ def _has_qkv_bias(values: Mapping[str, Any], architecture: str) -> bool:
 
 
 def _sparsity(values: Mapping[str, Any], architecture: str) -> dict[str, Any]:
-    """Fields that say which layers have experts, and how these are weighed."""
+    """Fields that define which layers have experts, and how these are weighed."""
     step, layers = _stated(values, "decoder_sparse_step", 1), values["num_hidden_layers"]
     named = set(values.get("mlp_only_layers") or ()) if architecture in MIXED else set()
     skipped = {layer for layer in range(layers) if architecture in MIXED and (layer + 1) % step}
@@ -255,9 +255,9 @@ def _differences(values: Mapping[str, Any], architecture: str) -> Iterator[str]:
 
 
 def read_checkpoint_config(directory: Path) -> CheckpointConfig:
-    """What the config.json of a checkpoint directory says, for a growth.
+    """Parse the config.json of a checkpoint directory, for a growth.
 
-    A head with other numbers than the embedding is untied, whatever it says.
+    A head with other numbers than the embedding is untied, whatever it declares.
     """
     path = directory / CONFIG_FILE
     found = parse(jsonfile.read(path, directory), where=str(path))

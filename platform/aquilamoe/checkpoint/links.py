@@ -1,6 +1,6 @@
 """Symbolic links in a checkpoint: followed inside it and into a hub cache's `blobs/`, nowhere else.
 
-What is read from a checkpoint ends in what is made of it, and may be published: a link in somebody's archive must not
+What is read from a checkpoint ends up in its outputs, and may be published: a link in a downloaded archive must not
 bring a file of this machine there. Caches of the hub consist of links: `snapshots/<revision>/config.json` leads to
 `../../blobs/<digest>`.
 """

@@ -1,6 +1,6 @@
 """What a checkpoint does with positions: how its heads turn, and how far its layers look back. Torch-free.
 
-A growth neither reads nor changes it. So that what is grown computes the same, the target says it in its own terms.
+A growth neither reads nor changes it. So that what is grown computes the same, the target states it in its own terms.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +17,7 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 EACH_LAYER = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen2MoeForCausalLM")
 ALL_LAYERS = ("MistralForCausalLM", "MixtralForCausalLM", "Qwen3MoeForCausalLM")
 SWITCHED = (*EACH_LAYER, "Qwen3MoeForCausalLM")  # by use_sliding_window
-# What the config classes of transformers assume when a file does not say.
+# What the config classes of transformers assume for fields that a file lacks.
 DEFAULT_ROPE_THETA = {"MixtralForCausalLM": 1e6}
 DEFAULT_WINDOW = {"MistralForCausalLM": 4096, **dict.fromkeys(SWITCHED, 4096)}
 DEFAULT_WINDOW_LAYERS = 28
@@ -56,7 +56,7 @@ def plain(model: ModelConfig) -> Positions:
 def rope_parameters(values: Mapping[str, Any], architecture: str) -> dict[str, Any]:
     """Parameters of the rotary embedding, from the spellings of transformers 4 (rope_scaling) and 5, which prefers it.
 
-    What a file does not say is filled in as transformers does.
+    Fields that a file lacks are filled in as transformers does.
     """
     found = dict(values.get("rope_scaling") or values.get("rope_parameters") or {})
     rope_type = found.get("rope_type") or found.get("type") or "default"

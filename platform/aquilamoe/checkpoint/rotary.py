@@ -136,7 +136,7 @@ def _longrope_attention(factor: float, trained: int) -> float:
 
 
 def parse(parameters: dict[str, Any], head_dim: int, where: str) -> Rope:
-    """Validate what config.json says of rotary embeddings; UserError with one line for what cannot be computed."""
+    """Validate the rotary embeddings of config.json; UserError with one line for what cannot be computed."""
     try:
         rope = Rope.model_validate(parameters)
     except ValidationError as error:

@@ -1,4 +1,4 @@
-"""What a safetensors checkpoint says of itself: every tensor's type, shape and place, checked before a byte is used.
+"""The header of a safetensors checkpoint: every tensor's type, shape and place, checked before a byte is used.
 
 Parsed here and not by the library, because a plan must not import torch, and because a refusal names file and tensor.
 Nothing is ever unpickled.
@@ -118,7 +118,7 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _parse_entry(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
-    """One tensor of a header; its size must be what type and shape say."""
+    """One tensor of a header; its size must match type and shape."""
     try:
         dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         if not (isinstance(dtype, str) and isinstance(shape, list)):

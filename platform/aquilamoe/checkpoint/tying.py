@@ -13,7 +13,7 @@ def has_own_head(directory: Path) -> bool:
     """Whether the weights have a head that is not the embedding once more; what is read ends at the first difference.
 
     Older files repeat a tied head. One with other numbers was trained apart from the embedding, whatever
-    `tie_word_embeddings` says. UserError for damaged weights; none at all have no head.
+    `tie_word_embeddings` is. UserError for damaged weights; none at all have no head.
     """
     if not any((directory / file).is_file() for file in (SINGLE_FILE, INDEX_FILE)):
         return False

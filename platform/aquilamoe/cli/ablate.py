@@ -76,7 +76,7 @@ def _show_plan(experiment: ExperimentConfig, union: StudyGraph, store: Store, co
 
 
 def _show_status(experiment: ExperimentConfig, store: Store, study: Study) -> None:
-    """What is there so far, while it runs too."""
+    """The results so far, while it runs too."""
     out, holder, page = console(), store.holder(), folder_of(experiment, store) / comparison.PAGE
     leaves = [entry for entry in study.entries for _ in (*entry.seeds, *entry.missing)]
     done = sum(len(entry.seeds) for entry in study.entries)
@@ -102,7 +102,7 @@ def _tell(experiment: ExperimentConfig, store: Store, study: Study, failures: Ma
 
 
 def _track(experiment: ExperimentConfig, store: Store, study: Study, folder: Path) -> None:
-    """Let MLflow have the study, and say where to look at it."""
+    """Send the study to MLflow, and print where to look at it."""
     out, uri = console(), experiment.tracking.uri
     told = studies.publish(uri, store.root, compared(study, folder))
     out.print(f"MLflow   {ui_command(uri, store.root)}", soft_wrap=True)
@@ -120,7 +120,7 @@ def folder_of(experiment: ExperimentConfig, store: Store) -> Path:
 
 
 def _written(study: Study, folder: Path) -> Path:
-    """The page, made anew only for other numbers: drawing takes seconds."""
+    """The page, rebuilt only for other numbers: drawing takes seconds."""
     summary, page, text = folder / SUMMARY, folder / comparison.PAGE, study_text(study)
     if not page.exists() or not summary.exists() or summary.read_text(encoding="utf-8") != text:
         comparison.write(study, folder)

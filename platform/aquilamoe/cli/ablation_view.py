@@ -86,7 +86,7 @@ class TrialLines:
 
 
 def show_results(out: Console, study: Study) -> None:
-    """The ranking, and what the numbers say."""
+    """The ranking, and the conclusions from the numbers."""
     if study.ranked():
         out.print(ranking_table(study))
     for sentence in conclusions(study):

@@ -1,4 +1,4 @@
-"""The tables of a plan that say what training takes of devices: steps, checkpoints, memory, and layouts that fit."""
+"""The tables of a plan on what training needs of devices: steps, checkpoints, memory, and layouts that fit."""
 
 from collections.abc import Sequence
 

@@ -68,7 +68,7 @@ def lineage(library: ArtifactGraph, entry: Artifact) -> dict[str, Any]:
 
 
 def output(entry: Artifact) -> dict[str, Any]:
-    """One output: what its record says, without the digest of every file."""
+    """One output: its record, without the digest of every file."""
     return {
         "stage": entry.stage,
         "kind": entry.kind,

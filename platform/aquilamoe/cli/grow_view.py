@@ -26,7 +26,7 @@ REFRESH_S = 0.1
 
 
 class Bar:
-    """One step of the work: a bar on a terminal, and a line at its end. With `total_bytes` it also tells the rate."""
+    """One step of the work: a bar on a terminal, and a line at its end. With `total_bytes` it also shows the rate."""
 
     def __init__(self, out: Console, step: str, unit: str, total_bytes: int = 0) -> None:
         self.out, self.step, self.unit, self.total_bytes = out, step, unit, total_bytes
@@ -66,7 +66,7 @@ class Bar:
             say(self.out, self.step, self._last)
 
     def end(self, text: str) -> None:
-        """What the line says that stays when the bar is gone."""
+        """The text of the line that stays when the bar is gone."""
         self._last = text
 
 
@@ -218,5 +218,5 @@ def show_result(out: Console, request: Request, record: Mapping[str, Any]) -> No
 
 
 def relative(path: Path) -> str:
-    """A path as short as it can be said from here."""
+    """The shortest spelling of a path, relative to the working directory."""
     return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)

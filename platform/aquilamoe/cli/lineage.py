@@ -1,4 +1,4 @@
-"""What `action=lineage`, `why`, `verify` and `rebuild` do, and what they say."""
+"""What `action=lineage`, `why`, `verify` and `rebuild` do, and what they print."""
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -45,7 +45,7 @@ class LineageQuery:
     as_json: AsJson
 
     def find(self, key: str, text: str | None, latest: bool = False) -> tuple["LineageQuery", Artifact]:
-        """An output by what a key of the configuration says, and the question with what lies beside that output."""
+        """An output by the value of a configuration key, and the query with what lies beside that output."""
         if text is None:
             raise UserError(f"{key}: action={self.experiment.action} needs one; {WAYS}")
         try:
@@ -173,7 +173,7 @@ def _verdict(verified: Verified, width: int) -> str:
 
 
 def _rebuild(question: LineageQuery) -> None:
-    """Make an output anew beside the store and compare it with its record; UserError if other bytes come out."""
+    """Rebuild an output beside the store and compare it with its record; UserError if other bytes come out."""
     question, entry = question.find("checkpoint", question.experiment.checkpoint)
     speed = Speed.of(question.experiment.cluster)
     rebuild = rebuilding.prepare(

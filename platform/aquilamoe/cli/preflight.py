@@ -15,7 +15,7 @@ from aquilamoe.pipeline.plan import Planned
 
 
 def check(experiment: ExperimentConfig, plan: Sequence[Planned], root: Path) -> None:
-    """UserError with what is needed, what is there and what to do."""
+    """UserError with what is needed, what is available and what to do."""
     if any(planned.is_computed and planned.node.stage.kind == "pretrain" for planned in plan):
         _check_gpus(experiment)
     _check_workers(experiment)
@@ -84,7 +84,7 @@ def slow_precision(experiment: ExperimentConfig, plan: Sequence[Planned]) -> str
 
 
 def has_bf16_products() -> bool:
-    """Whether the CPU of this machine multiplies in bfloat16; so it is assumed where an x86 does not say."""
+    """Whether the CPU of this machine multiplies in bfloat16; this is assumed where an x86 does not report it."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:

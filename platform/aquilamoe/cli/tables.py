@@ -55,7 +55,7 @@ def plan_table(plan: Sequence[Planned], width: int) -> Table:
 
 
 def _total_time(pending: Sequence[Planned]) -> str:
-    """Of all stages; `>` says that of some it is not known."""
+    """Of all stages; `>` marks that some are not known."""
     known = [planned.seconds for planned in pending if planned.seconds is not None]
     text = format.duration(sum(known)) if known or not pending else format.ABSENT
     return f"> {text}" if known and len(known) < len(pending) else text

@@ -19,7 +19,7 @@ PLAIN_EVERY_S = 60.0  # between lines of a long stage, where there is no termina
 
 
 class Present:
-    """The stage that runs, those that wait, and how long it will take; drawn anew at every width."""
+    """The stage that runs, those that wait, and how long it will take; redrawn at every width."""
 
     def __init__(self, pipeline: PipelineProgress, clock: Callable[[], float]) -> None:
         self.pipeline, self.clock = pipeline, clock

@@ -1,4 +1,4 @@
-"""A pipeline that another process runs, as its files tell: what it announced, records, points, signs of life."""
+"""A pipeline that another process runs, as its files show: what it announced, records, points, signs of life."""
 
 import json
 import time
@@ -117,7 +117,7 @@ class Watched:
         return None
 
     def newly_finished(self) -> list[Text]:
-        """Lines of the stages that are complete and were not told yet, in order."""
+        """Lines of the stages that are complete and were not printed yet, in order."""
         lines = []
         for stage in self.stages:
             name = stage["name"]

@@ -20,7 +20,7 @@ from aquilamoe.config.messages import UserError, nearest
 WORD = re.compile(r"(?P<prefix>\+\+|\+|~)?(?P<key>[^=]*)(?P<equals>=?)(?P<value>.*)", re.DOTALL)
 IN_QUOTES = re.compile(r"""\s*(?:'([^']*)'|"([^"]*)")\s*""", re.DOTALL)
 MAX_CHARACTERS, MAX_DEPTH = 4000, 20  # of a list or a mapping: reading one of 24,000 characters takes 5 s
-GLOBAL_GROUPS = ("experiment", "ablation")  # their files say what belongs anywhere in the configuration
+GLOBAL_GROUPS = ("experiment", "ablation")  # their files set what belongs anywhere in the configuration
 HEADER = re.compile(r"^#\s*@package\s+_global_\s*$", re.MULTILINE)
 SCRIPTS = {"config": "efficientscale.py", "ablations": "ablations.py", "grow": "grow.py"}
 OWNERS = {"ablation": "ablations.py", "experiment": "efficientscale.py"}
@@ -161,7 +161,7 @@ def _escaped(backslashes: str, what: str) -> str:
 
 
 def _check_option(group: str, value: str, words: Words) -> None:
-    """Refuse an option that no file of the configuration makes, or one whose file says less than it has to."""
+    """Refuse an option that no file of the configuration makes, or one whose file lacks a required field."""
     known = options(group)
     folders = [*config_folders(), *([Path(words.config_folder)] if words.config_folder else [])]
     for name in value.split(",") if words.multirun else [value]:

@@ -6,14 +6,14 @@ from pydantic import Field, SerializerFunctionWrapHandler, field_validator, mode
 
 from aquilamoe.config.network import Config, NonNegativeInt, PositiveInt
 
-VALIDATION_FRACTION = 0.05  # held out where a corpus says nothing
+VALIDATION_FRACTION = 0.05  # held out where a corpus sets none
 Scalar = bool | int | float | str
 
 
 class Extended(Config):
     """A configuration that got keys after outputs had been made with it.
 
-    The keys in `added` enter a recipe only where they say something: what was made before they were there is found.
+    The keys in `added` enter a recipe only where they are set: outputs made before they existed are still found.
     """
 
     added: ClassVar[tuple[str, ...]] = ()
@@ -62,7 +62,7 @@ class FiltersConfig(Config):
 class SourceConfig(Extended):
     """One part of the corpus: a file or glob of documents, with the checksum of a single file, or a data set of a hub.
 
-    text: the column or field that holds the text. split: the one that says train or validation where there is one.
+    text: the column or field that holds the text. split: the one that holds train or validation where there is one.
     """
 
     path: str | None = None
@@ -83,7 +83,7 @@ class SourceConfig(Extended):
 
     @property
     def is_plain(self) -> bool:
-        """Whether it says no more than files and their checksum."""
+        """Whether it sets no more than files and their checksum."""
         return all(getattr(self, key) == type(self).model_fields[key].default for key in self.added)
 
 
@@ -114,7 +114,7 @@ def with_mixture(data: Any) -> Any:
 
 
 def check_cleaned(sources: dict[str, SourceConfig], cleaning: CleaningConfig | None) -> None:
-    """Refuse a corpus without cleaning whose sources say what only cleaning does."""
+    """Refuse a corpus without cleaning whose sources set what only cleaning does."""
     for name, source in sources.items():
         if cleaning is None and not source.is_plain:
             raise ValueError(

@@ -183,7 +183,7 @@ class _Builder:
             )
 
     def _moments_of(self, source: Node, where: str, purpose: str) -> str:
-        """Name of the optimizer whose moments a stage leaves; refuse to go on with those of one that leaves none."""
+        """Name of the optimizer whose moments a stage leaves; refuse to resume from one that leaves none."""
         stage, remedy = source.stage, "use reset, or continue a pretrain stage"
         if isinstance(stage, PretrainStage):
             return stage.optimizer.name

@@ -36,7 +36,7 @@ class SparseUpcycling(UpcyclingConfig):
         return UpcyclingConfig.model_validate(self.model_dump(exclude={"layers"}))
 
     def dense_layers(self, num_layers: int) -> list[int] | None:
-        """Layers without experts of a target with `num_layers` layers, None where `layers` says nothing."""
+        """Layers without experts of a target with `num_layers` layers, None where `layers` is not set."""
         if self.layers is None:
             return None
         if self.layers == "all":

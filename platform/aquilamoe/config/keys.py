@@ -1,4 +1,4 @@
-"""What the schema says of a key by its dotted path, e.g. `data.sources.en.path`: is it a text, what is like it."""
+"""The schema's view of a key by its dotted path, e.g. `data.sources.en.path`: is it a text, what is like it."""
 
 from collections.abc import Iterator, Mapping
 from types import NoneType

@@ -97,7 +97,7 @@ class ModelConfig(Config):
     def _derive_expert_size(cls, values: Any) -> Any:
         """`moe_intermediate_size: null` means that experts are as large as a dense feed-forward.
 
-        Where no layer is dense, intermediate_size says nothing, and is the experts' size too, as files have it.
+        Where no layer is dense, intermediate_size has no effect, and is the experts' size too, as files have it.
         """
         if not isinstance(values, dict):
             return values

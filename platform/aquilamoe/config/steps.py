@@ -27,7 +27,7 @@ class RoleConfig(Config):
 class OptimizerConfig(Config):
     """`betas` and `eps` are AdamW's; `momentum` is that of `muon`, which leaves what is no hidden matrix to AdamW.
 
-    `roles` says what is different for some parameters: embedding (a tied head, too) | head | attention | feed_forward
+    `roles` overrides values for some parameters: embedding (a tied head, too) | head | attention | feed_forward
     (a shared expert, too) | expert (those that a router chooses) | router | norm.
     """
 

@@ -114,7 +114,7 @@ def _fitting(shards: list[SourceShard]) -> int:
 
 
 def _forget_other_input(settings: Settings, shards: list[SourceShard], out: Path) -> None:
-    """Start anew where the files are no longer those that an earlier run has read."""
+    """Start again where the files are no longer those that an earlier run has read."""
     folder, source = settings.folder, settings.folder.name
     seen = folder / "input.json"
     now = json.dumps({"shards": [asdict(shard) for shard in shards]})

@@ -38,7 +38,7 @@ MAX_DOCUMENT_BYTES = 1 << 25
 
 @dataclass(frozen=True)
 class Document:
-    """One document: `split` as the file says it, None where the file says nothing; `place` is for messages."""
+    """One document: `split` as the file has it, None where the file has none; `place` is for messages."""
 
     text: str
     split: str | None

@@ -31,7 +31,7 @@ class Batches:
 
     tokens: output folder of a tokenize stage. mixture: weight of each source, per sequence (to 1 % of the smallest
     weight; the sources alternate in a fixed rhythm). sequence_length: tokens predicted per sequence. batch_sequences:
-    sequences of a global batch. seed: each source is shuffled by it, anew in every epoch of its own.
+    sequences of a global batch. seed: each source is shuffled by it, again in every epoch of its own.
 
     The stream depends on neither rank nor world size: rank r of w has the r-th of w equal, adjacent slices of the
     batch, so that the ranks' rows, one after the other, are the batch. UserError for what a user can repair.

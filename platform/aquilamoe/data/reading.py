@@ -36,7 +36,7 @@ class Place(NamedTuple):
 class RawDocument(NamedTuple):
     """A document as it was found: its text as bytes that may not be UTF-8, or the problem that there is none.
 
-    values: what other columns say, as far as it was asked for.
+    values: values of other columns, as far as requested.
     """
 
     text: bytes | None
@@ -103,7 +103,7 @@ def read(shard: SourceShard, config: SourceConfig, max_document_bytes: int) -> I
 
 
 def spoken(place: Place) -> str:
-    """A place for people: a byte is said as the line that it is in, which takes reading the file up to there."""
+    """A place for people: the line number of a byte, which takes reading the file up to there."""
     if place.unit != "byte":
         return f"{place.file}, {place.unit} {place.number}" if place.unit else place.file
     lines, left = 1, place.number

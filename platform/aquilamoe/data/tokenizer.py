@@ -17,8 +17,8 @@ END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 # How text is split before merging: the rules of Qwen2's tokenizer (words with the sign before them, digits one by one).
-# `transformers` puts exactly these rules, and NFC, in force for every directory whose config.json says qwen2, whatever
-# tokenizer.json says: with others a dense model with QKV bias would be read with other tokens than it was trained on.
+# `transformers` puts exactly these rules, and NFC, in force for every directory whose config.json has qwen2, whatever
+# tokenizer.json has: with others a dense model with QKV bias would be read with other tokens than it was trained on.
 SPLIT_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )

@@ -1,4 +1,4 @@
-"""Token files in the layout of Megatron's indexed data sets: `.bin` holds the ids, `.idx` says where documents lie.
+"""Token files in the layout of Megatron's indexed data sets: `.bin` holds the ids, `.idx` holds where documents begin.
 
 `.idx`, little-endian: magic (9 bytes), version (uint64), dtype code (uint8), sequences (uint64), document boundaries
 (uint64); then the sequences' lengths (int32), their byte offsets in `.bin` (int64), and the boundaries (int64). Here
@@ -181,7 +181,7 @@ def write_record(out: Path, record: TokensRecord) -> None:
 
 
 def read_record(tokens: Path) -> TokensRecord:
-    """What `tokens.json` says of a folder of token files."""
+    """The `tokens.json` of a folder of token files."""
     path = tokens / "tokens.json"
     try:
         values = json.loads(path.read_text())

@@ -81,7 +81,7 @@ def _feed_forward(model: ModelConfig, neurons: int, compute: int) -> int:
 
 
 def _experts(model: ModelConfig, run: Pass) -> int:
-    """Bytes a token: what the router read and said, and for each of its experts rows in, inner values and rows out."""
+    """Bytes a token: the router's input and output, and for each of its experts rows in, inner values and rows out."""
     compute, k = run.precision.compute, model.num_experts_per_tok
     routed = compute * (2 * model.hidden_size + 4 * model.moe_intermediate_size)
     # Logits and their softmax, for the router's losses; indices and slots, gates and the chosen logits.

@@ -10,7 +10,7 @@ from aquilamoe.estimates import processor_speed
 
 @dataclass(frozen=True)
 class Speed:
-    """Of training on all devices, where no record tells it: `flops_per_s`, or what `cores` of this machine can do."""
+    """Of training on all devices, where no record has it: `flops_per_s`, or what `cores` of this machine can do."""
 
     flops_per_s: float | None
     cores: int = 0

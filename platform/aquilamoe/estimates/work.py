@@ -1,4 +1,4 @@
-"""What the time of a training grows with: from one that was measured, another on the same device is foretold."""
+"""What the time of a training grows with: from one that was measured, another on the same device is estimated."""
 
 from aquilamoe.config.network import ModelConfig
 from aquilamoe.config.schema import PretrainStage

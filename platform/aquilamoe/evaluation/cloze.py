@@ -77,7 +77,7 @@ def _write(folder: Path, name: str, task: str, lines: list[dict[str, object]] | 
 
 
 def _questions(passages: list[tuple[str, str]], seed: str) -> list[dict[str, object]]:
-    """The endings of each question in an order drawn anew."""
+    """The endings of each question in a random order of its own."""
     draw, questions = random.Random(seed), []
     for index, (context, ending) in enumerate(passages):
         others = draw.sample([other for at, other in enumerate(passages) if at != index], CHOICES - 1)

@@ -51,7 +51,7 @@ def continuations(
 ) -> list[list[int]]:
     """Tokens that follow each prompt (one token at least), up to `settings.max_new_tokens` or the end of the text.
 
-    A step goes through the whole context anew, of which the model sees its last `max_position_embeddings` tokens: no
+    A step computes the whole context again, of which the model sees its last `max_position_embeddings` tokens: no
     keys and values are kept. Prompts go together; shorter ones are filled up behind, where a causal model never looks.
     """
     assert all(prompts)

@@ -64,7 +64,7 @@ def _size(tensor: Tensor, dim: int) -> Tensor:
 
 
 def _ratio(error: Tensor, size: Tensor) -> Tensor:
-    """Nothing of nothing is 0."""
+    """`error / size` by element; 0 where the error is 0, even if the size is 0."""
     return torch.where(error == 0, 0.0, error / size)
 
 

@@ -45,7 +45,7 @@ def default_tolerance(dtype: str) -> float:
 
 
 def file_tolerance(dtype: str) -> float:
-    """Likewise, of a target whose growth is not known, so that nobody can tell a fault from what rounding did to it."""
+    """The same for a target whose growth is not known, so that a fault cannot be distinguished from rounding."""
     return _FILE_TOLERANCES.get(dtype, default_tolerance(dtype))
 
 

@@ -1,6 +1,6 @@
 """Which layer of the source each layer of the target copies (METHODS section 3).
 
-Layers are units like any other: `copies` of the returned map are the multiplicities, and `is_new` tells the further
+Layers are units like any other: `copies` of the returned map are the multiplicities, and `is_new` marks the further
 copies of a layer (the first stays in its place, so that the originals keep their order under every rule; an explicit
 list of layers need not keep it).
 """

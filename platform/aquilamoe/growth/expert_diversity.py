@@ -1,4 +1,4 @@
-"""What tells copies of a feed-forward apart: noise, neurons in another order, neurons drawn afresh (METHODS 5)."""
+"""What makes copies of a feed-forward differ: noise, neurons in another order, neurons drawn again (METHODS 5)."""
 
 import math
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class Variety:
     dtype: torch.dtype
 
     def vary(self, tensor: LazyTensor, role: str, copy: int) -> LazyTensor:
-        """What tells the neurons of a copy apart: rows of gate and up, and columns of down, by one order for all."""
+        """Reorder the neurons of a copy: rows of gate and up, and columns of down, by one order for all."""
         if self.upcycling.method not in ("permute", "drop"):
             return tensor
         axis = 1 if role == tensor_names.DOWN else 0
@@ -48,7 +48,7 @@ class Variety:
 
 
 def neuron_order(size: int, seed: int, place: str, copy: int) -> Tensor:
-    """The order of a copy's neurons; the first of them are those that `drop` draws afresh."""
+    """The order of a copy's neurons; the first of them are those that `drop` draws again."""
     return torch.from_numpy(rng.permutation(size, rng.stream(seed, f"{place}neurons.{copy}")))
 
 
@@ -60,7 +60,7 @@ def _take(tensor: LazyTensor, axis: int, neurons: Tensor) -> LazyTensor:
 
 
 def _redraw(tensor: LazyTensor, axis: int, dropped: Tensor, drawn: LazyTensor) -> LazyTensor:
-    """Draw the dropped neurons afresh, with the mean and deviation of what they were (Drop-Upcycling)."""
+    """Draw the dropped neurons again, with the mean and deviation of what they were (Drop-Upcycling)."""
     old = _take(tensor, axis, dropped.sort().values)
     is_dropped = torch.zeros(tensor.shape[axis], dtype=torch.bool)
     is_dropped[dropped] = True

@@ -5,7 +5,7 @@ over its copies, each times what its value was multiplied by; and the copies tak
 copies of value `a * w` passes on `1 / (a * c)` of its gradient: c_q for query rows, `alpha * c` for what writes into
 the residual stream, 1 for the head, whose columns are divided among copies and add up again.
 
-Noise and routers tell copies apart. What is passed on is then their mean, which stays exact; each differs from it.
+Noise and routers make copies differ. What is passed on is then their mean, which stays exact; each differs from it.
 """
 
 import math
@@ -65,7 +65,7 @@ class GradientMap:
     spread: float = 1.0
 
 
-GradientMaps = Iterator[tuple[str, list[GradientMap]]]  # by parameter of the target; without a past: begun afresh
+GradientMaps = Iterator[tuple[str, list[GradientMap]]]  # by parameter of the target; without a past: initialized
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -1,6 +1,6 @@
 """Tensors that are never in memory as a whole: their rows are made when they are asked for, a block at a time.
 
-What is made of such a tensor is such a tensor again. Nothing is read or computed until somebody takes rows of it, and
+What is made of such a tensor is such a tensor again. Nothing is read or computed until rows of it are taken, and
 then only these. Arithmetic is done in float32 or wider, and rounded once, when the rows are written. torch is imported
 when the first row is made: a growth that only copies does without.
 """

@@ -1,7 +1,7 @@
 """The optimizer's state through a growth, a tensor at a time: Adam's moments map as the gradient does (METHODS 4).
 
 Where the gradient of a grown weight follows from that of the source (`growth.gradient_maps`), the first moment is
-mapped like it and the second like its square. Elsewhere the first moment is zero, for the past says nothing of a
+mapped like it and the second like its square. Elsewhere the first moment is zero, for the past does not constrain a
 direction. The second one is only a scale, and stays: it is that of the weight whose place was taken, and for padding
 the mean of its tensor. Zero would not do. Adam corrects its moments for a step that all of a tensor shares; at a late
 one a first gradient would pass (1 - beta1) / sqrt(1 - beta2) times the learning rate, 3.2 with the usual betas of 0.9
@@ -45,7 +45,7 @@ def grow_moments(
     source: a safetensors file of `step`, `exp_avg` and `exp_avg_sq` of every parameter (of hidden matrices perhaps
         `momentum_buffer` instead), as training leaves it.
     configs: of the source and of the target. growth, seed: what the weights were grown by.
-    progress: told of tensors written, and of how many there are.
+    progress: called with the number of tensors written, and of all tensors.
     In memory there is one tensor (of experts: one expert) of the source and its copy. UserError where the file is
     missing or damaged, or is not that of the source.
     """

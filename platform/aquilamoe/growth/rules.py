@@ -39,7 +39,7 @@ def preserves(growth: GrowthConfig | UpcyclingConfig, source: ModelConfig, targe
     if isinstance(growth, UpcyclingConfig):
         return growth.method in ("copy", "permute") and _keeps_shares(source, target)
     method = plugins.load("growth/methods", growth.method)
-    # Plain copies change the mean square that a norm divides by, unless every channel has as many as the ratio says.
+    # Plain copies change the mean square that a norm divides by, unless every channel has as many as the ratio.
     keeps_norms = growth.norm != "copy" or target.hidden_size % source.hidden_size == 0
     units = map_units(source, target, growth)
     keeps_width = keeps_norms and bool(method.keeps_function(units, source.num_hidden_layers, growth))
@@ -49,7 +49,7 @@ def preserves(growth: GrowthConfig | UpcyclingConfig, source: ModelConfig, targe
 def _keeps_shares(source: ModelConfig, target: ModelConfig) -> bool:
     """Whether tokens go through what they went through, by the same shares.
 
-    Of a dense source they do, whatever the router says, when shares sum to 1 over experts of one function. Copies of
+    Of a dense source they do, whatever the router does, when shares sum to 1 over experts of one function. Copies of
     experts have one score, so that a token chooses all copies of an expert before the next expert; where shares are
     probabilities among all experts, each copy has its part of the original's, and all of them must be chosen.
     """

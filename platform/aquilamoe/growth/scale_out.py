@@ -110,7 +110,7 @@ class _Layer:
             yield from self._varied(tensor, role, of_original, shards)
 
     def _varied(self, tensor: LazyTensor, role: str, copies: range, shards: int) -> Iterator[Recipe]:
-        """Copies that something random tells apart, each a tensor of its own."""
+        """Copies that random numbers make differ, each a tensor of its own."""
         from aquilamoe.growth.expert_diversity import Variety
 
         place = f"model.layers.{self.index}."
@@ -147,7 +147,7 @@ class _Layer:
         """Scores of the copies: those of their originals, or of a dense source drawn for each feed-forward.
 
         Parts of a feed-forward have one score (virtual groups, arXiv 2410.07524). `variance` reads router_std as the
-        variance, which is what the paper's words say; `orthogonal` has rows at right angles, as long as those of
+        variance, which is the paper's literal wording; `orthogonal` has rows at right angles, as long as those of
         `normal` are on average.
         """
         if self.source.is_moe:

@@ -93,7 +93,7 @@ def _layer(reader: Reader, config: ModelConfig, index: int) -> dict[str, LazyTen
 
 
 def _softening(role: str, index: int, layers: UnitMap, growth: GrowthConfig) -> float:
-    """What is written to the residual stream is multiplied by, as `new_layers` says.
+    """The factor of what is written to the residual stream, by `new_layers`.
 
     `zero` silences all but the first copy of a layer (LLaMA-Pro: the function is kept); `scaled` lets the copies share.
     """
@@ -105,7 +105,7 @@ def _softening(role: str, index: int, layers: UnitMap, growth: GrowthConfig) -> 
 
 
 def _share(copies: Iterable[tuple[str, LazyTensor, float]]) -> Iterator[Recipe]:
-    """Make one tensor of those copies of a layer that nothing random tells apart. Of each: name, tensor, factor."""
+    """Make one tensor of those copies of a layer that nothing random makes differ. Of each: name, tensor, factor."""
     equal: dict[float, list[str]] = {}
     tensors: dict[float, LazyTensor] = {}
     for name, tensor, factor in copies:

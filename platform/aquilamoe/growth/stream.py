@@ -55,7 +55,7 @@ def rewrite(
     Returns the SHA-256 of every tensor. Bytes that stay what they are go from file to file; everything else is
     computed on as many threads as torch has, a block of rows at a time, and does not depend on their number. Where
     nothing has to be, torch is not imported.
-    Raises UserError when the source's weights are not what its config.json says or not finite, when a tensor of the
+    Raises UserError when the source's weights do not match its config.json or are not finite, when a tensor of the
     target would not be, when the disk is too small, or source and target are the same.
     """
     source_config, target_config = configs

@@ -109,7 +109,7 @@ def circumstances(old: Artifact, new: Artifact) -> list[str]:
 
 
 def _short(old: Any, new: Any) -> tuple[Any, Any]:
-    """Two figures with as many digits as people read, if these tell them apart."""
+    """Two figures with as many digits as people read, if these distinguish them."""
     if not (isinstance(old, float) and isinstance(new, float)):
         return old, new
     rounded = float(f"{old:.5g}"), float(f"{new:.5g}")

@@ -15,7 +15,7 @@ CONFIG, CARD = "config.json", "README.md"
 
 @dataclass(frozen=True)
 class Parent:
-    """What an output was made from, in one role; `entry` is None where it is gone, and `problem` says what is wrong."""
+    """What an output was made from, in one role; `entry` is None where it is gone, and `problem` is what is wrong."""
 
     role: str
     stage: str

@@ -1,4 +1,4 @@
-"""Which output somebody means: by a path, a stage's name, a fingerprint, or the SHA-256 of its weights."""
+"""Which output a name refers to: by a path, a stage's name, a fingerprint, or the SHA-256 of its weights."""
 
 import os
 import re

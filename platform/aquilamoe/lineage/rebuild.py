@@ -27,9 +27,9 @@ SHOWN_CHANGES = 3
 
 @dataclass(frozen=True)
 class Rebuild:
-    """What has to run to make an output anew.
+    """What has to run to rebuild an output.
 
-    plan: the output, last, after those of its ancestors that are not in the store as their records say (`anew`).
+    plan: the output, last, after those of its ancestors that are not in the store as recorded (`anew`).
     taken: ancestors that are used as they are. store: in the scratch root.
     """
 

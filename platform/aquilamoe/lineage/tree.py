@@ -99,7 +99,7 @@ def recipe_changes(entry: Artifact, ancestors: list[Artifact]) -> list[str]:
 
 
 def _stated(config: Mapping[str, Any]) -> list[str]:
-    """Every field that says something: what is null, empty or zero is not there."""
+    """Every field with a value: null, empty and zero are omitted."""
     return [f"{key} {value}" for key, value in flatten(config).items() if value]
 
 

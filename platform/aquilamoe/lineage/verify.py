@@ -1,4 +1,4 @@
-"""Whether outputs still are what their records say: every byte is read again."""
+"""Whether outputs still match their records: every file is re-hashed."""
 
 import hashlib
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ SHOWN_DIGITS = 12
 
 @dataclass(frozen=True)
 class Verified:
-    """An output whose files were read again; without `problems` it is what its record says."""
+    """An output whose files were re-hashed; without `problems` it matches its record."""
 
     entry: Artifact
     files: int
@@ -48,7 +48,7 @@ def verify(entry: Artifact, library: ArtifactGraph | None = None) -> Verified:
 
 
 def check_unchanged(entry: Artifact, reader: str) -> None:
-    """UserError, one line, if a checkpoint is not what its record says. reader: who is going to read it."""
+    """UserError, one line, if a checkpoint does not match its record. reader: what is going to read it."""
     if entry.is_stage:
         integrity.check(entry.directory, entry.record, reader)
     elif sum(size for size, _ in entry.files.values()) <= integrity.WHOLE_BYTES:

@@ -52,12 +52,12 @@ class Attempts:
             return [_attempt(each) for each in entries]
         except FileNotFoundError:
             return []
-        except (OSError, ValueError, RecursionError, TypeError, KeyError) as error:  # its machine went down, say
+        except (OSError, ValueError, RecursionError, TypeError, KeyError) as error:  # e.g. its machine went down
             note(f"{self.path}: cannot be read ({' '.join(str(error).split())}); earlier attempts are not counted")
             return []
 
     def last_alive(self) -> float | None:
-        """When the driver of the last attempt last said that it is alive (seconds since 1970)."""
+        """When the driver of the last attempt last recorded a heartbeat (seconds since 1970)."""
         with suppress(FileNotFoundError):
             return self.path.stat().st_mtime
         return None
@@ -76,7 +76,7 @@ class Attempts:
         temporary.replace(self.path)
 
     def touch(self) -> None:
-        """Say that the attempt is alive."""
+        """Record a heartbeat of the attempt."""
         with suppress(OSError):
             os.utime(self.path)
 

@@ -1,4 +1,4 @@
-"""Checkpoints of a stage in progress on the remote, so that another machine goes on where this one was.
+"""Checkpoints of a stage in progress on the remote, so that another machine can resume it.
 
 While a stage trains, its newest complete checkpoint is copied to `progress/<fingerprint>/`, with what lies beside it
 (the points that were measured, how often the stage was started); the copies before it go. It is fetched where the stage
@@ -108,7 +108,7 @@ class CheckpointSync:
                 self.remote.remove(f"{self.place}/{name}")
 
     def forget(self) -> None:
-        """The stage is finished: nobody goes on from its checkpoints. Those that cannot be removed only take space."""
+        """The stage is finished: nothing resumes from its checkpoints. Those that cannot be removed only take space."""
         try:
             self.remote.remove(self.place)
         except UserError as error:

@@ -64,7 +64,7 @@ def rates(node: Node, cluster: ClusterConfig) -> Rates:
 
 
 def own(record: Record) -> Cost:
-    """What a finished stage itself cost. A record without a ledger says how long it took: one device is assumed."""
+    """What a finished stage itself cost. A record without a ledger has only the duration: one device is assumed."""
     noted = record.get("cost")
     if noted:
         return Cost(**noted["own"])

@@ -7,7 +7,7 @@ from aquilamoe.config.graph import Node
 from aquilamoe.pipeline.stage import Estimate
 from aquilamoe.pipeline.store import Record, Store
 
-# A run says nothing of one with more than so many times the work: what it took was the start of Python and packages.
+# A run is no measure of one with more than so many times the work: its time was the start of Python and packages.
 FAR = 30.0
 Inputs = Mapping[str, tuple[str, int | None]]
 

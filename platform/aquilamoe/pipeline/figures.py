@@ -1,4 +1,4 @@
-"""What a record says, as numbers that are finite and names of stages."""
+"""The contents of a record, as numbers that are finite and names of stages."""
 
 import math
 from collections.abc import Mapping

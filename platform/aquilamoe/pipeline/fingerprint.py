@@ -46,7 +46,7 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
-    """Say field by field what changed, own fields first, then inputs: `learning_rate 0.001 -> 0.002`."""
+    """List field by field what changed, own fields first, then inputs: `learning_rate 0.001 -> 0.002`."""
     before, after = flatten(old), flatten(new)
     changed = [key for key in {**after, **before} if before.get(key) != after.get(key)]
     changed.sort(key=lambda key: (key.startswith("inputs."), key))
@@ -58,7 +58,7 @@ def _difference(key: str, before: Mapping[str, Any], after: Mapping[str, Any]) -
         return f"{key.removeprefix('config.')} {_show(before, key)} -> {_show(after, key)}"
     field = key.removeprefix(CODE)
     names = [values.get(f"config.{field}") for values in (before, after)]
-    # Of another name the code is another: that the name changed says it.
+    # Another name has other code: that the name changed is enough.
     return f"code of {field.replace('.', ' ')} {names[1]} changed" if names[0] == names[1] else ""
 
 

@@ -25,7 +25,7 @@ OUTPUT = re.compile(".+-[0-9a-f]{12}")  # the name of a stage's directory
 
 
 def check(directory: Path, record: Record, reader: str, names: Iterable[str] | None = None) -> None:
-    """UserError, one line, for the first file that is not what the record says.
+    """UserError, one line, for the first file that does not match the record.
 
     reader: who is going to read it. names: the files that are read; None: all.
     """
@@ -58,7 +58,7 @@ def check_sizes(directory: Path, record: Record) -> None:
 
 
 def entry(path: Path) -> dict[str, Any]:
-    """What a record says of a file: SHA-256 and bytes; of a large one, the SHA-256 of a sample, too."""
+    """A record's entry of a file: SHA-256 and bytes; of a large one, the SHA-256 of a sample, too."""
     size = path.stat().st_size
     sampled = {"sample": sample(path)} if size > BLOCKS * BLOCK_BYTES else {}
     return {"sha256": sha256(path), "bytes": size, **sampled}

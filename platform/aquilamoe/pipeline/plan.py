@@ -45,7 +45,7 @@ class Planned:
 
 
 class TrainingSpeed(Protocol):
-    """How fast training is where no record tells it; the plan itself knows nothing of devices."""
+    """How fast training is where no record has it; the plan itself knows nothing of devices."""
 
     def seconds(self, flops: float, work: float | None) -> float | None:
         """For so much training; None where nobody knows. work: as `Estimate.work`."""
@@ -56,7 +56,7 @@ def make(nodes: Mapping[str, Node], store: Store, speed: TrainingSpeed, devices:
     """Fingerprint every stage in order and compare with what the store holds.
 
     speed: of training, where the store has no record of one to learn it from. devices: how many train; records of
-    another number say nothing about the speed. None: all do.
+    another number do not count for the speed. None: all do.
     """
     plan: dict[str, Planned] = {}
     made_by: dict[str, str] = {}

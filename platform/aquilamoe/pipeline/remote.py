@@ -2,7 +2,7 @@
 
 An output is there or it is not, as in the store: its files are copied first and `record.json` last, and a record that
 cannot be read is none. What is fetched is compared with the SHA-256 that its record gives each file, before it gets its
-name. So it is with what an unfinished stage needs to go on (`checkpoint_sync.py`). Credentials are the environment's
+name. So it is with what an unfinished stage needs to resume (`checkpoint_sync.py`). Credentials are the environment's
 (AWS_ACCESS_KEY_ID, ...) or the machine's, never the configuration's.
 """
 
@@ -61,7 +61,7 @@ class Remote:
     def fetch(self, fingerprint: str, target: Path) -> Record | None:
         """Copy the output of a recipe to `target`, which exists afterwards, whole; None if it is not there.
 
-        UserError if the storage does not answer, or a file is not what the record says.
+        UserError if the storage does not answer, or a file does not match the record.
         """
         try:
             found = self._look_for(fingerprint)
@@ -83,7 +83,7 @@ class Remote:
     def save(self, place: str, paths: Mapping[str, Path], is_wanted: Callable[[], bool]) -> None:
         """Copy files, by the names that they get, and last a record of them. UserError if that fails.
 
-        is_wanted: asked before every block; what is not wanted any more is left half, without a record.
+        is_wanted: called before every block; a copy not needed any more is left incomplete, without a record.
         """
         files, root = self._open()
         try:
@@ -201,7 +201,7 @@ def _read_saved(files: "fs.FileSystem", path: str) -> Record | None:
 
 
 def _check_copied(copied: Mapping[str, Mapping[str, Any]], directory: Path, record: Record) -> None:
-    """UserError for a file that is not what its record says: others would fetch it."""
+    """UserError for a file that does not match its record: others would fetch it."""
     for name, entry in copied.items():
         if entry["sha256"] != record["files"][name]["sha256"]:
             raise UserError(

@@ -1,4 +1,4 @@
-"""Runs a plan: every stage that is not cached, in order, telling observers what happens."""
+"""Runs a plan: every stage that is not cached, in order, notifying observers of what happens."""
 
 import os
 import platform
@@ -28,7 +28,7 @@ Point = dict[str, Any]
 
 
 class Observer(Protocol):
-    """Somebody who is told what happens: the terminal, the tracking server. Calls never overlap."""
+    """Is notified of what happens: the terminal, the tracking server. Calls never overlap."""
 
     def stage_started(
         self, stage: str, fingerprint: str, directory: Path, recipe: dict[str, Any], inputs: dict[str, dict[str, Any]]
@@ -165,7 +165,7 @@ def _following(path: Path, stage: str, observers: Sequence[Observer], attempts: 
     def poll() -> None:
         while not finished.wait(POLL_S):
             attempts.touch()
-            with suppress(OSError):  # said when the stage ends, if it lasts
+            with suppress(OSError):  # reported when the stage ends, if it lasts
                 tell()
 
     thread = Thread(target=poll, daemon=True)

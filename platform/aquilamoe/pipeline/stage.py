@@ -46,7 +46,7 @@ class Context:
         return self.out / METRICS
 
     def progress(self, done: int, total: int, unit: str) -> None:
-        """Tell how far a stage that does not train has come."""
+        """Report the progress of a stage that does not train."""
         with self.metrics_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"done": done, "total": total, "unit": unit}) + "\n")
 
@@ -55,7 +55,7 @@ class Context:
 class Estimate:
     """What is known of a stage before it runs.
 
-    seconds: by a formula, where no run of the stage tells it. work: what its time grows with, in a unit of its own
+    seconds: by a formula, where no run of the stage was measured. work: what its time grows with, in a unit of its own
     kind (`estimates.work`). grows_with: roles of inputs with whose bytes, together, it grows too; several groups
     multiply.
     """

@@ -139,7 +139,7 @@ class Store:
         sync_directory(self.stages)
 
     def discard(self, partial: Path) -> None:
-        """Remove what an interrupted stage left, for stages that start anew."""
+        """Remove what an interrupted stage left, for stages that start from the beginning."""
         if partial.exists():
             shutil.rmtree(partial)
 

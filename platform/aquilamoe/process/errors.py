@@ -11,7 +11,7 @@ from pathlib import Path
 from aquilamoe.config.messages import UserError
 from aquilamoe.format import size
 
-# A disk that is full says so without its name.
+# The error of a full disk does not name the disk.
 OF_DISKS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO),
 }
@@ -70,7 +70,7 @@ def described(error: BaseException) -> str | None:
 
 
 def of_system(error: BaseException | None) -> OSError | None:
-    """The error of the system that this is, wraps, or tells of in its text."""
+    """The error of the system that this is, wraps, or names in its text."""
     while error is not None and not isinstance(error, UserError):
         if isinstance(error, OSError):
             return error

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Okabe-Ito, told apart with any colour vision; one colour a trained stage, grey for what it is compared with.
+# Okabe-Ito, distinguishable with any colour vision; one colour a trained stage, grey for what it is compared with.
 PALETTE = ("#0072B2", "#009E73", "#D55E00", "#CC79A7", "#E69F00", "#56B4E9")
 CONTROL = "#6B7280"
 INK, MUTED, GRID, RULE, HAIRLINE = "#1F2937", "#6B7280", "#E5E7EB", "#9CA3AF", "#D1D5DB"

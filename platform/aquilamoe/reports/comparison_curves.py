@@ -48,7 +48,7 @@ class MeanCurve:
 
 
 def looks(study: Study) -> dict[str, Look]:
-    """Of two axes one is told by colour and the other by dashes; else variants get colours, then dashes, in turn."""
+    """Of two axes one is shown by colour and the other by dashes; else variants get colours, then dashes, in turn."""
     shown = [entry for entry in study.variants if entry.seeds]
     used = {axis: [v for v in values if any(e.axes[axis] == v for e in shown)] for axis, values in study.axes.items()}
     axes = sorted(used.items(), key=lambda axis: -len(axis[1]))
@@ -214,7 +214,7 @@ def _axes(figure: "Figure", narrow: bool, lines: Sequence[MeanCurve]) -> "Axes":
 def _set_height(
     axes: "Axes", lines: Sequence[MeanCurve], first: float, others: Sequence[tuple[float, float]] = ()
 ) -> None:
-    """Show how the lines end: of what is above, so much that the variants' middle is still told from the lowest."""
+    """Show how the lines end: of what is above, so much that the variants' middle is distinct from the lowest."""
     variants = [line for line in lines if line.look.colour != canvas.CONTROL]
     ends = sorted(line.mean[-1] for line in variants)
     lowest = min(min(line.low) for line in variants)

@@ -1,4 +1,4 @@
-"""What the numbers of an experiment say, in words: did growing beat its control, and how far does that carry."""
+"""What the numbers of an experiment show, in words: did growing beat its control, and how far does that carry."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -145,7 +145,7 @@ def _comparisons(records: Mapping[str, Record], grown: str, control: str) -> lis
 
 
 def _flops(grown: Record, control: Record) -> tuple[str, list[str]]:
-    """Say at which cumulative FLOPs the two stand, and warn where they are not equal."""
+    """State at which cumulative FLOPs the two stand, and warn where they are not equal."""
     ours, theirs = metric(grown, "lineage_flops"), metric(control, "lineage_flops")
     if not ours or not theirs:
         return "", ["The cumulative FLOPs of the two are not known, so they may not be equal."]
@@ -165,7 +165,7 @@ def _one_seed(difference: float | None) -> str:
 
 
 def parts_note(records: Mapping[str, Record], finding: Finding) -> str:
-    """Say why the headline and the ends of the curves differ, where both are there."""
+    """Explain why the headline and the ends of the curves differ, where both are there."""
     validation = next((row for row in finding.comparisons[1:] if row.measure == VALIDATION), None)
     if validation is None or finding.grown is None:
         return ""
@@ -179,7 +179,7 @@ def parts_note(records: Mapping[str, Record], finding: Finding) -> str:
 
 
 def crossing_note(line: Series, control: Series) -> str:
-    """Say from where on the grown line is below the control, by the validation while training."""
+    """State from where on the grown line is below the control, by the validation while training."""
     flops = crossing(line, control)
     if flops is None:
         return "By the validation while training, the grown line does not end below the control."
@@ -203,7 +203,7 @@ def verdict(finding: Finding) -> str:
 
 
 def scale_note(records: Mapping[str, Record], chain: Sequence[str]) -> str:
-    """Say what a result of this size is worth."""
+    """Rate a result of this size."""
     tokens = trained_tokens(records, chain)
     if tokens is None:
         return ""
@@ -247,7 +247,7 @@ def _corpus(records: Mapping[str, Record]) -> tuple[str, str]:
 
 
 def story(records: Mapping[str, Record], chain: Sequence[str]) -> str:
-    """Tell in one sentence what the chain did, from its records."""
+    """Describe in one sentence what the chain did, from its records."""
     parts: list[str] = []
     for name in chain:
         record = records.get(name, {})

@@ -163,7 +163,7 @@ def _growths(
 
 
 def _crossing(axes: "Axes", flops: float, control: Series, view: View, taken: Sequence[labels.Segment | Box]) -> None:
-    """Mark from where on the line stays below the control, and say at how many FLOPs."""
+    """Mark from where on the line stays below the control, and label at how many FLOPs."""
     width, height = _points(axes)
     loss = read_at(control, flops)
     assert loss is not None
@@ -187,7 +187,7 @@ def _crossing(axes: "Axes", flops: float, control: Series, view: View, taken: Se
 def _growth_label(
     axes: "Axes", jump: Jump, curves: Sequence[Series], view: View, taken: Sequence[labels.Segment | Box]
 ) -> Box:
-    """Say what grew, above all curves to the right of the growth or at the next place that is free; return where."""
+    """Label what grew, above all curves to the right of the growth or at the next place that is free; return where."""
     width, height = _points(axes)
     sizes = f"{count(jump.source_params)} \N{RIGHTWARDS ARROW} {count(jump.target_params)}"
     losses = f"{jump.before:.2f} \N{RIGHTWARDS ARROW} {jump.after:.2f}"

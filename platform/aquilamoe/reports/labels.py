@@ -37,7 +37,7 @@ def place(at: float, wanted: float, width: float, height: float, gap: float, tak
 
 
 def _candidates(at: float, wanted: float, width: float, height: float, gap: float) -> Iterator[tuple[Box, float]]:
-    """Boxes inside the axes, and how far each is from what is wanted."""
+    """Boxes inside the axes, and how far each is from its target height."""
     highest = 1.0 - height
     heights = [min(max(wanted, 0.0), highest), *(step * STEP for step in range(int(highest / STEP) + 1))]
     sides = [(left, cost) for left, cost in ((at + gap, 0.0), (at - gap - width, OTHER_SIDE)) if 0 <= left <= 1 - width]

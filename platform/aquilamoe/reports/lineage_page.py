@@ -56,7 +56,7 @@ def render(
 
 
 def details(name: str, records: Mapping[str, Record]) -> Details:
-    """All that a page says of a stage."""
+    """All that a page shows of a stage."""
     record, positions = records[name], {stage: index for index, stage in enumerate(records)}
     changes: list[str] = []
     facts: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""The report of an experiment: one HTML file that needs nothing else and says what was found and how far it carries."""
+"""The report of an experiment: one HTML file without other files, with what was found and how far it carries."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -46,7 +46,7 @@ def render(
 
     records: stage name -> record.json; curves: stage name -> points of metrics.jsonl; chain: the training and growth
     stages of the main line in order; control: the stage that continues the small model to the same FLOPs; command: what
-    reproduces the run. Stages and metrics may be missing: the page then says less. The same input gives the same bytes.
+    reproduces the run. Stages and metrics may be missing: the page then says less. Equal input gives equal bytes.
     """
     stages, jumps = chain_of(records, curves, chain)
     control_record = records.get(control) if control else None

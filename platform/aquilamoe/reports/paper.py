@@ -1,7 +1,7 @@
 """What AquilaMoE (arXiv 2408.06567) published, computed again, and the same figures of a run of ours.
 
 All three factors compare the line of checkpoints with a Mixture of Experts that is trained from scratch on as many
-tokens as the whole line had. Nobody trained that: the factors assume it. `measured_saving` is what a control says.
+tokens as the whole line had. That was not trained: the factors assume it. `measured_saving` is measured by a control.
 """
 
 from collections.abc import Mapping, Sequence

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MOST_LAYERS, MOST_TIMES = 12, 60  # that a figure shows
-DIVERGING = "PuOr_r"  # around balance, told apart with any colour vision; the middle is pale
+DIVERGING = "PuOr_r"  # around balance, distinguishable with any colour vision; the middle is pale
 FULLEST = 2.0  # load over mean load that the colours reach at least
 
 

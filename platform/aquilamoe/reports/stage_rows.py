@@ -71,7 +71,7 @@ class StageRow:
 def stage_rows(records: Mapping[str, Record], status: Mapping[str, str] | None = None) -> list[StageRow]:
     """Return one row a stage, in the order of `records` (stage name -> record.json).
 
-    `status` says how each stage came to be in this run, e.g. `cached` or `run`. Whatever a record lacks is None.
+    `status` shows how each stage came to be in this run, e.g. `cached` or `run`. Whatever a record lacks is None.
     """
     return [_row(name, record, records, (status or {}).get(name, "")) for name, record in records.items()]
 

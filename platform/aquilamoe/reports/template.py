@@ -7,7 +7,7 @@ from typing import Any
 from aquilamoe.format import count, decimal, power, seconds
 from aquilamoe.reports import canvas
 
-Link = tuple[str, str, bool]  # what it says, where it leads, whether it is the page itself
+Link = tuple[str, str, bool]  # text, where it leads, whether it is the page itself
 
 
 def write(target: Path, template: str, context: Mapping[str, Any], pages: list[Link] | None = None) -> None:

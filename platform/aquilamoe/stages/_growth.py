@@ -22,7 +22,7 @@ FORWARD = 1 / 3  # of the FLOPs of a training step, which a certificate takes of
 
 
 def estimate(node: Node, growth: GrowthConfig | UpcyclingConfig) -> Estimate:
-    """Refuse a growth that cannot be done; otherwise say what its output weighs."""
+    """Refuse a growth that cannot be done; otherwise report the size of its output."""
     assert node.model is not None and node.source_model is not None
     try:
         rules.check(node.source_model, node.model, growth)

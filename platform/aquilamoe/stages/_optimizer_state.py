@@ -24,7 +24,7 @@ def estimate(node: Node, weights: Estimate) -> Estimate:
 
 
 def run(context: Context, growth: GrowthConfig | UpcyclingConfig) -> None:
-    """Grow the state of the source into this stage's directory, if the stage says so."""
+    """Grow the state of the source into this stage's directory, if the stage is configured to."""
     from aquilamoe.growth.optimizer_state import grow_moments
     from aquilamoe.training.checkpoint import MOMENTS, TRAINING
 

@@ -129,7 +129,7 @@ def connect(uri: str, watch: LatencyMonitor | None = None, repairs: Repairs | No
     # MLflow's tables use a loader that SQLAlchemy 2.1 deprecates.
     warnings.filterwarnings("ignore", "The ``noload`` loader strategy", DeprecationWarning)
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # what was not sent is told in the end
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # what was not sent is reported at the end
     from mlflow import MlflowClient
 
     path = database_file(uri)

@@ -1,4 +1,4 @@
-"""MLflow's SQLite database as a file: complete or absent, where it says that its artifacts are, what it still knows.
+"""MLflow's SQLite database as a file: complete or absent, where it locates its artifacts, what it still holds.
 
 MLflow itself makes its tables one after the other in place, and opens no database that was left between two of them.
 """
@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 NAME = "mlflow.db"
-# What says that the disk, or another process, is in the way: nothing is wrong with the file.
+# Errors that mean that the disk, or another process, is in the way: nothing is wrong with the file.
 NOT_ITS_FAULT = ("SQLITE_FULL", "SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_READONLY", "SQLITE_IOERR", "SQLITE_CANTOPEN")
 COMPANIONS = ("-wal", "-shm", "-journal")  # of SQLite, beside a database
 SQLITE = re.compile(r"sqlite(?:\+\w+)?:///(?!file:)([^?]*)")

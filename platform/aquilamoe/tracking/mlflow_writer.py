@@ -1,4 +1,4 @@
-"""Writes stages and pipelines into MLflow. Every step may be repeated: it looks for what is there before it adds.
+"""Writes stages and pipelines into MLflow. Every step may be repeated: it looks for existing entries before it adds.
 
 One MLflow experiment per experiment; a parent run per pipeline; a child run per stage, found by its fingerprint; every
 checkpoint an external LoggedModel that points to its directory, output of its stage and input of those that read it.
@@ -45,7 +45,7 @@ PAGES = frozenset({"samples.md"})  # what stages write for people to read
 
 
 class MlflowWriter:
-    """A connection to MLflow and what it is known to hold; given up after the first error and made anew."""
+    """A connection to MLflow and what it is known to hold; closed after the first error and opened again."""
 
     def __init__(self, uri: str, root: Path, watch: LatencyMonitor, repairs: Repairs) -> None:
         self.uri, self.root = uri, root
@@ -187,7 +187,7 @@ class MlflowWriter:
         from mlflow.entities import Param
 
         run_id = run.info.run_id
-        self.client.log_dict(run_id, dict(recipe), "recipe.json")  # again, as somebody may have removed the folder
+        self.client.log_dict(run_id, dict(recipe), "recipe.json")  # again, as the folder may have been removed
         if run.data.params:
             return
         params = [Param(_name(key), _text(value)) for key, value in flatten(config).items() if value is not None]

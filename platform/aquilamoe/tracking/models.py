@@ -18,7 +18,7 @@ BEST = "best"  # MLflow itself takes the newest version for `latest`
 
 
 class Models:
-    """Checkpoints at one tracking URI. Everything may be repeated: what is there is found by its fingerprint."""
+    """Checkpoints at one tracking URI. Everything may be repeated: existing entries are found by their fingerprint."""
 
     def __init__(self, client: Any, uri: str) -> None:
         self.client, self.uri = client, uri

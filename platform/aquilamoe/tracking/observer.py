@@ -1,4 +1,4 @@
-"""The pipeline's observer: takes what it is told, and a thread of its own tells MLflow, so that nobody waits for it."""
+"""The pipeline's observer: queues events, and a thread of its own sends them to MLflow, so that no caller waits."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ from aquilamoe.tracking.sync_state import (
     undelivered,
 )
 
-SEND_EVERY_S = 2.0  # curves; the start and the end of a stage are told at once
+SEND_EVERY_S = 2.0  # curves; the start and the end of a stage are sent at once
 SEND_SHARE = 0.002  # of the time goes into sending curves, which is done less often if it takes more
 QUIET_S = 30.0  # but at least so often; and how long a server that did not answer is left alone
 FLUSH_S = 60.0  # how long the end of a pipeline waits for the last points
@@ -40,7 +40,7 @@ INTERRUPTIONS = ("KeyboardInterrupt", "SystemExit")
 class Tracker:
     """Tells MLflow at `uri` what a pipeline does; None is `<root>/mlflow.db`, with small files in `<root>/mlartifacts`.
 
-    Calls return at once and never fail: while MLflow is away, the run goes on, and what it misses is sent later: at
+    Calls return at once and never fail: while MLflow is away, the run continues, and what it misses is sent later: at
     the end of a stage, of the pipeline, or by the next run. Not for several pipelines at a time.
     """
 
@@ -220,7 +220,7 @@ class Tracker:
             while True:
                 try:
                     urgent |= event()
-                except Exception as error:  # a full disk, say: no reason to stop a training
+                except Exception as error:  # e.g. a full disk: no reason to stop a training
                     self._broken = self._broken or without_passwords(f"{type(error).__name__}: {error}")
                 event = self._events.get_nowait()
         except queue.Empty:
@@ -281,7 +281,7 @@ class Tracker:
             self._send_all_again()
 
     def _send_all_again(self) -> None:
-        """MLflow's database is a new one: whatever receipts say, it has nothing."""
+        """MLflow's database is a new one: whatever receipts claim, it has nothing."""
         self._known = {}
         pipelines, stages = undelivered(self.root, self.uri, self._known)
         self._pipelines = {**pipelines, **self._pipelines}

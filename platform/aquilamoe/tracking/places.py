@@ -1,4 +1,4 @@
-"""Where MLflow's database says that files are, kept true when a store is moved or copied.
+"""Where MLflow's database locates files, kept true when a store is moved or copied.
 
 MLflow keeps absolute locations. A folder that was renamed would be made again under its old name, and what is in the
 new one not be found.

@@ -2,7 +2,7 @@
 
 Names are chosen for MLflow's own views: what is varied is a parameter, so that runs can be grouped by it and parallel
 coordinates drawn; the curve is there twice, its steps in tokens and in billions of cumulative FLOPs. Everything may be
-repeated: what is there is found by its fingerprint.
+repeated: existing entries are found by their fingerprint.
 """
 
 import hashlib
@@ -42,7 +42,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class TrackedStudy:
-    """A study as MLflow is told of it.
+    """A study as it is sent to MLflow.
 
     note: Markdown for the page of the parent run. axes: the parameters that are varied. files: artifacts, by the folder
     that they go to ("" is the top).
@@ -59,14 +59,14 @@ class TrackedStudy:
 
     @property
     def digest(self) -> str:
-        """Of all that MLflow is told, but for files, which are made from the same numbers."""
+        """Of all that is sent to MLflow, but for files, which are made from the same numbers."""
         told = json.dumps({key: value for key, value in asdict(self).items() if key != "files"}, sort_keys=True)
         return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class PublishResult:
-    """How telling went. experiment_id: MLflow's, if it is known. notes: lines about what MLflow did not get, or what
+    """How sending went. experiment_id: MLflow's, if it is known. notes: lines about what MLflow did not get, or what
     had to be done to its data.
     """
 
@@ -77,7 +77,7 @@ class PublishResult:
 def publish(uri: str | None, root: Path, comparison: TrackedStudy) -> PublishResult:
     """Let MLflow have a study; never fails, and imports MLflow only for one that it does not have yet.
 
-    uri: as `tracking.uri`; None is the database in `root`. What could not be told is told by the next run.
+    uri: as `tracking.uri`; None is the database in `root`. What could not be sent is sent by the next run.
     """
     address, repairs = tracking_uri(uri, root), Repairs()
     receipt = SyncState(root, f"ablation-{comparison.name}", address)
@@ -114,7 +114,7 @@ class _Delivery:
             run = children.get(trial.fingerprint)
             run = self.experiments.restore(run) if run is not None else None
             run_id = run.info.run_id if run is not None else self._create(trial, parent, experiment_id)
-            # Before the curves: MLflow's comparison of ticked runs begins with the metric that it was told first.
+            # Before the curves: MLflow's comparison of ticked runs begins with the metric that it received first.
             self._update(run_id, trial.metrics, trial.tags, run.data if run is not None else None)
             if run is None or run.info.status != "FINISHED":
                 self._finish(run_id, trial)

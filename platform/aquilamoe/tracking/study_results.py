@@ -1,4 +1,4 @@
-"""A study as MLflow is told of it: which of its numbers are parameters, which are metrics, and what the page says."""
+"""A study as it is sent to MLflow: which of its numbers are parameters, which are metrics, and what the page shows."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path

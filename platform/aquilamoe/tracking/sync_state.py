@@ -1,7 +1,7 @@
-"""What there is to tell MLflow, and what it has been told already.
+"""What there is to send to MLflow, and what has been sent already.
 
-Everything worth telling is on disk first (`record.json`, `metrics.jsonl`), so nothing has to be queued while MLflow is
-away: a receipt per stage and per pipeline in `<root>/tracking/` says what MLflow has; the rest is read from the stage's
+Everything worth sending is on disk first (`record.json`, `metrics.jsonl`), so nothing has to be queued while MLflow is
+away: a receipt per stage and per pipeline in `<root>/tracking/` has what MLflow has; the rest is read from the stage's
 directory.
 """
 
@@ -89,7 +89,7 @@ class Stage:
     """A stage as the driver announced it.
 
     dirty: there may be something that MLflow does not have.
-    assumed: a receipt says that MLflow has all of it; worth a question only when MLflow is talked to anyway.
+    assumed: a receipt claims that MLflow has all of it; worth a query only when MLflow is called anyway.
     reread: points are not kept in memory (any more), `metrics.jsonl` has them.
     """
 
@@ -181,7 +181,7 @@ def finished_stage(
 def undelivered(root: Path, uri: str, known: Mapping[str, bool] | None) -> tuple[dict[str, Pipeline], list[Stage]]:
     """What MLflow does not have of earlier runs: their pipelines by recipe, and complete stages, oldest first.
 
-    known: runs of the database; what a receipt says was delivered, and is not among them, is lost.
+    known: runs of the database; what a receipt lists as delivered, and is not among them, is lost.
     """
     receipts = [SyncState(root, path.stem, uri) for path in sorted((root / FOLDER).glob("*.json"))]
     lost = {each.path for each in receipts if known is not None and each["run_id"] and each["run_id"] not in known}

@@ -1,7 +1,7 @@
 """Checkpoints of a training in progress: complete or absent, newest first, never pickled.
 
 A checkpoint is what a finished stage is, and the hashes of all its bytes: `model/`, a Hugging Face directory, and
-`training/`, the optimizer's state. All processes write it together, each what it holds, while training goes on.
+`training/`, the optimizer's state. All processes write it together, each what it holds, while training continues.
 """
 
 import fcntl
@@ -89,7 +89,7 @@ def save_checkpoint(
     extra: Mapping[str, Tensor] = NOTHING,
     group: ParallelContext | None = None,
 ) -> Path:
-    """Begin to add `checkpoints/step-N` beside what is there: built under another name, made durable, renamed.
+    """Begin to add `checkpoints/step-N` beside the existing ones: built under another name, made durable, renamed.
 
     All processes call it. It returns the path when the state has been copied, and waits before for a checkpoint that
     is still being written; `wait` waits for this one.
@@ -138,7 +138,7 @@ def _order(
     group: ParallelContext | None,
     copied: bool = False,
 ) -> dict[str, Any]:
-    """What torch.distributed.checkpoint is told: the parts, where they go, and who takes part."""
+    """The arguments of torch.distributed.checkpoint: the parts, where they go, and who takes part."""
     if group is None or group.world_size == 1:
         warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
     if isinstance(model, FSDPModule):  # a forward pass leaves the outermost parameters whole
@@ -297,7 +297,7 @@ class _Stored(Mapping[str, Tensor]):
         return len(self._keys)
 
 
-# What is there
+# Existing checkpoints
 
 
 def discard(checkpoint: Path) -> None:

@@ -31,7 +31,7 @@ class ExpertBias:
         self.bias_le += self.rate * (load_le.mean(dim=1, keepdim=True) - load_le).sign()
 
     def restore(self, bias_le: Tensor) -> None:
-        """Go on from another's `bias_le`."""
+        """Resume from another's `bias_le`."""
         self.bias_le.copy_(bias_le)
 
     @contextmanager

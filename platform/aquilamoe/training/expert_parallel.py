@@ -66,7 +66,7 @@ def shard_experts(model: Decoder, mesh: DeviceMesh) -> list[Experts]:
     """Leave each process of a mesh of one dimension its own slice of every layer's experts; return the experts.
 
     The parameters become distributed tensors cut along the expert dimension: whatever knows these (FSDP2, checkpoints,
-    optimizers) goes on as before. A model on the meta device, or with the same values on all processes, both do.
+    optimizers) works as before. A model on the meta device, or with the same values on all processes, both do.
     A gradient is the mean over the processes of the mesh, as data parallelism has it. UserError as in `check`.
     """
     check(model.config, mesh.size())

@@ -1,4 +1,4 @@
-"""What a training stage is told: the job, which can be sent to a worker, and the worker's place among the others."""
+"""Arguments of a training stage: the job, which can be sent to a worker, and the worker's place among the others."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ class Job:
     name: the stage's name, for messages.
     source: directory of a stage whose `model/` is continued, None to start from scratch.
     out: directory for metrics, checkpoints and the result.
-    ancestor_tokens, ancestor_flops: what the checkpoint has behind it; the data go on where the ancestors stopped.
+    ancestor_tokens, ancestor_flops: what the checkpoint has behind it; the data continue where the ancestors stopped.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Job:
 
 
 class MetricsExporter(Protocol):
-    """Somebody who is told, on every rank, how a training goes: at every step, therefore in no time."""
+    """Receives a training's metrics on every rank: at every step, therefore it has to be fast."""
 
     def begins(self, job: Job, rank: "Rank", device: "torch.device", step: int) -> None: ...
 
@@ -48,8 +48,8 @@ class MetricsExporter(Protocol):
 class Rank:
     """This process among those that train together.
 
-    is_save_due: asked at every step; True once after somebody has told this process that it will end soon.
-    meter: is told how the training goes, besides its journal.
+    is_save_due: called at every step; True once after this process got a preemption notice.
+    meter: receives the training's metrics, besides its journal.
     """
 
     rank: int = 0

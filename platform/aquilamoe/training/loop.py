@@ -83,7 +83,7 @@ class _Run:
     """A stage in progress: what changes with every step, and what is written about it.
 
     back: how far the stage was when it was rolled back, None if it was not.
-    rank: this process, which may be told that it will end soon.
+    rank: this process, which may get a preemption notice.
     """
 
     def __init__(self, job: Job, group: ParallelContext, back: TrainProgress | None, rank: Rank) -> None:
@@ -125,7 +125,7 @@ class _Run:
         self.journal.write(self.progress.step, values | counts | damaged, self.stepper.router_load)
 
     def is_save_due(self) -> bool:
-        """Whether any of the processes has been told that it will end soon: then all save together."""
+        """Whether any of the processes has got a preemption notice: then all save together."""
         return self.group.any_(self.told())
 
     def save_checkpoint(self) -> None:

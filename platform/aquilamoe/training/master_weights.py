@@ -29,7 +29,7 @@ class Bf16Copy:
 
     @torch.no_grad()
     def add_gradients(self) -> None:
-        """Move the gradients of a backward pass to the model, adding to what is there."""
+        """Move the gradients of a backward pass to the model, adding to the gradients there."""
         for original, copy in zip(self.originals, self.copies, strict=True):
             if copy.grad is None:
                 continue

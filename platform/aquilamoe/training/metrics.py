@@ -24,7 +24,7 @@ RECOVERED = 1e-3
 class PointsFile:
     """Appends points as they are measured, one a line.
 
-    path: the file. resume_step: points after it are forgotten, they will be computed again; 0 starts anew.
+    path: the file. resume_step: points after it are dropped, they will be computed again; 0 starts from the beginning.
     batch_tokens: tokens of a step. enabled: False on all ranks but the first, which keep points but write none.
     """
 
@@ -57,7 +57,7 @@ class PointsFile:
 
 
 class MetricsFile(PointsFile):
-    """The points of metrics.jsonl, which also say what the checkpoint has behind it.
+    """The points of metrics.jsonl, which also count what the checkpoint has behind it.
 
     flops_per_token: model FLOPs. ancestor_tokens, ancestor_flops: of the stages before.
     """

@@ -18,7 +18,7 @@ class MetricsLogger:
     """metrics.jsonl, router.jsonl of a Mixture of Experts, and a stopwatch between two points of them."""
 
     def __init__(self, job: Job, group: ParallelContext, resume_step: int, rank: Rank = FIRST) -> None:
-        """resume_step: what was written after it is forgotten, see `PointsFile`. rank: its meter is told as well."""
+        """resume_step: what was written after it is dropped, see `PointsFile`. rank: its meter is notified as well."""
         self.batch_tokens, enabled = job.stage.batch_tokens, group.is_first
         self.metrics = MetricsFile(
             job.out / "metrics.jsonl",

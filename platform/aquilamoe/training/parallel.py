@@ -29,7 +29,7 @@ MASTER_IN_FLOAT32 = "bf16_master"  # the precision that computes with rounded co
 
 
 class ParallelContext:
-    """The processes of a stage, seen from one of them. Alone, every operation is what its name says of one process.
+    """The processes of a stage, seen from one of them. With one process, every operation is local.
 
     cluster: how the model is laid out over them. rank: which of them this is. UserError if they do not divide so.
     """
@@ -50,7 +50,7 @@ class ParallelContext:
 
     @cached_property
     def background(self) -> dist.ProcessGroup | None:
-        """All processes once more: what goes on beside training exchanges here, out of turn."""
+        """All processes once more: what runs beside training exchanges here, out of turn."""
         return dist.new_group(backend="gloo") if self.world_size > 1 else None
 
     def build(self, config: ModelConfig, precision: str) -> Decoder:

@@ -1,4 +1,4 @@
-"""Whether this worker has been told that it will end soon, so that it can save before it does."""
+"""Whether this worker has got a preemption notice, so that it can save before it does."""
 
 import os
 import signal
@@ -41,7 +41,7 @@ def notify() -> None:
 
 
 def is_due() -> bool:
-    """Whether to save now: once for every time that this process was told. It costs nothing to ask at every step."""
+    """Whether to save now: once for every preemption notice of this process. It costs nothing to call at every step."""
     due = _due.is_set()
     if due:
         _due.clear()

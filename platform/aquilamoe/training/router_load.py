@@ -44,7 +44,7 @@ class RouterLoad:
         return found_lc
 
     def restore(self, sums_lc: Tensor) -> None:
-        """Go on from what `gather` returned before an interruption."""
+        """Resume from what `gather` returned before an interruption."""
         self.is_empty = False
         if self.group.is_first:
             self.sums_lc.copy_(sums_lc)

@@ -62,7 +62,7 @@ def gone(process: str) -> UserError:
 
 
 def _first(error: BaseException) -> str:
-    """What an error says, on one line that is not too long."""
+    """The message of an error, on one line that is not too long."""
     return (" ".join(str(error).split()) or type(error).__name__)[:300]
 
 

@@ -59,7 +59,7 @@ class TrainStep:
                 self.selection_bias = ExpertBias(self.decoder, router.bias_update_rate)
 
     def restore(self, extra: Mapping[str, Tensor]) -> None:
-        """Go on from what `extra` returned; what is not there begins at zero."""
+        """Resume from what `extra` returned; missing values begin at zero."""
         if self.router_load and LOAD in extra:
             self.router_load.restore(extra[LOAD])
         if self.selection_bias and BIAS in extra:

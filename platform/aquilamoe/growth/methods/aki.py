@@ -1,6 +1,6 @@
 """Advanced knowledge initialisation (bert2BERT, arXiv 2110.07143): new units are copies from the layer above.
 
-`growth.scope` says how far that goes. `all`: every new row of every projection, which is the paper's formula; `inner`:
+`growth.scope` sets how far it goes. `all`: every new row of every projection, which is the paper's formula; `inner`:
 new heads and neurons only, while the rows that write to the residual stream stay the layer's own; `transplant`: as
 `inner`, and what reads the new heads and neurons comes from the layer above with them.
 """

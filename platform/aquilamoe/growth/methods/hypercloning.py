@@ -1,4 +1,4 @@
-"""HyperCloning (arXiv 2409.12903): every size times an integer, by copies that noise tells apart."""
+"""HyperCloning (arXiv 2409.12903): every size times an integer, by copies that noise makes differ."""
 
 from __future__ import annotations
 

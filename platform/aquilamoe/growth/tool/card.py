@@ -14,7 +14,7 @@ from aquilamoe.growth.tool.remarks import deed, remarks
 from aquilamoe.growth.tool.request import Request
 
 CARD = "README.md"
-# What a source's card says of rights and languages holds for what is grown from it.
+# What a source's card states on rights and languages holds for what is grown from it.
 CARRIED = ("license", "license_name", "license_link", "language")
 PLAIN = r"([\w.+/-][\w .+/-]*|\"[\w .+/-]+\"|'[\w .+/-]+'|https?://[\w.+/#?=&%~-]+)"
 LICENCE_FILES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY", "COPYING")

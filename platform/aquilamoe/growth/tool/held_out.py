@@ -27,7 +27,7 @@ BYTES_PER_TOKEN = 64
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Sequences to compare on, (rows, length + 1): the last column is only predicted; `text` says what they are."""
+    """Sequences to compare on, (rows, length + 1): the last column is only predicted; `text` describes them."""
 
     tokens_bt: "np.ndarray"
     text: str

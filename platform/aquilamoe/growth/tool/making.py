@@ -56,7 +56,7 @@ class Making:
 
     def _make(self) -> dict[str, Any]:
         """Fill the directory; return the record."""
-        text = self._held_out()  # what is wrong with it is said before anything is written
+        text = self._held_out()  # errors in it are reported before anything is written
         note = self.place.grown()
         if note is not None and not identity.changes(self.request, note):
             self.reporter.note("grow", "done by an earlier run, which was cut off")

@@ -1,4 +1,4 @@
-"""Where every tensor of a target comes from, told without reading one: for plans.
+"""Where every tensor of a target comes from, determined without reading one: for plans.
 
 What a growth method does to a layer is asked of the method itself: it is run on stand-ins that remember which tensors
 took part. A new method therefore has a plan as soon as it is a file.
@@ -34,7 +34,7 @@ class Origin:
     sources: the source's tensors, on disk; none for what is drawn or zero.
     how: what is done with them.
     family: what it is called on a line that it shares with its equals in other layers and among other experts.
-    pattern: sources and how, as that line says them.
+    pattern: sources and how, as that line prints them.
     """
 
     name: str
@@ -58,7 +58,7 @@ def trace(request: Request) -> list[Origin]:
 
 
 class _Traced:
-    """Stands for a tensor in a growth method: whatever is computed of it remembers its parts, and what was said."""
+    """A stand-in for a tensor in a growth method: what is computed from it keeps track of its parts and notes."""
 
     def __init__(self, parts: tuple[tuple[str, str], ...], notes: tuple[str, ...] = ()) -> None:
         self.parts, self.notes = parts, notes
@@ -316,7 +316,7 @@ def _explain_router(request: Request, upcycling: UpcyclingConfig) -> tuple[tuple
 
 
 def _method_note(upcycling: UpcyclingConfig) -> list[str]:
-    """What tells experts apart."""
+    """What makes experts differ."""
     return {
         "copy": [],
         "noise": [f"noise {upcycling.noise:g}"],

@@ -44,7 +44,7 @@ class TargetFolder:
         return note if _has_sizes(self.partial, note["files"]) else None
 
     def note_grown(self, note: dict[str, Any]) -> None:
-        """Say that all files but card and record are complete, and what they are."""
+        """Mark all files but card and record as complete, and note what they are."""
         sync(self.partial)
         write_atomically(self.partial / GROWN, records.seal({**note, "files": sizes(self.partial)}, str(self.target)))
 
@@ -194,7 +194,7 @@ def published(target: Path) -> dict[str, Any] | None:
 
 
 def record(directory: Path) -> dict[str, Any] | None:
-    """What a checkpoint's record says, None if it has none of this tool; UserError for one that has been changed."""
+    """A checkpoint's record, None if it has none of this tool; UserError for one that has been changed."""
     path = directory / RECORD
     if not path.is_file():
         return None
@@ -212,7 +212,7 @@ def _foreign(target: Path) -> UserError:
 
 
 def sizes(directory: Path) -> dict[str, int]:
-    """Bytes of every file that belongs to a target; its record and what is said of the run do not."""
+    """Bytes of every file that belongs to a target; its record and notes on the run do not."""
     inside = (path for path in contents(directory) if path.is_file())
     names = {str(path.relative_to(directory)): path.stat().st_size for path in inside}
     # The last is of a run that was killed while it wrote the record.

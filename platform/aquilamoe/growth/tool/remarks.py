@@ -27,7 +27,7 @@ def deed(request: Request) -> str:
 
 
 def remarks(request: Request) -> list[str]:
-    """Sentences on a format that changes, and on a head that is read as another than config.json says."""
+    """Sentences on a format that changes, and on a head that is read otherwise than config.json declares."""
     return [*_format(request), *_head(request.source)]
 
 

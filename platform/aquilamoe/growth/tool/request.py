@@ -25,7 +25,7 @@ HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # OWNER/NAME: also a path, 
 
 @dataclass(frozen=True)
 class CheckpointFiles:
-    """A checkpoint on disk, as its config.json and its headers tell."""
+    """A checkpoint on disk, as its config.json and its headers describe it."""
 
     directory: Path
     config: CheckpointConfig

@@ -32,16 +32,16 @@ Work = Callable[["Rank"], dict[str, Any]]
 
 
 def launch(job: "Job", root: Path) -> dict[str, Any]:
-    """Train the job as its cluster says; return the metrics of rank 0."""
+    """Train the job on its cluster; return the metrics of rank 0."""
     from aquilamoe.training.loop import train
 
     return run_on_workers(job.name, partial(train, job), job.cluster, root)
 
 
 def run_on_workers(name: str, work: Work, cluster: ClusterConfig, root: Path) -> dict[str, Any]:
-    """Call the function where the cluster says, once on every rank; return what rank 0 returned.
+    """Call the function on the cluster's workers, once on every rank; return what rank 0 returned.
 
-    name: the stage, for messages and Ray's dashboard. work: can be pickled; goes on where it was when called again.
+    name: the stage, for messages and Ray's dashboard. work: can be pickled; resumes when called again.
     """
     from aquilamoe.training.job import Rank
     from aquilamoe.training.ray import metrics_exporter
@@ -121,7 +121,7 @@ class Workers:
     def do(self, name: str, work: Work) -> dict[str, Any]:
         """Have the workers do it; return what rank 0 returned.
 
-        UserError for what the work says is wrong, for workers that are lost too often, and for a cluster that has no
+        UserError for what the work reports as wrong, for workers that are lost too often, and for a cluster that has no
         room for them. After any error nobody works any more.
         """
         import ray
@@ -180,7 +180,7 @@ class Workers:
 
 
 def _start_crew(cluster: ClusterConfig, storage: str, name: str, label: str) -> "ActorHandle[WorkerPool]":
-    """Where this driver is: whatever other machine is lost, whoever starts workers anew is not."""
+    """Where this driver is: whatever other machine is lost, what restarts workers is not."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 

@@ -1,8 +1,8 @@
-"""How a training goes, told to Ray by its workers: Ray's metrics, which Prometheus reads and Grafana shows.
+"""A training's metrics, exported to Ray by its workers: Ray's metrics, which Prometheus reads and Grafana shows.
 
-Everything told is a number that the host has anyway: a step's values, which it waits for once a step, seconds, and at
+Every value is a number that the host has anyway: a step's values, which it waits for once a step, seconds, and at
 log points the sums of the routers. Ray is told every `EVERY_S` seconds, and its own thread sends them on. It forgets a
-gauge that nobody has set for a while: all are told each time, those of log points too.
+gauge that was not set for a while: all are exported each time, those of log points too.
 """
 
 import math
@@ -25,7 +25,7 @@ MOST_EXPERTS = 1024  # experts of all layers together up to which each has a ser
 BUCKETS_S = [0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0]
 WAIT, STEP, CHECKPOINT = "wait", "step", "checkpoint"
 
-# By metric: what it is, and the tags it has besides those of all. Told by the first rank, for all ranks together.
+# By metric: what it is, and the tags it has besides those of all. Exported by the first rank, for all ranks together.
 SHARED = {
     "progress": ("Share of the stage's tokens that are done", ()),
     "loss": ("Nats per token; split: train or validation, language: all or one of them", ("split", "language")),
@@ -43,7 +43,7 @@ SHARED = {
     "router_entropy": ("Of the router's probabilities, in nats", ("layer",)),
     "router_load": ("Tokens of an expert over the mean", ("layer", "expert")),
 }
-# Told by every rank.
+# Exported by every rank.
 COUNTERS = {
     "tokens": ("Tokens that this rank has trained on", ("rank",)),
     "seconds": ("Seconds of the training loop; part: wait for data, step, validation or checkpoint", ("rank", "part")),
@@ -65,7 +65,7 @@ OF_LANGUAGE = "val/loss/"
 
 
 def meter(experiment: str) -> MetricsExporter | None:
-    """What tells Ray of the trainings of this process, if it is a worker of Ray's; else nobody asks."""
+    """The exporter of this process's trainings, if it is a worker of Ray's."""
     if "ray" not in sys.modules:
         return None
     import ray
@@ -98,7 +98,7 @@ class RayMetricsExporter:
         )
 
     def begins(self, job: Job, rank: Rank, device: "torch.device", step: int) -> None:
-        """A training goes on after this step."""
+        """A training continues after this step."""
         directory = job.out.name.removesuffix(".partial")
         self.tags = {
             "experiment": self.experiment,

@@ -179,7 +179,7 @@ def _listed(resources: dict[str, float]) -> str:
 
 
 class Patience:
-    """Waits for workers to stand: says what for, and how long yet."""
+    """Waits for workers to start: reports what for, and how long yet."""
 
     def __init__(self, cluster: ClusterConfig) -> None:
         self.cluster, self.since = cluster, time.monotonic()

@@ -56,7 +56,7 @@ class WorkerPool:
     """An actor: runs `fit`, hands out one piece of work at a time and takes back how it ended.
 
     cluster: how many workers, and of what. storage, name: where Ray Train keeps its own notes; nothing is resumed from
-    them. label: of the metrics that the workers tell Ray.
+    them. label: of the metrics that the workers export to Ray.
     """
 
     def __init__(self, cluster: ClusterConfig, storage: str, name: str, label: str) -> None:
@@ -108,10 +108,10 @@ class WorkerPool:
             await self.news.wait_for(lambda: self.end)
 
     async def next(self, after: int) -> tuple[int, bytes] | None:
-        """For workers: the next work after the number that this one has done, or None: go home."""
+        """For workers: the next work after the number that this one has done, or None: no work is left, exit."""
         async with self.news:
             self.stands = True
-            if not after:  # these workers are new, and what is said of a machine was said of others
+            if not after:  # these workers are new, and a warning about a machine concerned others
                 self.warned = False
             await self.news.wait_for(lambda: self.closed or self._is_open(after))
             return None if self.closed else (self.number, self.work)
@@ -120,7 +120,7 @@ class WorkerPool:
         return self.at_hand and self.outcome is None and self.number > after
 
     async def done(self, number: int, outcome: Outcome) -> None:
-        """For workers: how the work of this number ended. The first word counts."""
+        """For workers: how the work of this number ended. Only the first report of a work counts."""
         async with self.news:
             if self._is_open(number - 1) and number == self.number:
                 self.outcome = outcome
@@ -152,7 +152,7 @@ def _lost(failure: BaseException) -> BaseException | None:
 
 
 def cause(name: str, max_failures: int, failures: Mapping[int, BaseException]) -> BaseException:
-    """What to tell of the last failures of a work, by rank: a lost worker, or else what a worker raised."""
+    """What to report of the last failures of a work, by rank: a lost worker, or else what a worker raised."""
     for rank, failure in sorted(failures.items()):
         if (lost := _lost(failure)) is not None:
             often = f"worker {rank}, restarted {max_failures} times (cluster.max_failures)," if max_failures else ""
@@ -192,7 +192,7 @@ def _scaling(cluster: ClusterConfig) -> "ScalingConfig":
 
 
 def _torch_config(cluster: ClusterConfig, crew: "ActorHandle[WorkerPool]") -> "TorchConfig":
-    """Ray's process group; workers that notice when they are told to end (in the main thread, as signals want); and a
+    """Ray's process group; workers that handle a preemption notice (in the main thread, as signals want); and a
     crew that knows when Ray Train lets them go, which is no failure where it expects that their machine will."""
     import ray
     from ray.train.torch import TorchConfig
@@ -217,7 +217,7 @@ def _torch_config(cluster: ClusterConfig, crew: "ActorHandle[WorkerPool]") -> "T
 def _run_config(storage: str, name: str, crew: "ActorHandle[WorkerPool]") -> "RunConfig":
     from ray.train import FailureConfig, RunConfig
 
-    # How often workers may fail is counted by the crew, for each work anew.
+    # How often workers may fail is counted by the crew, for each work separately.
     return RunConfig(
         name=name,
         storage_path=storage,
@@ -227,7 +227,7 @@ def _run_config(storage: str, name: str, crew: "ActorHandle[WorkerPool]") -> "Ru
 
 
 def _teller(crew: "ActorHandle[WorkerPool]") -> "UserCallback":
-    """Tells the crew, from Ray Train's controller, which workers failed and of what."""
+    """Reports to the crew, from Ray Train's controller, which workers failed and of what."""
     import ray
     from ray.train import UserCallback
 
@@ -239,7 +239,7 @@ def _teller(crew: "ActorHandle[WorkerPool]") -> "UserCallback":
 
 
 def _portable(error: BaseException) -> BaseException:
-    """The error, or what it says if it cannot be sent to another process."""
+    """The error, or its text if it cannot be sent to another process."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:
