@@ -303,7 +303,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def contestants(arguments: argparse.Namespace) -> list[str]:
-    """The names of those that are asked for; SystemExit with one line for what cannot be measured."""
+    """The names of those that are requested; SystemExit with one line for what cannot be measured."""
     if arguments.rounds < 1:
         raise SystemExit(f"--rounds: is {arguments.rounds}; use 1 or more")
     if not 0 < arguments.gigabytes < float("inf"):
@@ -329,7 +329,7 @@ def compete(arguments: argparse.Namespace, names: Sequence[str], folder: Path) -
 
 
 def tell(arguments: argparse.Namespace, rows: Mapping[str, list[Row]], folder: Path) -> list[str]:
-    """Write what was asked for; return the tables."""
+    """Write what was requested; return the tables."""
     found = {name: median(of_name) for name, of_name in rows.items()}
     rounds = len(next(iter(rows.values())))
     page = PAGE.format(
@@ -357,7 +357,7 @@ def main() -> None:
     names = contestants(arguments)
     try:
         arguments.folder.mkdir(parents=True, exist_ok=True)
-        # A folder of its own: whatever else lies in the one that was named stays there.
+        # A folder of its own: whatever else is in the one that was named stays there.
         own = tempfile.TemporaryDirectory(prefix="growth-", dir=arguments.folder.absolute())
     except OSError as error:
         raise SystemExit(f"--folder: {arguments.folder}: {error.strerror}; name a folder that can be written") from None

@@ -95,7 +95,7 @@ class Case:
 
     @property
     def title(self) -> str:
-        """The words of a command line that ask for this growth."""
+        """The command-line arguments that request this growth."""
         group, name = self.yaml.split("/")
         options = [f"{group}.{key}={value}".replace(" ", "") for key, value in self.options.items()]
         return " ".join([f"{group}={name}", *options])
@@ -119,7 +119,7 @@ class Measured:
 
 
 def cases() -> list[Case]:
-    """Every method with every option that it knows."""
+    """Every method with every option that it has."""
     found = [Case("growth/random", {}, WIDER)]
     for noise in (0.5, 0):
         found += [Case("growth/fpi", {"norm": norm, "noise": noise}, WIDER) for norm in ("exact", "zero_pad", "copy")]
@@ -246,7 +246,7 @@ def table() -> list[tuple[Case, Measured]]:
 
 
 def source_of(case: Case, folder: Path, dtype: torch.dtype = torch.float64) -> Path:
-    """The checkpoint in `folder` that a case grows, written when it is asked for first."""
+    """The checkpoint in `folder` that a case grows, written when it is first requested."""
     directory = folder / ("-".join(f"{key}={_cell(value)}" for key, value in case.changes.items()) or "plain")
     if not directory.exists():
         write_source(directory, case.source, dtype)

@@ -70,7 +70,7 @@ WARMUPS = (WARMUP_STEPS, 0)
 
 @dataclass(frozen=True)
 class Case:
-    """A growth: the words of a command line that ask for it, the stage that does it, and warm-ups to train on with."""
+    """A growth: the command-line arguments that request it, the stage that does it, and warm-ups to train on with."""
 
     name: str
     words: tuple[str, ...]

@@ -1,8 +1,8 @@
-"""A server that is slow: passes every request on to another one, and answers after a while.
+"""A server that is slow: passes every request on to another one, and responds after a delay.
 
 python benchmarks/slow_proxy.py PORT UPSTREAM_PORT DELAY_S [STATUS]
 
-With a STATUS (e.g. 507) nothing is passed on: every request but that for a sign of life is refused with it.
+With a STATUS (e.g. 507) nothing is passed on: every request but the health check is refused with it.
 """
 
 import http.client

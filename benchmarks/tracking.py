@@ -2,13 +2,13 @@
 
 python benchmarks/tracking.py [--rounds N] [--tokens N,N] [--threads N] [--modes NAME,NAME]
 
-A stage is trained without tracking and then with a database, a server, a server that answers after 5 s, one that
+A stage is trained without tracking and then with a database, a server, a server that responds after 5 s, one that
 refuses everything because its disk is full, and one that is killed on the way. Each training is a process, in which the
 thread that talks to MLflow shares the interpreter with the training: the worst case, as Ray's workers have interpreters
 of their own. What that thread takes has MLflow's late imports and the opening of the database in it. The order is
 turned every round; medians count, and of ratios those to the training without tracking of the same round. Trainings of
-two lengths divide what is paid once - loading MLflow, opening a database, the start and the end of a stage - from what
-grows with the training. In the end every server answers again, and what a next run finds missing there is counted.
+two lengths separate what is paid once - loading MLflow, opening a database, start and end of a stage - from what
+grows with the training. In the end every server responds again, and what a next run finds missing there is counted.
 """
 
 import argparse
@@ -117,7 +117,7 @@ def configuration(root: Path, tokens: int, threads: int) -> dict[str, Any]:
 
 
 def tracker_of(uri: str | None, root: Path) -> Any:
-    """A tracker that knows what its thread used."""
+    """A tracker that measures what its thread used."""
     from aquilamoe.tracking.observer import Tracker
 
     class Timed(Tracker):
@@ -144,7 +144,7 @@ def free_port() -> int:
 
 @contextmanager
 def process(words: list[str], port: int, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A server on loopback that answers; ended when it is not needed any more."""
+    """A server on loopback that responds; stopped when it is no longer needed."""
     environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     started = subprocess.Popen([sys.executable, *words], cwd=folder, env=environment, start_new_session=True, **quiet)

@@ -106,7 +106,7 @@ def configuration(shape: str) -> ModelConfig:
 
 
 class Library:
-    """A process that has a library's contestants, and makes steps when it is asked to."""
+    """A process that has a library's contestants, and makes steps on request."""
 
     def __init__(self, python: str, device: str, threads: int) -> None:
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"}

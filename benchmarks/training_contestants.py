@@ -1,7 +1,7 @@
 """What benchmarks/training.py measures: one training step of this project and of others, on the same shapes and tokens.
 
 Runs in a process of its own for each library (litgpt: in a virtual environment of its own, without aquilamoe), which
-reads requests from its standard input, a line of JSON each, and answers each with one. A step is what a training loop
+reads requests from its standard input, a line of JSON each, and replies with one each. A step is what a training loop
 does: forward with the mean next-token loss (and a balance loss where there are experts), backward, clip, update.
 """
 
@@ -259,7 +259,7 @@ def memory_bytes(device: str) -> int:
 
 
 class Server:
-    """Answers the requests of benchmarks/training.py."""
+    """Serves the requests of benchmarks/training.py."""
 
     def __init__(self, device: str, threads: int) -> None:
         self.device = device
@@ -304,7 +304,7 @@ class Server:
 
 def main() -> None:
     server = Server(sys.argv[1], int(sys.argv[2]))
-    out, sys.stdout = os.fdopen(os.dup(1), "w"), sys.stderr  # libraries print, and would be taken for answers
+    out, sys.stdout = os.fdopen(os.dup(1), "w"), sys.stderr  # libraries print, and that would be taken for responses
     for line in sys.stdin:
         request = json.loads(line)
         try:

@@ -1,4 +1,4 @@
-"""The page of `benchmarks/training.py`: what was measured, and who is how many times as fast as the goals ask."""
+"""The page of `benchmarks/training.py`: what was measured, and who is how many times as fast as the goals require."""
 
 import statistics
 from collections.abc import Iterator, Sequence

@@ -4,8 +4,8 @@ python tools/ask_boards.py [FOLDER]
 
 An experiment is trained for some minutes, under a Ray session with a temporary folder of its own, which
 Prometheus reads with the configuration of dashboards/. Afterwards every query of every board, and of every variable, is
-asked about the time of the training. Needs `prometheus` on the PATH (Debian: apt-get install prometheus). The status is
-1 if a query has no answer that needs no GPU. FOLDER keeps what was written; without it, a temporary one is used.
+queried for the time of the training. Needs `prometheus` on the PATH (Debian: apt-get install prometheus). The status is
+1 if a query has no result that needs no GPU. FOLDER keeps what was written; without it, a temporary one is used.
 """
 
 import json
@@ -68,7 +68,7 @@ def plain(query: str) -> str:
 
 
 def questions() -> list[Question]:
-    """All that the boards ask, in their order; of a variable, the metric that it lists a label of."""
+    """All queries of the boards, in their order; of a variable, the metric that it lists a label of."""
     found = []
     for path in sorted((DASHBOARDS / "grafana" / "boards").glob("*.json")):
         board = json.loads(path.read_text(encoding="utf-8"))
@@ -136,13 +136,13 @@ def answers(address: str, query: str, start: float, end: float) -> int:
     asked = urllib.parse.urlencode({"query": query, "start": start, "end": end, "step": STEP_S})
     with urllib.request.urlopen(f"{address}/api/v1/query_range?{asked}", timeout=60) as response:
         found: dict[str, Any] = json.load(response)
-    # What was divided by nothing is no answer.
+    # A division by zero is no result.
     series = found["data"]["result"]
     return sum(any(value not in ("NaN", "+Inf", "-Inf") for _, value in each["values"]) for each in series)
 
 
 def ask(address: str, start: float, end: float) -> list[Question]:
-    """Print every question with the number of its series; return those without an answer that need no GPU."""
+    """Print every query with the number of its series; return those without a result that need no GPU."""
     missing, asked = [], questions()
     for question in asked:
         count = answers(address, question.query, start, end)

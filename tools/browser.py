@@ -1,4 +1,4 @@
-"""Chromium without a screen, for tests and pictures: a page at a width, light or dark, and what it asks for."""
+"""Chromium without a screen, for tests and pictures: a page at a width, light or dark, and what it requests."""
 
 import base64
 import json
@@ -94,7 +94,7 @@ class Browser:
         ]
 
     def requests(self) -> list[str]:
-        """The addresses that were asked for, the page itself first; what a page carries itself is none."""
+        """The addresses that were requested, the page itself first; what a page carries itself is none."""
         events = [json.loads(entry["message"])["message"] for entry in self._driver.get_log("performance")]
         asked = [event["params"] for event in events if event["method"] == "Network.requestWillBeSent"]
         addresses = [str(each["request"]["url"]) for each in asked]

@@ -1,4 +1,4 @@
-"""What tools/rehearse_compose.py asks of services that stand and of what a run left. A check raises if it is not so."""
+"""The checks of tools/rehearse_compose.py on running services and on what a run left. A check raises if it fails."""
 
 import json
 from collections.abc import Iterator

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from threading import Thread
 
 PORT, TYPE_A, CLASS_IN, TTL_S = 53, 1, 1, 5
-ANSWERED, UNKNOWN = 0x8580, 0x8583  # flags of an answer: authoritative, without error or with "no such name"
+ANSWERED, UNKNOWN = 0x8580, 0x8583  # flags of a response: authoritative, without error or with "no such name"
 POINTER_TO_NAME = 0xC00C
 
 
 def serve(address: str, table: Mapping[str, str]) -> None:
-    """Answer at `address` in a thread, until the process ends. table: IPv4 addresses by name."""
+    """Serve at `address` in a thread, until the process ends. table: IPv4 addresses by name."""
     listening = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     listening.bind((address, PORT))
 
@@ -25,7 +25,7 @@ def serve(address: str, table: Mapping[str, str]) -> None:
 
 
 def answer_to(query: bytes, table: Mapping[str, str]) -> bytes | None:
-    """The answer to a query (RFC 1035) for one name; None to anything else."""
+    """The response to a query (RFC 1035) for one name; None to anything else."""
     try:
         (identity, _, questions), labels, position = struct.unpack("!3H", query[:6]), [], 12
         while (length := query[position]) != 0:

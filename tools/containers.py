@@ -44,7 +44,7 @@ class Network:
         call("ip", "link", "add", "bridge", "type", "bridge")
         call("ip", "address", "add", f"{GATEWAY}/24", "dev", "bridge")
         call("ip", "link", "set", "bridge", "up")
-        # What is asked of the world outside is refused at once, instead of being waited for.
+        # Requests to the outside are refused at once, instead of being waited for.
         Path("/proc/sys/net/ipv4/ip_forward").write_text("1")
         container_names.serve(GATEWAY, {name: self.address(name) for name in self.names})
         (self.folder / "resolv.conf").write_text(f"nameserver {GATEWAY}\n")

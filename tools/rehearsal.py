@@ -113,7 +113,7 @@ class Rehearsal:
             raise RuntimeError(f"{name} ended with {main.returncode}:\n{self.containers[name].log()[-3000:]}")
 
     def drive(self, *words: str) -> str:
-        """One run of the driver with these words in place of the service's own; what it printed."""
+        """One run of the driver with these arguments in place of the service's own; what it printed."""
         driver = self.services["driver"]
         done = self.containers["driver"].run([*driver.entrypoint, *words], self.environment(driver), PATIENCE * 120)
         if done.returncode != 0:

@@ -10,7 +10,7 @@ __all__ = ["GrownCheckpoint", "GrowthPlan", "Store", "certify", "grow", "plan_gr
 
 
 def __getattr__(name: str) -> Any:
-    """Import the public names when they are first asked for: importing a part of the package stays cheap."""
+    """Import the public names on first access: importing a part of the package stays cheap."""
     if name in __all__:
         from aquilamoe import api
 

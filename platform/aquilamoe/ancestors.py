@@ -1,4 +1,4 @@
-"""Everything that something was made from, whatever it is and whoever knows its parents."""
+"""Everything that something was made from, for any kind of object and any source of its parents."""
 
 from collections.abc import Callable, Hashable, Iterable
 from typing import TypeVar

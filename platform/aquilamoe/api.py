@@ -24,13 +24,13 @@ from aquilamoe.lineage.artifacts import Artifact
 from aquilamoe.lineage.graph import ArtifactGraph, read_graph
 from aquilamoe.lineage.lookup import find
 
-# A method by its name, or its settings: {"method": "fpi", "noise": 0.2}; what is left out is as in conf/.
+# A method by its name, or its settings: {"method": "fpi", "noise": 0.2}; omitted settings are as in conf/.
 Method = str | Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class GrowthPlan:
-    """A growth before it is done, known from headers alone.
+    """A growth before it is done, known from headers only.
 
     Attributes:
         model: every field of the target's model, in Hugging Face's spelling.
@@ -84,7 +84,10 @@ def plan_growth(
         model: the sizes that change, e.g. `{"hidden_size": 96}`.
         growth: the method of a scale-up, e.g. "aki_pro"; exactly one of `growth` and `upcycling` is given.
         upcycling: the method of a scale-out, e.g. "copy".
-        seed: of everything that is drawn.
+        seed: of all random numbers.
+
+    Returns:
+        Sizes, cost (bytes, seconds) and the origin of every tensor of the target.
 
     Raises:
         UserError: the source cannot be read, or the growth cannot be done.
@@ -117,8 +120,11 @@ def grow(
         target: directory to make; one that this very call has made is returned as it is.
         model: the sizes that change, e.g. `{"hidden_size": 96, "num_hidden_layers": 6}`.
         growth: the method, by name or with settings.
-        seed: of everything that is drawn.
+        seed: of all random numbers.
         certificate: settings that differ from conf/grow.yaml, e.g. `{"tokens": 256}` or `{"enabled": False}`.
+
+    Returns:
+        The published directory with its record and certificate.
 
     Raises:
         UserError: the growth cannot be done, or claims to keep the function and does not.
@@ -137,7 +143,19 @@ def upcycle(
 ) -> GrownCheckpoint:
     """Make a Mixture of Experts of a dense checkpoint (section 3.2 of the paper), or give one more experts.
 
-    Args and errors are those of `grow`; `model` names at least `num_experts` and `num_experts_per_tok`.
+    Args:
+        source: directory of a Hugging Face checkpoint with safetensors.
+        target: directory to make; one that this very call has made is returned as it is.
+        model: the sizes that change, at least `num_experts` and `num_experts_per_tok`.
+        upcycling: the method, by name or with settings.
+        seed: of all random numbers.
+        certificate: settings that differ from conf/grow.yaml, e.g. `{"tokens": 256}` or `{"enabled": False}`.
+
+    Returns:
+        The published directory with its record and certificate.
+
+    Raises:
+        UserError: the upcycling cannot be done, or claims to keep the function and does not.
     """
     return _made(_config(source, target, model, None, upcycling, seed, certificate), "upcycle")
 
@@ -149,6 +167,9 @@ def certify(source: str | Path, target: str | Path, **settings: Any) -> Mapping[
         source: directory of the checkpoint that the other was grown from.
         target: directory of the grown checkpoint; one with a record is held to what that claims.
         settings: what differs from `certificate` in conf/grow.yaml, e.g. `tokens=256, text="held-out.txt"`.
+
+    Returns:
+        The certificate, see `growth.certificate.certify`; losses in nats/token.
 
     Raises:
         UserError: the two cannot be compared, or the target claims to keep the function and does not.
@@ -167,21 +188,29 @@ class Store:
     root: str | Path = "runs"
 
     def outputs(self) -> list[Artifact]:
-        """All complete outputs, newest first."""
+        """All complete outputs, newest first.
+
+        Raises:
+            UserError: `root` has no outputs.
+        """
         return self._library().newest_first()
 
     def output(self, name: str) -> Artifact:
         """The output that a fingerprint, a directory's name or a SHA-256 prefix names, or a stage's newest.
 
         Raises:
-            UserError: nothing is called so, or several outputs are.
+            UserError: no output, or several, have that name.
         """
         library = self._library()
         newest = library.of_stage(name)
         return newest[0] if newest else find(library, {}, name)
 
     def lineage(self, name: str) -> list[Artifact]:
-        """The output that `name` names, then everything that it was made from, nearest first."""
+        """The output that `name` names, then everything that it was made from, nearest first.
+
+        Raises:
+            UserError: no output, or several, have that name.
+        """
         entry = self.output(name)
         return [entry, *self._library().ancestors(entry)]
 

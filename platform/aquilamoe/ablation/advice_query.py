@@ -1,4 +1,4 @@
-"""What `action=advise` is asked: a source, a target and a budget, as they are typed."""
+"""The query of `action=advise`: a source, a target and a budget, as they are typed."""
 
 import math
 import re

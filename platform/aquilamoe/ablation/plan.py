@@ -16,7 +16,7 @@ DATA_KINDS = ("corpus", "tokenizer", "tokenize")
 
 
 class Glance(Store):
-    """A store as it is now: every question is answered once, for the many lines that ask the same."""
+    """A store as it is now: every query is computed once, for the many lines that repeat it."""
 
     def __init__(self, store: Store) -> None:
         super().__init__(store.root, copy(store.remote))
@@ -30,7 +30,7 @@ class Glance(Store):
 class Task:
     """A distinct line to compute.
 
-    leaf: the first that asks for it. stages: its line and what this reads, as planned, inputs first.
+    leaf: the first that needs it. stages: its line and what this reads, as planned, inputs first.
     shared: fingerprints of those of its stages that other tasks need too.
     """
 
@@ -87,7 +87,7 @@ def sources(found: Sequence[Task]) -> list[Task]:
 
 @dataclass(frozen=True)
 class Totals:
-    """flops, disk_bytes, seconds: of all stages that nobody has computed, each once, one after the other."""
+    """flops, disk_bytes, seconds: of all stages that are not computed yet, each once, one after the other."""
 
     stages: int
     cached: int

@@ -114,7 +114,7 @@ def compute(task: Task, store: Store, cluster: ClusterConfig, logs: Path, observ
     for each in (log, stopped):
         each.unlink(missing_ok=True)
     try:
-        # Ray Train's notes lie apart for each trial: whoever starts workers clears the folder of those before.
+        # Ray Train's notes are separate for each trial: starting workers clears the folder of those before.
         with workers_for(cluster, store.root / "trials" / task.name, task.name, will_train=True):
             runner.run(
                 task.stages,

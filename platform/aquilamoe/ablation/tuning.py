@@ -1,4 +1,4 @@
-"""Trials under Ray Tune: this file alone knows Tune."""
+"""Trials under Ray Tune: only this file uses Tune."""
 
 import os
 import shutil
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ray.tune.schedulers import ASHAScheduler
 
 # Read by Tune when it is imported: no files of its loggers, no tables of its own in the terminal.
-# And no answer of its own to Ctrl-C, after which it returns what it has as if all was done.
+# And no handler of its own for Ctrl-C, after which it returns what it has as if all was done.
 TUNE_ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
@@ -80,7 +80,7 @@ def run(field: Field, cluster: ClusterConfig, stopping: Stopping | None) -> None
     nested = cluster.executor == "ray"  # then a trial's workers have what it computes with
     own = {"cpu": float(cluster.cpus_per_worker), "gpu": float(cluster.gpus_per_worker)}
     if nested:
-        own = {"memory": 1.0}  # a byte: Tune asks that a trial reserve something
+        own = {"memory": 1.0}  # a byte: Tune requires that a trial reserve something
     trainable = tune.with_parameters(
         _trial, tasks=field.tasks, store=field.store, cluster=cluster, logs=field.logs, reports=stopping is not None
     )

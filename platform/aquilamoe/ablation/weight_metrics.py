@@ -50,7 +50,7 @@ def of_checkpoint(directory: Path, kept: Path) -> dict[str, float]:
 
 
 def kept_figures(kept: Path) -> dict[str, float] | None:
-    """What `of_checkpoint` found before; None if it has not been asked, or the file is damaged."""
+    """What `of_checkpoint` found before; None if it has not run, or the file is damaged."""
     try:
         found = json.loads(kept.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""What a process holds of a tensor that several share, and where that lies in the whole."""
+"""What a process holds of a tensor that several share, and its position in the whole."""
 
 from collections.abc import Sequence
 

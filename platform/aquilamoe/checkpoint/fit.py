@@ -47,7 +47,7 @@ def _fillers(model: ModelConfig) -> set[str]:
 
 
 def _refuse_further(directory: Path, model: ModelConfig, further: Collection[str]) -> None:
-    """What has no place would be lost without a word: a bias, a value head, layers for several tokens at once."""
+    """What has no place would be lost silently: a bias, a value head, layers for several tokens at once."""
     is_tied = model.tie_word_embeddings
     lost = [name for name in further if not (name.endswith(FIXED) or (is_tied and name == tensor_names.HEAD))]
     if lost:

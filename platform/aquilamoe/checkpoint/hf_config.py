@@ -134,7 +134,7 @@ def config_from_dict(values: Mapping[str, Any], where: str = CONFIG_FILE) -> Mod
 
 
 def _computed(found: CheckpointConfig, where: str) -> ModelConfig:
-    """The model, unless growth alone knows what to do with it."""
+    """The model, unless only growth supports it."""
     problem = next(found.positions.differences(found.model), None)
     if problem is not None:
         raise UserError(

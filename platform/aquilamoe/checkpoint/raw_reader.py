@@ -19,7 +19,11 @@ AHEAD_BYTES = 32 * 2**20
 class RawReader:
     """The tensors of a checkpoint directory, one file or shards; opening reads every header. A context manager.
 
-    Raises UserError when the directory has no weights or they are damaged (see `headers.read`).
+    Args:
+        directory: of a checkpoint with safetensors.
+
+    Raises:
+        UserError: the directory has no weights, or they are damaged (see `safetensors_header.read`).
     """
 
     def __init__(self, directory: Path) -> None:
@@ -44,11 +48,15 @@ class RawReader:
         return self.tensors[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor, from the header alone."""
+        """Shape of a tensor, from the header only."""
         return self.info(name).shape
 
     def read_into(self, name: str, position: int, room: memoryview) -> None:
-        """Fill `room` with the bytes of a tensor from `position` on. UserError where the file has become shorter."""
+        """Fill `room` with the bytes of a tensor from `position` (in bytes) on.
+
+        Raises:
+            UserError: the file has become shorter.
+        """
         info = self.info(name)
         offset, end = info.start + position, info.start + position + len(room)
         assert end <= info.end
@@ -79,7 +87,7 @@ class RawReader:
         return self._digests[name]
 
     def nonfinite(self, name: str, index: int) -> UserError:
-        """What a user reads when element `index` of a flattened tensor is infinite or no number."""
+        """The error for element `index` of a flattened tensor that is infinite or NaN."""
         info = self.info(name)
         return UserError(
             f"{self.directory / info.file}: tensor '{name}' {info.shape} is infinite or no number at element {index}; "

@@ -1,6 +1,6 @@
 """Safetensors directories as tensors: a reader that maps files, and `write` for models that are in memory.
 
-torch is imported by the first tensor that is asked for.
+torch is imported by the first tensor that is requested.
 """
 
 import mmap
@@ -29,7 +29,13 @@ class Reader(RawReader):
     """The tensors of a checkpoint directory. Opening reads every header; a tensor is a view of its mapped file.
 
     What was read stays in memory until it is released or the reader closed. Changing a tensor in place does not change
-    the file. Raises UserError when the directory has no weights or they are damaged.
+    the file.
+
+    Args:
+        directory: of a checkpoint, one safetensors file or shards.
+
+    Raises:
+        UserError: the directory has no weights, or they are damaged.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -37,7 +43,7 @@ class Reader(RawReader):
         self._maps: dict[str, mmap.mmap] = {}
 
     def dtype(self, name: str) -> "torch.dtype":
-        """Element type of a tensor, from the header alone."""
+        """Element type of a tensor, from the header only."""
         return torch_dtype(self.info(name).dtype)
 
     def get(self, name: str) -> "Tensor":
@@ -64,7 +70,7 @@ class Reader(RawReader):
                 self._maps[info.file].madvise(mmap.MADV_DONTNEED, start, end - start)
 
     def check(self, name: str, tensor: "Tensor", first_row: int = 0) -> None:
-        """Refuse, by UserError, a value that is infinite or no number in rows of a tensor from `first_row` on."""
+        """Raise UserError for a value that is infinite or NaN in rows of a tensor from `first_row` on."""
         index = first_nonfinite(tensor)
         if index is not None:
             raise self.nonfinite(name, first_row * prod(self.shape(name)[1:]) + index)
@@ -106,8 +112,16 @@ def write(
 ) -> None:
     """Write tensors, cast to `dtype`, as one safetensors file, or as shards of `max_shard_bytes` at most and an index.
 
-    `tensors` yields exactly the names of `shapes`, in that order; each is released before the next is asked for.
-    Raises ValueError for a tensor that is missing, unexpected or of another shape, and otherwise as `Writer` does.
+    Args:
+        directory: made if it does not exist.
+        shapes: shape of every tensor, by name.
+        dtype: of all tensors in the file.
+        tensors: yields exactly the names of `shapes`, in that order; each is released before the next is requested.
+        max_shard_bytes: bytes of tensors in a file.
+
+    Raises:
+        ValueError: a tensor is missing, unexpected or of another shape.
+        UserError: as `CheckpointWriter`.
     """
     stream = iter(tensors)
     with CheckpointWriter(directory, shapes, dtype, max_shard_bytes) as writer:

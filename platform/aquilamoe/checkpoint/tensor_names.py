@@ -1,4 +1,4 @@
-"""Names and shapes of the tensors of a checkpoint: the one place that knows how Hugging Face spells them.
+"""Names and shapes of the tensors of a checkpoint: the one place for how Hugging Face spells them.
 
 Inside a layer a tensor is known by its role, e.g. `self_attn.q_proj.weight`: its name after `model.layers.N.`
 in the spelling of Llama, Qwen2 and Qwen2-MoE. Only Mixtral spells its router and experts differently on disk.

@@ -1,7 +1,7 @@
 """A safetensors directory written a block at a time, in any order, with constant memory (no torch unless it is given).
 
 Three things happen at once: the caller fills buffers, some threads write them, two hash them. The library's own
-`save_file` wants the whole model in memory.
+`save_file` needs the whole model in memory.
 """
 
 import hashlib
@@ -33,20 +33,24 @@ if TYPE_CHECKING:
 PARTIAL = ".partial"
 FILES = ("model-*-of-*.safetensors", SINGLE_FILE, INDEX_FILE)  # what a checkpoint's weights can be called
 NUM_BUFFERS = 6
-NUM_WRITING = 4  # direct writes under way: a disk is faster when it knows what comes next
+NUM_WRITING = 4  # direct writes under way: a disk is faster with more requests queued
 NUM_HASHING = 2
 
 
 class CheckpointWriter:
     """Writes the tensors of a checkpoint, each once, in any order, from any thread; a context manager.
 
-    directory: made if it is not there. Its weights are replaced, and stay as they are until all else is on disk.
-    shapes: shape of every tensor; the index keeps their order.
-    dtype: of all tensors, a torch.dtype or as safetensors spells it.
-    max_shard_bytes: bytes of tensors in a file.
+    Files get their names when the block ends without an exception; after an exception nothing is left behind.
 
-    Files get their names when the block ends without an exception; after an exception nothing is left behind. Raises
-    UserError when the disk is too small or becomes full, ValueError at the end when a tensor is missing.
+    Args:
+        directory: made if it does not exist. Its weights are replaced, and stay as they are until all else is on disk.
+        shapes: shape of every tensor; the index keeps their order.
+        dtype: of all tensors, a torch.dtype or as safetensors spells it.
+        max_shard_bytes: bytes of tensors in a file.
+
+    Raises:
+        UserError: the disk is too small or becomes full.
+        ValueError: at the end, if a tensor is missing.
     """
 
     def __init__(
@@ -115,9 +119,15 @@ class CheckpointWriter:
     def write(self, names: str | Sequence[str], blocks: "Iterable[Block]") -> None:
         """Write a tensor, given as blocks of its rows in order, under one name or the same under several.
 
-        blocks: of shape (rows, ...) as the tensor has after its first dimension, of any type, on any device, or arrays
-            of NumPy in float32 or wider; their rows add up to those of the tensor. Each is converted once and released
-            before the next is asked for. UserError where a number does not fit into float16.
+        Args:
+            names: of the tensor; of several, all get the same bytes.
+            blocks: of shape (rows, ...) as the tensor has after its first dimension, of any type, on any device, or
+                arrays of NumPy in float32 or wider; their rows add up to those of the tensor. Each is converted once
+                and released before the next is requested.
+
+        Raises:
+            UserError: a number does not fit into float16.
+            ValueError: a name is unexpected or written twice, or a shape is not the tensor's.
         """
         names, shape = self._claim(names)
         flow = _Flow(self, names, self._next_hashing())
@@ -137,7 +147,16 @@ class CheckpointWriter:
     def copy(self, names: str | Sequence[str], reader: RawReader, source_name: str) -> None:
         """Write the bytes of a tensor of `reader`, which has the same shape and type, under one name or several.
 
-        They are read once. Raises UserError where a value is infinite or no number.
+        They are read once.
+
+        Args:
+            names: in this checkpoint; of several, all get the same bytes.
+            reader: of the source.
+            source_name: of the tensor in the source.
+
+        Raises:
+            UserError: a value is infinite or NaN.
+            ValueError: a name is unexpected or written twice, or shape or type differ.
         """
         names, shape = self._claim(names)
         info = reader.info(source_name)

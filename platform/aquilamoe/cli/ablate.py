@@ -153,7 +153,7 @@ def _run(experiment: ExperimentConfig, union: StudyGraph, store: Store, config: 
 
 
 def _at_once(cluster: ClusterConfig, config: AblationConfig) -> int:
-    """Trials that run side by side, as far as it can be known before a cluster is asked."""
+    """Trials that run side by side, as far as this is known before a cluster is queried."""
     each = config.trial_cpus if cluster.workers == 1 else cluster.workers * cluster.cpus_per_worker
     return max(1, (os.cpu_count() or 1) // each) if cluster.executor == "ray" else 1
 

@@ -1,4 +1,4 @@
-"""`action=advise`: reads the question, the recorded studies and the published rules, and prints the answers."""
+"""`action=advise`: reads the query, the recorded studies and the published rules, and prints recommendations."""
 
 import os
 from collections.abc import Mapping
@@ -54,7 +54,7 @@ def described(question: AdviceQuery) -> str:
 
 
 def _find(text: str, experiment: Mapping[str, Any], store: Store) -> GrowthSource:
-    """A checkpoint of the store, or a directory that transformers opens, of which nobody knows its tokens."""
+    """A checkpoint of the store, or a directory that transformers opens, whose training tokens are unknown."""
     path = local(text)
     if (path / CONFIG_FILE).is_file():
         model = read_config(path)

@@ -122,7 +122,7 @@ def _held(store: Store, plan: Sequence[Planned]) -> Iterator[bool]:
 
 
 def _answer(experiment: ExperimentConfig, nodes: Mapping[str, Node], store: Store) -> None:
-    """Answer a question about outputs; a rebuild runs stages as any run does, in a store of its own, untracked."""
+    """Answer a query about outputs; a rebuild runs stages as any run does, in a store of its own, untracked."""
     out = console.console()
 
     def run(plan: Sequence[Planned], scratch: Store) -> dict[str, Input]:
@@ -140,7 +140,7 @@ def _lineage_text(library: ArtifactGraph, entry: Artifact) -> str:
 
 
 def _examine(experiment: ExperimentConfig, nodes: Mapping[str, Node], store: Store) -> None:
-    """Let a checkpoint write, or answer tasks."""
+    """Let a checkpoint write, or evaluate it on tasks."""
     _set_environment(experiment.cluster)
     out = console.console()
     if experiment.action == "generate":

@@ -47,9 +47,9 @@ def generate(experiment: ExperimentConfig, nodes: Mapping[str, Node], store: Sto
 
 
 def evaluate(experiment: ExperimentConfig, nodes: Mapping[str, Node], store: Store) -> tuple[str, Rows, Path]:
-    """Ask a checkpoint tasks through lm-eval.
+    """Evaluate a checkpoint on tasks through lm-eval.
 
-    Returns what was asked, (task, metric, value, items) for each figure, and the file with all of lm-eval's results.
+    Returns the results, (task, metric, value, items) for each figure, and the file with all of lm-eval's results.
     """
     if find_spec("lm_eval") is None:
         raise UserError(f"tasks: action=evaluate asks them through lm-eval, which is not installed; {EXTRA}")
@@ -64,7 +64,7 @@ def evaluate(experiment: ExperimentConfig, nodes: Mapping[str, Node], store: Sto
 
 
 def _keep(path: Path, directory: Path, results: Mapping[str, Any]) -> None:
-    """Add the results to what the checkpoint answered before; the same task again is replaced."""
+    """Add the results to the checkpoint's earlier results; the same task again is replaced."""
     before = _read(path)
     kept = {key: {**before.get(key, {}), **results.get(key, {})} for key in KEPT}
     values = {"checkpoint": str(directory), **_plain(kept)}
@@ -81,7 +81,7 @@ def _plain(value: Any) -> Any:
 
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:
-    """Results that were kept; of a damaged file nothing, with a note."""
+    """Saved results; none of a damaged file, with a note."""
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(before, dict) and all(isinstance(before.get(key, {}), dict) for key in KEPT):
@@ -95,7 +95,7 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def checkpoint(experiment: ExperimentConfig, nodes: Mapping[str, Node], store: Store) -> tuple[str, Path]:
-    """A name for a checkpoint, and its Hugging Face directory: any on the disk, or an output that `find` knows."""
+    """A name for a checkpoint, and its Hugging Face directory: any on the disk, or an output that `find` finds."""
     text = experiment.checkpoint
     if text is None:
         raise UserError(f"checkpoint: action={experiment.action} needs one; {WAYS}")

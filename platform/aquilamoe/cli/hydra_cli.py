@@ -65,7 +65,7 @@ def composed(program: Program, arguments: Sequence[str]) -> list[dict[str, Any]]
 
 
 def _answered(program: Program, words: Words) -> list[dict[str, Any]]:
-    """What Hydra's own `main` does: it answers the options that only look, and ends; and it composes all others."""
+    """What Hydra's own `main` does: it handles the options that only print, and exits; and it composes all others."""
     sys.argv[1:] = [*words.options, *words.overrides, *_searchpath(words.overrides)]
     configs: list[DictConfig] = []
 
@@ -82,7 +82,7 @@ def _answered(program: Program, words: Words) -> list[dict[str, Any]]:
 
 
 def _jobs(overrides: Sequence[str]) -> list[list[str]]:
-    """The words of every job of --multirun: all combinations of the values that are named."""
+    """The arguments of every job of --multirun: all combinations of the values that are named."""
     try:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
         count = math.prod(_values(override) for override in parsed if override.is_sweep_override())
@@ -95,7 +95,7 @@ def _jobs(overrides: Sequence[str]) -> list[list[str]]:
 
 
 def _values(override: Override) -> int:
-    """How many values a word of --multirun stands for."""
+    """How many values an argument of --multirun expands to."""
     value = override.value()
     if isinstance(value, RangeSweep):
         return len(range(int(value.start or 0), int(value.stop or 0), int(value.step or 1) or 1))
@@ -103,7 +103,7 @@ def _values(override: Override) -> int:
 
 
 def _composed_once(config_name: str, overrides: Sequence[str]) -> dict[str, Any]:
-    """What Hydra's own `main` makes of words without options, which it composes twice: half the time of a plan."""
+    """What Hydra's own `main` makes of arguments without options, which it composes twice: half the time of a plan."""
     GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):

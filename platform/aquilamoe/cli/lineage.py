@@ -59,7 +59,7 @@ class LineageQuery:
 def answer(
     experiment: ExperimentConfig, nodes: Mapping[str, Node], store: Store, say: Say, run: Run, as_json: AsJson
 ) -> None:
-    """Do one of `ACTIONS`; UserError for what cannot be answered, and for what is not as it should be."""
+    """Do one of `ACTIONS`; UserError for queries without a result, and for what is not as it should be."""
     question = LineageQuery(experiment, expected_stages(nodes), store, read_graph(store.stages), say, run, as_json)
     actions: dict[str, Callable[[LineageQuery], None]] = {
         "lineage": _lineage,

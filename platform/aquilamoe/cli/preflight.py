@@ -1,4 +1,4 @@
-"""Whether an experiment can run here: asked before anything is started."""
+"""Whether an experiment can run here: checked before anything is started."""
 
 import os
 from collections.abc import Callable, Sequence

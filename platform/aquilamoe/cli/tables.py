@@ -95,7 +95,7 @@ def output_table(entries: Sequence[Artifact], width: int) -> Table:
 
 
 def task_table(figures: Sequence[tuple[str, str, float, int]]) -> Table:
-    """Every figure of every task that a checkpoint answered: (task, metric, value, items)."""
+    """Every figure of every task that a checkpoint was evaluated on: (task, metric, value, items)."""
     table = make_table("task", "metric", ">value", ">items")
     for task, metric, value, items in figures:
         table.add_row(task, metric, format.decimal(value, 4), str(items))

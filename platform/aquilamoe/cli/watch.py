@@ -28,7 +28,7 @@ SILENT_S = 30.0  # a stage whose driver gave no sign of life for so long does no
 
 @contextmanager
 def announced(store: Store, name: str, plan: Sequence[Planned]) -> Iterator[None]:
-    """Have it written down what runs, for who asks from elsewhere. The caller holds the store's lock."""
+    """Keep a record of what runs, for queries from other processes. The caller holds the store's lock."""
     stages = [
         {
             "name": planned.name,
@@ -80,7 +80,7 @@ class Watched:
             return None
         try:
             announcement = json.loads((store.root / RUNNING).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):  # it has just begun, or just ended
+        except (OSError, ValueError, RecursionError):  # it has just started, or just ended
             return None
         if not _is_announcement(announcement):
             note(f"{store.root / RUNNING}: is damaged; how far the running pipeline is cannot be shown")

@@ -1,6 +1,6 @@
-"""The words of a command line: what a user types, in any order and form, becomes what Hydra composes.
+"""The arguments of a command line: what a user types, in any order and form, becomes what Hydra composes.
 
-A key that the schema knows as text (a path, a URL, a name) takes every character as the shell hands it over. All other
+A key that the schema has as text (a path, a URL, a name) takes every character as the shell hands it over. All other
 values are Hydra's to read, after bounds on what its grammar can take. Options are Hydra's, mistakes in them are not.
 """
 
@@ -28,7 +28,7 @@ OWNERS = {"ablation": "ablations.py", "experiment": "efficientscale.py"}
 
 @dataclass(frozen=True)
 class Program:
-    """What a program's words may be.
+    """What a program's arguments may be.
 
     config_name: of conf/*.yaml. schema: whose keys they are. chosen: groups that the defaults leave out, in the order
     in which they apply. groups: those that have a default. defaults: what is chosen of a group where no word
@@ -44,7 +44,7 @@ class Program:
 
 @dataclass
 class Words:
-    """A command line taken apart: Hydra's options, which groups are chosen, and all other words."""
+    """A command line taken apart: Hydra's options, which groups are chosen, and all other arguments."""
 
     options: list[str] = field(default_factory=list)
     multirun: bool = False
@@ -53,7 +53,7 @@ class Words:
 
 
 def read(program: Program, arguments: Sequence[str]) -> Words:
-    """Take a command line apart, and write its words as Hydra wants them; UserError with all mistakes in them."""
+    """Take a command line apart, and write its arguments as Hydra expects them; UserError with all mistakes in them."""
     words = _options(program, arguments)
     typed = normalized(program, words.overrides, words)
     named = {word.lstrip("+~").partition("=")[0] for word in typed}
@@ -62,7 +62,7 @@ def read(program: Program, arguments: Sequence[str]) -> Words:
 
 
 def normalized(program: Program, typed: Sequence[str], words: Words | None = None) -> list[str]:
-    """Words as Hydra wants them: chosen groups first, each in its order, whatever the order they were typed in."""
+    """Arguments as Hydra expects them: chosen groups first, each in its order, in whatever order they were typed."""
     words = words or Words()
     problems: list[str] = []
     found: list[tuple[int, str]] = []
@@ -104,7 +104,7 @@ def _options(program: Program, arguments: Sequence[str]) -> Words:
 
 
 def _explained(program: Program, message: str, arguments: Sequence[str]) -> str:
-    """The argument parser's message in our words."""
+    """The argument parser's message in our style."""
     if found := re.match(r"unrecognized arguments: (\S+)", message):
         flag = found[1]
         name, _, value = flag.lstrip("-").partition("=")
@@ -119,7 +119,7 @@ def _explained(program: Program, message: str, arguments: Sequence[str]) -> str:
 
 
 def _normalized(program: Program, word: str, words: Words) -> tuple[int, str]:
-    """A word, and its place among the others."""
+    """An argument, and its place among the others."""
     match = WORD.fullmatch(word)
     assert match is not None
     prefix, key, value = match["prefix"] or "", match["key"], match["value"]
@@ -151,7 +151,7 @@ def quoted(value: str, with_quotes: bool = False) -> str:
     """A text as Hydra's grammar takes it, whatever is in it. with_quotes: its own quotation marks belong to it."""
     if not with_quotes and (inner := IN_QUOTES.fullmatch(value)):
         value = inner[1] if inner[1] is not None else inner[2]
-    # A backslash is itself, but before a quotation mark, ${, or the end; of ${ only what asks the environment is kept.
+    # A backslash is itself, but before a quotation mark, ${, or the end; of ${ only what reads the environment is kept.
     value = re.sub(r"(\\*)('|$(?!\n)|\$\{(?!oc\.))", lambda found: _escaped(found[1], found[2]), value)
     return f"'{value}'"
 

@@ -20,7 +20,7 @@ class Extended(Config):
 
     @model_serializer(mode="wrap")
     def _leave_out_defaults(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        if not isinstance(self, Extended):  # pydantic asks for whatever stands in the place of one, unchecked
+        if not isinstance(self, Extended):  # pydantic calls this for whatever is in its place, unchecked
             return dump(self)
         fields = type(self).model_fields
         silent = {key for key in self.added if getattr(self, key) == fields[key].get_default(call_default_factory=True)}
@@ -31,7 +31,7 @@ class HubConfig(Config):
     """A data set that the library `datasets` opens.
 
     name: on the hub, or a local folder of parquet, JSON or text files. subset: its configuration, null: the only one.
-    split: in its own words. revision: commit or tag. data_files: a glob in it, null: all files.
+    split: as the data set names it. revision: commit or tag. data_files: a glob in it, null: all files.
     streaming: read over the network as it goes; otherwise it is fetched whole into the cache first.
     """
 

@@ -1,10 +1,10 @@
-"""How checkpoints are made to write, and what they are asked."""
+"""How checkpoints generate text, and which tasks they are evaluated on."""
 
 from aquilamoe.config.network import Config, NonNegativeFloat, PositiveInt, Seed
 
 
 class GenerationConfig(Config):
-    """How a text is continued; `temperature` 0 always takes the likeliest token, and then `seed` means nothing."""
+    """How a text is continued; `temperature` 0 always takes the likeliest token, and then `seed` has no effect."""
 
     max_new_tokens: PositiveInt = 48
     temperature: NonNegativeFloat = 0.0
@@ -12,7 +12,7 @@ class GenerationConfig(Config):
 
 
 class EvaluationConfig(Config):
-    """What `action=evaluate` asks. folder: of further tasks for lm-eval, or null. items: questions of each own task."""
+    """Tasks of `action=evaluate`. folder: of further tasks for lm-eval, or null. items: questions of each own task."""
 
     folder: str | None = None
     items: PositiveInt = 200

@@ -32,7 +32,7 @@ class SparseUpcycling(UpcyclingConfig):
 
     @property
     def plain(self) -> UpcyclingConfig:
-        """The upcycling by itself: what the growth engine knows."""
+        """The upcycling by itself: what the growth engine uses."""
         return UpcyclingConfig.model_validate(self.model_dump(exclude={"layers"}))
 
     def dense_layers(self, num_layers: int) -> list[int] | None:

@@ -1,4 +1,4 @@
-"""The shape of a network, which knows its own arithmetic: parameters and FLOPs, without torch."""
+"""The shape of a network, and its arithmetic: parameters and FLOPs, without torch."""
 
 from typing import Annotated, Any, Literal, Self
 
@@ -51,7 +51,7 @@ ABSENT_SHARED_EXPERT_SIZE = 8
 
 
 class Config(BaseModel):
-    """Base of all configuration: immutable, and a key that nobody reads is an error."""
+    """Base of all configuration: immutable, and a key that is not read is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 

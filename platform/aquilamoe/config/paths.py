@@ -8,7 +8,7 @@ from aquilamoe.config.messages import UserError
 
 
 def local(text: str) -> Path:
-    """A path of this machine: `~` is the home folder, wherever a path is typed; UserError for one of nobody.
+    """A path of this machine: `~` is the home folder, wherever a path is typed; UserError for an unknown user's.
 
     Records, cards and pages are UTF-8 and name the path: one that is not would fail when all the work is done.
     """

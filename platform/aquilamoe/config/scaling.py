@@ -1,7 +1,7 @@
 """A large experiment made small: its sizes divided, so that the same graph runs the same way on a laptop.
 
 What is divided is what is typed: the values of an experiment are those of its full size, wherever they are written, and
-nothing behind this module knows that there was another size. Ratios stay: those of a growth in width and in depth, of
+no code behind this module depends on the original size. Ratios stay: those of a growth in width and in depth, of
 queries to keys and values (the groups of grouped-query attention), of heads to each other, of budgets to each other.
 """
 

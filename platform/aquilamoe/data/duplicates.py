@@ -16,7 +16,7 @@ SORTED_AT_ONCE = 1 << 24
 def first_occurrences(files: Sequence[Path], out: Path) -> np.ndarray:
     """Of each hash in `files` (arrays of uint64, in order) whether it is the first of its value: bool, on the disk.
 
-    out: the file that holds the answer, which is mapped into memory. The hashes are taken in turns by their last bits,
+    out: the file that holds the result, which is mapped into memory. The hashes are taken in turns by their last bits,
     so many at a time that they fit into memory.
     """
     lengths = [np.load(path, mmap_mode="r").size for path in files]

@@ -56,7 +56,7 @@ class Batches:
         self._batch = batch_sequences
         self._rows = batch_sequences // world_size
         self._first_row = rank * self._rows
-        names = sorted(mixture)  # the order in which a mixture is written means nothing
+        names = sorted(mixture)  # the order in which a mixture is written has no meaning
         self._windows = [_windows(tokens, "train", name, sequence_length) for name in names]
         self._files = [bin_file(token_prefix(tokens, "train", name)) for name in names]
         self._vocab_size = read_record(tokens).vocab_size

@@ -55,7 +55,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 def token_prefix(tokens: Path, split: str, source: str) -> Path:
-    """Where the token file of a split and source lies, without `.bin` and `.idx`."""
+    """Path of the token file of a split and source, without `.bin` and `.idx`."""
     return tokens / f"{split}-{source}"
 
 
@@ -64,7 +64,7 @@ class TokenFile:
 
     `tokens_n`: all ids in one row (uint16 or int32, read-only). `lengths_d`: tokens of each document (int32).
     `offsets_d`: each document's first byte in `.bin` (int64). `in_random_order` turns off reading ahead, which
-    for short reads all over a file that is not in memory costs 10 to 50 times the time of what is asked. UserError if a
+    for short reads all over a file that is not in memory costs 10 to 50 times the time of the query. UserError if a
     file is missing, cut short, or does not fit its partner.
     """
 

@@ -2,7 +2,7 @@
 
 tiktoken's file has a line for each token: its bytes in base64, and its rank, which is its id. What it merges follows
 from the ranks: of any two neighbours whose bytes together are a token, those of the lowest rank. Here, as Qwen has it,
-text is split by the rules that `data.tokenizer` knows, and 208 special tokens follow the ranks.
+text is split by the rules of `data.tokenizer`, and 208 special tokens follow the ranks.
 """
 
 import base64

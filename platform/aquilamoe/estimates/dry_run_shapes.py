@@ -60,7 +60,7 @@ def check_growth(node: Node) -> int:
                 raise _mistake(node, f"{name} is made {'twice' if name in made else 'and the target has none'}")
             made.add(name)
             _check_shape(node, name, recipe.rows.shape, expected[name])
-        if not recipe.rows.is_random:  # noise asks for the size of all values, which here are none
+        if not recipe.rows.is_random:  # noise needs the size of all values, which here are none
             size = recipe.rows.shape[0]
             row = tuple(recipe.rows[slice(size - 1, size)].shape)
             _check_shape(node, f"the last row of {recipe.names[0]}", row, (1, *recipe.rows.shape[1:]))

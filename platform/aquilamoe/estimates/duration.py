@@ -28,7 +28,7 @@ class Speed:
         return cls(None)
 
     def seconds(self, flops: float, work: float | None) -> float | None:
-        """For so much training; None where nobody knows."""
+        """For so much training; None where it is unknown."""
         if self.flops_per_s is not None:
             return flops / self.flops_per_s
         return (work or flops) / processor_speed.work_per_s(self.cores) if self.cores else None

@@ -1,4 +1,4 @@
-"""A checkpoint as lm-eval sees it, and its answers to tasks. lm-eval is the optional extra `evaluation`."""
+"""A checkpoint as lm-eval sees it, and its results on tasks. lm-eval is the optional extra `evaluation`."""
 
 import logging
 import os
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tasks are local files: nobody is asked for anything
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tasks are local files: no network requests
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
@@ -51,7 +51,7 @@ def evaluate(writer: Generator, folders: Sequence[Path], names: Sequence[str], c
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Without what lm-eval, and the git that it asks for a commit, write to the standard error; errors are raised."""
+    """Without the standard error of lm-eval and of the git that it queries for a commit; errors are raised."""
     sys.stderr.flush()
     kept = os.dup(2)
     try:

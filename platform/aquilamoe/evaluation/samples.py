@@ -20,13 +20,13 @@ def page(prompts: Mapping[str, Sequence[str]], written: Mapping[str, Sequence[st
 
 
 def manner(settings: GenerationConfig) -> str:
-    """How tokens are chosen, in words."""
+    """How tokens are chosen, as text."""
     if settings.temperature == 0:
         return "greedy"
     return f"temperature {settings.temperature:g}, seed {settings.seed}"
 
 
 def _cell(text: str) -> str:
-    """A text as a cell of a table: Markdown's own characters mean nothing in it."""
+    """A text as a cell of a table: Markdown's own characters are escaped in it."""
     escaped = "".join(f"\\{character}" if character in "\\|*_`<[#" else character for character in text)
     return " ".join(escaped.split()) or "(nothing)"

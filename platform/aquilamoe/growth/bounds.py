@@ -27,7 +27,7 @@ _FILE_TOLERANCES = {"F16": 0.1, "BF16": 0.5}
 _AROUND = 2**16
 # Copies of a stream that a block holds at once: before and behind each half, normalised, and its experts' share.
 _STREAMS = 8
-# Of the activations inside a feed-forward or an attention, likewise.
+# Of the activations inside a feed-forward or an attention, the same.
 _ACTIVATIONS = 5
 # Allocators keep some of what was given back; libraries for products bring their code and rooms of their own.
 _ALLOCATOR, _LIBRARIES = 1.5, 2**26

@@ -3,6 +3,13 @@
 Both networks run a layer at a time (see `growth.forward`), in step. Where a growth claims to keep the function, every
 layer of the target is also given the stream of the *source*, and has to add what the source's layer adds. What is found
 there is the fault of that layer alone, however deep it is, and rounding does not pile up over the layers.
+
+Fields of a certificate: `max_abs_dlogit`; `logit_spread`; `kl`, the mean of KL(source || target) in nats/token;
+`source_loss` and `target_loss` in nats/token; `tokens` (predicted); `preserving` and `tolerance` as given; `passed`:
+true, also of a growth that claims nothing; `layers`: of a claim with its growth, the relative difference behind the
+embedding and behind each layer of the target; `ties`: whether logits differ by more than the tolerance, and only
+because tokens chose between experts with equal scores: a Mixture of Experts is not continuous there; `rounding`: where
+the growth was measured before it was rounded, what rounding does to it (see `_Walk.round`), otherwise None.
 """
 
 import math
@@ -40,28 +47,29 @@ def certify(
     seed: int = 0,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Compare two checkpoints on `tokens_bt` (int64, of which the last column is only predicted).
-
-    preserving: whether the growth claims to keep the function.
-    tolerance: how far such a growth may be off: the largest difference of a logit, as a fraction of the spread of the
-        source's logits (their standard deviation over the vocabulary). What a layer adds may differ by an eighth of
-        that, as a fraction of what the source's layer adds. `bounds.default_tolerance` knows a good one.
-    growth, seed: what made the target of the source, so that layers can be compared; without it, logits alone are.
-    progress: told of layers computed, of all layers of both.
+    """Compare two checkpoints on held-out tokens.
 
     The target may have further tokens: logits are compared on the source's vocabulary, while `kl` and `target_loss`
     count the probability that the further ones take. Computed in float32, or float64 where a checkpoint has it, in
     memory of `bounds.certificate_bytes`. Of a claim with its growth, files of fewer bits than that are compared with
     what the growth makes, element by element, and what it makes before it is rounded is what is measured.
 
-    Returned: `max_abs_dlogit`; `logit_spread`; `kl`, the mean of KL(source || target) in nats/token; `source_loss` and
-    `target_loss` in nats/token; `tokens` (predicted); `preserving` and `tolerance` as given; `passed`: true, also of a
-    growth that claims nothing; `layers`: of a claim with its growth, the relative difference behind the embedding and
-    behind each layer of the target; `ties`: whether logits differ by more than the tolerance, and only because tokens
-    chose between experts with equal scores: a Mixture of Experts is not continuous there; `rounding`: where the growth
-    was measured before it was rounded, what rounding does to it (see `_Walk.round`), otherwise None.
-    Raises UserError when the claim does not hold, naming the first place where the two part, when predictions are not
-    finite, and for damaged files.
+    Args:
+        source: directory of the checkpoint before the growth.
+        target: directory of the grown checkpoint.
+        tokens_bt: int64 (sequences, length + 1); the last column is only predicted.
+        preserving: whether the growth claims to keep the function.
+        tolerance: how far such a growth may be off: the largest difference of a logit, as a fraction of the spread of
+            the source's logits (their standard deviation over the vocabulary). What a layer adds may differ by an
+            eighth of that, as a fraction of what the source's layer adds. See `bounds.default_tolerance`.
+        growth, seed: how the target was made, so that layers can be compared; None compares only logits.
+        progress: called with the number of layers computed, and of all layers of both.
+
+    Returns:
+        The certificate, with the fields that this module lists.
+
+    Raises:
+        UserError: the claim fails (names the first place that differs), a prediction is not finite, a file is damaged.
     """
     with opened(source, target) as (before, after):
         _check_vocabulary(before.config, after.config, tokens_bt)

@@ -276,7 +276,7 @@ def _experts(
 ) -> list[GradientMap]:
     """Experts share the gradient of what they copy, by the tokens that come to them and by their gates.
 
-    At balance the parts are equal on average; of the tokens of one batch they are not, and nothing here can know them.
+    At balance the parts are equal on average; of the tokens of one batch they are not, and they cannot be known here.
     """
     layer, role = split(name)
     dense_role = f"{role.replace('mlp.experts.', 'mlp.')}.weight"

@@ -1,4 +1,4 @@
-"""Tensors that are never in memory as a whole: their rows are made when they are asked for, a block at a time.
+"""Tensors that are never in memory as a whole: their rows are made on request, a block at a time.
 
 What is made of such a tensor is such a tensor again. Nothing is read or computed until rows of it are taken, and
 then only these. Arithmetic is done in float32 or wider, and rounded once, when the rows are written. torch is imported
@@ -240,7 +240,7 @@ def gathered(rows: LazyTensor, sources: Tensor) -> LazyTensor:
 
 
 def extended(rows: LazyTensor, size: int, row: Callable[[], Tensor]) -> LazyTensor:
-    """Further rows behind those of a tensor, all equal to `row()`, which is asked when the first of them is read."""
+    """Further rows behind those of a tensor, all equal to `row()`, which is called when the first of them is read."""
     known = rows.shape[0]
     if size == known:
         return rows

@@ -36,7 +36,7 @@ def unrounded(
 class Unrounded:
     """Tensors that are computed again, a block of rows at a time, and compared with those in the target's files.
 
-    What is asked for is therefore both what the growth makes and, but for rounding, what is on the disk. UserError,
+    What is read is therefore both what the growth makes and, but for rounding, what is on the disk. UserError,
     naming the tensor, where these differ by more than rounding, half a unit in the last place; not at all where a
     tensor was copied.
     """
@@ -77,7 +77,7 @@ class Unrounded:
     def look_up(self, name: str, numbers_n: Tensor) -> Tensor:
         """Rows by their numbers."""
         rows = self._rows[name]
-        if rows.is_random:  # drawn from the first to the last of what is asked for
+        if rows.is_random:  # drawn from the first to the last of what is requested
             found = torch.cat([rows[slice(number, number + 1)] for number in numbers_n.tolist()])
         else:
             found = rows[numbers_n]

@@ -1,4 +1,4 @@
-"""What can be grown into what, and which growths keep the function: answers without torch, for plans and messages."""
+"""What can be grown into what, and which growths keep the function: decided without torch, for plans and messages."""
 
 import math
 
@@ -77,7 +77,7 @@ def _check_scale_up(source: ModelConfig, target: ModelConfig, growth: GrowthConf
         )
     grows = (*_WIDTHS, *_EXPERT_WIDTHS, "num_hidden_layers", "head_dim", "vocab_size", "max_position_embeddings")
     for field in grows:
-        if field != "intermediate_size" or source.num_sparse_layers < source.num_hidden_layers:  # else nobody has it
+        if field != "intermediate_size" or source.num_sparse_layers < source.num_hidden_layers:  # else no layer has it
             _check_not_smaller(field, source, target, "scale-up")
     for field in ModelConfig.model_fields:
         if field not in (*grows, "rms_norm_eps", "mlp_only_layers") and field not in _FREE:

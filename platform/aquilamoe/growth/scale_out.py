@@ -33,12 +33,25 @@ def scale_out(
     """Make feed-forwards of the checkpoint in `source` layers of (more) experts, and write it to `target`.
 
     Of a dense source, experts are copies of the feed-forward, or of equal parts of it where the target's
-    moe_intermediate_size is smaller, and `router_init` says what routers start as. A shared expert is a copy too: it
+    moe_intermediate_size is smaller, and `router_init` sets what routers start as. A shared expert is a copy too: it
     starts with a share of one half, and the others are halved. Of a Mixture of Experts they are copies of its experts,
-    neighbours with the score of their original. `upcycling.method` says what tells copies apart; everything else is
-    copied, `mlp_only_layers` as they are. The result depends on the arguments alone and keeps the source's dtype. In
-    memory there are some blocks of rows. Returns the SHA-256 of every tensor. Raises UserError for a growth that cannot
-    be done (see `rules.check`) and for a damaged source.
+    neighbours with the score of their original. `upcycling.method` sets how copies differ; everything else is copied,
+    `mlp_only_layers` as they are. The result depends only on the arguments and keeps the source's dtype. In memory
+    there are some blocks of rows.
+
+    Args:
+        source: directory of a Hugging Face checkpoint with safetensors.
+        target: directory to write.
+        target_config: model of the target, with all of its sizes.
+        upcycling: the method and its settings.
+        seed: of all random numbers.
+        progress: called with the number of tensors written, and of all tensors.
+
+    Returns:
+        The SHA-256 of every tensor, in hexadecimal, by its name in the target.
+
+    Raises:
+        UserError: the growth cannot be done (see `rules.check`), or the source is damaged.
     """
     config = hf_config.read_checkpoint_config(source)
     rules.check(config.model, target_config, upcycling)

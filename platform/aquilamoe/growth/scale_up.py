@@ -30,9 +30,21 @@ def scale_up(
 ) -> dict[str, str]:
     """Grow the checkpoint in `source` to `target_config` and write it to `target`, with its tokenizer files.
 
-    The result depends on the arguments alone and keeps the source's dtype. In memory there are some blocks of rows.
-    Returns the SHA-256 of every tensor. Raises UserError for a growth that cannot be done (see `rules.check`) and for a
-    damaged source.
+    The result depends only on the arguments and keeps the source's dtype. In memory there are some blocks of rows.
+
+    Args:
+        source: directory of a Hugging Face checkpoint with safetensors.
+        target: directory to write.
+        target_config: model of the target, with all of its sizes.
+        growth: the method and its settings.
+        seed: of all random numbers.
+        progress: called with the number of tensors written, and of all tensors.
+
+    Returns:
+        The SHA-256 of every tensor, in hexadecimal, by its name in the target.
+
+    Raises:
+        UserError: the growth cannot be done (see `rules.check`), or the source is damaged.
     """
     config = hf_config.read_checkpoint_config(source)
     rules.check(config.model, target_config, growth)

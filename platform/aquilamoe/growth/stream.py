@@ -38,7 +38,7 @@ class Recipe:
 
 
 def silent(done: int, total: int) -> None:
-    """The progress that nobody watches."""
+    """Progress that is not reported."""
 
 
 def rewrite(

@@ -30,7 +30,7 @@ _NORMS = (tensor_names.INPUT_NORM, tensor_names.POST_ATTENTION_NORM, tensor_name
 
 @dataclass(frozen=True)
 class Width:
-    """What a method knows beside its tensors.
+    """What a method gets beside its tensors.
 
     units: the maps of units.
     growth: how norms are treated and how large the noise is.

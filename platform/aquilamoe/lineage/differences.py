@@ -18,7 +18,7 @@ RESULTS = ("params_total", "tokens", "lineage_flops", "loss_start", "loss_end", 
 class Side:
     """One of two things that are compared: a recipe with the fingerprints of what it reads.
 
-    inputs: by role, a name and a fingerprint. look_up: the side of an input, None where nothing is known of it.
+    inputs: by role, a name and a fingerprint. look_up: the side of an input, None where it is unknown.
     """
 
     name: str

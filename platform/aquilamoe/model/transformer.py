@@ -203,7 +203,7 @@ class Backbone(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        # With room of its own it draws no numbers that nobody wants, nor imports torch's compiler to draw them nowhere.
+        # With room of its own it draws no unneeded numbers, nor imports torch's compiler to draw them nowhere.
         room_vd = torch.empty(config.vocab_size, config.hidden_size)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, _weight=room_vd)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))

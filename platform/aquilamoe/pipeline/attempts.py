@@ -46,7 +46,7 @@ class Attempts:
         self.path = root / FOLDER / f"{output}.json"
 
     def read(self) -> list[Attempt]:
-        """All attempts since the stage was last complete, the last as it was begun."""
+        """All attempts since the stage was last complete, the last as it was started."""
         try:
             entries = json.loads(self.path.read_text(encoding="utf-8"))
             return [_attempt(each) for each in entries]

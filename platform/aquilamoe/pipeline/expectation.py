@@ -23,7 +23,7 @@ def seconds(
 ) -> float | None:
     """By this stage's last run, scaled; of a training without one, by the one most like it here, or `by_speed`.
 
-    inputs: by role, fingerprint and bytes. history: of the stage, newest first. None where nobody knows.
+    inputs: by role, fingerprint and bytes. history: of the stage, newest first. None where unknown.
     """
     whole = [record for record in history if not record.get("resumed")]
     if node.flops:

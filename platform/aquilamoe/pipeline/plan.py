@@ -40,15 +40,15 @@ class Planned:
 
     @property
     def is_computed(self) -> bool:
-        """Whether a run has to work for it: nobody has its output."""
+        """Whether a run has to work for it: its output is not cached."""
         return self.state in ("resumes", "runs")
 
 
 class TrainingSpeed(Protocol):
-    """How fast training is where no record has it; the plan itself knows nothing of devices."""
+    """How fast training is where no record has it; the plan itself does not depend on devices."""
 
     def seconds(self, flops: float, work: float | None) -> float | None:
-        """For so much training; None where nobody knows. work: as `Estimate.work`."""
+        """For so much training; None where it is unknown. work: as `Estimate.work`."""
         ...
 
 

@@ -61,7 +61,7 @@ class Remote:
     def fetch(self, fingerprint: str, target: Path) -> Record | None:
         """Copy the output of a recipe to `target`, which exists afterwards, whole; None if it is not there.
 
-        UserError if the storage does not answer, or a file does not match the record.
+        UserError if the storage does not respond, or a file does not match the record.
         """
         try:
             found = self._look_for(fingerprint)
@@ -219,7 +219,7 @@ def _checked(name: str, source: str) -> str:
 
 
 class UnwantedError(Exception):
-    """Nobody wants any more what was being copied."""
+    """What was being copied is no longer needed."""
 
 
 def _upload_all(

@@ -50,14 +50,25 @@ def run(
 ) -> dict[str, Input]:
     """Run what is not cached and return every stage's output. The caller holds the store's lock.
 
-    alone: entered around each stage, for runs that share a store and its lock.
+    Args:
+        plan: the stages, inputs before their readers.
+        store: where outputs are looked up and published.
+        cluster: where stages run.
+        observers: are notified of starts, points, ends and failures.
+        alone: entered around each stage, for runs that share a store and its lock.
+
+    Returns:
+        Directory and record of every stage's output, by stage.
+
+    Raises:
+        UserError: what a user can repair; observers get it as the stage's failure.
     """
     done: dict[str, Input] = {}
     for planned in plan:
         try:
             interruption.check()
             with alone(planned), errors.at(store.partial(planned.name, planned.fingerprint)):
-                # Asked again: another stage of this plan, or another run, may have had the same recipe.
+                # Looked up again: another stage of this plan, or another run, may have had the same recipe.
                 found = store.find(planned.name, planned.fingerprint)
                 found = found or store.fetch(planned.name, planned.fingerprint)
                 if found is None:

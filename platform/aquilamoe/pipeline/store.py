@@ -30,7 +30,7 @@ class Store:
 
     An output grows in `<stage>-<fingerprint>.partial/`, which is also where an interrupted stage resumes, and is
     renamed when it is complete. `record.json`, with the SHA-256 of every other file, is written last. With a remote,
-    what is complete is copied there, and what another machine has copied there is fetched.
+    complete outputs are copied there, and those that another machine has copied there are fetched.
     """
 
     def __init__(self, root: Path, remote: Remote | None = None) -> None:
@@ -39,7 +39,7 @@ class Store:
 
     @classmethod
     def of(cls, paths: PathsConfig) -> Self:
-        """As it is configured."""
+        """The store at the configured paths."""
         return cls(local(paths.root).absolute(), Remote(paths.remote) if paths.remote else None)
 
     def directory(self, stage: str, fingerprint: str) -> Path:
@@ -49,9 +49,19 @@ class Store:
         return self.stages / f"{stage}-{fingerprint}.partial"
 
     def find(self, stage: str, fingerprint: str) -> tuple[Path, Record] | None:
-        """The complete output of a recipe, whatever name made it; UserError if its files have not the noted sizes.
+        """The complete output of a recipe, whatever its stage was called.
 
-        Who reads the files checks their bytes, too: see `integrity.check`.
+        Checks the sizes of its files; callers that read them check their bytes, too: see `integrity.check`.
+
+        Args:
+            stage: name of the stage, looked up first.
+            fingerprint: of the recipe.
+
+        Returns:
+            Its directory and record; None if the store has no such output.
+
+        Raises:
+            UserError: the record is another recipe's, or a file has not the recorded size in bytes.
         """
         named = self.directory(stage, fingerprint)
         others = [path for path in self.stages.glob(f"*-{fingerprint}") if path != named]
@@ -68,14 +78,21 @@ class Store:
         return None
 
     def fetch(self, stage: str, fingerprint: str) -> tuple[Path, Record] | None:
-        """The output of a recipe from the remote, here from now on; None without a remote, or without the output."""
+        """Copy the output of a recipe from the remote into this store.
+
+        Returns:
+            Its directory and record; None without a remote, or where the remote lacks the output.
+
+        Raises:
+            UserError: the remote cannot be read, or a file does not match its record.
+        """
         target = self.directory(stage, fingerprint)
         self.stages.mkdir(parents=True, exist_ok=True)
         record = self.remote.fetch(fingerprint, target) if self.remote else None
         return (target, record) if record else None
 
     def push(self, directory: Path, record: Record) -> None:
-        """Copy a complete output to the remote, if there is one and it has it not."""
+        """Copy a complete output to the remote, if there is one that lacks it."""
         if self.remote:
             self.remote.push(directory, record)
 
@@ -95,7 +112,15 @@ class Store:
         return sorted(found, key=lambda record: str(record["finished"]), reverse=True)
 
     def publish(self, partial: Path, record: Record) -> Record:
-        """Hash every file, write the record, make all durable, rename: the output exists from this moment, whole."""
+        """Hash every file, write the record, make all durable, rename: the output is complete from then on.
+
+        Args:
+            partial: directory of the stage's files, `<stage>-<fingerprint>.partial`.
+            record: how the output was made, without `files`.
+
+        Returns:
+            The record as it was written, with SHA-256 and bytes of every file.
+        """
         not_kept = (RECORD, temporary(partial / RECORD).name, SCRATCH)
         everything = contents(partial)
         kept = [path for path in everything if path.relative_to(partial).parts[0] not in not_kept]
@@ -113,7 +138,7 @@ class Store:
         return published
 
     def finish_publishing(self, partial: Path) -> Record | None:
-        """Publish what was complete when its run was killed, between the record and the name; None if it was not."""
+        """Publish an output whose run was killed between record and rename; None if it is incomplete."""
         if not self.is_complete(partial):
             return None
         record = records.read(partial)
@@ -121,7 +146,7 @@ class Store:
         return record
 
     def is_complete(self, partial: Path) -> bool:
-        """Whether all that a stage leaves is there, and only its name is missing. A damaged record is none."""
+        """Whether an output only has to be renamed. A damaged record counts as none."""
         if not (partial / RECORD).is_file():
             return False
         try:
@@ -145,7 +170,11 @@ class Store:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the store for one driver; the kernel lets go when the process ends, however it ends."""
+        """Hold the store for one driver; the kernel releases it when the process ends, however it ends.
+
+        Raises:
+            UserError: another run holds it.
+        """
         self.stages.mkdir(parents=True, exist_ok=True)
         with (self.root / ".lock").open("a+") as file:
             if not _locked(file):
@@ -171,7 +200,7 @@ class Store:
             yield
 
     def holder(self) -> str | None:
-        """Who holds the lock, as text, or None when nobody does."""
+        """The holder of the lock, as text; None if it is free."""
         path = self.root / ".lock"
         if not path.exists():
             return None
@@ -186,7 +215,7 @@ class Store:
 
 
 def _locked(file: TextIO) -> bool:
-    """Take the lock unless another run has it. Who asks for the holder has it for a moment: that is not a run."""
+    """Take the lock unless another run has it. `holder` takes it for a moment: that is not a run."""
     for _ in range(LOCK_ATTEMPTS):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -2,7 +2,7 @@
 
 Their handler raises KeyboardInterrupt. Python swallows what is raised inside a destructor, a weak reference's callback
 or the garbage collector, and libraries have `except` clauses of their own. A swallowed interruption is therefore
-repeated until it gets through, and long loops also ask for it with `check`.
+repeated until it gets through, and long loops also poll it with `check`.
 """
 
 import os
@@ -28,7 +28,7 @@ def handle() -> None:
 
 
 def check() -> None:
-    """Raise KeyboardInterrupt if a signal has arrived that did not end the program. It costs nothing to ask."""
+    """Raise KeyboardInterrupt if a signal has arrived that did not end the program. Polling it costs nothing."""
     if _received:
         raise KeyboardInterrupt
 

@@ -67,6 +67,6 @@ def guard() -> None:
 
 
 def is_lost() -> bool:
-    """Whether nobody reads any more, after all has been written."""
+    """Whether there is no reader any more, after all has been written."""
     sys.stdout.flush()
     return isinstance(sys.stdout, Output) and sys.stdout.is_lost

@@ -1,7 +1,7 @@
 """Temporary files of a run, and of all that it starts, are in a folder of its own, which goes when the run ends.
 
-Libraries leave behind what nobody needs: folders of multiprocessing, caches that are empty. A killed run leaves its
-folder to the next one, which removes those whose lock nobody holds.
+Libraries leave behind what is not needed: folders of multiprocessing, caches that are empty. A killed run leaves its
+folder to the next one, which removes those whose lock is free.
 """
 
 import atexit
@@ -77,7 +77,7 @@ def name_user() -> None:
 
 
 def _remove_left(folder: Path) -> None:
-    """Remove a folder that a killed run has left: one that has our lock, which nobody holds."""
+    """Remove a folder that a killed run has left: one that has our lock, which is free."""
     with suppress(OSError), (folder / LOCK).open("r+") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         shutil.rmtree(folder, ignore_errors=True)

@@ -84,7 +84,7 @@ def line_of(entry: Entry, look: Look, reading: Reading) -> MeanCurve | None:
 
 
 def called(entry: Entry) -> str:
-    """What a figure calls an entry: a variant by its name, a control in few words."""
+    """What a figure calls an entry: a variant by its name, a control in short."""
     if entry.control is None:
         return entry.name
     what = "scratch" if entry.control.of is None else f"{entry.control.of} continued"

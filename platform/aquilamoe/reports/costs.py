@@ -26,7 +26,7 @@ class CostRow:
 
 @dataclass(frozen=True)
 class CostTable:
-    """A row a stage, and what they cost together. Columns that nobody gave a price or a power for are left out."""
+    """A row a stage, and what they cost together. Columns without a price or a power are omitted."""
 
     rows: Sequence[CostRow]
     total: CostRow

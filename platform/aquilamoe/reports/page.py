@@ -46,7 +46,7 @@ def render(
 
     records: stage name -> record.json; curves: stage name -> points of metrics.jsonl; chain: the training and growth
     stages of the main line in order; control: the stage that continues the small model to the same FLOPs; command: what
-    reproduces the run. Stages and metrics may be missing: the page then says less. Equal input gives equal bytes.
+    reproduces the run. Stages and metrics may be missing: the page is then shorter. Equal input gives equal bytes.
     """
     stages, jumps = chain_of(records, curves, chain)
     control_record = records.get(control) if control else None
@@ -155,7 +155,7 @@ def _how(record: Record) -> str:
 
 
 def _flag(value: object) -> bool | None:
-    """Read a truth value that may have been stored as a number or a word."""
+    """Read a truth value that may have been stored as a number or a text."""
     if value is None:
         return None
     return value.lower() in ("true", "yes", "1") if isinstance(value, str) else bool(value)

@@ -1,4 +1,4 @@
-"""Where MLflow is, whether it answers, and how to talk to it without noise."""
+"""Where MLflow is, whether it responds, and how to talk to it without noise."""
 
 import logging
 import os
@@ -16,7 +16,7 @@ from aquilamoe.config.tracking import check_tracking
 from aquilamoe.tracking.database import NAME, Repairs, database_file, database_uri, open_file, prepare
 
 PROBE_S = 30.0  # how long a server may take for a sign of life
-PROMPT_S = 2.0  # a server that once took longer for an answer is slow
+PROMPT_S = 2.0  # a server that once took longer to respond is slow
 # Few attempts, as whatever could not be sent is sent later; and silent. Set before MLflow is imported.
 ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -29,11 +29,11 @@ ENVIRONMENT = {
 
 
 class LatencyMonitor:
-    """How long a server takes to answer: nobody but a thread of its own waits for it, but at the end of a pipeline."""
+    """How long a server takes to respond: only a thread of its own waits for it, but at the end of a pipeline."""
 
     def __init__(self) -> None:
         self._slowest_s = 0.0
-        self._since: float | None = None  # when the call began that is not answered yet
+        self._since: float | None = None  # when the call began that has no response yet
 
     @contextmanager
     def call(self) -> Iterator[None]:
@@ -87,7 +87,7 @@ def shown(uri: str) -> str:
 
 
 def is_reachable(uri: str) -> bool:
-    """Whether anything answers over HTTP, be it an error; databases are not asked."""
+    """Whether anything responds over HTTP, even with an error; databases are not queried."""
     if not uri.startswith(("http://", "https://")):
         return True
     import ssl
@@ -109,7 +109,7 @@ def is_reachable(uri: str) -> bool:
 
 
 def is_away(error: BaseException | None) -> bool:
-    """Whether an error, or what caused it, is the lack of an answer: MLflow wraps those of the network."""
+    """Whether an error, or what caused it, is a missing response: MLflow wraps those of the network."""
     while error is not None:
         unanswered = type(error).__module__.startswith("requests") and getattr(error, "response", None) is None
         if unanswered or isinstance(error, (ConnectionError, TimeoutError)):

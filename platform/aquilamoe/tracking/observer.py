@@ -28,17 +28,19 @@ from aquilamoe.tracking.sync_state import (
 
 SEND_EVERY_S = 2.0  # curves; the start and the end of a stage are sent at once
 SEND_SHARE = 0.002  # of the time goes into sending curves, which is done less often if it takes more
-QUIET_S = 30.0  # but at least so often; and how long a server that did not answer is left alone
+QUIET_S = 30.0  # but at least so often; and how long until a server that did not respond is tried again
 FLUSH_S = 60.0  # how long the end of a pipeline waits for the last points
 # How long it waits for a slow server: so many seconds, or that share of what the pipeline took.
 SLOW_FLUSH_S, SLOW_FLUSH_SHARE = 5.0, 0.02
 JOIN_S = 0.1
-DELIVERING = Lock()  # one thread at a time: an abandoned one may still wait for its last answer
+DELIVERING = Lock()  # one thread at a time: an abandoned one may still wait for its last response
 INTERRUPTIONS = ("KeyboardInterrupt", "SystemExit")
 
 
 class Tracker:
-    """Tells MLflow at `uri` what a pipeline does; None is `<root>/mlflow.db`, with small files in `<root>/mlartifacts`.
+    """Sends the events of a pipeline to MLflow.
+
+    uri: None is `<root>/mlflow.db`, with small files in `<root>/mlartifacts`.
 
     Calls return at once and never fail: while MLflow is away, the run continues, and what it misses is sent later: at
     the end of a stage, of the pipeline, or by the next run. Not for several pipelines at a time.
@@ -57,7 +59,7 @@ class Tracker:
         self._problem = ""  # why the last attempt did not succeed
         self._broken = ""  # an error of our own: not everything was taken note of
         self._closing = False
-        self._abandoned = False  # nobody waits any more: what is left is for the next run
+        self._abandoned = False  # nothing waits any more: what is left is for the next run
         self._watch = LatencyMonitor()
         self._repairs = Repairs()
         self._known: dict[str, bool] | None = None  # runs of the database, and whether MLflow shows them
@@ -257,7 +259,7 @@ class Tracker:
                 self._connect()
             action()
         except Exception as error:
-            # What the server has may differ from what we thought: ask it again, and read all points again.
+            # What the server has may differ from what we thought: query it again, and read all points again.
             self._delivery = None
             for stage in self._stages.values():
                 stage.points, stage.reread = [], True
@@ -269,7 +271,7 @@ class Tracker:
         return True
 
     def _connect(self) -> None:
-        """Import MLflow only for a server that answers: its own timeouts are long."""
+        """Import MLflow only for a server that responds: its own timeouts are long."""
         with self._watch.call():
             if not is_reachable(self.uri):
                 raise ConnectionError(self.uri)

@@ -194,7 +194,7 @@ def undelivered(root: Path, uri: str, known: Mapping[str, bool] | None) -> tuple
             report = root / receipt["report"] if receipt["report"] else None
             pipeline = Pipeline(receipt, receipt["wanted_status"] or "RUNNING", report, stages=stages)
             if pipeline.status == "RUNNING" and receipt["run_id"]:
-                pipeline.status = "KILLED"  # without a word: one driver at a time uses a store
+                pipeline.status = "KILLED"  # without a record of its end: one driver at a time uses a store
             pipeline.dirty = pipeline.status != (receipt["status"] or "RUNNING")
             pipelines[pipeline.recipe] = pipeline
     found = []

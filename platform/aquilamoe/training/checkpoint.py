@@ -275,7 +275,7 @@ def load_moments(directory: Path, model: Decoder, optimizer: AnyOptimizer) -> No
 
 
 class _Stored(Mapping[str, Tensor]):
-    """The tensors of a file of moments, read when they are asked for, and cut as the parameters are."""
+    """The tensors of a file of moments, read on request, and cut as the parameters are."""
 
     def __init__(self, file: Any, model: Decoder) -> None:
         self._file, self._keys = file, set(file.keys())

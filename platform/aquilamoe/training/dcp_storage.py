@@ -89,7 +89,7 @@ class TensorPart:
         return cls(values, tuple(axis.start for axis in place), tuple(tensor.shape))
 
     def __create_write_items__(self, key: str, _: Any) -> list[WriteItem]:
-        """What torch's planner asks of a distributed tensor."""
+        """What torch's planner requires of a distributed tensor."""
         chunk = ChunkStorageMetadata(torch.Size(self.start), self.values.size())
         properties = TensorProperties.create_from_tensor(self.values)
         data = TensorWriteData(chunk, properties, torch.Size(self.shape))

@@ -12,7 +12,7 @@ from aquilamoe.model.transformer import MixtureOfExperts
 class ExpertBias:
     """One bias for each expert of each layer of `network`, zero at first (arXiv 2408.15664).
 
-    It is added to the probabilities that experts are chosen by, and to nothing else: gates do not know it. It is no
+    It is added to the probabilities that experts are chosen by, and to nothing else: gates do not use it. It is no
     part of the weights, because no architecture that is published has a place for it.
     """
 

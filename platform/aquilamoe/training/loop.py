@@ -1,4 +1,4 @@
-"""The training loop: a plain function of a job. It knows nothing of Ray, MLflow or Hydra."""
+"""The training loop: a plain function of a job. It depends on none of Ray, MLflow and Hydra."""
 
 import logging
 from collections.abc import Iterator
@@ -30,13 +30,22 @@ log = logging.getLogger(__name__)
 def train(job: Job, rank: Rank = FIRST) -> dict[str, Any]:
     """Train the job to its end, from its last checkpoint if it has one; return the stage's metrics.
 
-    The same bytes come out whether or not it was interrupted (CPU, same number of ranks and threads). UserError for
-    what a user can repair, a loss that is not finite among it.
+    The output's bytes are identical whether or not it was interrupted (CPU, same number of ranks and threads).
+
+    Args:
+        job: the stage, its data and its directories.
+        rank: this process among those that train together.
+
+    Returns:
+        The stage's metrics by name, for its record.
+
+    Raises:
+        UserError: what a user can repair, e.g. a loss that is not finite.
     """
     keep_large_buffers()
     group = ParallelContext(job.cluster, rank)
     with errors.at(job.out), checkpoint.only_writer(job.out) if group.is_first else nullcontext():
-        group.wait()  # nobody reads a checkpoint before the writer of this run is the only one
+        group.wait()  # no process reads a checkpoint before the writer of this run is the only one
         try:
             return _train(job, group, rank)
         finally:

@@ -114,7 +114,7 @@ class ParallelContext:
     def exchange_gradients(self, network: nn.Module, now: bool) -> None:
         """Whether the next backward pass ends with gradients that are the mean over all processes.
 
-        Parts are summed within a shard group after every pass, because whole gradients are what nobody has room for.
+        Parts are summed within a shard group after every pass, because no process has room for whole gradients.
         """
         if isinstance(network, DistributedDataParallel):
             network.require_backward_grad_sync = now

@@ -40,7 +40,7 @@ class TrainProgress:
         return {PROGRESS: torch.tensor(counts)} if any(counts) else {}
 
     def at(self, step: int, batch_sequences: int) -> Self:
-        """After going back from here to `step`: the data go on, whatever the steps in between have read is left out."""
+        """The progress after a rollback to `step`: the data continue, what the steps in between read is skipped."""
         left_out = (self.step - step) * batch_sequences
         return replace(self, step=step, skipped_sequences=self.skipped_sequences + left_out)
 

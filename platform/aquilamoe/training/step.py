@@ -66,7 +66,7 @@ class TrainStep:
             self.selection_bias.restore(extra[BIAS])
 
     def extra(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps besides weights, moments and the step; all ranks ask for it together."""
+        """What a checkpoint keeps besides weights, moments and the step; all ranks call it together."""
         found = self.progress.extra()
         if self.router_load and not self.router_load.is_empty:
             found[LOAD] = self.router_load.gather()

@@ -13,7 +13,7 @@ from aquilamoe.checkpoint.tensor_names import writes_residual
 from aquilamoe.config.schema import GrowthConfig
 from aquilamoe.growth.units import Units
 
-if TYPE_CHECKING:  # plans ask `keeps_function`, and they do not wait for torch
+if TYPE_CHECKING:  # plans call `keeps_function`, and they do not wait for torch
     from aquilamoe.growth.lazy_tensor import LazyTensor
     from aquilamoe.growth.width import Tensors, Width
 

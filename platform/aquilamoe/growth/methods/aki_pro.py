@@ -10,7 +10,7 @@ from aquilamoe.growth.methods import aki
 from aquilamoe.growth.methods.aki import advance
 from aquilamoe.growth.units import Units
 
-if TYPE_CHECKING:  # plans ask `keeps_function`, and they do not wait for torch
+if TYPE_CHECKING:  # plans call `keeps_function`, and they do not wait for torch
     from aquilamoe.growth.width import Tensors, Width
 
 # Keys and values stay the layer's own: they grow on the input side, and further groups are copies.

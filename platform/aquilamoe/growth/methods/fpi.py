@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from aquilamoe.config.schema import GrowthConfig
 from aquilamoe.growth.units import Units
 
-if TYPE_CHECKING:  # plans ask `keeps_function`, and they do not wait for torch
+if TYPE_CHECKING:  # plans call `keeps_function`, and they do not wait for torch
     from aquilamoe.growth.width import Tensors, Width
 
 

@@ -9,7 +9,7 @@ from aquilamoe.config.schema import GrowthConfig, ModelConfig
 from aquilamoe.growth.methods.fpi import grow as copy_units
 from aquilamoe.growth.units import Units
 
-if TYPE_CHECKING:  # plans ask `keeps_function`, and they do not wait for torch
+if TYPE_CHECKING:  # plans call `keeps_function`, and they do not wait for torch
     from aquilamoe.growth.width import Tensors, Width
 
 SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")

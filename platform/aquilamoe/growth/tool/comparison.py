@@ -27,7 +27,7 @@ class Claim:
 
     @classmethod
     def of_record(cls, record: Mapping[str, Any]) -> Self:
-        """The claim of a target by this tool; of one whose recipe nobody knows any more, that of its logits alone."""
+        """The claim of a target by this tool; of one whose recipe is lost, that of its logits alone."""
         settings = record["recipe"]["config"]
         if record["recipe"].get("version") != identity.VERSION:  # the same recipe made other weights then
             return cls(bool(record.get("preserving")))

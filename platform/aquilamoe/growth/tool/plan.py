@@ -1,4 +1,4 @@
-"""What a growth would do and take, from headers alone: rows for the plan's tables."""
+"""What a growth would do and take, from headers only: rows for the plan's tables."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass

@@ -1,4 +1,4 @@
-"""Who is shown how a growth goes: a terminal, or nobody."""
+"""Where the progress of a growth is shown: a terminal, or nowhere."""
 
 import time
 from contextlib import AbstractContextManager
@@ -27,7 +27,7 @@ class Step(Protocol):
 
 
 class Reporter(Protocol):
-    """Takes what happens. Nothing of the engine prints."""
+    """Receives progress events. Nothing of the engine prints."""
 
     def step(self, name: str, unit: str, total_bytes: int = 0) -> AbstractContextManager[Step]:
         """A step begins. total_bytes: what it writes, for a rate."""
@@ -63,7 +63,7 @@ class Silent:
 
 
 class SilentStep:
-    """A step that nobody watches; a signal ends it all the same."""
+    """A step that is not shown; a signal ends it as well."""
 
     def __init__(self) -> None:
         self._started = time.monotonic()

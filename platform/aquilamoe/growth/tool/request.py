@@ -1,4 +1,4 @@
-"""What a call asks for: source and target with all sizes, which of them follow, and what the growth claims."""
+"""What a call requests: source and target with all sizes, which of them follow, and what the growth claims."""
 
 import os
 import re
@@ -53,7 +53,7 @@ class CheckpointFiles:
 class Request:
     """A growth of one checkpoint to another, checked: it can be done.
 
-    derived: sizes of the target that nobody named and that are not the source's, with what they follow.
+    derived: sizes of the target that were not named and that are not the source's, with what they follow.
     preserving: whether the growth claims to keep the function.
     """
 

@@ -11,7 +11,7 @@ EXPLICIT_UP_TO = 1024  # tokens, on a CPU: see docs/performance.md; the softmax 
 
 @dataclass(frozen=True)
 class Kernels:
-    """What the configuration asks for; `auto` is what was measured to be the fastest. All compute the same function."""
+    """What the configuration requests; `auto` is what was measured to be the fastest. All compute the same function."""
 
     attention: Literal["auto"] | AttentionKernel = "auto"
     experts: Literal["auto"] | ExpertsKernel = "auto"
@@ -29,7 +29,7 @@ class Kernels:
         return "loop" if device_type == "cpu" else "grouped"
 
     def describe(self, device_type: str, length: int, is_moe: bool = False) -> str:
-        """What is used, and whether it was asked for; for the log."""
+        """What is used, and whether it was requested; for the log."""
         of = f"{device_type}, {length} tokens"
         text = f"attention {self.attention_on(device_type, length)} ({_source(self.attention)} for {of})"
         if is_moe:

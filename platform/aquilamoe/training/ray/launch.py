@@ -122,7 +122,7 @@ class Workers:
         """Have the workers do it; return what rank 0 returned.
 
         UserError for what the work reports as wrong, for workers that are lost too often, and for a cluster that has no
-        room for them. After any error nobody works any more.
+        room for them. After any error no worker works any more.
         """
         import ray
 
@@ -142,7 +142,7 @@ class Workers:
         from aquilamoe.training.ray.worker_pool import cause  # here: plans have no time for what it imports
 
         crew = self.crew.result()
-        if threading.current_thread() is threading.main_thread():  # Ray's own answer to SIGTERM ends all at once
+        if threading.current_thread() is threading.main_thread():  # Ray's own SIGTERM handler ends all at once
             signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM) or signal.SIG_DFL)
         pending: Any = crew.do.options(name=name).remote(pickle.dumps(work))
         watch = Patience(self.cluster)

@@ -30,8 +30,8 @@ RAY_ENVIRONMENT = {
     "RAY_worker_niceness": "0",
 }
 # Of a session on this machine only: Ray's own switch for systems without clusters, with which all of its processes
-# listens on loopback. Without it they would on the machine's address, and whoever reaches that could run code.
-# Its server (GCS) is never started again, so nobody has to wait for that for long.
+# listens on loopback. Without it they would on the machine's address, and anyone who reaches it could run code.
+# Its server (GCS) is never started again, so waits for it are short.
 OWN_SESSION_ENVIRONMENT = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_gcs_rpc_server_reconnect_timeout_s": "15"}
 CONNECT_TIMEOUT_S = 10.0
 PATIENCE_S, REMIND_S = 30.0, 60.0
@@ -42,7 +42,7 @@ def start_session(cluster: ClusterConfig) -> None:
     before = signal.getsignal(signal.SIGTERM)
     try:
         _start_session(cluster)
-    finally:  # Ray's own answer to SIGTERM is an exit of this process, with another status
+    finally:  # Ray's own handler of SIGTERM is an exit of this process, with another status
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
@@ -87,7 +87,7 @@ def check_session() -> None:
 
 
 def _in_a_thread_that_stays(start: Callable[[], object]) -> None:
-    """Ray's processes ask the kernel to end them with the thread that started them, not only with its process."""
+    """Make the kernel end Ray's processes them with the thread that started them, not only with its process."""
     if threading.current_thread() is threading.main_thread():
         start()
         return
@@ -139,7 +139,7 @@ def _runtime_environment(configured: Mapping[str, Any]) -> "RuntimeEnv":
 
 
 def _knock(address: str) -> None:
-    """OSError at once if nobody listens at `[ray://]host:port`: Ray itself tries for minutes, and noisily."""
+    """OSError at once if no process listens at `[ray://]host:port`: Ray itself tries for minutes, and noisily."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdecimal():
         socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
@@ -152,7 +152,7 @@ def resources_per_worker(cluster: ClusterConfig) -> dict[str, float]:
 
 
 def shortage(cluster: ClusterConfig) -> str | None:
-    """What is asked for and what the cluster has, in one line; None if all its nodes together have room for it."""
+    """What is requested and what the cluster has, in one line; None if all its nodes together have room for it."""
     import ray
 
     wanted = resources_per_worker(cluster)

@@ -1,9 +1,9 @@
 """Ray Train workers that do one piece of work after the other: what runs in Ray's processes.
 
 Starting workers costs seconds (processes, imports, a process group), a call to a worker that stands milliseconds.
-Therefore `fit` is called once for many stages, in an actor of its own: the crew. Its train function asks the crew for
-work until there is no more. Whoever ends the crew ends everything that it started. A lost worker makes Ray Train start
-the group again, which asks again, is given the work at hand and resumes it from that work's own checkpoints.
+Therefore `fit` is called once for many stages, in an actor of its own: the crew. Its train function gets work
+from the crew until there is no more. Ending the crew ends everything that it started. A lost worker makes Ray Train
+start the group again, which requests again, gets the work at hand and resumes it from that work's own checkpoints.
 """
 
 import asyncio
@@ -38,9 +38,9 @@ TRAIN_ENVIRONMENT = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
-# An elastic group learns up to 20 s late for how many workers there is room: it must not wait long for what is gone.
+# An elastic group finds up to 20 s late for how many workers there is room: it must not wait long for what is gone.
 ELASTIC_ENVIRONMENT = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10"}
-WATCH_S = 5.0  # as often as Ray Train itself asks
+WATCH_S = 5.0  # as often as Ray Train itself polls
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class WorkerPool:
         import ray
 
         os.environ.update(TRAIN_ENVIRONMENT | (ELASTIC_ENVIRONMENT if _is_elastic(self.cluster) else {}))
-        if self.cluster.address is None:  # nobody takes away this machine, and the watcher is a process
+        if self.cluster.address is None:  # this machine is not preempted, and the watcher is a process
             os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
         me = ray.get_runtime_context().current_actor
         end = Outcome()
@@ -97,7 +97,7 @@ class WorkerPool:
             return found
 
     async def is_standing(self) -> bool:
-        """Whether workers are there and have asked for work."""
+        """Whether workers are there and have requested work."""
         return self.stands
 
     async def close(self) -> None:
@@ -269,7 +269,7 @@ def _serve(config: dict[str, Any]) -> None:
 
 
 def _watch(crew: "ActorHandle[WorkerPool]") -> None:
-    """Pass on that the cluster takes back a machine of these workers; all ranks ask together."""
+    """Pass on that the cluster takes back a machine of these workers; all ranks call it together."""
     import ray
     from ray.train import get_preemption_info
 
