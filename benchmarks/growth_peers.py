@@ -26,7 +26,7 @@ def mergekit(source: Path, target: Path, noise_scale: float | None = None) -> No
 
 
 def mergekit_noise(source: Path, target: Path) -> None:
-    """mergekit-moe with noise, which it wants on an absolute scale; the weights' standard deviation is 0.02."""
+    """mergekit-moe with noise, which it takes on an absolute scale; the weights' standard deviation is 0.02."""
     mergekit(source, target, noise_scale=NOISE * 0.02)
 
 

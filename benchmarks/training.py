@@ -260,7 +260,7 @@ def main(words: Sequence[str]) -> None:
         results += measure(libraries, names, shape, length, options)
         print(f"{shape} at {length}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
         about["load"] = os.getloadavg()[0]
-        if options.out:  # what there is so far, should the rest be interrupted
+        if options.out:  # the results so far, should the rest be interrupted
             options.out.write_text(page(results, peaks, about))
     for library in libraries.values():
         library.close()

@@ -1,4 +1,4 @@
-"""The page of `benchmarks/training.py`: what was measured, and who is how many times as fast as the goals require."""
+"""The page of `benchmarks/training.py`: the measurements, and each speed as a multiple of its goal."""
 
 import statistics
 from collections.abc import Iterator, Sequence

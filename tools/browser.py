@@ -63,7 +63,7 @@ class Browser:
         self._profile.cleanup()
 
     def open(self, page: Path | str, width: int = 1280, dark: bool = False, height: int = HEIGHT) -> None:
-        """Load a file or an address in a window of `width` CSS pixels; what was before is forgotten."""
+        """Load a file or an address in a window of `width` CSS pixels; the page before is dropped."""
         self.resize(width, height)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self._command("Emulation.setEmulatedMedia", features=[scheme])

@@ -23,7 +23,7 @@ from pathlib import Path
 from aquilamoe.tracking.queries import comparison_url
 from browser import Browser, missing
 
-# What MLflow opens beside the page in a browser that it does not know.
+# What MLflow opens beside the page in a browser that is new to it.
 PANEL = "document.querySelector('[data-component-id=\"mlflow.assistant.chat_panel.close\"]')"
 WAIT_S = 300  # for a server, and for what a page of MLflow draws
 SETTLE_S = 3.0  # after which a page that has stopped to change is done

@@ -44,7 +44,7 @@ def said(what: str) -> Iterator[None]:
 
 
 def stand(rehearsal: Rehearsal) -> None:
-    """Start the services one by one, each when those before it are as the file wants them.
+    """Start the services one by one, each when those before it are as the file requires.
 
     Docker starts at once what needs nothing; but a raylet gives its helpers fixed seconds to start, which two cores do
     not grant to everything together.

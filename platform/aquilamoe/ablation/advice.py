@@ -35,7 +35,7 @@ TITLES: Mapping[Topic, str] = {
 
 @dataclass(frozen=True)
 class AdviceLine:
-    """evidence: where it is from; empty for the statement that there is none."""
+    """evidence: where it is from; empty for the statement that no evidence exists."""
 
     topic: Topic
     text: str
@@ -79,7 +79,7 @@ class Case:
 
 
 def load(folders: Sequence[Path]) -> list[Recorded]:
-    """Every study below some folders; UserError for a file that is none."""
+    """Every study below some folders; UserError for a file that is not a study."""
     paths = [path for folder in folders for path in sorted(folder.glob(f"*/{studies.SUMMARY}"))]
     return [Recorded(studies.read(path), str(path)) for path in paths]
 

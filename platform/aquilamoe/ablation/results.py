@@ -220,7 +220,7 @@ class _Reader:
 
 
 def _required(record: Record, name: str) -> Any:
-    """What every training measures; UserError if a record has it not."""
+    """What every training measures; UserError if a record lacks it."""
     value = record["metrics"].get(name)
     if value is None:
         directory = f"{record['stage']}-{record['fingerprint']}"

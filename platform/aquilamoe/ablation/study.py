@@ -227,7 +227,7 @@ class Study(Config):
 
 
 def read(path: Path) -> Study:
-    """A study's file; UserError, one line, for one that is none."""
+    """A study's file; UserError, one line, for a file that is not one."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

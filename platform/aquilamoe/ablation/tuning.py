@@ -50,7 +50,7 @@ class TuneReporter:
                 tune.report(self.measures(point))
 
     def measures(self, point: Mapping[str, Any]) -> dict[str, Any]:
-        """What trials are compared by at a point: less is better; who is back at the source's loss is back."""
+        """What trials are compared by at a point: less is better; a trial back at the source's loss has recovered."""
         loss = point["val/loss"]
         return {LOSS: loss, ABOVE_SOURCE: max(0.0, loss - self.goal), TOKENS: point["tokens"]}
 

@@ -133,7 +133,7 @@ class OutputFile:
             raise refusal(self.path, self._size, error) from error
 
     def close(self) -> None:
-        """Close without a promise: only a file that got all its bytes is durable."""
+        """Close without a guarantee: only a file that got all its bytes is durable."""
         for descriptor in (self._descriptor, self._direct):
             if descriptor >= 0:
                 os.close(descriptor)

@@ -18,7 +18,7 @@ PIECE = 2**17  # elements: what is computed in between stays in the processor's 
 
 
 def first_nonfinite_bytes(data: memoryview, dtype: str) -> int | None:
-    """Index of the first element of raw bytes that is infinite or no number; `dtype` as safetensors spells it."""
+    """Index of the first element of raw bytes that is infinite or NaN; `dtype` as safetensors spells it."""
     mask = EXPONENTS[dtype]
     items: np.ndarray[tuple[int], np.dtype[Any]] = np.frombuffer(data, dtype=mask.dtype)
     for begin in range(0, len(items), PIECE):
@@ -29,7 +29,7 @@ def first_nonfinite_bytes(data: memoryview, dtype: str) -> int | None:
 
 
 def first_nonfinite(tensor: "Tensor") -> int | None:
-    """Index of the first element, in the order of a flattened tensor, that is infinite or no number."""
+    """Index of the first element, in the order of a flattened tensor, that is infinite or NaN."""
     if tensor.numel() == 0 or all(bound.isfinite() for bound in tensor.aminmax()):
         return None
     return int(tensor.isfinite().logical_not().flatten().nonzero()[0])

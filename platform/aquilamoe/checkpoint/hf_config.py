@@ -147,7 +147,12 @@ def _computed(found: CheckpointConfig, where: str) -> ModelConfig:
 def parse(values: Mapping[str, Any], where: str = CONFIG_FILE) -> CheckpointConfig:
     """Parse a config.json by this package or by transformers 4 or 5, for a growth.
 
-    Raises `UserError`, beginning with `where`, for a model that cannot be grown.
+    Args:
+        values: of the file.
+        where: begins messages.
+
+    Raises:
+        UserError: the model cannot be grown.
     """
     spelling.check(values, where)
     architecture = _architecture_of(values, where)
@@ -257,7 +262,10 @@ def _differences(values: Mapping[str, Any], architecture: str) -> Iterator[str]:
 def read_checkpoint_config(directory: Path) -> CheckpointConfig:
     """Parse the config.json of a checkpoint directory, for a growth.
 
-    A head with other numbers than the embedding is untied, whatever it declares.
+    A head with other values than the embedding is untied, whatever the file declares.
+
+    Raises:
+        UserError: the file is missing or damaged, or the model cannot be grown.
     """
     path = directory / CONFIG_FILE
     found = parse(jsonfile.read(path, directory), where=str(path))

@@ -17,7 +17,7 @@ ROUTER = re.compile(rf"(?P<layer>model\.layers\.\d+\.){re.escape(tensor_names.RO
 
 
 def read(directory: Path) -> dict[str, TensorInfo]:
-    """The tensors of a checkpoint (see `headers.read`), each expert by itself."""
+    """The tensors of a checkpoint (see `safetensors_header.read`), each expert by itself."""
     tensors = safetensors_header.read(directory)
     packed = {name: found for name in tensors if (found := PACKED.fullmatch(name))}
     if not packed:

@@ -53,9 +53,12 @@ class TensorInfo:
 def read(directory: Path) -> dict[str, TensorInfo]:
     """Every tensor of a checkpoint directory, from `model.safetensors` or from the index and its shards.
 
-    Only headers are read, of all files. Raises UserError, naming file and tensor, when there are no weights, when a
-    header is damaged, when tensors overlap, leave holes or exceed their file, when index and shards disagree, and when
-    the tensors are not all of one type that can be computed with.
+    Only headers are read, of all files.
+
+    Raises:
+        UserError: names file and tensor when there are no weights, when a header is damaged, when tensors overlap,
+            leave holes or exceed their file, when index and shards disagree, and when the tensors are not all of one
+            type that can be computed with.
     """
     links.check(directory / SINGLE_FILE, directory)
     if (directory / SINGLE_FILE).is_file():

@@ -57,8 +57,10 @@ def save_model(
 def load_state(model: Decoder, directory: Path) -> None:
     """Copy the weights of a checkpoint directory into the model, or this process's part of it, cast to its dtype.
 
-    Only what the process holds is read. Raises `UserError` when the files lack a tensor, have one that the model does
-    not have, or of another shape.
+    Only what the process holds is read.
+
+    Raises:
+        UserError: the files lack a tensor, have one that the model does not have, or one of another shape.
     """
     with reading.Reader(directory) as reader:
         check(model.config, reader)
@@ -78,7 +80,11 @@ def check(config: ModelConfig, reader: reading.Reader) -> None:
 
 
 def load_model(directory: Path, dtype: torch.dtype = torch.float32) -> Decoder:
-    """The model of a checkpoint directory, on the CPU in `dtype`. Raises `UserError` for what it cannot compute."""
+    """Load the model of a checkpoint directory, on the CPU in `dtype`.
+
+    Raises:
+        UserError: the model cannot be computed, or its files do not match its config.json.
+    """
     with torch.device("meta"):  # no time for initial values that the files replace
         model = Decoder(read_config(directory)).to(dtype)
     model.to_empty(device="cpu")

@@ -201,7 +201,7 @@ def show_certificate(out: Console, certificate: Mapping[str, Any]) -> None:
 
 
 def show_result(out: Console, request: Request, record: Mapping[str, Any]) -> None:
-    """The last table: what there was and what there is."""
+    """The last table: source and target."""
     table = make_table("", "", ">layers", ">hidden", ">heads", ">experts", ">parameters", ">active", ">bytes")
     for name, kind, model, count in (
         ("source", architecture(request.source), request.source.model, request.source.weight_bytes),

@@ -1,4 +1,4 @@
-"""The tables that a user sees in the terminal: the plan, what there is at the end, what it cost."""
+"""The tables that a user sees in the terminal: the plan, the outputs at the end, what it cost."""
 
 from collections.abc import Mapping, Sequence
 

@@ -16,7 +16,7 @@ Location = tuple[int | str, ...]
 SHOWN_CHARACTERS = 60
 SHOWN_PROBLEMS = 4  # lines
 LONGEST_MESSAGE = 4000  # characters; a name in a hostile file can be as long as the file
-# Categories of characters that a terminal obeys instead of showing them: controls, lone surrogates, separators of
+# Categories of characters that a terminal executes instead of showing them: controls, lone surrogates, separators of
 # lines; and the marks that reverse the order of what follows.
 UNSHOWN = ("Cc", "Cs", "Zl", "Zp")
 REVERSING = frozenset("\u200e\u200f\u061c\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
@@ -26,7 +26,7 @@ class UserError(Exception):
     """A mistake that the user can repair, in one line, or several, a line each; the command exits with status 1.
 
     It has no password. Names of files, tensors and columns that are in it come from anybody: it never has a character
-    that a terminal obeys.
+    that a terminal executes.
     """
 
     def __init__(self, *texts: str) -> None:
@@ -34,7 +34,7 @@ class UserError(Exception):
 
 
 def printable(text: str) -> str:
-    """The text with what a terminal would obey (escape sequences, line breaks) written as in Python: `\\x1b`."""
+    """The text with what a terminal would execute (escape sequences, line breaks) written as in Python: `\\x1b`."""
     if text.isprintable():
         return text
     return "".join(_escaped(c) if unicodedata.category(c) in UNSHOWN or c in REVERSING else c for c in text)

@@ -45,7 +45,7 @@ Length = Annotated[Int, Field(gt=0, le=MAX_POSITIONS)]
 
 # Qwen2-MoE, the architecture that transformers and vLLM both open for experts beside a QKV bias, always has a shared
 # expert. One that is all zeros adds nothing to the output, gets no gradient, and is no part of our model. Size 0 does
-# not do in a file: transformers then wants empty tensors (and torch warns about them), for which vLLM has no place and
+# not do in a file: transformers then needs empty tensors (and torch warns about them), for which vLLM has no place and
 # stops. Size 1 would do, but not for tensor-parallel serving; 8 is the smallest that 2, 4 and 8 devices can share.
 ABSENT_SHARED_EXPERT_SIZE = 8
 

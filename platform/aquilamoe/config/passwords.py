@@ -34,14 +34,14 @@ _known: dict[str, None] = {}  # texts that are masked wherever they stand
 
 
 def learn(values: Any) -> None:
-    """Remember the passwords of a configuration for `without_passwords`."""
+    """Register the passwords of a configuration for `without_passwords`."""
     for secret in _secrets(values):
         for form in _forms(secret):
             _known[form] = None
 
 
 def learn_words(words: list[str]) -> None:
-    """Remember those of a command line, before anything has read it."""
+    """Register those of a command line, before it is parsed."""
     for word in words:
         key, _, value = word.partition("=")
         learn(dict.fromkeys((key.rpartition(".")[2], VARIABLES if f".{VARIABLES}." in key else ""), value))

@@ -31,7 +31,7 @@ class ScaleConfig(Config):
     layers, sequence: layers; context and sequences.
     batch: tokens of a step, and of a validation.
     tokens: budgets and intervals, warm-up and decay; rounded to whole tokens.
-    learning_rate: what rates are multiplied by, because narrow models want larger ones.
+    learning_rate: what rates are multiplied by, because narrow models need larger ones.
     """
 
     width: Divisor = 1
@@ -124,7 +124,7 @@ class _Scaling:
             yield from (stage for stage in stages.values() if isinstance(stage, Mapping))
 
     def _divided(self, values: Values, fields: tuple[str, ...], key: str, by: int, where: str) -> dict[str, Any]:
-        """What there is of these fields, divided; what is no number is left to be refused by the schema."""
+        """These fields, where present, divided; values that are not numbers are left for the schema to refuse."""
         found = {}
         for field in fields:
             value = values.get(field)

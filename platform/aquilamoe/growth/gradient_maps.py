@@ -153,7 +153,7 @@ class _Width:
             assert neurons is not None, role
             return Axis(_index(neurons), 1 / _copies(neurons))
         if role in (tensor_names.Q_WEIGHT, tensor_names.Q_BIAS):
-            # Attention divides by the root of head_dim, which queries make good for. Their further channels are silent,
+            # Attention divides by the root of head_dim, which queries compensate. Their further channels are silent,
             # but what they would be multiplied with is not.
             ratio = len(units.rotary.sources) / units.rotary.num_sources
             share = 1 / _copies(units.q_heads) / ratio**0.5 / self._normed() / self._head_factor(units.q_heads)
@@ -240,7 +240,7 @@ def _forget(axis: Axis, units: UnitMap) -> Axis:
 
 
 def _forget_inside(axis: Axis, inside: UnitMap, heads: UnitMap) -> Axis:
-    """Forget the further channels of every head."""
+    """Drop the further channels of every head."""
     if not inside.has_new:
         return axis
     return replace(axis, unknown=torch.tensor(inside.is_new).repeat(len(heads.sources)))

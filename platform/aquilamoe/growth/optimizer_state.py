@@ -84,7 +84,7 @@ def _open(path: Path) -> Iterator[Any]:
 
 
 def _keys(name: str, shape: tuple[int, ...], muon: bool) -> tuple[str, ...]:
-    """What there is of a parameter: Muon is for matrices from hidden units to hidden units."""
+    """The states of a parameter: Muon is for matrices from hidden units to hidden units."""
     layer, role = gradient_maps.split(name)
     is_hidden = layer is not None and len(shape) > 1 and role not in (tensor_names.ROUTER, tensor_names.SHARED_ROUTER)
     return (MOMENTUM,) if muon and is_hidden else (STEP, FIRST, SECOND)

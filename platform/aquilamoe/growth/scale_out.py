@@ -148,7 +148,7 @@ class _Layer:
         return scaled(cut, self._factor(role, shards))
 
     def _factor(self, role: str, shards: int) -> float:
-        """Gates share a weight of 1 over the parts, so that each counts for 1 / shards; up and down make good for it.
+        """Gates share a weight of 1 over the parts, so that each counts for 1 / shards; up and down compensate.
 
         Beside a shared expert, which has a half, the others have the other half.
         """

@@ -121,7 +121,7 @@ def rotary_channels(head_dim: int, ratio: int) -> UnitMap:
     return UnitMap(sources, head_dim)
 
 
-# The spaces that the rows (outputs) and the columns (inputs) of each tensor live in, by role: one map per space is what
+# The spaces that the rows (outputs) and the columns (inputs) of each tensor are in, by role: one map per space is what
 # makes neighbouring tensors agree. Vocabulary rows never grow, so the head has columns only and the embedding is apart.
 _ROWS = {
     tensor_names.Q_WEIGHT: "q_channels",

@@ -125,7 +125,7 @@ class Width:
         )
 
     def _scale_rows(self, role: str, grown: LazyTensor) -> LazyTensor:
-        """What is written to the residual stream carries alpha; queries make good for the root of a wider head_dim.
+        """What is written to the residual stream carries alpha; queries compensate the root of a wider head_dim.
 
         Norms on queries and keys have the epsilon of all norms. Where padding changes it, what they divide changes too.
         """

@@ -31,7 +31,7 @@ class Attempt:
 
 
 def _attempt(entry: dict[str, Any]) -> Attempt:
-    """An entry of the file; ValueError, TypeError or KeyError for one that is none."""
+    """An entry of the file; ValueError, TypeError or KeyError for an invalid one."""
     attempt = Attempt(entry["started"], entry["seconds"], Rates(**entry["rates"]))
     figures = [attempt.started, *asdict(attempt.rates).values()]
     if not all(map(is_number, [*figures, *([] if attempt.seconds is None else [attempt.seconds])])):

@@ -1,4 +1,4 @@
-"""How long a stage is expected to take: by what one like it took, scaled by what there is to do."""
+"""How long a stage is expected to take: from the time of a similar one, scaled by the work."""
 
 import math
 from collections.abc import Iterable, Mapping

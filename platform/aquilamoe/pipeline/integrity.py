@@ -27,7 +27,7 @@ OUTPUT = re.compile(".+-[0-9a-f]{12}")  # the name of a stage's directory
 def check(directory: Path, record: Record, reader: str, names: Iterable[str] | None = None) -> None:
     """UserError, one line, for the first file that does not match the record.
 
-    reader: who is going to read it. names: the files that are read; None: all.
+    reader: what is going to read it. names: the files that are read; None: all.
     """
     files = {name: record["files"][name] for name in (record["files"] if names is None else names)}
     whole = sum(entry["bytes"] for entry in files.values()) <= WHOLE_BYTES

@@ -69,7 +69,7 @@ def read(directory: Path) -> Record:
 
 
 def parse(text: bytes) -> Record:
-    """The record in a text; ValueError with what is wrong if it is none, or has been changed."""
+    """The record in a text; ValueError with what is wrong if it is not a record, or has been changed."""
     try:
         record = json.loads(text, parse_constant=lambda _: None)
     except (ValueError, RecursionError) as error:

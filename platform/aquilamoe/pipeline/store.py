@@ -1,4 +1,4 @@
-"""Where outputs live: `<stage>-<fingerprint>/`, complete or absent, each with a record of how it was made."""
+"""The store of outputs: `<stage>-<fingerprint>/`, complete or absent, each with a record of how it was made."""
 
 import fcntl
 import os

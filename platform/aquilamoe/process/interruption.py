@@ -34,7 +34,7 @@ def check() -> None:
 
 
 def end() -> int:
-    """The program ends: return its exit status. Who sends another signal does not want to wait even for that."""
+    """The program ends: return its exit status. Another signal from then on ends it at once."""
     global _is_ending
     _is_ending = True
     return 128 + (_received[-1] if _received else signal.SIGINT)

@@ -157,7 +157,7 @@ def thinned(curve: Series, most: int) -> Series:
 
 
 def smoothed(curve: Series, window: int) -> Series:
-    """Running mean over about `window` points around each, and what there is of them at the ends."""
+    """Running mean over about `window` points around each, and fewer at the ends."""
     half = window // 2
     return Series(curve.x, tuple(_mean(curve.y[max(0, i - half) : i + half + 1]) for i in range(len(curve.y))))
 

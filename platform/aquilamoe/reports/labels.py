@@ -1,4 +1,4 @@
-"""Where a label in the loss figure goes: the free place that is nearest to the one it wants."""
+"""Where a label in the loss figure goes: the free place that is nearest to its target."""
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise

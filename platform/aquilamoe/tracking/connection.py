@@ -103,7 +103,7 @@ def is_reachable(uri: str) -> bool:
         return error.code not in (502, 503, 504)
     except OSError as error:
         return isinstance(getattr(error, "reason", None), ssl.SSLError)
-    except ValueError:  # `http://[`, a port that is no number, ...
+    except ValueError:  # `http://[`, a port that is not a number, ...
         return False
     return True
 

@@ -30,7 +30,7 @@ class Experiments:
         return str(found.experiment_id)
 
     def find_run(self, query: str) -> Any:
-        """The first run that a query finds in any experiment, restored if it was deleted; None if there is none."""
+        """The first run that a query finds in any experiment, restored if it was deleted; None if no run matches."""
         from mlflow.entities import ViewType
 
         for view in (ViewType.ACTIVE_ONLY, ViewType.ALL):

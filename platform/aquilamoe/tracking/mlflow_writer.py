@@ -212,7 +212,7 @@ class MlflowWriter:
             self.client.log_inputs(run_id, datasets=datasets, models=models)
 
     def _input_model(self, stage: Stage, role: str) -> str:
-        """The model that a stage reads; its stage is delivered first where MLflow does not know it."""
+        """The model that a stage reads; its stage is delivered first where MLflow lacks it."""
         entry, directory = stage.inputs[role], stage.input_directory(role)
         model = self.models.find(entry["fingerprint"])
         if model is None:

@@ -62,8 +62,18 @@ def save(
 ) -> None:
     """Leave `model/` (a Hugging Face directory, float32) and `training/` (optimizer state) in `directory`.
 
-    extra: the little that is state besides; the position in the data and the learning rate are functions of `step`.
-    All processes call it, and it returns when all is there. UserError where the disk is full.
+    All processes call it, and it returns when all files are written.
+
+    Args:
+        directory: of the stage.
+        model: whose weights are saved.
+        optimizer: whose moments are saved.
+        step: optimizer steps taken; the position in the data and the learning rate are functions of it.
+        extra: further small state, by name.
+        group: the processes that train together; None is this one alone.
+
+    Raises:
+        UserError: the disk is full.
     """
     wait()
     built = directory / f"{HIDDEN}result"
@@ -89,10 +99,16 @@ def save_checkpoint(
     extra: Mapping[str, Tensor] = NOTHING,
     group: ParallelContext | None = None,
 ) -> Path:
-    """Begin to add `checkpoints/step-N` beside the existing ones: built under another name, made durable, renamed.
+    """Start to add `checkpoints/step-N` beside the existing ones: built under another name, made durable, renamed.
 
-    All processes call it. It returns the path when the state has been copied, and waits before for a checkpoint that
-    is still being written; `wait` waits for this one.
+    All processes call it. It first waits for a checkpoint that is still being written, and returns when the state has
+    been copied; `wait` waits until this one is written. Arguments are those of `save`, with `out` as the directory.
+
+    Returns:
+        The path that the checkpoint will have.
+
+    Raises:
+        UserError: the checkpoint before could not be written.
     """
     global _in_flight
     wait()
@@ -122,7 +138,7 @@ def save_checkpoint(
 
 
 def wait() -> None:
-    """Until no checkpoint of this process is being written. Raises what went wrong with it."""
+    """Wait until no checkpoint of this process is being written. Raises the error of one that failed."""
     global _in_flight
     writing, _in_flight = _in_flight, None
     if writing:
@@ -204,7 +220,10 @@ def _one_line() -> Iterator[None]:
 def newest_intact(out: Path, group: ParallelContext) -> tuple[Path | None, int]:
     """The newest checkpoint whose bytes are those that were written, and how many newer ones were passed over.
 
-    Those are taken away, with a warning. All processes call it, and each reads a part of the bytes.
+    Those are removed, with a warning. All processes call it, and each reads a part of the bytes.
+
+    Returns:
+        The checkpoint, None if there is no intact one; and the number of those passed over.
     """
     for passed_over, path in enumerate(found := checkpoints(out)):
         damage = _damage(path, group)
@@ -233,7 +252,14 @@ def _damage(checkpoint: Path, group: ParallelContext) -> str | None:
 
 
 def load(checkpoint: Path, model: Decoder, optimizer: AnyOptimizer) -> int:
-    """Restore what `save` wrote, bit for bit, and return its step. UserError if a file is damaged."""
+    """Restore what `save` wrote, bit for bit.
+
+    Returns:
+        The optimizer step that the checkpoint was written after.
+
+    Raises:
+        UserError: a file is damaged.
+    """
     try:
         load_weights(checkpoint, model)
         load_moments(checkpoint, model, optimizer)
@@ -247,18 +273,22 @@ def load(checkpoint: Path, model: Decoder, optimizer: AnyOptimizer) -> int:
 
 
 def load_extra(directory: Path) -> dict[str, Tensor]:
-    """What was `extra` when a checkpoint or a finished stage was saved."""
+    """The `extra` of a checkpoint or a finished stage, by name; empty if it had none."""
     path = directory / TRAINING / EXTRA
     return load_file(path) if path.exists() else {}
 
 
 def load_weights(directory: Path, model: Decoder) -> None:
-    """Give the model, or this process's part of it, the weights of a checkpoint, or of a finished stage."""
+    """Load into the model, or this process's part of it, the weights of a checkpoint, or of a finished stage."""
     load_state(model, directory / WEIGHTS)
 
 
 def load_moments(directory: Path, model: Decoder, optimizer: AnyOptimizer) -> None:
-    """Give the optimizer the state of a checkpoint whose tensors have the model's shapes: what this process holds."""
+    """Load the state of a checkpoint whose tensors have the model's shapes into the optimizer: what this process holds.
+
+    Raises:
+        UserError: there is no state, it is damaged, or it is another optimizer's.
+    """
     path = directory / TRAINING / MOMENTS
     if not path.exists():
         raise UserError(f"{path}: there is no optimizer state; set optimizer_state=reset")
@@ -301,7 +331,7 @@ class _Stored(Mapping[str, Tensor]):
 
 
 def discard(checkpoint: Path) -> None:
-    """Take a checkpoint away: never half of it."""
+    """Remove a checkpoint atomically."""
     shutil.rmtree(checkpoint.rename(checkpoint.with_name(f"{HIDDEN}{checkpoint.name}")))
 
 
@@ -324,7 +354,10 @@ def step_of(checkpoint: Path) -> int:
 def only_writer(out: Path, wait_s: float = 60.0) -> Iterator[None]:
     """Wait until no other process trains in this directory, and keep it so.
 
-    The workers of a killed driver live for some seconds more. The kernel drops the lock with the process.
+    The workers of a killed driver run for some seconds more. The kernel drops the lock with the process.
+
+    Raises:
+        UserError: another process still trains here after `wait_s` seconds.
     """
     lock = out / "checkpoints" / "writer.lock"
     lock.parent.mkdir(parents=True, exist_ok=True)

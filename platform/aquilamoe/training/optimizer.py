@@ -49,7 +49,7 @@ def role_of(name: str) -> Role:
 def _groups(
     parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig, learning_rate: float
 ) -> list[dict[str, Any]]:
-    """Parameters by how they are treated, which their role may change; torch wants equal settings in a group."""
+    """Parameters by how they are treated, which their role may change; torch needs equal settings in a group."""
     groups: dict[tuple[float, float, Any], list[nn.Parameter]] = {}
     for name, parameter in parameters:
         own = config.roles.get(role_of(name), RoleConfig())

@@ -51,7 +51,7 @@ def evaluate(
     """Mean next-token loss in nats over batches, at least one, of (rows, length + 1) token ids.
 
     group: the processes that have the same batches and divide the rows of each among them. All make as many passes;
-    who has no row of a batch goes through its first one and does not count it. watch: is shown what the routers of a
+    a process without a row of a batch runs its first one and does not count it. watch: is shown what the routers of a
     Mixture of Experts did in every pass.
     """
     device = next(model.parameters()).device

@@ -1,4 +1,4 @@
-"""Forget the source: every tensor is initialized at random. The control that every other method has to beat."""
+"""Ignore the source: every tensor is initialized at random. The control that every other method has to beat."""
 
 from __future__ import annotations
 

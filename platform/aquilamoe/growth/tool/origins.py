@@ -1,6 +1,6 @@
 """Where every tensor of a target comes from, determined without reading one: for plans.
 
-What a growth method does to a layer is taken from the method itself: it is run on stand-ins that remember which tensors
+What a growth method does to a layer is taken from the method itself: it is run on stand-ins that track which tensors
 took part. A new method therefore has a plan as soon as it is a file.
 """
 

@@ -47,7 +47,7 @@ class Reporter(Protocol):
 
 
 class Silent:
-    """A reporter for callers that want results and no output."""
+    """A reporter for callers that need results and no output."""
 
     def step(self, name: str, unit: str, total_bytes: int = 0) -> "SilentStep":  # noqa: ARG002
         return SilentStep()

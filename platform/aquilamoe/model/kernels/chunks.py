@@ -1,7 +1,7 @@
 """Into how large chunks the head's loss is divided: known to what computes it and to what plans its memory."""
 
 # Bytes of a chunk's float32 logits. A CPU keeps such a chunk in its cache, and its C library keeps the buffer: one of
-# tens of MB is mapped and zeroed page by page at every step where training runs in a thread. An accelerator wants
+# tens of MB is mapped and zeroed page by page at every step where training runs in a thread. An accelerator needs
 # large products.
 CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 1 << 30}
 # Every chunk reads the head and adds to its gradient, which few tokens would not pay for.

@@ -1,4 +1,4 @@
-"""Runs training, and whatever else wants workers, on Ray Train workers or in this process."""
+"""Runs training, and other work for workers, on Ray Train workers or in this process."""
 
 import os
 import pickle

@@ -1,8 +1,8 @@
 """A training's metrics, exported to Ray by its workers: Ray's metrics, which Prometheus reads and Grafana shows.
 
 Every value is a number that the host has anyway: a step's values, which it waits for once a step, seconds, and at
-log points the sums of the routers. Workers export every `EVERY_S` seconds, and a thread of Ray sends on. It forgets a
-gauge that was not set for a while: all are exported each time, those of log points too.
+log points the sums of the routers. Workers export every `EVERY_S` seconds; a thread of Ray forwards the values. Ray
+drops a gauge that was not set for a while: all are exported each time, those of log points too.
 """
 
 import math

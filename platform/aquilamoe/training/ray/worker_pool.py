@@ -3,7 +3,7 @@
 Starting workers costs seconds (processes, imports, a process group), a call to a worker that stands milliseconds.
 Therefore `fit` is called once for many stages, in an actor of its own: the crew. Its train function gets work
 from the crew until there is no more. Ending the crew ends everything that it started. A lost worker makes Ray Train
-start the group again, which requests again, gets the work at hand and resumes it from that work's own checkpoints.
+start the group again, which requests again, gets the current work and resumes it from that work's own checkpoints.
 """
 
 import asyncio
@@ -62,7 +62,7 @@ class WorkerPool:
     def __init__(self, cluster: ClusterConfig, storage: str, name: str, label: str) -> None:
         self.cluster, self.storage, self.name, self.label = cluster, storage, name, label
         self.number, self.work, self.failures_left = 0, b"", cluster.max_failures
-        self.outcome: Outcome | None = None  # of the work at hand
+        self.outcome: Outcome | None = None  # of the current work
         self.end: Outcome | None = None  # of the whole crew
         self.at_hand, self.stands, self.closed, self.warned = False, False, False, False
         self.news = asyncio.Condition()
@@ -147,7 +147,7 @@ class WorkerPool:
 
 
 def _lost(failure: BaseException) -> BaseException | None:
-    """What ended a worker, None if it lives and its function raised `failure`."""
+    """What ended a worker, None if it runs and its function raised `failure`."""
     return getattr(failure, "health_check_failure", None)
 
 
