@@ -1,4 +1,4 @@
-"""What a study's numbers say, in sentences, each with its horizon or its interval: none is known beforehand."""
+"""Conclusions from a study's numbers, in sentences, each with its horizon or its interval: none is known beforehand."""
 
 import statistics
 from collections.abc import Iterator, Sequence
