@@ -6,11 +6,15 @@ import shutil
 from pathlib import Path
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a small file so that a reader sees the old text or the new, never a part."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a small file so that a reader sees the old content or the new, never a part.
+
+    A symbolic link in its place is replaced: nothing is written where it leads.
+    """
     unfinished = temporary(path)
-    with unfinished.open("w", encoding="utf-8") as file:
-        file.write(text)
+    unfinished.unlink(missing_ok=True)
+    with unfinished.open("xb") as file:
+        file.write(content.encode("utf-8") if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     unfinished.replace(path)

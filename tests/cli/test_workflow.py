@@ -125,12 +125,18 @@ def test_the_report_of_finished_stages_is_written_again_without_running_any(
     folder = copy_of_base / "runs" / "reports"
     pages = {path.name for path in (folder / "embedded").iterdir()}
     shutil.rmtree(folder)
+    # A link in a page's place is replaced: nothing is written where it leads.
+    (folder / "embedded").mkdir(parents=True)
+    for number, name in enumerate(sorted(pages)):
+        (copy_of_base / f"precious-{number}").write_text("kept")
+        (folder / "embedded" / name).symlink_to(copy_of_base / f"precious-{number}")
     before = outputs(copy_of_base)
     answer = command(*tiny, "action=report", cwd=copy_of_base)
     assert (answer.returncode, answer.stderr) == (0, "")
     assert answer.stdout == "report  runs/reports/embedded/index.html\n"
     assert {path.name for path in (folder / "embedded").iterdir()} == pages
     assert outputs(copy_of_base) == before
+    assert {path.read_text() for path in copy_of_base.glob("precious-*")} == {"kept"}
 
 
 def test_a_password_in_the_tracking_uri_is_neither_kept_nor_shown(

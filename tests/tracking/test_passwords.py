@@ -89,6 +89,7 @@ def leaves(values: Any) -> str:
         "/data/token=abc/en@v1?.jsonl",
         "package://data/embedded/en.parquet",
         "a secret=recipe and key=value; password",
+        comparison_url("http://host:5000", "1"),  # its view is called viewStateShareKey
     ],
 )
 def test_what_is_no_password_stays(text: str) -> None:

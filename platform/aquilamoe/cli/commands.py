@@ -20,6 +20,7 @@ from aquilamoe.config.schema import ClusterConfig, ExperimentConfig
 from aquilamoe.estimates import layouts
 from aquilamoe.estimates.dry_run_graph import shrunk
 from aquilamoe.estimates.duration import Speed
+from aquilamoe.files import write_atomically
 from aquilamoe.lineage.artifacts import Artifact
 from aquilamoe.lineage.graph import ArtifactGraph, read_graph
 from aquilamoe.pipeline import plan as planning
@@ -314,7 +315,7 @@ def _report(experiment: ExperimentConfig, done: Mapping[str, Input], store: Stor
         folder=path.parent,
         command=command,
     )
-    marker.write_text(stamp)
+    write_atomically(marker, stamp)
     return path
 
 

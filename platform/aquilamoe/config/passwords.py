@@ -22,7 +22,8 @@ ANYWHERE, LAST = "password|passwd|passphrase|secret|credential|odbc_connect", "t
 SECRET = rf"[\w.-]*(?:{ANYWHERE})[\w.-]*|[\w.-]*(?:{LAST})"
 NAME = re.compile(rf"(?i)(?:{SECRET})")
 SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-SETTING = re.compile(rf"(?i)((?:^|[?&;])(?:{SECRET})=)([^&;]+)")  # in a query
+# In a query; the one named here is MLflow's name for a view of its pages.
+SETTING = re.compile(rf"(?i)((?:^|[?&;])(?!viewStateShareKey=)(?:{SECRET})=)([^&;]+)")
 # In a word of a command line: `{{env_vars: {{A_TOKEN: x}}}}`.
 WRITTEN = re.compile(rf"(?i)(?<![\w-])((?:{SECRET})\s*[:=]\s*)([^,}}&;]+)")
 IN_TEXT = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)([^\s\"'<>`]+)")

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from aquilamoe.files import write_atomically
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -105,8 +107,8 @@ class Drawing:
     def save(self, folder: Path) -> None:
         """Write `<name>.svg` and `<name>.png`."""
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{self.name}.svg").write_text(self.svg(), encoding="utf-8", newline="\n")
-        (folder / f"{self.name}.png").write_bytes(self.png())
+        write_atomically(folder / f"{self.name}.svg", self.svg())
+        write_atomically(folder / f"{self.name}.png", self.png())
 
     def shown(self) -> "Shown":
         """What a page shows of it."""

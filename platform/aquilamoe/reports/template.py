@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from aquilamoe.files import write_atomically
 from aquilamoe.format import count, decimal, power, seconds
 from aquilamoe.reports import canvas
 
@@ -13,7 +14,7 @@ Link = tuple[str, str, bool]  # text, where it leads, whether it is the page its
 def write(target: Path, template: str, context: Mapping[str, Any], pages: list[Link] | None = None) -> None:
     """Fill a template of this folder and write it to `target`. The same context gives the same bytes."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(fill(template, context, pages), encoding="utf-8", errors="xmlcharrefreplace", newline="\n")
+    write_atomically(target, fill(template, context, pages).encode("utf-8", "xmlcharrefreplace"))
 
 
 def fill(template: str, context: Mapping[str, Any], pages: list[Link] | None = None) -> str:
