@@ -3,6 +3,7 @@ import logging
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from aquilamoe.config.schema import ModelConfig
+from aquilamoe.process import interruption
 from ask_boards import plain
 from browser import Browser, missing
 
@@ -29,6 +31,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # grain logs by absl, which closes the stream that it found first when Hydra configures logging: not pytest's.
 absl_logging.get_absl_handler().python_handler.stream = sys.__stderr__
 
+SIGNALS = {number: signal.getsignal(number) for number in interruption.HANDLED}
 PLACES = ("TMPDIR", "RAY_TMPDIR", "TORCHINDUCTOR_CACHE_DIR", "MPLCONFIGDIR")
 REPOSITORY = Path(__file__).resolve().parent.parent
 SYLLABLES = {
@@ -195,9 +198,18 @@ def finished_store(
     return root
 
 
+def _forget_signals() -> None:
+    """Signals are handled as when pytest started, and none counts as received, whatever ran in this process."""
+    for number, handler in SIGNALS.items():
+        signal.signal(number, handler)
+    interruption._received.clear()
+    interruption._is_ending = False
+
+
 @pytest.fixture(autouse=True)
 def _process() -> Iterator[None]:
     """What a program that a test runs in this process changes of it is as before: streams, logs, temporary files."""
+    _forget_signals()  # before as well: a fixture of a wider scope may have run a program
     streams, handlers = (sys.stdout, sys.stderr, sys.unraisablehook), list(logging.root.handlers)
     places = {name: os.environ.get(name) for name in PLACES}, tempfile.tempdir
     yield
@@ -207,6 +219,7 @@ def _process() -> Iterator[None]:
         os.environ.pop(name, None)
         os.environ |= {} if place is None else {name: place}
     tempfile.tempdir = places[1]
+    _forget_signals()
 
 
 @pytest.fixture(autouse=True)

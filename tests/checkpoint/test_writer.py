@@ -176,17 +176,18 @@ def refuses_direct_writes(directory: Path) -> bool:
 def test_large_tensors_go_around_the_page_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if refuses_direct_writes(tmp_path):
         pytest.skip("this file system refuses direct writes")
-    pwrite, direct = os.pwrite, [0]
+    pwrite, direct = os.pwrite, list[int]()
 
     def counting(descriptor: int, data: memoryview, offset: int) -> int:
-        direct[0] += len(data) if fcntl.fcntl(descriptor, fcntl.F_GETFL) & direct_io.DIRECT else 0
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & direct_io.DIRECT:
+            direct.append(len(data))  # atomic: several threads write
         return pwrite(descriptor, data, offset)
 
     monkeypatch.setattr(os, "pwrite", counting)
     # The second size is no multiple of a page: all but its two ends goes directly, all the same.
     tensors = random_tensors({"even": (1024, 1024), "odd": (1023, 1025)})
     write_all(tmp_path / "model", tensors)
-    assert direct[0] > sum(tensor.nbytes for tensor in tensors.values()) - 2 * PAGE
+    assert sum(direct) > sum(tensor.nbytes for tensor in tensors.values()) - 2 * PAGE
 
 
 @pytest.mark.parametrize("when", ["open", "write"])
