@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -18,8 +18,10 @@ Overrides = tuple[str, ...]  # as on the command line: KEY=VALUE
 class AxisConfig(Config):
     """One thing that is varied: what each of its values changes, by the name that tables and figures show."""
 
-    values: Annotated[dict[Name, Overrides], Field(min_length=1)]
-    baseline: str
+    values: dict[Name, Overrides] = Field(
+        min_length=1, description="Overrides (KEY=VALUE) of each value, by the name that tables and figures show"
+    )
+    baseline: str = Field(description="Name of the value that the others are compared with")
 
     @model_validator(mode="after")
     def _check_baseline(self) -> Self:
@@ -29,24 +31,40 @@ class AxisConfig(Config):
 
 
 class ControlsConfig(Config):
-    """What every ablation is compared with. Learning rates are ratios of the first training stage's; the best counts.
+    """What every ablation is compared with, at equal FLOPs and at equal tokens.
 
-    scratch: the target's size, trained from scratch at equal FLOPs and at equal tokens.
-    continued: every source of a growth, trained on without it, at equal FLOPs and at equal tokens.
-    scratch_of: which variants have those from scratch (variants of one size and cost share them): all, the baseline
-        alone, or none, where they would cost more than all variants.
+    From scratch: the target's size without a growth. Continued: every source of a growth, trained on without it.
     """
 
-    scratch_of: Literal["all", "baseline", "none"] = "all"
-    scratch_learning_rate_ratios: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (0.5, 1.0)
-    continued_learning_rate_ratios: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (1.0,)
+    scratch_of: Literal["all", "baseline", "none"] = Field(
+        default="all",
+        description="Variants with controls from scratch (those of one size and cost share them). all | baseline | "
+        "none: where they would cost more than all variants",
+    )
+    scratch_learning_rate_ratios: tuple[PositiveFloat, ...] = Field(
+        default=(0.5, 1.0),
+        min_length=1,
+        description="Learning rates of controls from scratch, of which the best counts [ratios to the first training "
+        "stage's]",
+    )
+    continued_learning_rate_ratios: tuple[PositiveFloat, ...] = Field(
+        default=(1.0,),
+        min_length=1,
+        description="Learning rates of continued controls, of which the best counts [ratios to the first training "
+        "stage's]",
+    )
 
 
 class BudgetConfig(Config):
     """What the objective's stage may cost in every variant: tokens or model FLOPs; the other is null."""
 
-    tokens: PositiveInt | None = None
-    flops: PositiveFloat | None = None
+    tokens: PositiveInt | None = Field(
+        default=None, description="Tokens of the objective's stage; null: as configured, or as flops gives [tokens]"
+    )
+    flops: PositiveFloat | None = Field(
+        default=None,
+        description="Model FLOPs of that stage; null: as configured, or as tokens gives [FLOPs]",
+    )
 
     @model_validator(mode="after")
     def _check_one(self) -> Self:
@@ -58,8 +76,10 @@ class BudgetConfig(Config):
 class ObjectiveConfig(Config):
     """What variants are ranked by: a metric of a stage's record; less is better."""
 
-    stage: Name
-    metric: str
+    stage: Name = Field(description="Stage whose metric ranks the variants")
+    metric: str = Field(
+        description="Metric of the stage's record, e.g. loss_end [nats/token] or recovery_tokens; less is better"
+    )
 
     @property
     def is_recovery(self) -> bool:
@@ -68,21 +88,30 @@ class ObjectiveConfig(Config):
 
 
 class AblationConfig(Config):
-    """Variants are combinations of the axes' values but the excluded ones, each with every seed.
+    """Variants are combinations of the axes' values but the excluded ones, each with every seed."""
 
-    combinations: all, or one_at_a_time: the baseline, and what differs from it in one axis.
-    exclude: combinations to leave out, e.g. {method: random, depth: stack}; an axis that is not named means all.
-    """
-
-    axes: Annotated[dict[Name, AxisConfig], Field(min_length=1)]
-    combinations: Literal["all", "one_at_a_time"] = "all"
-    exclude: tuple[dict[Name, str], ...] = ()
-    objective: ObjectiveConfig
-    budget: BudgetConfig = BudgetConfig()
-    controls: ControlsConfig = ControlsConfig()
-    seeds: tuple[Seed, ...]
-    scheduler: Literal["none", "asha"]
-    trial_cpus: PositiveInt
+    axes: dict[Name, AxisConfig] = Field(min_length=1, description="What is varied, by name")
+    combinations: Literal["all", "one_at_a_time"] = Field(
+        default="all",
+        description="Variants. all: every combination | one_at_a_time: those that differ from the baseline in one axis",
+    )
+    exclude: tuple[dict[Name, str], ...] = Field(
+        default=(),
+        description="Combinations that are no variant, e.g. {method: random, depth: stack}; an axis that is not named "
+        "means all of its values",
+    )
+    objective: ObjectiveConfig = Field(description="What variants are ranked by")
+    budget: BudgetConfig = Field(
+        default=BudgetConfig(), description="What the objective's stage costs in every variant"
+    )
+    controls: ControlsConfig = Field(default=ControlsConfig(), description="What the variants are compared with")
+    seeds: tuple[Seed, ...] = Field(description="Seeds of every variant: a list, or a number of them, counted from 1")
+    scheduler: Literal["none", "asha"] = Field(
+        description="Early stopping. none | asha: variants that fall behind are stopped"
+    )
+    trial_cpus: PositiveInt = Field(
+        description="Cores of a trial; as many trials run at once as the cluster has room for [cores]"
+    )
 
     @model_validator(mode="after")
     def _check_excluded(self) -> Self:

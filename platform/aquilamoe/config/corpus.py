@@ -1,12 +1,25 @@
 """What a corpus is made of: files or data sets of a hub, which of their documents, and how these are cleaned."""
 
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
-from aquilamoe.config.network import Config, NonNegativeInt, PositiveInt
+from aquilamoe.config.network import Config, Float, NonNegativeInt, PositiveInt
 
 VALIDATION_FRACTION = 0.05  # held out where a corpus sets none
+ValidationFraction = Annotated[
+    Float,
+    Field(
+        gt=0.0,
+        lt=0.5,
+        description="Documents held out for validation, by the hash of their text; no effect where files have a split "
+        "[fraction]",
+    ),
+]
+CLEANING = (
+    "Cleaning, in parallel, shard by shard; documents that cannot be used are counted and named. null: documents are "
+    "read in order, in one process, and the first that cannot be used is an error"
+)
 Scalar = bool | int | float | str
 
 
@@ -28,27 +41,27 @@ class Extended(Config):
 
 
 class HubConfig(Config):
-    """A data set that the library `datasets` opens.
+    """A data set that the library `datasets` opens."""
 
-    name: on the hub, or a local folder of parquet, JSON or text files. subset: its configuration, null: the only one.
-    split: as the data set names it. revision: commit or tag. data_files: a glob in it, null: all files.
-    streaming: read over the network as it goes; otherwise it is fetched whole into the cache first.
-    """
-
-    name: str
-    subset: str | None = None
-    split: str = "train"
-    revision: str | None = None
-    data_files: str | None = None
-    streaming: bool = True
+    name: str = Field(description="Name on the hub, or a local folder of parquet, JSON or text files")
+    subset: str | None = Field(default=None, description="Configuration of the data set; null: its only one")
+    split: str = Field(default="train", description="Split that is read, as the data set names it")
+    revision: str | None = Field(default=None, description="Commit or tag of the data set; null: the newest")
+    data_files: str | None = Field(default=None, description="Glob of files in the data set; null: all files")
+    streaming: bool = Field(
+        default=True, description="Whether documents are read over the network one by one; false: downloaded first"
+    )
 
 
 class FiltersConfig(Config):
-    """Which documents are kept: UTF-8 bytes of the text, and columns that must have one of the values listed."""
+    """Which documents are kept."""
 
-    min_bytes: NonNegativeInt = 0
-    max_bytes: PositiveInt | None = None
-    columns: dict[str, tuple[Scalar, ...]] = Field(default_factory=dict)
+    min_bytes: NonNegativeInt = Field(default=0, description="Shortest text, as UTF-8 [bytes]")
+    max_bytes: PositiveInt | None = Field(default=None, description="Longest text, as UTF-8; null: no limit [bytes]")
+    columns: dict[str, tuple[Scalar, ...]] = Field(
+        default_factory=dict,
+        description="Values that a column may have, e.g. {lang: [en], quality: [high, medium]}; null: any",
+    )
 
     @field_validator("columns", mode="before")
     @classmethod
@@ -60,17 +73,27 @@ class FiltersConfig(Config):
 
 
 class SourceConfig(Extended):
-    """One part of the corpus: a file or glob of documents, with the checksum of a single file, or a data set of a hub.
+    """One part of the corpus: files of documents, or a data set of a hub."""
 
-    text: the column or field that holds the text. split: the one that holds train or validation where there is one.
-    """
-
-    path: str | None = None
-    sha256: str | None = None
-    hub: HubConfig | None = None
-    text: str = "text"
-    split: str = "split"
-    filters: FiltersConfig = FiltersConfig()
+    path: str | None = Field(
+        default=None,
+        description="File or glob of .parquet, .jsonl or .txt (one document a file), relative to where the command is "
+        "started; package:// is the package's data folder; null with a hub [path]",
+    )
+    sha256: str | None = Field(
+        default=None,
+        description="SHA-256 of a single file, hexadecimal; null: not checked, and a change under the same path is "
+        "not noticed",
+    )
+    hub: HubConfig | None = Field(
+        default=None, description="Data set that the library datasets opens (extra data), instead of a path"
+    )
+    text: str = Field(default="text", description="Column or field of the text")
+    split: str = Field(
+        default="split",
+        description="Column or field with train or validation; where there is none, texts are held out by their hash",
+    )
+    filters: FiltersConfig = Field(default=FiltersConfig(), description="Which documents are kept")
     added = ("hub", "text", "split", "filters")
 
     @model_validator(mode="after")
@@ -91,13 +114,15 @@ class CleaningConfig(Config):
     """How documents are cleaned on the way into the corpus, in parallel, shard by shard.
 
     Documents that cannot be used - not UTF-8, not JSON, without text, too long - are counted and named, not refused.
-    deduplicate: keep the first of equal texts of a source. max_document_bytes: UTF-8; longer ones are left out.
-    shard_bytes: text that is read, and written to a file of its own, at a time.
     """
 
-    deduplicate: bool = True
-    max_document_bytes: PositiveInt = 10_000_000
-    shard_bytes: PositiveInt = 1 << 26
+    deduplicate: bool = Field(default=True, description="Whether only the first of a source's equal texts is kept")
+    max_document_bytes: PositiveInt = Field(
+        default=10_000_000, description="Longest text, as UTF-8; longer documents are skipped [bytes]"
+    )
+    shard_bytes: PositiveInt = Field(
+        default=1 << 26, description="Input that is read, and written to a file of its own, at a time [bytes]"
+    )
 
 
 def with_mixture(data: Any) -> Any:

@@ -1,7 +1,7 @@
 """The configuration of the growth tool: any checkpoint in, a grown one out. As strict as an experiment's."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 from pydantic import Field, ValidationError, field_validator
 
@@ -17,7 +17,10 @@ SparseLayers = Literal["all", "every_other"]
 class SparseUpcycling(UpcyclingConfig):
     """An upcycling, and which layers get experts; null leaves that to `model.mlp_only_layers`."""
 
-    layers: SparseLayers | tuple[NonNegativeInt, ...] | None
+    layers: SparseLayers | tuple[NonNegativeInt, ...] | None = Field(
+        description="Layers that get experts, counted from 0. null: all but model.mlp_only_layers | all | every_other: "
+        "1, 3, 5, ... | a list of layers"
+    )
 
     @field_validator("layers", mode="before")
     @classmethod
@@ -57,34 +60,57 @@ def _is_layers(layers: Any) -> bool:
 
 
 class CertificateConfig(Config):
-    """On how much of which text source and target are compared, and how far a preserving growth may be off.
+    """On how much of which text source and target are compared, and how far a preserving growth may be off."""
 
-    text: a file of UTF-8 text; null is the embedded validation text.
-    tolerance: largest difference of a logit, as a fraction of the logits' spread; null is what
-        float32 takes (float64 for its files), whatever the weights are rounded to.
-    """
-
-    enabled: bool
-    text: str | None
-    tokens: Annotated[Int, Field(gt=0, le=2**20)]
-    sequence_length: Annotated[Int, Field(ge=2, le=2**17)]
-    tolerance: PositiveFloat | None
+    enabled: bool = Field(description="Whether source and target are compared before the target is published")
+    text: str | None = Field(
+        description="File of UTF-8 text; null: the embedded validation text, Chinese and English in equal parts [path]"
+    )
+    tokens: Int = Field(gt=0, le=2**20, description="Length of the text that is compared [tokens]")
+    sequence_length: Int = Field(ge=2, le=2**17, description="Length of a sequence [tokens]")
+    tolerance: PositiveFloat | None = Field(
+        description="Largest difference of a logit that a function-preserving growth may show; null: 0.001 (1e-6 for "
+        "float64 files) [ratio to the logits' spread]"
+    )
 
 
 class GrowConfig(Config):
     """One call of the growth tool. `model` has the sizes that change; exactly one of growth and upcycling is set."""
 
-    source: str
-    target: str
-    action: Literal["run", "plan", "certify"]
-    plan: Literal["grouped", "full"]
-    seed: Seed
-    model: dict[str, Any]
-    growth: GrowthConfig | None
-    upcycling: SparseUpcycling | None
-    certificate: CertificateConfig
-    disk_bytes_per_s: PositiveFloat
-    as_json: Annotated[bool, Field(alias="json")] = False
+    source: str = Field(
+        description="Directory of a checkpoint: safetensors (one file or shards), config.json, tokenizer [path]"
+    )
+    target: str = Field(
+        description="Directory to make; it must not exist, or be the output of this very command [path]"
+    )
+    action: Literal["run", "plan", "certify"] = Field(
+        description="run | plan: where every tensor comes from, and its cost; reads headers only | certify: compare "
+        "source and target as they are"
+    )
+    plan: Literal["grouped", "full"] = Field(
+        description="action=plan: grouped: equal layers and experts share a line | full: a line for every tensor"
+    )
+    seed: Seed = Field(description="Seed of all random numbers: noise, routers, sampled maps")
+    model: dict[str, Any] = Field(
+        description="Sizes that change, in Hugging Face's spelling; null: as the source, or as follows from the others"
+    )
+    growth: GrowthConfig | None = Field(
+        description="Scale-up to a larger dense model: growth=NAME, then growth.KEY=VALUE; null: none"
+    )
+    upcycling: SparseUpcycling | None = Field(
+        description="Scale-out to a Mixture of Experts: upcycling=NAME, then upcycling.KEY=VALUE; null: none"
+    )
+    certificate: CertificateConfig = Field(
+        description="Comparison of source and target on held-out tokens, before the target is published"
+    )
+    disk_bytes_per_s: PositiveFloat = Field(
+        description="Disk rate that action=plan assumes, for reading and writing [bytes/s]"
+    )
+    as_json: bool = Field(
+        default=False,
+        alias="json",
+        description="action=plan: whether one JSON document for programs is printed instead of tables",
+    )
 
 
 def parse(values: Mapping[str, Any]) -> GrowConfig:

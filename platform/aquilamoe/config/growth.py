@@ -2,7 +2,7 @@
 
 from typing import Any, Literal, Self, get_args
 
-from pydantic import field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from aquilamoe.config import plugins
 from aquilamoe.config.messages import nearest
@@ -14,13 +14,30 @@ DepthRule = Literal["interpolate", "stack", "stack_top"]
 class GrowthConfig(Config):
     """How a dense model becomes a larger dense model (METHODS: width, depth)."""
 
-    method: str  # a file in growth/methods
-    scope: Literal["all", "inner", "transplant"]
-    norm: Literal["exact", "zero_pad", "copy"]
-    maps: Literal["circular", "sampled"]
-    noise: NonNegativeFloat
-    depth: DepthRule | tuple[NonNegativeInt, ...]  # a list is the source's layer of every target layer
-    new_layers: Literal["copy", "zero", "scaled"]
+    method: str = Field(description="Growth method: the name of a file in growth/methods")
+    scope: Literal["all", "inner", "transplant"] = Field(
+        description="What AKI takes from the layer above. all: every new row | inner: new heads and neurons, not the "
+        "rows that write to the residual stream | transplant: new heads and neurons with the weights that read them"
+    )
+    norm: Literal["exact", "zero_pad", "copy"] = Field(
+        description="How channels are copied. exact: mean squares are kept at any ratio of hidden sizes | zero_pad: "
+        "whole copies, the rest zeros; changes rms_norm_eps | copy: the paper's plain copies, exact at integer ratios"
+    )
+    maps: Literal["circular", "sampled"] = Field(
+        description="Which units get further copies. circular: in order | sampled: random ones, equally many of each"
+    )
+    noise: NonNegativeFloat = Field(
+        description="Noise on copied inputs, which cancels over the copies of a unit; 0: none [ratio to their RMS]"
+    )
+    depth: DepthRule | tuple[NonNegativeInt, ...] = Field(
+        description="Which source layer each layer copies. interpolate: a copy beside its original | stack: the whole "
+        "stack on top of itself | stack_top: as stack, a remainder repeats the top | a list of source layers, e.g. "
+        "[0, 0, 1, 2], counted from 0"
+    )
+    new_layers: Literal["copy", "zero", "scaled"] = Field(
+        description="Further copies of a layer. copy: unchanged | zero: their output starts at zero, which keeps the "
+        "function | scaled: the copies share the layer's output"
+    )
 
     @field_validator("method")
     @classmethod
@@ -50,11 +67,21 @@ class GrowthConfig(Config):
 class UpcyclingConfig(Config):
     """How a dense model becomes a Mixture of Experts (METHODS: Scale-Out)."""
 
-    method: Literal["copy", "noise", "drop", "permute"]
-    noise: NonNegativeFloat
-    drop_ratio: Fraction
-    router_init: Literal["normal", "variance", "orthogonal", "zero"]
-    router_std: NonNegativeFloat
+    method: Literal["copy", "noise", "drop", "permute"] = Field(
+        description="How experts differ at the start. copy: not at all | noise: each has its own noise | drop: each "
+        "has some neurons initialised randomly | permute: each has its neurons in another order"
+    )
+    noise: NonNegativeFloat = Field(
+        description="Standard deviation of method noise; 0 for the others [ratio to the weights' standard deviation]"
+    )
+    drop_ratio: Fraction = Field(
+        description="Neurons of each expert that method drop initialises randomly; 0 for the others [fraction]"
+    )
+    router_init: Literal["normal", "variance", "orthogonal", "zero"] = Field(
+        description="Initial router weights. normal | variance: normal, router_std read as a variance | orthogonal: "
+        "orthogonal rows of the same length | zero: the first experts get all tokens"
+    )
+    router_std: NonNegativeFloat = Field(description="Standard deviation of the initial router weights [dimensionless]")
 
     @model_validator(mode="after")
     def _check_amounts(self) -> Self:

@@ -53,19 +53,19 @@ def _inside(annotation: Any, part: str) -> Iterator[Any]:
     if _is_model(annotation):
         field = annotation.model_fields.get(part)
         if field is not None:
-            yield from _plain(field.annotation)
+            yield from members(field.annotation)
     elif get_origin(annotation) is dict:
-        yield from _plain(get_args(annotation)[1])
+        yield from members(get_args(annotation)[1])
 
 
-def _plain(annotation: Any) -> Iterator[Any]:
-    """The members of a union, and what is annotated, by themselves."""
+def members(annotation: Any) -> Iterator[Any]:
+    """The members of a union, and what is annotated, by themselves; without None."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        yield from _plain(arguments[0])
+        yield from members(arguments[0])
     elif origin is not None and origin not in (dict, list, tuple) and arguments and not _is_literal(annotation):
         for argument in arguments:
-            yield from _plain(argument)
+            yield from members(argument)
     elif annotation is not NoneType:
         yield annotation
 

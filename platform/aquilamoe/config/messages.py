@@ -11,6 +11,7 @@ from pydantic_core import ErrorDetails
 from aquilamoe.config.keys import elsewhere
 from aquilamoe.config.passwords import masked
 from aquilamoe.config.passwords import without_passwords as without_passwords
+from aquilamoe.config.reference import models
 
 Location = tuple[int | str, ...]
 SHOWN_CHARACTERS = 60
@@ -125,7 +126,7 @@ def _fields_at(model: type[BaseModel], location: Location) -> list[str]:
     current = model
     for part in location:
         field = current.model_fields.get(str(part))
-        inner = list(_models_in(field.annotation)) if field else []
+        inner = list(models(field.annotation)) if field else []
         if len(inner) == 1:
             current = inner[0]
         elif inner:
@@ -137,16 +138,7 @@ def _fields_at(model: type[BaseModel], location: Location) -> list[str]:
 def _tags_at(model: type[BaseModel], location: Location) -> list[str]:
     """Values of `kind` among the models of the union that a location points to."""
     field = model.model_fields.get(str(location[0])) if location else None
-    return [tag for candidate in _models_in(field.annotation) if (tag := _tag(candidate))] if field else []
-
-
-def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and get_origin(annotation) is None:
-        if issubclass(annotation, BaseModel):
-            yield annotation
-        return
-    for argument in get_args(annotation):
-        yield from _models_in(argument)
+    return [tag for candidate in models(field.annotation) if (tag := _tag(candidate))] if field else []
 
 
 def _tag(model: type[BaseModel]) -> str:

@@ -57,40 +57,42 @@ class Config(BaseModel):
 
 
 class ModelConfig(Config):
-    """A Llama-style decoder, dense (`num_experts: 0`) or Mixture of Experts, in Hugging Face's spelling.
+    """A Llama-style decoder, dense (`num_experts: 0`) or Mixture of Experts, in Hugging Face's spelling."""
 
-    intermediate_size: neurons of a dense feed-forward layer.
-    qkv_bias: a bias on q, k and v (never on o), as in Qwen2 and AquilaMoE.
-    qk_norm: RMSNorm on queries and keys: `head` over each head (Qwen3), `projection` over all of them (OLMoE).
-    moe_intermediate_size: neurons of an expert; null is intermediate_size.
-    shared_expert_intermediate_size: neurons of an expert that every token goes through, by a share of its own
-        (Qwen2-MoE); 0 is none.
-    norm_topk_prob: whether the shares of a token's chosen experts are made to sum to 1 (Mixtral's order: top-k, then
-        softmax); otherwise they are probabilities among all experts.
-    mlp_only_layers: layers of a Mixture of Experts that stay dense, counted from 0.
-    """
-
-    vocab_size: Vocabulary
-    hidden_size: Width
-    intermediate_size: PositiveNeurons
-    num_hidden_layers: Layers
-    num_attention_heads: Heads
-    num_key_value_heads: Heads
-    head_dim: HeadDim
-    max_position_embeddings: Length
-    rope_theta: RopeTheta
-    rms_norm_eps: Epsilon
-    initializer_range: InitialStd
-    qkv_bias: bool
-    tie_word_embeddings: bool
-    num_experts: Experts
-    num_experts_per_tok: Experts
-    moe_intermediate_size: Neurons
+    vocab_size: Vocabulary = Field(description="Size of the vocabulary; at least the tokenizer's [tokens]")
+    hidden_size: Width = Field(description="Width of the residual stream [channels]")
+    intermediate_size: PositiveNeurons = Field(description="Width of a dense feed-forward layer [neurons]")
+    num_hidden_layers: Layers = Field(description="Depth of the network [layers]")
+    num_attention_heads: Heads = Field(description="Query heads of a layer [heads]")
+    num_key_value_heads: Heads = Field(
+        description="Key-value heads of a layer (grouped-query attention); divides num_attention_heads [heads]"
+    )
+    head_dim: HeadDim = Field(description="Width of a head, even; null: hidden_size / num_attention_heads [channels]")
+    max_position_embeddings: Length = Field(description="Longest context [tokens]")
+    rope_theta: RopeTheta = Field(description="Base of the rotary frequencies [dimensionless]")
+    rms_norm_eps: Epsilon = Field(description="Added to the mean square in every RMSNorm [dimensionless]")
+    initializer_range: InitialStd = Field(description="Standard deviation of the initial matrices [dimensionless]")
+    qkv_bias: bool = Field(description="Whether q, k and v (never o) have a bias, as in Qwen2 and AquilaMoE")
+    tie_word_embeddings: bool = Field(description="Whether the output head is the embedding")
+    num_experts: Experts = Field(description="Experts of a layer; 0: a dense network [experts]")
+    num_experts_per_tok: Experts = Field(description="Experts that a token is routed to; 0: a dense network [experts]")
+    moe_intermediate_size: Neurons = Field(description="Width of an expert; null: intermediate_size [neurons]")
     # What most networks do not have is left out by default.
-    qk_norm: Literal["none", "head", "projection"] = "none"
-    shared_expert_intermediate_size: Neurons = 0
-    norm_topk_prob: bool = True
-    mlp_only_layers: tuple[Layer, ...] = ()
+    qk_norm: Literal["none", "head", "projection"] = Field(
+        default="none",
+        description="RMSNorm on queries and keys. none | head: of each head (Qwen3) | projection: of all heads (OLMoE)",
+    )
+    shared_expert_intermediate_size: Neurons = Field(
+        default=0, description="Width of an expert that every token is routed to (Qwen2-MoE); 0: none [neurons]"
+    )
+    norm_topk_prob: bool = Field(
+        default=True,
+        description="Whether the routing weights of a token's top-k experts sum to 1 (Mixtral); false: they are "
+        "probabilities among all experts",
+    )
+    mlp_only_layers: tuple[Layer, ...] = Field(
+        default=(), description="Layers of a Mixture of Experts that stay dense, counted from 0 [list of layers]"
+    )
 
     @model_validator(mode="before")
     @classmethod

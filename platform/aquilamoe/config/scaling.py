@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from aquilamoe.config.messages import UserError, first_problem
 from aquilamoe.config.network import Config, Divisor, PositiveFloat
@@ -24,22 +24,22 @@ _RAMPS = ("warmup_tokens", "decay_tokens")
 
 
 class ScaleConfig(Config):
-    """What sizes are divided by.
+    """A large experiment as a small one: what its sizes are divided by."""
 
-    width: channels of the residual stream, neurons, and channels of all heads together: heads as far as they divide
-        and FEWEST_GROUPS are left, the channels of a head by the rest.
-    layers, sequence: layers; context and sequences.
-    batch: tokens of a step, and of a validation.
-    tokens: budgets and intervals, warm-up and decay; rounded to whole tokens.
-    learning_rate: what rates are multiplied by, because narrow models need larger ones.
-    """
-
-    width: Divisor = 1
-    layers: Divisor = 1
-    sequence: Divisor = 1
-    batch: Divisor = 1
-    tokens: Divisor = 1
-    learning_rate: PositiveFloat = 1.0
+    width: Divisor = Field(
+        default=1,
+        description="Channels, neurons and heads: heads as far as they divide and 2 key-value heads are left, the "
+        "channels of a head by the rest [divisor]",
+    )
+    layers: Divisor = Field(default=1, description="Layers [divisor]")
+    sequence: Divisor = Field(default=1, description="Context and sequence lengths [divisor]")
+    batch: Divisor = Field(default=1, description="Tokens of a step and of a validation [divisor]")
+    tokens: Divisor = Field(
+        default=1, description="Budgets, intervals, warm-up and decay, rounded to whole tokens [divisor]"
+    )
+    learning_rate: PositiveFloat = Field(
+        default=1.0, description="Learning rates, because narrow models need larger ones [factor]"
+    )
 
 
 def scaled(values: Values) -> dict[str, Any]:

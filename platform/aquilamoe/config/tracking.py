@@ -1,6 +1,6 @@
 """Where MLflow is."""
 
-from pydantic import field_validator
+from pydantic import Field, field_validator
 
 from aquilamoe.config.messages import nearest
 from aquilamoe.config.network import Config
@@ -9,8 +9,12 @@ SERVERS = ("databricks", "http", "https", "mssql", "mysql", "postgresql", "sqlit
 
 
 class TrackingConfig(Config):
-    uri: str | None
-    enabled: bool
+    """Where runs are logged."""
+
+    uri: str | None = Field(
+        description="Address of an MLflow server or database; null: a SQLite database under paths.root"
+    )
+    enabled: bool = Field(description="Whether runs are logged to MLflow")
 
     @field_validator("uri")
     @classmethod
