@@ -1,5 +1,6 @@
 """The training loop: it learns, it resumes bit for bit wherever it was stopped, and it stops where it must."""
 
+import inspect
 import json
 import math
 import os
@@ -39,6 +40,7 @@ from aquilamoe.training.loop import train
 from aquilamoe.training.metrics import PointsFile
 from aquilamoe.training.objective import RouterObjective
 from aquilamoe.training.parallel import ParallelContext
+from aquilamoe.training.spikes import TrainProgress
 from aquilamoe.training.step import TrainStep
 from aquilamoe.training.validation import evaluate
 
@@ -277,7 +279,10 @@ def test_a_selection_bias_evens_the_load_without_any_balance_loss(
         metrics = train(job)
         uneven[rate] = points(job.out)[-1]["router/load_max_over_mean"] - 1  # over the last 30 steps
         published = load_model(job.out / "model")
-        assert validation.validate(job, published, 60, ParallelContext(job.cluster))["val/loss"] == metrics["loss_end"]
+        assert (
+            validation.validate(job, published, TrainProgress(60), ParallelContext(job.cluster))["val/loss"]
+            == metrics["loss_end"]
+        )
     assert uneven[0.03] < uneven[0.0] / 2
 
 
@@ -305,9 +310,9 @@ def test_seconds_of_validating_and_saving_are_reported_and_no_part_of_the_speed(
     slow, calls = 0.05, {"validate": loop.validate, "save_checkpoint": checkpointing.save_checkpoint}
     for place, name in ((loop, "validate"), (checkpointing, "save_checkpoint")):
 
-        def call(*arguments: Any, function: Callable[..., Any] = calls[name]) -> Any:
+        def call(*arguments: Any, function: Callable[..., Any] = calls[name], **named: Any) -> Any:
             time.sleep(slow)
-            return function(*arguments)
+            return function(*arguments, **named)
 
         monkeypatch.setattr(place, name, call)
     train(make_job(tokens, tmp_path))
@@ -337,7 +342,7 @@ def test_validations_and_checkpoints_come_once_in_so_many_tokens(
     tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int
 ) -> None:
     saved: list[int] = []
-    monkeypatch.setattr(checkpointing, "save_checkpoint", lambda *arguments: saved.append(arguments[3]))
+    monkeypatch.setattr(checkpointing, "save_checkpoint", lambda *arguments, **_: saved.append(arguments[3]))
     train(make_job(tokens, tmp_path, validate_every_tokens=every, checkpoint_every_tokens=every))
     due = {math.ceil(multiple / BATCH) for multiple in range(every, STEPS * BATCH + 1, every)}
     assert [point["step"] for point in points(tmp_path) if "val/loss" in point] == sorted(due | {0, STEPS})
@@ -363,7 +368,7 @@ def test_validation_reads_the_same_held_out_tokens_in_passes_of_a_micro_batch(
 
     monkeypatch.setattr(validation, "evaluate", spy)
     job = make_job(tokens, tmp_path, micro_batch_tokens=2 * LENGTH, validation_tokens=5 * LENGTH)
-    validation.validate(job, Decoder(job.model), 0, ParallelContext(job.cluster))
+    validation.validate(job, Decoder(job.model), TrainProgress(), ParallelContext(job.cluster))
     assert [len(rows) for rows in seen] == [2, 2, 1] * 2
     written = [np.fromfile(tokens / f"validation-{name}.bin", "<u2")[: 5 * LENGTH] for name in ("en", "zh")]
     assert np.array_equal(np.concatenate([rows[:, :-1] for rows in seen]).flatten(), np.concatenate(written))
@@ -380,6 +385,24 @@ def test_evaluation_is_the_mean_over_tokens_and_leaves_no_gradients() -> None:
     expected = F.cross_entropy(logits_btv.flatten(0, 1), torch.from_numpy(rows[:, 1:]).flatten()).item()
     assert math.isclose(whole, expected, rel_tol=1e-6)
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_at_most_three_frames_of_the_platform_are_between_the_loop_and_the_forward_pass(
+    tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loop's own counted: `fit`, the step, its micro-batches. Who reads the loop finds the network at once."""
+    original, stacks = Decoder.forward, []
+
+    def forward(self: Decoder, *arguments: Any) -> Any:
+        if self.training and torch.is_grad_enabled():
+            frames = [frame for frame in inspect.stack() if frame.frame.f_globals["__name__"].startswith("aquilamoe.")]
+            names = [frame.function for frame in frames]
+            stacks.append(names[: names.index("fit") + 1])
+        return original(self, *arguments)
+
+    monkeypatch.setattr(Decoder, "forward", forward)
+    train(make_job(tokens, tmp_path, MOE, total_tokens=BATCH, schedule=CONSTANT, micro_batch_tokens=BATCH // 2))
+    assert stacks == [["accumulate", "step", "fit"]] * 2
 
 
 def test_no_thread_is_left_after_training(tokens: Path, tmp_path: Path) -> None:
@@ -435,8 +458,8 @@ def run_until(job: Job, event: int) -> bool:
 def at_once(save_checkpoint: Callable[..., Path]) -> Callable[..., Path]:
     """Let training wait for its checkpoints, so that events come in one order."""
 
-    def call(*arguments: Any) -> Path:
-        made = save_checkpoint(*arguments)
+    def call(*arguments: Any, **named: Any) -> Path:
+        made = save_checkpoint(*arguments, **named)
         checkpointing.wait()
         return made
 
@@ -622,8 +645,8 @@ def test_the_data_go_on_after_the_tokens_of_all_ancestors(
         return {"train/loss": 1.0}
 
     monkeypatch.setattr(TrainStep, "step", spy)
-    monkeypatch.setattr(checkpointing, "save_checkpoint", lambda *_: None)
-    monkeypatch.setattr(checkpointing, "save", lambda *_: None)
+    monkeypatch.setattr(checkpointing, "save_checkpoint", lambda *_, **__: None)
+    monkeypatch.setattr(checkpointing, "save", lambda *_, **__: None)
     train(make_job(tokens, tmp_path, ancestor_tokens=ancestors, sequence_length=length))
     stream = Batches(tokens, {"en": 3.0, "zh": 1.0}, length, STEPS * BATCH // length, seed=1)
     assert np.array_equal(np.concatenate(seen), stream.read(ancestors // length))

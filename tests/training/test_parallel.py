@@ -253,8 +253,11 @@ def bytes_of_publishing(rank: Rank, job: Job, config: ModelConfig) -> dict[str, 
     found["largest"] = 4 * largest.numel()
     extra: dict[str, torch.Tensor] = {}
     for name, publish in (
-        ("result", lambda: checkpoint.save(job.out / "result", model, adamw, 1, extra, group)),
-        ("checkpoint", lambda: (checkpoint.save_checkpoint(job.out, model, adamw, 1, extra, group), checkpoint.wait())),
+        ("result", lambda: checkpoint.save(job.out / "result", model, adamw, 1, extra=extra, group=group)),
+        (
+            "checkpoint",
+            lambda: (checkpoint.save_checkpoint(job.out, model, adamw, 1, extra=extra, group=group), checkpoint.wait()),
+        ),
     ):
         group.wait()
         found[name] = rise_of_the_peak(publish)

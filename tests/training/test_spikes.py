@@ -1,10 +1,12 @@
 """Steps that must not be taken: skipped, or gone back before, the same on all ranks and after every interruption."""
 
+import dataclasses
 import json
 import math
 import shutil
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,11 +21,13 @@ from torch import Tensor
 from aquilamoe.config.messages import UserError
 from aquilamoe.data.loader import Batches
 from aquilamoe.data.tokens import TokenCounts, TokensRecord, write_record, write_token_file
+from aquilamoe.model.transformer import Decoder
 from aquilamoe.training import checkpoint, example
 from aquilamoe.training.job import FIRST, Job, Rank
 from aquilamoe.training.loop import train
 from aquilamoe.training.metrics import PointsFile
 from aquilamoe.training.objective import RouterObjective
+from aquilamoe.training.parallel import ParallelContext
 from aquilamoe.training.step import TrainStep
 
 VOCABULARY, LENGTH, ROWS, STEPS = 32, 8, 4, 8
@@ -240,6 +244,36 @@ def test_weights_that_an_update_spoiled_are_gone_back_before_when_a_validation_s
     monkeypatch.setattr(TrainStep, "step", step)
     assert train(make_job(tokens, tmp_path, "roll_back"))["rollbacks"] == 1
     assert progress(tmp_path) == [0, 1, 2 * ROWS]
+
+
+@pytest.mark.parametrize("activation_checkpointing", [False, True], ids=["plain", "with cycles of references"])
+def test_the_old_model_is_freed_before_a_rollback_builds_another(
+    tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, activation_checkpointing: bool
+) -> None:
+    models: list[weakref.ref[Decoder]] = []
+    alive: list[int] = []
+    original = ParallelContext.build
+
+    def build(self: ParallelContext, *arguments: Any) -> Decoder:
+        alive.append(sum(each() is not None for each in models))
+        models.append(weakref.ref(model := original(self, *arguments)))
+        return model
+
+    monkeypatch.setattr(ParallelContext, "build", build)
+    spoil(tokens, 5 * ROWS)(monkeypatch)
+    job = make_job(tokens, tmp_path, "roll_back")
+    cluster = job.cluster.model_copy(update={"activation_checkpointing": activation_checkpointing})
+    train(dataclasses.replace(job, cluster=cluster))
+    assert alive == [0, 0]
+
+
+def test_mistaken_data_are_refused_before_a_model_is_built(
+    tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ParallelContext, "build", lambda *_: pytest.fail("a model was built"))
+    job = make_job(tokens, tmp_path / "out", "stop")
+    with pytest.raises(UserError, match=r"tokens\.json: no such file"):
+        train(dataclasses.replace(job, tokens=tmp_path))
 
 
 def test_a_source_that_is_spoiled_is_not_rolled_back(

@@ -41,7 +41,9 @@ from aquilamoe.training.parallel import ParallelContext
 KEEP = 2  # should the newest turn out bad, there is one before it
 WEIGHTS, TRAINING = "model", "training"
 HIDDEN = "."  # begins the name of a checkpoint that is being written or removed
-MOMENTS, PROGRESS, EXTRA = "optimizer.safetensors", "progress.json", "extra.safetensors"
+MOMENTS = "optimizer.safetensors"
+PROGRESS = "progress.json"
+EXTRA = "extra.safetensors"
 HASHES = "hashes.json"
 ONE_FILE = 10**18  # bytes: the moments have one file whatever their size
 NOTHING: Mapping[str, Tensor] = {}
@@ -57,6 +59,7 @@ def save(
     model: Decoder,
     optimizer: AnyOptimizer,
     step: int,
+    *,
     extra: Mapping[str, Tensor] = NOTHING,
     group: ParallelContext | None = None,
 ) -> None:
@@ -88,7 +91,7 @@ def save(
     if group is None or group.is_first:
         shutil.rmtree(built, ignore_errors=True)
     with _one_line():
-        dcp.save(**_order(built, model, optimizer, publish, group))
+        dcp.save(**_order(built, model, optimizer, publish=publish, group=group))
 
 
 def save_checkpoint(
@@ -96,6 +99,7 @@ def save_checkpoint(
     model: Decoder,
     optimizer: AnyOptimizer,
     step: int,
+    *,
     extra: Mapping[str, Tensor] = NOTHING,
     group: ParallelContext | None = None,
 ) -> Path:
@@ -130,7 +134,7 @@ def save_checkpoint(
         for leftover in folder.glob(f"{HIDDEN}step-*"):
             shutil.rmtree(leftover)
     kept = {name: tensor.to("cpu", copy=True) for name, tensor in extra.items()}
-    order = _order(built, model, optimizer, publish, group, copied=True)
+    order = _order(built, model, optimizer, publish=publish, group=group, copied=True)
     writing = dcp.async_save(**order, async_stager=Staged())
     assert isinstance(writing, Future)
     _in_flight = writing
@@ -150,6 +154,7 @@ def _order(
     folder: Path,
     model: Decoder,
     optimizer: AnyOptimizer,
+    *,
     publish: Callable[[list[FileSlice]], None],
     group: ParallelContext | None,
     copied: bool = False,

@@ -1,18 +1,16 @@
 """The training loop: a plain function of a job. It depends on none of Ray, MLflow and Hydra."""
 
+import gc
 import logging
-from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from aquilamoe.checkpoint.allocator import keep_large_buffers
+from aquilamoe.config.schema import PretrainStage
 from aquilamoe.data.loader import Batches
-from aquilamoe.model.transformer import Decoder
 from aquilamoe.process import errors, interruption
 from aquilamoe.training import checkpoint, spikes
 from aquilamoe.training import optimizer as optimizers
@@ -25,6 +23,58 @@ from aquilamoe.training.validation import validate
 
 LOG_POINTS = 200  # training points logged over a stage
 log = logging.getLogger(__name__)
+
+
+def fit(
+    job: Job, group: ParallelContext, rank: Rank = FIRST, rolled_back: TrainProgress | None = None
+) -> dict[str, Any]:
+    """Train from the newest intact checkpoint, or else from the start, to the end of the stage.
+
+    Args:
+        job: the stage, its data and its directories.
+        group: the processes that train together.
+        rank: this process, which may get a preemption notice.
+        rolled_back: how far the stage was when it was rolled back; None if it was not.
+
+    Returns:
+        The stage's metrics by name.
+
+    Raises:
+        SpikeError: a step or a validation has a value that its policy does not skip.
+    """
+    stage, cluster = job.stage, job.cluster
+    batches = _batches(job, group)  # a mistake in the data shows before anything is built or exchanged
+    saved, passed_over = checkpoint.newest_intact(job.out, group)
+    train_step = _build(job, group, saved, rolled_back)
+    progress = train_step.progress
+    logger = MetricsLogger(train_step, rank, passed_over)
+    log_every = max(1, stage.num_steps // LOG_POINTS)
+
+    if progress.step == 0:
+        logger.write(_validate(train_step, logger))
+    ahead = batches.iterate(progress.position(job))
+    for step in range(progress.step + 1, stage.num_steps + 1):
+        interruption.check()
+        with logger.measure(WAIT):
+            rows = next(ahead)
+        progress.step = step
+        with logger.measure(STEP):
+            values = train_step.step(step, rows)
+        logger.stepped(step, values)
+
+        is_last = step == stage.num_steps
+        if is_last or _is_due(step, stage.validate_every_tokens, stage):
+            logger.write(values | _validate(train_step, logger))
+        elif step % log_every == 0:
+            logger.write(values)
+
+        if not is_last and (_is_due(step, cluster.checkpoint_every_tokens, stage) or group.any_(rank.is_save_due())):
+            _save_checkpoint(train_step, logger)
+
+    checkpoint.save(
+        job.out, train_step.model, train_step.optimizer, progress.step, extra=train_step.extra(), group=group
+    )
+    return logger.metrics.summary() | progress.counts(prefix="")
 
 
 def train(job: Job, rank: Rank = FIRST) -> dict[str, Any]:
@@ -43,131 +93,24 @@ def train(job: Job, rank: Rank = FIRST) -> dict[str, Any]:
         UserError: what a user can repair, e.g. a loss that is not finite.
     """
     keep_large_buffers()
+    if not job.cluster.gpus_per_worker:
+        torch.set_num_threads(job.cluster.cpus_per_worker)
     group = ParallelContext(job.cluster, rank)
     with errors.at(job.out), checkpoint.only_writer(job.out) if group.is_first else nullcontext():
         group.wait()  # no process reads a checkpoint before the writer of this run is the only one
+        if group.is_first:
+            kernels = group.kernels.describe(group.device.type, job.stage.sequence_length, job.model.is_moe)
+            log.info("stage %s: %s", job.name, kernels)
+        rolled_back: TrainProgress | None = None
         try:
-            return _train(job, group, rank)
+            while True:
+                try:
+                    return fit(job, group, rank, rolled_back)
+                except SpikeError as spike:
+                    rolled_back = spikes.roll_back(job, group, spike)
+                gc.collect()  # the old model, which the error's frames kept, before another takes its memory
         finally:
             checkpoint.wait()  # nothing is written here when another may be the only writer
-
-
-def _train(job: Job, group: ParallelContext, rank: Rank) -> dict[str, Any]:
-    if not job.cluster.gpus_per_worker:
-        torch.set_num_threads(job.cluster.cpus_per_worker)
-    if group.is_first:
-        kernels = group.kernels.describe(group.device.type, job.stage.sequence_length, job.model.is_moe)
-        log.info("stage %s: %s", job.name, kernels)
-    batches = _batches(job, group)  # a mistake in the data shows before anything is built or exchanged
-    back: TrainProgress | None = None
-    while True:
-        run = _Run(job, group, back, rank)
-        try:
-            return _finish(run, batches)
-        except SpikeError as spike:
-            back = spikes.roll_back(job, group, spike, run.progress)
-        del run  # before another takes its memory
-
-
-def _finish(run: "_Run", batches: Batches) -> dict[str, Any]:
-    """From where the run is to the end of the stage."""
-    job, last = run.job, run.job.stage.num_steps
-    log_every = max(1, last // LOG_POINTS)
-    if run.progress.step == 0:
-        run.write(run.validate())
-    ahead = batches.iterate(run.position)
-    for step in range(run.progress.step + 1, last + 1):
-        interruption.check()
-        values = run.step(step, ahead)
-        if step == last or _due(step, job.stage.validate_every_tokens, job):
-            run.write(values | run.validate())
-        elif step % log_every == 0:
-            run.write(values)
-        if step < last and (_due(step, job.cluster.checkpoint_every_tokens, job) or run.is_save_due()):
-            run.save_checkpoint()
-    return run.save()
-
-
-class _Run:
-    """A stage in progress: what changes with every step, and what is written about it.
-
-    back: how far the stage was when it was rolled back, None if it was not.
-    rank: this process, which may get a preemption notice.
-    """
-
-    def __init__(self, job: Job, group: ParallelContext, back: TrainProgress | None, rank: Rank) -> None:
-        self.job, self.group, self.told = job, group, rank.is_save_due
-        saved, self.passed_over = checkpoint.newest_intact(job.out, group)
-        self.model, self.optimizer, step, extra = _restore(job, group, saved)
-        self.progress = TrainProgress.of(step, extra if step else {})
-        if back:
-            self.progress = back.at(step, job.stage.batch_tokens // job.stage.sequence_length)
-        self.journal = MetricsLogger(job, group, step, rank)
-        self.stepper = TrainStep(job, self.model, self.optimizer, group, self.progress)
-        self.stepper.restore(extra)
-
-    @property
-    def position(self) -> int:
-        """Sequence of the data at which the next step begins."""
-        tokens = self.job.ancestor_tokens + self.progress.step * self.job.stage.batch_tokens
-        return tokens // self.job.stage.sequence_length + self.progress.skipped_sequences
-
-    def step(self, step: int, ahead: Iterator[np.ndarray]) -> dict[str, float]:
-        """Take an optimizer step with the batch that is next."""
-        with self.journal.measure(WAIT):
-            rows = next(ahead)
-        self.progress.step = step
-        with self.journal.measure(STEP):
-            values = self.stepper.step(step, rows)
-        self.journal.stepped(step, values)
-        return values
-
-    def validate(self) -> dict[str, float]:
-        """Held-out losses of the model as it would be published."""
-        with self.journal.measure(VALIDATION), self.stepper.as_published():
-            return validate(self.job, self.model, self.progress.step, self.group)
-
-    def write(self, values: dict[str, float]) -> None:
-        counts = self.progress.counts() if self.job.stage.spikes.policy != "stop" else {}
-        damaged = {"checkpoint/passed_over": self.passed_over} if self.passed_over else {}
-        self.passed_over = 0
-        self.journal.write(self.progress.step, values | counts | damaged, self.stepper.router_load)
-
-    def is_save_due(self) -> bool:
-        """Whether any of the processes has got a preemption notice: then all save together."""
-        return self.group.any_(self.told())
-
-    def save_checkpoint(self) -> None:
-        if self.progress.step == self.progress.skipped_steps:
-            return  # nothing has changed yet, and the optimizer has no state
-        extra = self.stepper.extra()
-        with self.journal.measure(CHECKPOINT):
-            self.journal.sync()  # before the checkpoint: who resumes from it needs the points up to it
-            checkpoint.save_checkpoint(self.job.out, self.model, self.optimizer, self.progress.step, extra, self.group)
-
-    def save(self) -> dict[str, Any]:
-        """Leave the result of the stage and return its metrics."""
-        extra = self.stepper.extra()
-        checkpoint.save(self.job.out, self.model, self.optimizer, self.progress.step, extra, self.group)
-        return self.journal.metrics.summary() | self.progress.counts(prefix="")
-
-
-def _restore(
-    job: Job, group: ParallelContext, saved: Path | None
-) -> tuple[Decoder, optimizers.AnyOptimizer, int, dict[str, Tensor]]:
-    """Model, optimizer, step and the rest as a checkpoint of this stage has them, or as the stage begins."""
-    model = group.build(job.model, job.stage.precision)
-    if not saved and job.source is not None:
-        checkpoint.load_weights(job.source, model)
-    elif not saved:
-        initialize(model, job.stage.seed)
-    optimizer = optimizers.build(model, job.stage.optimizer, job.stage.learning_rate)
-    if saved:
-        return model, optimizer, checkpoint.load(saved, model, optimizer), checkpoint.load_extra(saved)
-    if job.source is not None and job.stage.optimizer_state == "keep":
-        checkpoint.load_moments(job.source, model, optimizer)
-        return model, optimizer, 0, checkpoint.load_extra(job.source)
-    return model, optimizer, 0, {}
 
 
 def _batches(job: Job, group: ParallelContext) -> Batches:
@@ -178,7 +121,46 @@ def _batches(job: Job, group: ParallelContext) -> Batches:
     )
 
 
-def _due(step: int, every_tokens: int, job: Job) -> bool:
+def _build(job: Job, group: ParallelContext, saved: Path | None, rolled_back: TrainProgress | None) -> TrainStep:
+    """Model, optimizer and progress as a checkpoint of this stage has them, or as the stage begins."""
+    stage = job.stage
+    model = group.build(job.model, stage.precision)
+    if saved is None and job.source is not None:
+        checkpoint.load_weights(job.source, model)
+    elif saved is None:
+        initialize(model, stage.seed)
+    optimizer = optimizers.build(model, stage.optimizer, stage.learning_rate)
+    progress, extra = TrainProgress(), checkpoint.NOTHING
+    if saved is not None:
+        step, extra = checkpoint.load(saved, model, optimizer), checkpoint.load_extra(saved)
+        progress = TrainProgress.of(step, extra)
+    elif job.source is not None and stage.optimizer_state == "keep":
+        checkpoint.load_moments(job.source, model, optimizer)
+        extra = checkpoint.load_extra(job.source)
+    if rolled_back is not None:
+        progress = rolled_back.at(progress.step, stage.batch_tokens // stage.sequence_length)
+    train_step = TrainStep(job, model, optimizer, group, progress)
+    train_step.restore(extra)
+    return train_step
+
+
+def _validate(train_step: TrainStep, logger: MetricsLogger) -> dict[str, float]:
+    """Held-out losses of the model as it would be published."""
+    with logger.measure(VALIDATION), train_step.as_published():
+        return validate(train_step.job, train_step.model, train_step.progress, train_step.group)
+
+
+def _save_checkpoint(train_step: TrainStep, logger: MetricsLogger) -> None:
+    progress = train_step.progress
+    if progress.step == progress.skipped_steps:
+        return  # nothing has changed yet, and the optimizer has no state
+    out, group, extra = train_step.job.out, train_step.group, train_step.extra()
+    with logger.measure(CHECKPOINT):
+        logger.sync()  # before the checkpoint: a run that resumes from it needs the points up to it
+        checkpoint.save_checkpoint(out, train_step.model, train_step.optimizer, progress.step, extra=extra, group=group)
+
+
+def _is_due(step: int, every_tokens: int, stage: PretrainStage) -> bool:
     """Whether a multiple of `every_tokens` falls into this step."""
-    batch = job.stage.batch_tokens
+    batch = stage.batch_tokens
     return step * batch // every_tokens > (step - 1) * batch // every_tokens

@@ -6,20 +6,34 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from aquilamoe.training.job import FIRST, Job, Rank
+from aquilamoe.training.job import FIRST, Rank
 from aquilamoe.training.metrics import MetricsFile, PointsFile
-from aquilamoe.training.parallel import ParallelContext
-from aquilamoe.training.router_load import RouterLoad
+from aquilamoe.training.step import TrainStep
 
-WAIT, STEP, VALIDATION, CHECKPOINT = "wait", "step", "validation", "checkpoint"
+WAIT = "wait"
+STEP = "step"
+VALIDATION = "validation"
+CHECKPOINT = "checkpoint"
 
 
 class MetricsLogger:
     """metrics.jsonl, router.jsonl of a Mixture of Experts, and a stopwatch between two points of them."""
 
-    def __init__(self, job: Job, group: ParallelContext, resume_step: int, rank: Rank = FIRST) -> None:
-        """resume_step: what was written after it is dropped, see `PointsFile`. rank: its meter is notified as well."""
-        self.batch_tokens, enabled = job.stage.batch_tokens, group.is_first
+    def __init__(self, train_step: TrainStep, rank: Rank = FIRST, passed_over: int = 0) -> None:
+        """Drop what was written after the step that training resumes at.
+
+        Args:
+            train_step: the stage in progress.
+            rank: its meter is notified as well.
+            passed_over: damaged checkpoints, for the first point.
+        """
+        job, resume_step = train_step.job, train_step.progress.step
+        self.batch_tokens = job.stage.batch_tokens
+        self.progress = train_step.progress
+        self.router_load = train_step.router_load
+        self.counts_events = job.stage.spikes.policy != "stop"
+        self.passed_over = passed_over
+        enabled = train_step.group.is_first
         self.metrics = MetricsFile(
             job.out / "metrics.jsonl",
             resume_step=resume_step,
@@ -36,7 +50,7 @@ class MetricsLogger:
         self.steps = 0
         self.meter = rank.meter
         if self.meter:
-            self.meter.begins(job, rank, group.device, resume_step)
+            self.meter.begins(job, rank, train_step.group.device, resume_step)
 
     @contextmanager
     def measure(self, part: str) -> Iterator[None]:
@@ -54,12 +68,13 @@ class MetricsLogger:
         if self.meter:
             self.meter.stepped(step, values)
 
-    def write(self, step: int, values: Mapping[str, float], router_load: RouterLoad | None) -> None:
+    def write(self, values: Mapping[str, float]) -> None:
         """Add a point: the values of this step, and what was measured since the point before."""
-        point, table = {**values, **self._speeds()}, None
-        if router_load and not router_load.is_empty:
+        step, table = self.progress.step, None
+        point: dict[str, Any] = {**values, **self._events(), **self._speeds()}
+        if self.router_load and not self.router_load.is_empty:
             assert self.router is not None
-            means, table = router_load.read_and_reset()
+            means, table = self.router_load.read_and_reset()
             point |= means
             self.router.write(step, table)
         self.metrics.write(step, point)
@@ -67,6 +82,14 @@ class MetricsLogger:
             self.meter.measured(step, point, table)
         self.seconds.clear()
         self.steps = 0
+
+    def _events(self) -> dict[str, float]:
+        """Spikes so far, and once the damaged checkpoints."""
+        found = self.progress.counts() if self.counts_events else {}
+        if self.passed_over:
+            found["checkpoint/passed_over"] = self.passed_over
+            self.passed_over = 0
+        return found
 
     def _speeds(self) -> dict[str, Any]:
         """Speed in the steps themselves: validating and saving have seconds of their own."""

@@ -44,6 +44,11 @@ class TrainProgress:
         left_out = (self.step - step) * batch_sequences
         return replace(self, step=step, skipped_sequences=self.skipped_sequences + left_out)
 
+    def position(self, job: Job) -> int:
+        """Sequence of the data at which the next step begins."""
+        tokens = job.ancestor_tokens + self.step * job.stage.batch_tokens
+        return tokens // job.stage.sequence_length + self.skipped_sequences
+
     def counts(self, prefix: str = "train/") -> dict[str, float]:
         """For metrics."""
         return {f"{prefix}skipped_steps": self.skipped_steps, f"{prefix}rollbacks": self.rollbacks}
@@ -52,16 +57,20 @@ class TrainProgress:
 class SpikeError(UserError):
     """A value that stops a stage, unless its policy knows better.
 
-    step: where it was measured. weights_of: the step that made the weights it was computed from. spoiled: whether
-    those weights may be the cause: a checkpoint of them is then as bad as they are.
+    progress: of the stage when it was measured. weights_of: the step that made the weights it was computed from.
+    spoiled: whether those weights may be the cause: a checkpoint of them is then as bad as they are.
     """
 
-    def __init__(self, job: Job, step: int, weights_of: int, name: str, value: float, reason: str = "") -> None:
-        self.step, self.weights_of, self.spoiled = step, weights_of, not math.isfinite(value)
+    def __init__(
+        self, job: Job, progress: TrainProgress, *, weights_of: int, name: str, value: float, reason: str = ""
+    ) -> None:
+        self.progress = progress
+        self.weights_of = weights_of
+        self.spoiled = not math.isfinite(value)
         good = next(iter(self.checkpoints_before(job)), None)
         super().__init__(
-            f"stage {job.name}: {name} is {value}{reason} at step {step} of {job.stage.num_steps} "
-            f"({step * job.stage.batch_tokens:,} tokens); "
+            f"stage {job.name}: {name} is {value}{reason} at step {progress.step} of {job.stage.num_steps} "
+            f"({progress.step * job.stage.batch_tokens:,} tokens); "
             f"{f'last good checkpoint: {good}' if good else 'there is no good checkpoint before it'}; "
             f"lower its learning_rate ({job.stage.learning_rate}) or lengthen its schedule.warmup_tokens and run again"
         )
@@ -80,24 +89,19 @@ class SpikeError(UserError):
         ]
 
 
-def find(job: Job, step: int, weights_of: int, values: Mapping[str, float]) -> SpikeError | None:
+def find(job: Job, progress: TrainProgress, values: Mapping[str, float], weights_of: int) -> SpikeError | None:
     """What is wrong with the values of a step or of a validation: the first that is NaN or Inf, or too large a norm.
 
     They were computed from the weights that the step `weights_of` made.
     """
     for name, value in values.items():
         if not math.isfinite(value):
-            return SpikeError(job, step, weights_of, name, value)
+            return SpikeError(job, progress, weights_of=weights_of, name=name, value=value)
     limit, norm = job.stage.spikes.max_grad_norm, values.get("train/grad_norm", 0.0)
     if limit is not None and norm > limit:
-        return SpikeError(job, step, weights_of, "train/grad_norm", norm, f", over spikes.max_grad_norm ({limit}),")
+        reason = f", over spikes.max_grad_norm ({limit}),"
+        return SpikeError(job, progress, weights_of=weights_of, name="train/grad_norm", value=norm, reason=reason)
     return None
-
-
-def require_finite(job: Job, step: int, values: Mapping[str, float], weights_of: int) -> None:
-    """Raise what `find` finds."""
-    if spike := find(job, step, weights_of, values):
-        raise spike
 
 
 def count(job: Job, progress: TrainProgress, spike: SpikeError) -> None:
@@ -107,15 +111,15 @@ def count(job: Job, progress: TrainProgress, spike: SpikeError) -> None:
         raise UserError(f"{spike} (skipped or rolled back {allowed} times before: spikes.max_events)")
 
 
-def roll_back(job: Job, group: ParallelContext, spike: SpikeError, progress: TrainProgress) -> TrainProgress:
+def roll_back(job: Job, group: ParallelContext, spike: SpikeError) -> TrainProgress:
     """Leave as the newest checkpoint the last one that can be trusted; return the progress with one rollback more.
 
     Raises the spike if that is not the policy, or if the weights that the stage began with are the cause. Done again
     after an interruption at any place, it finds the same.
     """
-    if job.stage.spikes.policy != "roll_back" or spike.step == 0:
+    if job.stage.spikes.policy != "roll_back" or spike.progress.step == 0:
         raise spike
-    count(job, progress, spike)
+    count(job, spike.progress, spike)
     checkpoint.wait()
     group.wait()  # the checkpoint before is written, by all
     if group.is_first:
@@ -123,4 +127,4 @@ def roll_back(job: Job, group: ParallelContext, spike: SpikeError, progress: Tra
             if checkpoint.step_of(path) >= spike.first_bad_checkpoint:
                 checkpoint.discard(path)
     group.wait()
-    return replace(progress, rollbacks=progress.rollbacks + 1)
+    return replace(spike.progress, rollbacks=spike.progress.rollbacks + 1)

@@ -37,7 +37,10 @@ class TrainStep:
         group: ParallelContext,
         progress: TrainProgress | None = None,
     ) -> None:
-        self.job, self.model, self.optimizer, self.group = job, model, optimizer, group
+        self.job = job
+        self.model = model
+        self.optimizer = optimizer
+        self.group = group
         self.progress = progress or TrainProgress()
         self.rows = micro_batch_rows(job.cluster, job.stage.sequence_length)
         router = job.stage.router
@@ -91,7 +94,7 @@ class TrainStep:
         losses = self.accumulate(rows, router)
         norm = self.group.clip(self.model, stage.optimizer.max_grad_norm)
         values = self.measured(losses | {"train/grad_norm": norm})
-        if spike := spikes.find(self.job, step, step - 1, values):
+        if spike := spikes.find(self.job, self.progress, values, weights_of=step - 1):
             self._skip(spike)
         else:
             self._update(router)
@@ -119,7 +122,14 @@ class TrainStep:
         means: dict[str, Tensor] = {}
         for index, chunk_bt in enumerate(chunks):
             self.group.exchange_gradients(self.network, now=index == len(chunks) - 1)
-            losses = self._losses(chunk_bt, router)
+            with self._autocast():
+                loss, routings = self.network(chunk_bt[:, :-1], chunk_bt[:, 1:])
+            losses: dict[str, Tensor] = {"train/loss": loss}
+            if routings:
+                losses["train/balance_loss"], losses["train/z_loss"] = router(routings)
+                assert self.router_load is not None
+                self.router_load.add(routings)
+            del routings  # before the backward pass takes its memory
             share = chunk_bt.shape[0] / rows.shape[0]
             objective = torch.stack([c * losses[name] for name, c in self.coefficients.items() if name in losses]).sum()
             (objective * share).backward()
@@ -134,16 +144,6 @@ class TrainStep:
         """Means over the ranks: one exchange between them, and the one time in a step that the host waits."""
         sums = self.group.sum_(torch.stack([value.detach().double() for value in values.values()]))
         return dict(zip(values, (sums / self.group.world_size).tolist(), strict=True))
-
-    def _losses(self, tokens_bt: Tensor, router: RouterObjective) -> dict[str, Tensor]:
-        with self._autocast():
-            loss, routings = self.network(tokens_bt[:, :-1], tokens_bt[:, 1:])
-        losses: dict[str, Tensor] = {"train/loss": loss}
-        if routings:
-            losses["train/balance_loss"], losses["train/z_loss"] = router(routings)
-            assert self.router_load is not None
-            self.router_load.add(routings)
-        return losses
 
     @torch.no_grad()
     def _routings(self, tokens_bt: Tensor) -> Sequence[Routing]:

@@ -8,9 +8,10 @@ import torch
 from aquilamoe.config.schema import ClusterConfig
 from aquilamoe.data.loader import validation_batches
 from aquilamoe.model.transformer import Decoder, Routing
+from aquilamoe.training import spikes
 from aquilamoe.training.job import Job, micro_batch_rows
 from aquilamoe.training.parallel import ParallelContext
-from aquilamoe.training.spikes import require_finite
+from aquilamoe.training.spikes import TrainProgress
 
 VALIDATION_ROWS = 32
 
@@ -20,8 +21,12 @@ def validation_rows(cluster: ClusterConfig, sequence_length: int) -> int:
     return min(VALIDATION_ROWS, micro_batch_rows(cluster, sequence_length))
 
 
-def validate(job: Job, model: Decoder, step: int, group: ParallelContext) -> dict[str, float]:
-    """Held-out loss by language, and their mean weighted as the training mixture, in nats per token."""
+def validate(job: Job, model: Decoder, progress: TrainProgress, group: ParallelContext) -> dict[str, float]:
+    """Held-out loss by language, and their mean weighted as the training mixture, in nats per token.
+
+    Raises:
+        SpikeError: a loss is not finite.
+    """
     stage = job.stage
     rows = validation_rows(job.cluster, stage.sequence_length) * group.world_size
     losses = {
@@ -36,7 +41,8 @@ def validate(job: Job, model: Decoder, step: int, group: ParallelContext) -> dic
     weights = sum(stage.mixture.values())
     mean = sum(losses[source] * weight for source, weight in stage.mixture.items()) / weights
     values = {"val/loss": mean, **{f"val/loss/{source}": loss for source, loss in losses.items()}}
-    require_finite(job, step, values, weights_of=step)
+    if spike := spikes.find(job, progress, values, weights_of=progress.step):
+        raise spike
     return values
 
 
