@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
+from aquilamoe.cli import advise
 from aquilamoe.cli.commands import execute
 from aquilamoe.config.messages import UserError
 
+STUDIES = Path(__file__).parents[2] / "docs" / "studies"
 Do = Callable[..., str]
 LINE = ["corpus", "tokenizer", "tokens", "prepare"]
 
@@ -89,3 +91,33 @@ def test_what_cannot_be_done_is_one_line(do: Do) -> None:
     do("until=prepare")
     with pytest.raises(UserError, match=r"^report: scale_up, dense, .* of experiment embedded have no output yet; run"):
         do("action=report")
+
+
+def test_a_finished_pipeline_keeps_its_summary_beside_its_report(finished_store: Path) -> None:
+    (path,) = finished_store.glob("reports/*/summary.json")
+    summary = json.loads(path.read_text())
+    by_name = {stage["stage"]: stage for stage in summary["stages"]}
+    assert {"corpus", "moe", "control", "export"} <= set(by_name)
+    records = {
+        name: json.loads((Path(stage["directory"]) / "record.json").read_text()) for name, stage in by_name.items()
+    }
+    assert {name: stage["metrics"] for name, stage in by_name.items()} == {
+        name: record["metrics"] for name, record in records.items()
+    }
+    assert summary["finding"]["outcome"] in ("beat", "lost", "level")
+    assert summary["finding"]["grown"] == "moe"
+    assert summary["costs"]["pipeline"]["own"]["flops"] == sum(
+        record["metrics"]["flops"] for record in records.values() if record["kind"] == "pretrain"
+    )
+
+
+def test_the_json_of_advice_has_every_statement_with_its_evidence(
+    compose: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    experiment = compose(f"paths.root={tmp_path}") | {"json": True}
+    query = {"source": "0.04M", "source_tokens": "2.6M", "target": "0.16M", "budget": "900k"}
+    advise.answer(query, experiment, STUDIES)
+    document = json.loads(capsys.readouterr().out)
+    assert (document["source"]["parameters"], document["budget_tokens"]) == (4e4, 9e5)
+    assert {line["topic"] for line in document["advice"]} == {"whether", "how", "start", "rate"}
+    assert any("summary.json" in line["evidence"] for line in document["advice"] if line["topic"] == "whether")

@@ -165,6 +165,14 @@ def test_a_narrow_terminal_gets_whole_tables_with_fewer_columns(compose: Compose
         assert max(map(len, text.splitlines())) <= width
         assert "…" not in text
         assert ("active" in text) == (width >= 100)
+        assert "status" in text and text.count("to run") >= len(plan)
+
+
+def test_the_line_of_tokenised_text_has_its_documents_and_tokens() -> None:
+    counts = {"train/en/documents": 260.0, "validation/en/documents": 14.0, "train/zh/documents": 126.0}
+    metrics = {**counts, "train/en/tokens": 1_000_000.0, "train/zh/tokens": 500_000.0, "left_out/en/documents": 9.0}
+    record = {"stage": "tokens", "kind": "tokenize", "seconds": 3.7, "metrics": metrics}
+    assert view.headline(record) == "3.7 s  400 documents  1.5M tokens"
 
 
 def events(out: Console) -> live.LiveView:

@@ -1,7 +1,8 @@
 """What the actions of `workflows/ablations.py` do."""
 
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from aquilamoe.ablation.study import text as study_text
 from aquilamoe.ablation.study_graph import StudyGraph, build
 from aquilamoe.ablation.trial import Failure, Stopping
 from aquilamoe.ablation.variants import Compose
-from aquilamoe.cli import ablation_costs, ablation_view, advise
+from aquilamoe.cli import ablation_costs, ablation_view, advise, documents
 from aquilamoe.cli.console import console
 from aquilamoe.cli.tables import cost_table
 from aquilamoe.config import graph
@@ -54,7 +55,9 @@ def execute(values: Mapping[str, Any], known: list[str], compose: Compose, comma
     if config.scheduler == "asha" and experiment.cluster.executor != "ray":
         raise UserError("scheduler: asha compares trials that run at once, which needs Ray; use cluster=local, or none")
     store = Store.of(experiment.paths)
-    if experiment.action == "plan":
+    if experiment.as_json:
+        _print_document(experiment, union, store, lambda: collect(union, store, config, experiment, command))
+    elif experiment.action == "plan":
         _show_plan(experiment, union, store, config)
     elif experiment.action == "status":
         _show_status(experiment, store, collect(union, store, config, experiment, command))
@@ -63,6 +66,18 @@ def execute(values: Mapping[str, Any], known: list[str], compose: Compose, comma
         with store.lock():
             failures = _run(experiment, union, store, config)
             _tell(experiment, store, collect(union, store, config, experiment, command), failures)
+
+
+def _print_document(experiment: ExperimentConfig, union: StudyGraph, store: Store, study: Callable[[], Study]) -> None:
+    """Print the plan, or the results so far as `summary.json` holds them, as JSON."""
+    if experiment.action == "plan":
+        tasks = planning.tasks(union, store, Speed.of(experiment.cluster))
+        print(documents.text(ablation_view.plan_document(experiment.name, union, tasks)))
+    elif experiment.action == "status":
+        document = json.loads(study_text(study()))
+        print(documents.text({"action": "status", "running": store.holder(), "study": document}))
+    else:
+        raise UserError(f"json: action={experiment.action} has no JSON document; these have: plan, status, advise")
 
 
 def _show_plan(experiment: ExperimentConfig, union: StudyGraph, store: Store, config: AblationConfig) -> None:

@@ -1,11 +1,13 @@
 """What the terminal shows of an ablation."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from aquilamoe import format
+from aquilamoe.ablation import plan as planning
 from aquilamoe.ablation.conclusions import conclusions
 from aquilamoe.ablation.plan import Task, Totals, by_variant
 from aquilamoe.ablation.study import Interval, Study
@@ -50,6 +52,35 @@ def _row(table: Table, kind: str, names: Sequence[str], leaves: Sequence[Leaf], 
         format.power(node.lineage_flops),
         f"{there} of {len(leaves)}",
     )
+
+
+def plan_document(name: str, union: StudyGraph, tasks: Sequence[Task]) -> dict[str, Any]:
+    """The plan for programs: every variant and control with its leaf by seed, and the sums of what is left to do."""
+    done = {task.leaf.fingerprint for task in tasks if task.is_done}
+    totals = planning.totals(tasks)
+    return {
+        "action": "plan",
+        "ablation": name,
+        "leaves": [
+            {
+                "variant": leaf.variant.values,
+                "control": leaf.control.name if leaf.control else None,
+                "stage": leaf.stage,
+                "fingerprint": leaf.fingerprint,
+                "parameters": model.num_params if (model := leaf.nodes[leaf.stage].model) else None,
+                "tokens": leaf.nodes[leaf.stage].tokens,
+                "flops": leaf.nodes[leaf.stage].flops,
+                "lineage_flops": leaf.nodes[leaf.stage].lineage_flops,
+                "is_done": leaf.fingerprint in done,
+            }
+            for leaf in union.leaves
+        ],
+        "stages": len(union.nodes),
+        "cached_stages": totals.cached,
+        "flops": totals.flops,
+        "disk_bytes": totals.disk_bytes,
+        "seconds": totals.seconds,
+    }
 
 
 def plan_summary(union: StudyGraph, totals: Totals, concurrency: int) -> str:

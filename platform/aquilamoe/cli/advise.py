@@ -8,6 +8,7 @@ from typing import Any
 from aquilamoe.ablation.advice import TITLES, advise, load, rules
 from aquilamoe.ablation.advice_query import AdviceQuery, GrowthSource, ask
 from aquilamoe.checkpoint.hf_config import CONFIG_FILE, read_config
+from aquilamoe.cli import documents
 from aquilamoe.cli.console import console
 from aquilamoe.config import graph
 from aquilamoe.config.paths import local
@@ -28,10 +29,14 @@ def answer(values: Mapping[str, Any], experiment: Mapping[str, Any], shipped: Pa
     root = local(str(experiment["paths"]["root"])).absolute()
     question = ask(values, lambda text: _find(text, experiment, Store(root)))
     recorded = load([shipped, root / "ablations"])
+    lines = advise(question, recorded, rules())
+    if experiment["json"] is True:
+        print(documents.text(documents.advice(question, lines, len(recorded))))
+        return
     out = console()
     out.print(f"{described(question)}\n", soft_wrap=True)
     topic = ""
-    for sentence in advise(question, recorded, rules()):
+    for sentence in lines:
         if sentence.topic != topic:
             topic = sentence.topic
             out.print(f"{TITLES[sentence.topic]}:", style="bold")

@@ -22,7 +22,9 @@ from aquilamoe.estimates.dry_run_graph import shrunk
 from aquilamoe.estimates.duration import Speed
 from aquilamoe.files import write_atomically
 from aquilamoe.lineage.artifacts import Artifact
+from aquilamoe.lineage.expected import expected_stages
 from aquilamoe.lineage.graph import ArtifactGraph, read_graph
+from aquilamoe.lineage.unused import Unused, remove, unused
 from aquilamoe.pipeline import plan as planning
 from aquilamoe.pipeline import runner
 from aquilamoe.pipeline.cost import training_devices
@@ -51,6 +53,9 @@ def execute(values: Mapping[str, Any], command: str) -> None:
         )
     if experiment.action == "list":
         _list(experiment, store)
+        return
+    if experiment.action == "clean":
+        _clean(experiment, graph.build(experiment), store)
         return
     if experiment.action in lineage.ACTIONS:
         _answer(experiment, nodes, store)
@@ -89,6 +94,36 @@ def _list(experiment: ExperimentConfig, store: Store) -> None:
     for reason in library.damaged.values():
         out.print(f"damaged: {reason}", style="yellow", soft_wrap=True)
     out.print(f"\n{len(library.entries)} outputs in {_relative(store.stages)}")
+
+
+def _clean(experiment: ExperimentConfig, nodes: Mapping[str, Node], store: Store) -> None:
+    """List what nothing in the store needs any more; remove it if the user has confirmed."""
+    with store.lock() if experiment.confirm else nullcontext():
+        planned = {stage.fingerprint for stage in expected_stages(nodes).values()}
+        found = unused(store, read_graph(store.stages), planned)
+        if experiment.as_json:
+            print(documents.text(documents.unused(found, experiment.confirm)))
+        else:
+            _show_unused(experiment, found, store)
+        if experiment.confirm:
+            for each in found:
+                remove(each)
+
+
+def _show_unused(experiment: ExperimentConfig, found: Sequence[Unused], store: Store) -> None:
+    out = console.console()
+    if not found:
+        out.print(f"Everything in {_relative(store.stages)} is needed by a report, an ablation or this experiment.")
+        return
+    out.print(tables.unused_table(found, out.width))
+    if experiment.confirm:
+        out.print(f"\nRemoving these {len(found)} directories of {_relative(store.stages)}.", soft_wrap=True)
+    else:
+        out.print(
+            f"\nNothing was removed. To remove these {len(found)} directories of {_relative(store.stages)}, "
+            "repeat the command with confirm=true.",
+            soft_wrap=True,
+        )
 
 
 def _write_report(experiment: ExperimentConfig, plan: Sequence[Planned], store: Store, command: str) -> None:
@@ -231,7 +266,7 @@ def _show_status(experiment: ExperimentConfig, plan: Sequence[Planned], store: S
         out.print(tables.cost_table(costs.spent(records), out.width))
         out.print()
     for planned in waiting:
-        out.print(f"  {planned.name}: {planned.state}, {planned.reason}")
+        out.print(f"  {planned.name}: {tables.STATES[planned.state]}, {planned.reason}")
     report = _report_path(experiment, store)
     if report.exists():
         out.print(f"\nreport  {_relative(report)}")
@@ -268,7 +303,7 @@ def _run(experiment: ExperimentConfig, plan: Sequence[Planned], store: Store, co
     finally:
         if tracker:
             warning = tracker.pipeline_finished(succeeded, report)
-    status = {planned.name: "run" if planned.is_computed else planned.state for planned in plan}
+    status = {planned.name: "computed" if planned.is_computed else planned.state for planned in plan}
     out.print()
     records = {name: output.record for name, output in done.items()}
     out.print(tables.final_table(records, status, out.width))
@@ -315,6 +350,10 @@ def _report(experiment: ExperimentConfig, done: Mapping[str, Input], store: Stor
         folder=path.parent,
         command=command,
     )
+    records = {name: output.record for name, output in done.items()}
+    found = conclusion.find(records, experiment.report.chain, experiment.report.control)
+    document = documents.summary(experiment, done, costs.spent(records), found, command)
+    write_atomically(path.with_name(documents.SUMMARY), documents.text(document) + "\n")
     write_atomically(marker, stamp)
     return path
 

@@ -5,13 +5,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from aquilamoe.ablation.advice import AdviceLine
+from aquilamoe.ablation.advice_query import AdviceQuery
 from aquilamoe.config.schema import ExperimentConfig
 from aquilamoe.lineage.artifacts import Artifact
 from aquilamoe.lineage.graph import ArtifactGraph
+from aquilamoe.lineage.unused import Unused
 from aquilamoe.pipeline.plan import Planned
+from aquilamoe.pipeline.stage import Input
+from aquilamoe.reports.conclusion import Finding
 from aquilamoe.reports.costs import CostTable
 
-ACTIONS = ("plan", "status", "list", "lineage")
+ACTIONS = ("plan", "status", "list", "lineage", "clean")
+SUMMARY = "summary.json"
 VERSION = 1  # raised when a field changes its meaning or goes
 
 
@@ -26,10 +32,14 @@ def pipeline(experiment: ExperimentConfig, plan: Sequence[Planned], costs: CostT
         "action": experiment.action,
         "experiment": experiment.name,
         "stages": [_stage(planned) for planned in plan],
-        "costs": {
-            row.name: {"own": asdict(row.own), "lineage": asdict(row.lineage) if row.lineage else None}
-            for row in [*costs.rows, costs.total]
-        },
+        "costs": _costs(costs),
+    }
+
+
+def _costs(costs: CostTable) -> dict[str, Any]:
+    return {
+        row.name: {"own": asdict(row.own), "lineage": asdict(row.lineage) if row.lineage else None}
+        for row in [*costs.rows, costs.total]
     }
 
 
@@ -59,6 +69,42 @@ def outputs(library: ArtifactGraph) -> dict[str, Any]:
         "outputs": [output(entry) for entry in library.newest_first()],
         "damaged": {str(path): reason for path, reason in library.damaged.items()},
     }
+
+
+def summary(
+    experiment: ExperimentConfig, outputs: Mapping[str, Input], costs: CostTable, finding: Finding, command: str
+) -> dict[str, Any]:
+    """Of a finished pipeline, kept beside its report: every stage, what all cost, and what it found."""
+    return {
+        "experiment": experiment.name,
+        "description": experiment.description,
+        "command": command,
+        "stages": [
+            {"stage": name, "directory": str(each.directory)}
+            | {key: each.record.get(key) for key in ("kind", "fingerprint", "finished", "seconds", "inputs", "metrics")}
+            for name, each in outputs.items()
+        ],
+        "costs": _costs(costs),
+        "finding": asdict(finding),
+    }
+
+
+def advice(query: AdviceQuery, lines: Sequence[AdviceLine], studies: int) -> dict[str, Any]:
+    """Of `advise`: the query as it was understood, and every statement with its evidence."""
+    return {
+        "action": "advise",
+        "source": {"parameters": query.source.params, "tokens": query.source.tokens},
+        "target": {"parameters": query.target_params, "active_parameters": query.active_params, "kind": query.kind},
+        "budget_tokens": query.budget,
+        "studies": studies,
+        "advice": [asdict(line) for line in lines],
+    }
+
+
+def unused(found: Sequence[Unused], removed: bool) -> dict[str, Any]:
+    """Of `clean`: directories that nothing needs, largest first, and whether they are being removed."""
+    directories = [{"directory": str(each.path), "bytes": each.bytes, "reason": each.reason} for each in found]
+    return {"action": "clean", "removed": removed, "directories": directories}
 
 
 def lineage(library: ArtifactGraph, entry: Artifact) -> dict[str, Any]:

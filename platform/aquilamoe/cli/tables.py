@@ -7,17 +7,19 @@ from rich.text import Text
 
 from aquilamoe import format
 from aquilamoe.lineage.artifacts import Artifact
+from aquilamoe.lineage.unused import Unused
 from aquilamoe.pipeline.figures import metric as figures_metric
 from aquilamoe.pipeline.plan import Planned
 from aquilamoe.pipeline.store import Record
 from aquilamoe.reports import stage_rows
 from aquilamoe.reports.costs import CostTable
 
-STATE_STYLE = {"cached": "green", "fetched": "green", "resumes": "yellow", "runs": "cyan"}
+# What a plan's states are called in the terminal: what will happen, not what is happening.
+STATES = {"cached": "cached", "fetched": "to fetch", "resumes": "to resume", "runs": "to run"}
+STATE_STYLE = {"cached": "green", "to fetch": "green", "to resume": "yellow", "to run": "cyan"}
 
-
-# What a terminal that is too narrow for all columns goes without, first to last.
-DISPENSABLE = ("status", "tokens/s", "active", "energy", "lineage energy", "disk", "recovery tokens", "lineage FLOPs")
+# What a terminal that is too narrow for all columns goes without, first to last; never the status.
+DISPENSABLE = ("tokens/s", "active", "energy", "lineage energy", "disk", "recovery tokens", "lineage FLOPs", "FLOPs")
 GAP = 2
 SHRUNK = 24
 
@@ -30,7 +32,7 @@ def plan_table(plan: Sequence[Planned], width: int) -> Table:
         lines.append(
             {
                 "stage": planned.name,
-                "": planned.state,
+                "status": STATES[planned.state],
                 "why": planned.reason,
                 "parameters": format.count(model.num_params if model else None),
                 "active": format.count(model.num_active_params if model else None),
@@ -45,13 +47,13 @@ def plan_table(plan: Sequence[Planned], width: int) -> Table:
     total = {
         **dict.fromkeys(lines[0], ""),
         "stage": "total",
-        "why": f"{len(pending)} of {len(plan)} stages run",
+        "why": f"{len(pending)} of {len(plan)} stages to run",
         "tokens": format.count(sum(planned.node.tokens for planned in pending) or None),
         "FLOPs": format.power(sum(planned.node.flops for planned in pending) or None),
         "disk": format.size_or_absent(sum(planned.estimate.disk_bytes for planned in new)),
         "time": _total_time(pending),
     }
-    return _fitting(lines, total, width, left=("stage", "", "why"), shrinks="why")
+    return _fitting(lines, total, width, left=("stage", "status", "why"), shrinks="why")
 
 
 def _total_time(pending: Sequence[Planned]) -> str:
@@ -92,6 +94,15 @@ def output_table(entries: Sequence[Artifact], width: int) -> Table:
     if not lines:
         return make_table()
     return _fitting(lines, None, width, left=("stage", "kind", "fingerprint", "finished"))
+
+
+def unused_table(found: Sequence[Unused], width: int) -> Table:
+    """One row a directory that `action=clean` may remove."""
+    lines = [
+        {"directory": each.path.name, "disk ": format.size_or_absent(each.bytes), "why": each.reason} for each in found
+    ]
+    total = {"directory": "total", "disk ": format.size_or_absent(sum(each.bytes for each in found)), "why": ""}
+    return _fitting(lines, total, width, left=("directory", "why"), shrinks="why")
 
 
 def task_table(figures: Sequence[tuple[str, str, float, int]]) -> Table:

@@ -15,6 +15,7 @@ from aquilamoe.reports import stage_rows
 
 WIDEST_BAR, NARROWEST_BAR = 40, 8
 WIDEST_SPARK = 30
+TEXT_UNITS = ("documents", "tokens")
 PLAIN_EVERY_S = 60.0  # between lines of a long stage, where there is no terminal
 
 
@@ -43,6 +44,7 @@ def headline(record: Record) -> str:
     parts = [format.duration(round(row.seconds or 0.0, 1))]
     if row.tokens:
         parts.append(f"{format.count(row.tokens)} tokens")
+    parts += [f"{format.count(total)} {unit}" for unit in TEXT_UNITS if (total := _sum(record, unit))]
     # Of a growth what its certificate measured: nothing has been trained after it that would have a validation.
     keys = ("source_loss", "target_loss") if row.kind in GROWTH_KINDS else ("loss_start", "loss_end")
     start, end = (metric(record, key) for key in keys)
@@ -51,6 +53,16 @@ def headline(record: Record) -> str:
     if row.tokens_per_s:
         parts.append(f"{format.count(row.tokens_per_s)} tokens/s")
     return "  ".join(parts)
+
+
+def _sum(record: Record, unit: str) -> float:
+    """Of a stage of text: its documents or tokens in all splits and languages."""
+    metrics = record.get("metrics") or {}
+    return sum(
+        metric(record, name) or 0.0
+        for name in metrics
+        if name.startswith(("train/", "validation/")) and name.count("/") == 2 and name.endswith(f"/{unit}")
+    )
 
 
 def present(pipeline: PipelineProgress, now: float, width: int) -> list[Text]:

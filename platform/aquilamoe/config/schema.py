@@ -99,6 +99,7 @@ class ExperimentConfig(Config):
         "evaluate",
         "list",
         "report",
+        "clean",
     ] = Field(description="What the command does; --help describes each action")
     watch: bool = Field(
         default=False, description="action=status: whether a running pipeline is followed until it ends"
@@ -107,11 +108,12 @@ class ExperimentConfig(Config):
         default=None,
         description="action=run, plan, status: last stage; only it and what it is made from; null: all stages",
     )
+    confirm: bool = Field(default=False, description="action=clean: whether to remove what it lists")
     as_json: bool = Field(
         default=False,
         alias="json",
-        description="action=plan, status, list, lineage: whether one JSON document for programs is printed instead of "
-        "tables",
+        description="action=plan, status, list, lineage, clean, advise: whether one JSON document for programs is "
+        "printed instead of tables",
     )
     checkpoint: str | None = Field(
         default=None,
