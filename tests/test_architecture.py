@@ -191,8 +191,8 @@ def test_only_the_command_line_prints() -> None:
 def test_no_two_classes_have_one_name() -> None:
     names: dict[str, list[str]] = {}
     for path in SOURCES:
-        classes = [node for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.ClassDef)]
-        for node in classes:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in (node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)):
             names.setdefault(node.name, []).append(str(path.relative_to(REPOSITORY)))
     # The API's Store is the store as notebooks see it: its users know no other.
     twice = {name: places for name, places in names.items() if len(places) > 1 and name != "Store"}
@@ -318,6 +318,18 @@ def test_a_file_is_read_in_one_sitting_and_a_function_on_one_screen(path: Path) 
 def is_long(node: ast.FunctionDef) -> bool:
     assert node.end_lineno is not None
     return node.end_lineno - node.lineno >= 60
+
+
+def test_three_names_are_not_assigned_on_one_line() -> None:
+    """The names of what a function returns, which stand for one value, may be."""
+    packed = [
+        f"{path.relative_to(REPOSITORY)}:{node.lineno}"
+        for path in SOURCES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple) and len(node.value.elts) >= 3
+        if any(isinstance(target, ast.Tuple) for target in node.targets)
+    ]
+    assert packed == []
 
 
 def test_no_file_is_named_after_its_lack_of_a_subject() -> None:

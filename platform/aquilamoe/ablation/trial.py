@@ -55,7 +55,9 @@ class Field:
     """
 
     def __init__(self, tasks: Sequence[Task], store: Store, told: Told) -> None:
-        self.tasks, self.store, self.told = {task.name: task for task in tasks}, store, told
+        self.tasks = {task.name: task for task in tasks}
+        self.store = store
+        self.told = told
         self.logs = store.root / "logs"
         digest = hashlib.sha256("\n".join(sorted(self.tasks)).encode()).hexdigest()[:12]
         self.notes = store.root / "ablations" / f"stopped-{digest}.json"

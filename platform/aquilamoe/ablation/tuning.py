@@ -24,7 +24,9 @@ TUNE_ENVIRONMENT = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "RAY_AIR_NEW_OUTPUT": "0",
 }
-LOSS, ABOVE_SOURCE, TOKENS = "loss", "above_source", "tokens"
+LOSS = "loss"
+ABOVE_SOURCE = "above_source"
+TOKENS = "tokens"
 # Early stopping: first after an eighth of the tokens, and the worse half each time.
 GRACE, REDUCTION = 8, 2
 

@@ -123,7 +123,9 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _parse_entry(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
     """One tensor of a header; its size must match type and shape."""
     try:
-        dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        dtype = entry["dtype"]
+        shape = entry["shape"]
+        start, end = entry["data_offsets"]
         if not (isinstance(dtype, str) and isinstance(shape, list)):
             raise TypeError("dtype is not a string or shape not a list")
         if len(shape) > MAX_DIMENSIONS:

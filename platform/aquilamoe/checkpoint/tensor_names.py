@@ -18,7 +18,10 @@ K_WEIGHT, K_BIAS = "self_attn.k_proj.weight", "self_attn.k_proj.bias"
 V_WEIGHT, V_BIAS = "self_attn.v_proj.weight", "self_attn.v_proj.bias"
 O_WEIGHT = "self_attn.o_proj.weight"
 Q_NORM, K_NORM = "self_attn.q_norm.weight", "self_attn.k_norm.weight"
-GATE, UP, DOWN = "mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight"  # of a dense layer
+# Of a dense layer.
+GATE = "mlp.gate_proj.weight"
+UP = "mlp.up_proj.weight"
+DOWN = "mlp.down_proj.weight"
 ROUTER = "mlp.gate.weight"
 
 # A shared expert and the row that scores it.

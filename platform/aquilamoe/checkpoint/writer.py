@@ -262,7 +262,9 @@ class _Flow:
 
     def __init__(self, writer: "CheckpointWriter", names: list[str], hashing: Lane | None) -> None:
         self.name = names[0]
-        self._writer, self._names, self._hashing = writer, names, hashing
+        self._writer = writer
+        self._names = names
+        self._hashing = hashing
         self._places = writer.places(names)
         # Memory and file have to agree on where pages begin; of several places the first decides.
         self._begin = self._end = self._places[0][1] % PAGE

@@ -92,7 +92,9 @@ def _show_plan(experiment: ExperimentConfig, union: StudyGraph, store: Store, co
 
 def _show_status(experiment: ExperimentConfig, store: Store, study: Study) -> None:
     """The results so far, while it runs too."""
-    out, holder, page = console(), store.holder(), folder_of(experiment, store) / comparison.PAGE
+    out = console()
+    holder = store.holder()
+    page = folder_of(experiment, store) / comparison.PAGE
     leaves = [entry for entry in study.entries for _ in (*entry.seeds, *entry.missing)]
     done = sum(len(entry.seeds) for entry in study.entries)
     state = f"running, {holder}" if holder else "not running"
@@ -136,7 +138,9 @@ def folder_of(experiment: ExperimentConfig, store: Store) -> Path:
 
 def _written(study: Study, folder: Path) -> Path:
     """The page, rebuilt only for other numbers: drawing takes seconds."""
-    summary, page, text = folder / SUMMARY, folder / comparison.PAGE, study_text(study)
+    summary = folder / SUMMARY
+    page = folder / comparison.PAGE
+    text = study_text(study)
     if not page.exists() or not summary.exists() or summary.read_text(encoding="utf-8") != text:
         comparison.write(study, folder)
         write_atomically(summary, text)

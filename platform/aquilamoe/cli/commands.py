@@ -289,7 +289,10 @@ def _run(experiment: ExperimentConfig, plan: Sequence[Planned], store: Store, co
     resolved = masked(experiment.model_dump(mode="json"))  # stages with what they inherit from groups
     if tracker:
         tracker.pipeline_started(experiment.name, experiment.description, resolved, store.root)
-    report, succeeded, warning, unwritten = None, False, None, None
+    report = None
+    succeeded = False
+    warning = None
+    unwritten = None
     try:
         with _workers(experiment, plan, store):
             done = runner.run(plan, store, experiment.cluster, [progress, *([tracker] if tracker else [])])

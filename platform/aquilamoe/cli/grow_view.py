@@ -29,7 +29,10 @@ class Bar:
     """One step of the work: a bar on a terminal, and a line at its end. With `total_bytes` it also shows the rate."""
 
     def __init__(self, out: Console, step: str, unit: str, total_bytes: int = 0) -> None:
-        self.out, self.step, self.unit, self.total_bytes = out, step, unit, total_bytes
+        self.out = out
+        self.step = step
+        self.unit = unit
+        self.total_bytes = total_bytes
         self._started = time.monotonic()
         self._drawn = 0.0
         self._last = ""

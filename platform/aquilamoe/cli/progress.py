@@ -40,7 +40,9 @@ class StageProgress:
         """Take over what was measured; points from before this attempt are those that it resumes from."""
         for point in points:
             if {"done", "total", "unit"} <= point.keys():
-                self.done, self.total, self.unit = point["done"], point["total"], point["unit"]
+                self.done = point["done"]
+                self.total = point["total"]
+                self.unit = point["unit"]
                 continue
             if not {"tokens", "time"} <= point.keys():
                 continue

@@ -122,7 +122,9 @@ def _normalized(program: Program, word: str, words: Words) -> tuple[int, str]:
     """An argument, and its place among the others."""
     match = WORD.fullmatch(word)
     assert match is not None
-    prefix, key, value = match["prefix"] or "", match["key"], match["value"]
+    prefix = match["prefix"] or ""
+    key = match["key"]
+    value = match["value"]
     last = len(program.chosen)
     if prefix == "~" or "@" in key or key.startswith("hydra"):
         return last, word

@@ -22,7 +22,9 @@ def inherited(stage: Any, groups: dict[str, Any]) -> Any:
 def _inherit_data(stage: dict[str, Any], groups: dict[str, Any]) -> dict[str, Any]:
     """What a stage that trains leaves out of its model is as the group model, and its mixture as the corpus'."""
     found: dict[str, Any] = {}
-    data, model, mixture = groups.get("data"), stage.get("model"), stage.get("mixture")
+    data = groups.get("data")
+    model = stage.get("model")
+    mixture = stage.get("mixture")
     if isinstance(model, dict) and isinstance(groups.get("model"), dict):
         found["model"] = {**groups["model"], **model}
     if isinstance(data, dict) and isinstance(sources := data.get("sources"), dict):

@@ -13,8 +13,13 @@ def _refuse_bool(value: Any) -> Any:
 
 
 # More than any network that will fit on a disk; what is larger is a mistake, and would keep every loop busy for hours.
-MAX_LAYERS, MAX_EXPERTS, MAX_HEADS = 2**12, 2**15, 2**14
-MAX_WIDTH, MAX_NEURONS, MAX_VOCABULARY, MAX_HEAD_DIM = 2**18, 2**21, 2**24, 2**13
+MAX_LAYERS = 2**12
+MAX_EXPERTS = 2**15
+MAX_HEADS = 2**14
+MAX_WIDTH = 2**18
+MAX_NEURONS = 2**21
+MAX_VOCABULARY = 2**24
+MAX_HEAD_DIM = 2**13
 MAX_POSITIONS = 2**40
 MAX_TENSORS = 200_000  # of one checkpoint
 

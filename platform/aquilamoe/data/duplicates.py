@@ -25,7 +25,9 @@ def first_occurrences(files: Sequence[Path], out: Path) -> np.ndarray:
     is_first[:] = True
     turns = max(1, -(-total // SORTED_AT_ONCE))
     for turn in range(turns):
-        hashes, positions, before = [], [], 0
+        hashes = []
+        positions = []
+        before = 0
         for path, length in zip(files, lengths, strict=True):
             found = np.load(path, mmap_mode="r")
             here = np.flatnonzero(found % turns == turn) if turns > 1 else np.arange(length)

@@ -10,7 +10,10 @@ from aquilamoe.config.network import ModelConfig
 from aquilamoe.model.kernels.choice import Kernels
 
 INDEX, FLOAT = 8, 4  # bytes of an index; of what is float32 in any precision
-LONG, SHORT_BLOCK, LONG_BLOCK = 512, 64, 128  # blocks of queries of the explicit attention
+# The explicit attention takes blocks of queries: small ones up to sequences of LONG.
+LONG = 512
+SHORT_BLOCK = 64
+LONG_BLOCK = 128
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,9 @@ from aquilamoe.config.messages import UserError
 Values = dict[str, Any]
 WIDTHS = (64, 32, 16, 8, 4, 2, 1)
 NARROWEST = 16  # channels of the residual stream
-LENGTH, ROWS, VOCABULARY = 32, 4, 320  # tokens of a sequence; sequences of the one batch; tokens of the vocabulary
+LENGTH = 32  # tokens of a sequence
+ROWS = 4  # sequences of the one batch
+VOCABULARY = 320  # tokens
 DOCUMENTS, WORDS = 24, 80
 BATCH = LENGTH * ROWS
 TRAINING: Mapping[str, Any] = {

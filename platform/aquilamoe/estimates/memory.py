@@ -89,7 +89,9 @@ class _Device:
     """One device, moment by moment of a step: when the loss is computed, when the backward pass begins and ends."""
 
     def __init__(self, model: ModelConfig, stage: PretrainStage, cluster: ClusterConfig) -> None:
-        self.model, self.stage, self.layout = model, stage, Layout.of(cluster)
+        self.model = model
+        self.stage = stage
+        self.layout = Layout.of(cluster)
         self.checkpointing = cluster.activation_checkpointing
         self.precision = PRECISIONS[stage.precision]
         rows, self.passes = micro_batches(stage, cluster)
@@ -148,7 +150,9 @@ class _Device:
 
         With checkpointing a layer keeps its input, and all else only while it is computed again.
         """
-        model, run, layers = self.model, self.run, kinds(self.model)
+        model = self.model
+        run = self.run
+        layers = kinds(self.model)
         stream = self.precision.stream * model.hidden_size
         # The final norm's input and output, and the rows of tokens.
         outside = run.tokens * (stream + self.precision.compute * model.hidden_size + 2 * FLOAT) + 2 * 8 * run.tokens

@@ -12,7 +12,9 @@ def core_flops_per_s() -> float:
     """Of float32 matrix products, for a second of one core; other processes hardly change it."""
     import numpy as np
 
-    matrix, began, best = np.ones((SIZE, SIZE), np.float32), time.process_time(), float("inf")
+    matrix = np.ones((SIZE, SIZE), np.float32)
+    began = time.process_time()
+    best = float("inf")
     np.matmul(matrix[:64, :64], matrix[:64, :64])  # the first starts threads
     while (started := time.process_time()) - began < ENOUGH_S or best == float("inf"):
         np.matmul(matrix, matrix)

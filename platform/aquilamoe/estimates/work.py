@@ -12,7 +12,9 @@ FLOPS_A_BYTE = 100.0
 
 
 # What a stage that reads and writes weights takes: to start, for a byte on a usual disk, and for a FLOP on some cores.
-START_S, DISK_BYTES_PER_S, FLOPS_PER_S = 4.0, 1e9, 1e11
+START_S = 4.0
+DISK_BYTES_PER_S = 1e9
+FLOPS_PER_S = 1e11
 
 
 def moving_s(num_bytes: float, flops: float = 0.0) -> float:

@@ -23,7 +23,9 @@ class Generator:
     """A checkpoint's model and tokenizer, to continue texts with."""
 
     def __init__(self, model: Decoder, tokenizer: "Tokenizer", eos_token_id: int | None) -> None:
-        self.model, self.tokenizer, self.eos_token_id = model, tokenizer, eos_token_id
+        self.model = model
+        self.tokenizer = tokenizer
+        self.eos_token_id = eos_token_id
 
     @staticmethod
     def open(directory: Path) -> "Generator":

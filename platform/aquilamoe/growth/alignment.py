@@ -43,7 +43,9 @@ class Alignment:
         Returned is the largest root mean square of any token and any channel, in the source's units: 1 is as far off as
         if the layer was not there.
         """
-        before_nd, after_nd, target_nd = before_nd[counted_n], after_nd[counted_n], target_nd[counted_n]
+        before_nd = before_nd[counted_n]
+        after_nd = after_nd[counted_n]
+        target_nd = target_nd[counted_n]
         if len(after_nd) == 0:
             return 0.0
         added_nd = F.pad((after_nd - before_nd)[:, self.channels_c], (0, self.padding))

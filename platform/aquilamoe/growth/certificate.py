@@ -163,7 +163,9 @@ class _Walk:
         self.compared = max(1, COMPARED_TOKENS // inputs_bt.shape[1])  # sequences
         self.differences: list[float] = []
         self.alignment: Alignment | None = None
-        self._progress, self._done, self._rounds = progress, 0, 1 if unrounded is None else 2
+        self._progress = progress
+        self._done = 0
+        self._rounds = 1 if unrounded is None else 2
         self._step(0)
 
     def _step(self, layers: int = 1) -> None:

@@ -51,7 +51,9 @@ class Stored:
     """
 
     def __init__(self, reader: Reader, dtype: torch.dtype) -> None:
-        self.reader, self.dtype, self.file_dtype = reader, dtype, reader.dtype(tensor_names.EMBEDDING)
+        self.reader = reader
+        self.dtype = dtype
+        self.file_dtype = reader.dtype(tensor_names.EMBEDDING)
 
     def get(self, name: str) -> Tensor:
         """A tensor."""
@@ -87,7 +89,9 @@ class StreamedDecoder:
     """
 
     def __init__(self, weights: Weights, config: ModelConfig, positions: Positions | None = None) -> None:
-        self.config, self.weights, self.dtype = config, weights, weights.dtype
+        self.config = config
+        self.weights = weights
+        self.dtype = weights.dtype
         self.positions = positions or plain(config)
 
     def embed(self, tokens_bt: Tensor) -> Tensor:
@@ -162,7 +166,9 @@ class _Streamed(nn.Module):
 
     def __init__(self, part: nn.Module, read: Callable[[], Tensors], *, flat: bool) -> None:
         super().__init__()
-        self.part, self._read, self._flat = part, read, flat
+        self.part = part
+        self._read = read
+        self._flat = flat
 
     def forward(self, x: Tensor, *arguments: Tensor) -> Tensor:
         weights = self._read()

@@ -118,7 +118,9 @@ class _Width:
     """The axes of every role of a growth in width."""
 
     def __init__(self, source: ModelConfig, target: ModelConfig, growth: GrowthConfig, seed: int) -> None:
-        self.source, self.target, self.growth = source, target, growth
+        self.source = source
+        self.target = target
+        self.growth = growth
         self.method = plugins.load("growth/methods", growth.method)
         self.units = map_units(source, target, growth, seed)
 
@@ -138,7 +140,9 @@ class _Width:
         above_rows, above_columns = False, False
         if has_upper and hasattr(self.method, "from_above"):
             above_rows, above_columns = self.method.from_above(role, self.growth)
-        rows, row_units, column_units = self._rows(role), self.units.rows(role), self.units.columns(role)
+        rows = self._rows(role)
+        row_units = self.units.rows(role)
+        column_units = self.units.columns(role)
         if above_rows and row_units is not None:
             rows = _forget(rows, row_units)
         columns = Axis() if column_units is None else self._reading(column_units, above_columns)

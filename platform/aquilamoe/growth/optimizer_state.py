@@ -27,7 +27,9 @@ from aquilamoe.config.schema import GrowthConfig, ModelConfig, UpcyclingConfig
 from aquilamoe.growth import gradient_maps
 from aquilamoe.growth.gradient_maps import Axis, GradientMap
 
-STEP, FIRST, SECOND = "step", "exp_avg", "exp_avg_sq"
+STEP = "step"
+FIRST = "exp_avg"
+SECOND = "exp_avg_sq"
 MOMENTUM = "momentum_buffer"  # of a hidden matrix, if the model was trained by Muon
 ONE_FILE = 1 << 62  # bytes
 

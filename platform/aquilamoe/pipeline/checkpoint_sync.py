@@ -41,7 +41,10 @@ class CheckpointSync:
     """One unfinished stage in its directory, and what the remote has of it."""
 
     def __init__(self, remote: Remote, partial: Path, fingerprint: str, attempts: "Attempts") -> None:
-        self.remote, self.partial, self.place, self.attempts = remote, partial, place_of(fingerprint), attempts
+        self.remote = remote
+        self.partial = partial
+        self.place = place_of(fingerprint)
+        self.attempts = attempts
         self._copied: str | None = None
         self._ended = Event()
 

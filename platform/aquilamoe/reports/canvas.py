@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 # Okabe-Ito, distinguishable with any colour vision; one colour a trained stage, grey for what it is compared with.
 PALETTE = ("#0072B2", "#009E73", "#D55E00", "#CC79A7", "#E69F00", "#56B4E9")
 CONTROL = "#6B7280"
-INK, MUTED, GRID, RULE, HAIRLINE = "#1F2937", "#6B7280", "#E5E7EB", "#9CA3AF", "#D1D5DB"
+INK = "#1F2937"
+MUTED = "#6B7280"
+GRID = "#E5E7EB"
+RULE = "#9CA3AF"
+HAIRLINE = "#D1D5DB"
 SHADE, PAPER = "#F3F4F6", "#FFFFFF"
 # The variables of style.css that take the colours' places in a page, which may be dark.
 NAMED = {INK: "ink", MUTED: "muted", GRID: "line", RULE: "rule", HAIRLINE: "hairline", SHADE: "shade", PAPER: "paper"}

@@ -109,7 +109,9 @@ def find(records: Mapping[str, Record], chain: Sequence[str], control: str | Non
     if not comparisons:
         headline = f"Whether growing paid cannot be said: {grown} or {control} has no held-out loss."
         return Finding("open", headline, [], grown, control)
-    ours, theirs, difference = comparisons[0].grown, comparisons[0].control, comparisons[0].difference
+    ours = comparisons[0].grown
+    theirs = comparisons[0].control
+    difference = comparisons[0].difference
     against = f"{decimal(ours, 3)} against {decimal(theirs, 3)} nats/token"
     where, equal = _flops(records[grown], records[control])
     small = "simply continuing the small model"

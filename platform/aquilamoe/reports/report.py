@@ -11,7 +11,9 @@ from aquilamoe.pipeline.store import METRICS, read_points
 from aquilamoe.reports import figure, lineage_page, page, router_page
 from aquilamoe.reports.template import Link
 
-INDEX, LINEAGE, ROUTER = "index.html", "lineage.html", "router.html"
+INDEX = "index.html"
+LINEAGE = "lineage.html"
+ROUTER = "router.html"
 LABELS = {INDEX: "Pipeline", LINEAGE: "Lineage", ROUTER: "Routers"}
 ROUTER_POINTS, ROUTING = "router.jsonl", "routing.json"
 

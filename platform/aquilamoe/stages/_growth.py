@@ -43,7 +43,9 @@ def run(context: Context, growth: GrowthConfig | UpcyclingConfig, grow: Callable
 
     from aquilamoe.growth.certificate import certify
 
-    node, stage, source = context.node, cast(GrowthStage, context.node.stage), context.inputs["source"]
+    node = context.node
+    stage = cast(GrowthStage, context.node.stage)
+    source = context.inputs["source"]
     assert node.model is not None and node.source_model is not None
     before, after = source.directory / "model", context.out / "model"
     grow(before, after, node.model, growth, stage.seed, lambda done, total: context.progress(done, total, "tensors"))

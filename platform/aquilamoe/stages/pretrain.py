@@ -29,7 +29,9 @@ def run(context: Context) -> Metrics:
     from aquilamoe.training.metrics import recovery_tokens
     from aquilamoe.training.ray.launch import launch
 
-    node, source, tokens = context.node, context.inputs.get("source"), context.inputs["tokens"]
+    node = context.node
+    source = context.inputs.get("source")
+    tokens = context.inputs["tokens"]
     assert node.model is not None
     job = Job(
         name=node.name,

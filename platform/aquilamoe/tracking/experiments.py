@@ -12,7 +12,10 @@ class Experiments:
     """Experiments at one tracking URI, and their runs. What a pipeline needs of what was deleted is restored."""
 
     def __init__(self, client: Any, uri: str, root: Path, repairs: Repairs) -> None:
-        self.client, self.root, self.database, self.repairs = client, root, database_file(uri), repairs
+        self.client = client
+        self.root = root
+        self.database = database_file(uri)
+        self.repairs = repairs
 
     def make(self, name: str, tags: Mapping[str, str], kept: Mapping[str, str]) -> str:
         """The number of an experiment. tags: of a new one. kept: tags that are corrected where they differ."""

@@ -33,7 +33,10 @@ from aquilamoe.tracking.sync_state import (
 from aquilamoe.tracking.view import VIEW_TAG, run_color, saved_view
 
 # MLflow's limits: entities per call, characters.
-BATCH_METRICS, BATCH_PARAMS, MAX_KEY, MAX_PARAM = 1000, 100, 250, 6000
+BATCH_METRICS = 1000
+BATCH_PARAMS = 100
+MAX_KEY = 250
+MAX_PARAM = 6000
 NOT_METRICS = frozenset({"step", "time", "done", "total", "unit"})
 NOT_RECIPE = frozenset(
     {"action", "checkpoint", "cluster", "description", "name", "other", "paths", "tracking", "watch"}

@@ -72,7 +72,10 @@ class Tracker:
 
     def pipeline_started(self, experiment: str, description: str, config: dict[str, Any], root: Path) -> None:
         assert self._thread is None and not self._abandoned, "one pipeline at a time"
-        self._stages, self._current, self._pipelines, self._closing = {}, {}, {}, False
+        self._stages = {}
+        self._current = {}
+        self._pipelines = {}
+        self._closing = False
         self._repairs = Repairs()
         self._started = time.monotonic()
         self._thread = Thread(target=self._work, name="tracking", daemon=True)
@@ -182,7 +185,9 @@ class Tracker:
         assert self._pipeline is not None, "pipeline_started comes first"
         for stage in self._current.values():
             if stage.record is None and stage.status == "RUNNING":
-                stage.status, stage.message, stage.dirty = "KILLED", "interrupted", True
+                stage.status = "KILLED"
+                stage.message = "interrupted"
+                stage.dirty = True
         status = "FINISHED" if succeeded else "FAILED"
         self._pipeline.status, self._pipeline.report = status, report
         self._pipeline.save(wanted_status=status)
@@ -291,7 +296,10 @@ class Tracker:
             stage.pipeline = self._pipelines[stage.pipeline.recipe]
             self._stages.setdefault(stage.key, stage)
         for stage in self._stages.values():
-            stage.points, stage.reread, stage.dirty, stage.assumed = [], True, True, False
+            stage.points = []
+            stage.reread = True
+            stage.dirty = True
+            stage.assumed = False
             stage.pipeline.dirty = True
 
     def _note(self) -> str | None:

@@ -127,7 +127,9 @@ class SafetensorsWriter(StorageWriter):
     """
 
     def __init__(self, folder: Path, files: Files, publish: Callable[[list[FileSlice]], None]) -> None:
-        self.folder, self.files, self._publish = folder, files, publish
+        self.folder = folder
+        self.files = files
+        self._publish = publish
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Nothing: a writer is for one checkpoint."""
@@ -170,7 +172,9 @@ class SafetensorsWriter(StorageWriter):
         """The pieces of a part that are contiguous in a file: file, first byte, values."""
         places = self.files.places[key]
         if len(shape) < 3:
-            part, start, shape = part[None], (0, *start), (1, *shape)
+            part = part[None]
+            start = (0, *start)
+            shape = (1, *shape)
         elif len(places) == 1:  # a stack that is one tensor in the file, too
             path, first_byte = places[0]
             places = [(path, first_byte + index * prod(shape[1:]) * ITEM_BYTES) for index in range(shape[0])]

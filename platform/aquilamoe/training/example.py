@@ -8,7 +8,9 @@ from aquilamoe.config.schema import ClusterConfig, ModelConfig, PretrainStage
 from aquilamoe.training.job import Job
 
 Values = Mapping[str, Any]
-LENGTH, ROWS, VOCABULARY = 16, 8, 64
+LENGTH = 16
+ROWS = 8
+VOCABULARY = 64
 BATCH = LENGTH * ROWS  # tokens of a step
 MODEL: Values = {
     "vocab_size": VOCABULARY,

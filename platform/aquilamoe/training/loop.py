@@ -154,7 +154,9 @@ def _save_checkpoint(train_step: TrainStep, logger: MetricsLogger) -> None:
     progress = train_step.progress
     if progress.step == progress.skipped_steps:
         return  # nothing has changed yet, and the optimizer has no state
-    out, group, extra = train_step.job.out, train_step.group, train_step.extra()
+    out = train_step.job.out
+    group = train_step.group
+    extra = train_step.extra()
     with logger.measure(CHECKPOINT):
         logger.sync()  # before the checkpoint: a run that resumes from it needs the points up to it
         checkpoint.save_checkpoint(out, train_step.model, train_step.optimizer, progress.step, extra=extra, group=group)

@@ -29,7 +29,9 @@ class PointsFile:
     """
 
     def __init__(self, path: Path, resume_step: int, batch_tokens: int, enabled: bool) -> None:
-        self.path, self.batch_tokens, self.enabled = path, batch_tokens, enabled
+        self.path = path
+        self.batch_tokens = batch_tokens
+        self.enabled = enabled
         kept = read_points(path) if resume_step else []
         self.points = [point for point in kept if "step" in point and point["step"] <= resume_step]
         if enabled:

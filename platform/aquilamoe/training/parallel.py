@@ -35,7 +35,9 @@ class ParallelContext:
     """
 
     def __init__(self, cluster: ClusterConfig, rank: Rank = FIRST) -> None:
-        self.cluster, self.rank, self.world_size = cluster, rank.rank, rank.world_size
+        self.cluster = cluster
+        self.rank = rank.rank
+        self.world_size = rank.world_size
         self.device = torch.device("cuda", rank.local_rank) if cluster.gpus_per_worker else torch.device("cpu")
         self.kernels = Kernels(cluster.attention, cluster.experts)
         self.is_sharded = self.world_size > 1 and cluster.parallel != "ddp"

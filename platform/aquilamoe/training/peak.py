@@ -32,7 +32,9 @@ def peak_flops_per_s(device: "torch.device", precision: str) -> float:
 def _measured(device: "torch.device", dtype: "torch.dtype") -> float:
     import torch
 
-    size, best, began = SIZES[device.type], float("inf"), time.perf_counter()
+    size = SIZES[device.type]
+    best = float("inf")
+    began = time.perf_counter()
     matrix = torch.ones(size, size, device=device, dtype=dtype)
     (matrix @ matrix)[0, 0].item()  # the first compiles
     while best == float("inf") or time.perf_counter() - began < ENOUGH_S:

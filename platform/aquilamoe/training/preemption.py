@@ -10,7 +10,9 @@ from types import FrameType
 GRACE_S = 20.0  # from SIGTERM to the end of a worker that is at work; Kubernetes kills after 30
 SIGTERM_STATUS = 128 + signal.SIGTERM
 
-_due, _told, _busy = threading.Event(), threading.Event(), threading.Event()
+_due = threading.Event()
+_told = threading.Event()
+_busy = threading.Event()
 
 
 def listen() -> None:

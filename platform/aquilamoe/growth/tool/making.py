@@ -31,7 +31,11 @@ class Making:
     def __init__(
         self, reporter: Reporter, request: Request, config: GrowConfig, command: str, place: TargetFolder
     ) -> None:
-        self.reporter, self.request, self.config, self.command, self.place = reporter, request, config, command, place
+        self.reporter = reporter
+        self.request = request
+        self.config = config
+        self.command = command
+        self.place = place
         self.seconds: dict[str, float] = {}
         self._is_grown = False
 

@@ -100,12 +100,12 @@ class Workers:
     """The driver's side of a crew, which starts in the background when this is made."""
 
     def __init__(self, cluster: ClusterConfig, root: Path, label: str) -> None:
-        self.cluster, self.shape, self.is_over = cluster, _shape(cluster), False
-        self.label, self.storage, self.name = (
-            label,
-            str(root / "ray"),
-            f"{MADE_HERE}{label}-{os.getpid()}-{time.monotonic_ns() // 1_000_000}",
-        )
+        self.cluster = cluster
+        self.shape = _shape(cluster)
+        self.is_over = False
+        self.label = label
+        self.storage = str(root / "ray")
+        self.name = f"{MADE_HERE}{label}-{os.getpid()}-{time.monotonic_ns() // 1_000_000}"
         self.crew: Future[ActorHandle[WorkerPool]] = Future()
         threading.Thread(target=self._start, daemon=True).start()
 

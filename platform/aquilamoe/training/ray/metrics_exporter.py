@@ -23,7 +23,9 @@ TAGS = ("experiment", "stage", "fingerprint")
 EVERY_S = 5.0
 MOST_EXPERTS = 1024  # experts of all layers together up to which each has a series of its own
 BUCKETS_S = [0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0]
-WAIT, STEP, CHECKPOINT = "wait", "step", "checkpoint"
+WAIT = "wait"
+STEP = "step"
+CHECKPOINT = "checkpoint"
 
 # By metric: what it is, and the tags it has besides those of all. Exported by the first rank, for all ranks together.
 SHARED = {
@@ -106,11 +108,9 @@ class RayMetricsExporter:
             "fingerprint": directory.removeprefix(f"{job.name}-"),
         }
         self.rank, self.is_first = {"rank": str(rank.rank)}, rank.rank == 0
-        self.batch_tokens, self.world_size, self.num_steps = (
-            job.stage.batch_tokens,
-            rank.world_size,
-            job.stage.num_steps,
-        )
+        self.batch_tokens = job.stage.batch_tokens
+        self.world_size = rank.world_size
+        self.num_steps = job.stage.num_steps
         peak = peak_flops_per_s(device, job.stage.precision) * rank.world_size
         self.mfu_of_token_per_s = job.model.flops_per_token(job.stage.sequence_length) / peak
         self.layers = [str(layer) for layer in range(job.model.num_hidden_layers) if job.model.is_sparse(layer)]

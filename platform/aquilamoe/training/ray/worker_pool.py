@@ -60,11 +60,19 @@ class WorkerPool:
     """
 
     def __init__(self, cluster: ClusterConfig, storage: str, name: str, label: str) -> None:
-        self.cluster, self.storage, self.name, self.label = cluster, storage, name, label
-        self.number, self.work, self.failures_left = 0, b"", cluster.max_failures
+        self.cluster = cluster
+        self.storage = storage
+        self.name = name
+        self.label = label
+        self.number = 0
+        self.work = b""
+        self.failures_left = cluster.max_failures
         self.outcome: Outcome | None = None  # of the current work
         self.end: Outcome | None = None  # of the whole crew
-        self.at_hand, self.stands, self.closed, self.warned = False, False, False, False
+        self.at_hand = False  # a work waits for its outcome
+        self.stands = False  # workers have requested work, and have not been let go
+        self.closed = False  # there will be no more work
+        self.warned = False  # the cluster takes back a machine of these workers
         self.news = asyncio.Condition()
 
     async def start(self) -> None:
@@ -87,7 +95,9 @@ class WorkerPool:
     async def do(self, work: bytes) -> Outcome:
         """Have every worker call the pickled function with its `Rank`; return what came out, for the first rank."""
         async with self.news:
-            self.number, self.work, self.failures_left = self.number + 1, work, self.cluster.max_failures
+            self.number += 1
+            self.work = work
+            self.failures_left = self.cluster.max_failures
             self.outcome, self.at_hand = None, True
             self.news.notify_all()
             await self.news.wait_for(lambda: self.outcome or self.end)
@@ -206,12 +216,12 @@ def _torch_config(cluster: ClusterConfig, crew: "ActorHandle[WorkerPool]") -> "T
             ray.get(crew.gone.remote())
             super().on_shutdown(worker_group, backend_config)
 
-    class Config(TorchConfig):
+    class CountedTorchConfig(TorchConfig):
         @property
         def backend_cls(self) -> type[Backend]:
             return Backend
 
-    return Config(backend="nccl" if cluster.gpus_per_worker else "gloo")
+    return CountedTorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo")
 
 
 def _run_config(storage: str, name: str, crew: "ActorHandle[WorkerPool]") -> "RunConfig":
@@ -256,7 +266,9 @@ def _serve(config: dict[str, Any]) -> None:
     from aquilamoe.training.job import Rank
     from aquilamoe.training.ray import metrics_exporter
 
-    crew, context, number = config["crew"], get_context(), 0
+    crew = config["crew"]
+    context = get_context()
+    number = 0
     place = context.get_world_rank(), context.get_world_size(), context.get_local_rank()
     rank = Rank(*place, preemption.is_due, metrics_exporter.meter(config["label"]))
     if config["watch"]:
