@@ -3,6 +3,8 @@
 import sys
 from typing import Any
 
+from pydantic import Field
+
 import aquilamoe
 from aquilamoe.cli.hydra_cli import recompose, run
 from aquilamoe.cli.shipped import STUDIES, options
@@ -10,19 +12,37 @@ from aquilamoe.cli.words import Program
 from aquilamoe.config.ablation import AblationConfig
 from aquilamoe.config.grow import GrowConfig
 from aquilamoe.config.messages import nearest
+from aquilamoe.config.scaling import ScaleConfig
 from aquilamoe.config.schema import ExperimentConfig
 
 WITH_DEFAULTS = ("data", "model", "growth", "upcycling", "optimizer", "schedule", "cluster")
 
 
-class Ablations(ExperimentConfig):
+class Experiment(ExperimentConfig):
+    """One experiment: a graph of stages, and - apart from it - where and how it runs."""
+
+    scale: ScaleConfig = Field(default=ScaleConfig(), description="What the sizes of all stages are divided by")
+
+
+class Ablations(Experiment):
     """The keys of `ablate`: an experiment's, the ablation, and the source that advice is about."""
 
-    ablation: AblationConfig
-    source: str | None
+    ablation: AblationConfig = Field(description="What is varied: ablation=NAME")
+    source: str | None = Field(
+        description="action=advise: model to grow: a stage, a directory, a fingerprint, or parameters such as 0.45M"
+    )
+    source_tokens: str | float | None = Field(
+        description="action=advise: training of the source, such as 3.6M; null: as its record states [tokens]"
+    )
+    target: str | dict[str, Any] | None = Field(
+        description="action=advise: parameters such as 1.6M or 8x0.45M, or sizes that change: {hidden_size: 128}"
+    )
+    budget: str | float | None = Field(
+        description="action=advise: training of the target: tokens such as 2M, or 1e13FLOPs [tokens or FLOPs]"
+    )
 
 
-PIPELINE = Program("config", ExperimentConfig, ("experiment",), WITH_DEFAULTS, (("experiment", "embedded"),))
+PIPELINE = Program("config", Experiment, ("experiment",), WITH_DEFAULTS, (("experiment", "embedded"),))
 ABLATIONS = Program("ablations", Ablations, ("experiment", "ablation"), WITH_DEFAULTS)
 GROW = Program("grow", GrowConfig, ("growth", "upcycling"))
 

@@ -12,7 +12,7 @@ DepthRule = Literal["interpolate", "stack", "stack_top"]
 
 
 class GrowthConfig(Config):
-    """How a dense model becomes a larger dense model (METHODS: width, depth)."""
+    """How a dense model becomes a larger dense model."""
 
     method: str = Field(description="Growth method: the name of a file in growth/methods")
     scope: Literal["all", "inner", "transplant"] = Field(
@@ -65,7 +65,7 @@ class GrowthConfig(Config):
 
 
 class UpcyclingConfig(Config):
-    """How a dense model becomes a Mixture of Experts (METHODS: Scale-Out)."""
+    """How a dense model becomes a Mixture of Experts."""
 
     method: Literal["copy", "noise", "drop", "permute"] = Field(
         description="How experts differ at the start. copy: not at all | noise: each has its own noise | drop: each "

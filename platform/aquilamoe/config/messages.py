@@ -3,7 +3,7 @@
 import difflib
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -11,7 +11,7 @@ from pydantic_core import ErrorDetails
 from aquilamoe.config.keys import elsewhere
 from aquilamoe.config.passwords import masked
 from aquilamoe.config.passwords import without_passwords as without_passwords
-from aquilamoe.config.reference import models
+from aquilamoe.config.reference import models, stage_kind
 
 Location = tuple[int | str, ...]
 SHOWN_CHARACTERS = 60
@@ -130,7 +130,7 @@ def _fields_at(model: type[BaseModel], location: Location) -> list[str]:
         if len(inner) == 1:
             current = inner[0]
         elif inner:
-            tags = {_tag(candidate): candidate for candidate in inner}
+            tags = {stage_kind(candidate): candidate for candidate in inner}
             current = next((tags[str(tag)] for tag in location if str(tag) in tags), current)
     return list(current.model_fields)
 
@@ -138,10 +138,4 @@ def _fields_at(model: type[BaseModel], location: Location) -> list[str]:
 def _tags_at(model: type[BaseModel], location: Location) -> list[str]:
     """Values of `kind` among the models of the union that a location points to."""
     field = model.model_fields.get(str(location[0])) if location else None
-    return [tag for candidate in models(field.annotation) if (tag := _tag(candidate))] if field else []
-
-
-def _tag(model: type[BaseModel]) -> str:
-    kind = model.model_fields.get("kind")
-    is_literal = kind is not None and get_origin(kind.annotation) is Literal
-    return str(get_args(kind.annotation)[0]) if kind is not None and is_literal else ""
+    return [tag for candidate in models(field.annotation) if (tag := stage_kind(candidate))] if field else []

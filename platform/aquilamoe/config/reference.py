@@ -70,6 +70,48 @@ def models(annotation: Any) -> Iterator[type[BaseModel]]:
         yield from models(argument)
 
 
+@dataclass(frozen=True)
+class Section:
+    """The keys of one model at a place of the configuration.
+
+    Attributes:
+        path: where the keys are, e.g. `cluster`, `data.sources.NAME`; empty for the keys at the top.
+        kind: of a stage, whose keys depend on it; empty otherwise.
+        model: whose keys they are.
+    """
+
+    path: str
+    kind: str
+    model: type[BaseModel]
+
+    @property
+    def title(self) -> str:
+        return f"{self.path}, kind {self.kind}" if self.kind else self.path
+
+
+def sections(root: type[BaseModel]) -> list[Section]:
+    """Every place with keys below a configuration, the upper ones first; a model that occurs twice has the first."""
+    found: dict[type[BaseModel], Section] = {root: Section("", "", root)}
+    waiting = [root]
+    while waiting:
+        parent = found[waiting.pop(0)]
+        for key in keys(parent.model):
+            inside = f"{key.name}.NAME" if key.values.startswith("mapping") else key.name
+            for model in key.models:
+                if model not in found:
+                    path = f"{parent.path}.{inside}" if parent.path else inside
+                    found[model] = Section(path, stage_kind(model), model)
+                    waiting.append(model)
+    return list(found.values())
+
+
+def stage_kind(model: type[BaseModel]) -> str:
+    """The kind of stage that a model is of; empty for other models."""
+    kind = model.model_fields.get("kind")
+    is_literal = kind is not None and get_origin(kind.annotation) is Literal
+    return str(get_args(kind.annotation)[0]) if kind is not None and is_literal else ""
+
+
 def reachable(*roots: type[BaseModel]) -> list[type[BaseModel]]:
     """All models of the keys of some models, and of the keys of those, each once."""
     found: list[type[BaseModel]] = []
