@@ -10,17 +10,20 @@ from aquilamoe.cli.tables import make_table
 from aquilamoe.config import graph
 from aquilamoe.config.messages import UserError, nearest
 from aquilamoe.config.schema import (
+    ClusterConfig,
     Config,
     ExperimentConfig,
     ModelConfig,
+    PathsConfig,
     PretrainStage,
     ScheduleConfig,
+    TrackingConfig,
     UpcyclingConfig,
 )
 
 Compose = Callable[..., dict[str, Any]]
 Change = tuple[str, Any]
-ACTIONS = "dryrun, evaluate, generate, lineage, list, plan, rebuild, report, run, status, verify, why"
+ACTIONS = "clean, dryrun, evaluate, generate, lineage, list, plan, rebuild, report, run, status, verify, why"
 
 
 @pytest.fixture
@@ -87,33 +90,49 @@ def keys(model: type[Config]) -> str:
         ),
         (
             ("seed", "abc"),
-            "seed: 'abc' is refused: input should be a valid integer, unable to parse string as an integer",
+            "seed: 'abc' is refused: input should be a valid integer, unable to parse string as an integer "
+            "(Seed of initialisation, growth and data order, of every stage)",
         ),
         (
             ("stages.prepare.total_tokens", 1.5),
             "stages.prepare.total_tokens: 1.5 is refused: input should be a valid integer, got a number with a "
-            "fractional part",
+            "fractional part (Budget; null with equal_flops [tokens])",
         ),
         (
             ("stages.prepare.optimizer", "adamw"),
             "stages.prepare.optimizer: 'adamw' is refused: input should be a valid dictionary or instance of "
-            "OptimizerConfig",
+            "OptimizerConfig (Optimizer; a null key is as in the group optimizer)",
         ),
         (
             ("stages.prepare", 3),
-            "stages.prepare: 3 is refused: input should be a valid dictionary or object to extract fields from",
+            "stages.prepare: 3 is refused: input should be a valid dictionary or object to extract fields from (Graph "
+            "of stages, by name; a null stage is left out of the default experiment)",
         ),
-        (("stages", [1]), "stages: [1] is refused: input should be a valid dictionary"),
-        (("cluster.workers", 0), "cluster.workers: 0 is refused: input should be greater than 0"),
+        (
+            ("stages", [1]),
+            "stages: [1] is refused: input should be a valid dictionary (Graph of stages, by name; a null stage is "
+            "left out of the default experiment)",
+        ),
+        (
+            ("cluster.workers", 0),
+            "cluster.workers: 0 is refused: input should be greater than 0 (Data-parallel training processes "
+            "[processes])",
+        ),
         (("cluster.workers", True), "cluster.workers: true is not a number; give it one"),
         (
             ("stages.prepare.learning_rate", float("inf")),
-            "stages.prepare.learning_rate: inf is refused: input should be a finite number",
+            "stages.prepare.learning_rate: inf is refused: input should be a finite number (Peak learning rate "
+            "[dimensionless])",
         ),
-        (("action", "paln"), f"action: 'paln' is not a choice; did you mean 'plan'? (valid: {ACTIONS})"),
+        (
+            ("action", "paln"),
+            f"action: 'paln' is not a choice; did you mean 'plan'? (valid: {ACTIONS}) (What the command does; --help "
+            "describes each action)",
+        ),
         (
             ("stages.export.dtype", "int8"),
-            "stages.export.dtype: 'int8' is not a choice; valid: bfloat16, float16, float32",
+            "stages.export.dtype: 'int8' is not a choice; valid: bfloat16, float16, float32 (Data type of the exported "
+            "weights)",
         ),
         (
             ("stages.prepare.kind", "pretrian"),
@@ -127,18 +146,27 @@ def keys(model: type[Config]) -> str:
         ),
         (
             ("stages.new", {"kind": "export", "inputs": {"source": "moe"}}),
-            "stages.new.dtype: required but not set; give it a value, e.g. +stages.new.dtype=VALUE",
+            "stages.new.dtype: required but not set; give it a value, e.g. +stages.new.dtype=VALUE (Data type of the "
+            "exported weights)",
         ),
         (
             ("optimizer.betas", [0.9]),
-            "optimizer.betas.1: required but not set; give it a value, e.g. +optimizer.betas.1=VALUE",
+            "optimizer.betas.1: required but not set; give it a value, e.g. +optimizer.betas.1=VALUE (AdamW: decay "
+            "rates of the two moments [fractions])",
         ),
-        (("optimizer.betas", [0.9, 2]), "optimizer.betas.1: 2 is refused: input should be less than or equal to 1"),
+        (
+            ("optimizer.betas", [0.9, 2]),
+            "optimizer.betas.1: 2 is refused: input should be less than or equal to 1 (AdamW: decay rates of the two "
+            "moments [fractions])",
+        ),
         (
             ("stages.a/b", {"kind": "corpus"}),
-            "stages.a/b: 'a/b' is refused: string should match pattern '^[A-Za-z0-9][A-Za-z0-9_.-]*$'\n"
-            "stages.a/b.inputs: required but not set; give it a value, e.g. +stages.a/b.inputs=VALUE\n"
-            "stages.a/b.sources: required but not set; give it a value, e.g. +stages.a/b.sources=VALUE",
+            "stages.a/b: 'a/b' is refused: string should match pattern '^[A-Za-z0-9][A-Za-z0-9_.-]*$' (Graph of "
+            "stages, by name; a null stage is left out of the default experiment)\n"
+            "stages.a/b.inputs: required but not set; give it a value, e.g. +stages.a/b.inputs=VALUE (Stages that it "
+            "reads, by role; null takes one of the template away)\n"
+            "stages.a/b.sources: required but not set; give it a value, e.g. +stages.a/b.sources=VALUE (Parts of the "
+            "corpus, by language)",
         ),
         (
             ("stages.scale_up.model.hiden_size", 256),
@@ -194,11 +222,21 @@ def test_a_mistake_in_a_shared_group_counts_once_however_many_stages_refer_to_it
         "max_grad_norm": 1,
     }
     stages = [(f"stages.{name}.optimizer", optimizer) for name in ("prepare", "dense", "moe", "control")]
-    assert refusal(("optimizer", optimizer), *stages) == "optimizer.eps: -1 is refused: input should be greater than 0"
+    line = refusal(("optimizer", optimizer), *stages)
+    assert line.startswith("optimizer.eps: -1 is refused: input should be greater than 0 (")
+    assert line.count("\n") == 0
 
 
 def test_a_long_value_is_cut_to_keep_the_line_readable(refusal: Callable[..., str]) -> None:
     assert len(refusal(("seed", list(range(1000))))) < 200
+
+
+def test_a_refused_value_and_a_missing_key_print_what_the_key_means(refusal: Callable[..., str]) -> None:
+    owners = {"cluster.mfu": ClusterConfig, "tracking.enabled": TrackingConfig, "paths.root": PathsConfig}
+    for key, model in owners.items():
+        name = key.rpartition(".")[2]
+        assert refusal((key, [[]])).endswith(f" ({model.model_fields[name].description})")
+    assert refusal(("json", "perhaps")).endswith(f" ({ExperimentConfig.model_fields['as_json'].description})")
 
 
 def test_nearest_offers_a_name_only_if_one_is_near() -> None:

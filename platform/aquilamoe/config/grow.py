@@ -92,7 +92,7 @@ class GrowConfig(Config):
     )
     seed: Seed = Field(description="Seed of all random numbers: noise, routers, sampled maps")
     model: dict[str, Any] = Field(
-        description="Sizes that change, in Hugging Face's spelling; null: as the source, or as follows from the others"
+        description="Sizes that change, of those in the group model; null: as the source, or as follows from the others"
     )
     growth: GrowthConfig | None = Field(
         description="Scale-up to a larger dense model: growth=NAME, then growth.KEY=VALUE; null: none"

@@ -11,7 +11,7 @@ from pydantic_core import ErrorDetails
 from aquilamoe.config.keys import elsewhere
 from aquilamoe.config.passwords import masked
 from aquilamoe.config.passwords import without_passwords as without_passwords
-from aquilamoe.config.reference import models, stage_kind
+from aquilamoe.config.reference import field_of, models, stage_kind
 
 Location = tuple[int | str, ...]
 SHOWN_CHARACTERS = 60
@@ -61,7 +61,7 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 
 
 def first_problem(error: ValidationError, model: type[BaseModel], values: Any, where: str = "") -> UserError:
-    """Turn a pydantic error into a line for each problem: path, value, what is wrong, nearest valid name.
+    """Turn a pydantic error into a line for each problem: path, value, what is wrong, nearest valid name, description.
 
     Unknown keys come first: a misspelt key usually causes the "field required" beside it.
     """
@@ -85,7 +85,7 @@ def _describe(problem: ErrorDetails, model: type[BaseModel], values: Any, where:
         offered = " or ".join(f"'{key}'" for key in other)
         return f"{path}: unknown key; {f'did you mean {offered}?' if other else nearest(str(location[-1]), fields)}"
     if kind == "missing":
-        return f"{path}: required but not set; give it a value, e.g. +{path}=VALUE"
+        return f"{path}: required but not set; give it a value, e.g. +{path}=VALUE{_meaning(model, location)}"
     if kind == "value_error":
         return f"{path}: {str(problem['msg']).removeprefix('Value error, ')}"
     if kind == "union_tag_not_found":
@@ -95,9 +95,10 @@ def _describe(problem: ErrorDetails, model: type[BaseModel], values: Any, where:
         choices = str(context.get("expected") or context["expected_tags"]).replace("'", "").replace(" or ", ", ")
         given = str(context.get("tag", value))
         place = path if kind == "literal_error" else f"{path}.kind"
-        return f"{place}: '{given}' is not a choice; {nearest(given, choices.split(', '))}"
+        meaning = _meaning(model, location) if kind == "literal_error" else ""
+        return f"{place}: '{given}' is not a choice; {nearest(given, choices.split(', '))}{meaning}"
     message = str(problem["msg"])
-    return f"{path}: {_shown(value)} is refused: {message[:1].lower()}{message[1:]}"
+    return f"{path}: {_shown(value)} is refused: {message[:1].lower()}{message[1:]}{_meaning(model, location)}"
 
 
 def _shown(value: Any) -> str:
@@ -123,16 +124,28 @@ def _keys(location: Location, values: Any) -> Iterator[str]:
 
 def _fields_at(model: type[BaseModel], location: Location) -> list[str]:
     """Names of the fields of the (nested) model that a location points to."""
-    current = model
+    return list(_walk(model, location)[0].model_fields)
+
+
+def _meaning(model: type[BaseModel], location: Location) -> str:
+    """The description of the field that a location points to, in parentheses; empty where there is none."""
+    description = _walk(model, location)[1]
+    return f" ({description})" if description else ""
+
+
+def _walk(model: type[BaseModel], location: Location) -> tuple[type[BaseModel], str]:
+    """The (nested) model that a location points to, and the description of the last field on the way."""
+    current, description = model, ""
     for part in location:
-        field = current.model_fields.get(str(part))
+        field = field_of(current, str(part))
+        description = description if field is None else field.description or ""
         inner = list(models(field.annotation)) if field else []
         if len(inner) == 1:
             current = inner[0]
         elif inner:
             tags = {stage_kind(candidate): candidate for candidate in inner}
             current = next((tags[str(tag)] for tag in location if str(tag) in tags), current)
-    return list(current.model_fields)
+    return current, description
 
 
 def _tags_at(model: type[BaseModel], location: Location) -> list[str]:

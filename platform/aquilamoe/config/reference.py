@@ -60,6 +60,11 @@ def _key(name: str, field: FieldInfo) -> Key:
     )
 
 
+def field_of(model: type[BaseModel], name: str) -> FieldInfo | None:
+    """The field that is typed by a name."""
+    return next((field for key, field in model.model_fields.items() if (field.alias or key) == name), None)
+
+
 def models(annotation: Any) -> Iterator[type[BaseModel]]:
     """The models inside an annotation, e.g. those of a union or of a mapping's values."""
     if isinstance(annotation, type) and get_origin(annotation) is None:

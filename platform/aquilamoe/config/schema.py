@@ -128,7 +128,7 @@ class ExperimentConfig(Config):
     )
     tasks: Annotated[tuple[str, ...] | None, AsTyped()] = Field(
         default=None,
-        description="action=evaluate: names of tasks; null: all of the corpus, cloze_<language> and bits_<language>",
+        description="action=evaluate: names of tasks; null: all of the corpus, cloze_LANGUAGE and bits_LANGUAGE",
     )
     evaluation: EvaluationConfig = Field(
         default=EvaluationConfig(), description="action=evaluate: size of the tasks, and further ones"

@@ -185,7 +185,7 @@ class GrowthStage(StageConfig):
     """What both growths share: a source, and the sizes that change (all others stay the source's)."""
 
     model: dict[str, Any] = Field(
-        description="Sizes that change; null: as the source, or as follows from the others (heads follow hidden_size)"
+        description="Sizes that change, of those in the group model; null: as the source, or as follows from the others"
     )
     optimizer_state: Literal["reset", "grow"] = Field(
         description="Moments of the optimizer. reset: none | grow: the source's, mapped as the weights are"
