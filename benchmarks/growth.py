@@ -2,7 +2,7 @@
 
 python benchmarks/growth.py --peers VENV --out docs/benchmarks/growth.md
 
-A random Llama of bfloat16 is made, and everybody grows it: each in a process of its own, in turn, for several rounds;
+A random Llama of bfloat16 is made, and each contestant grows it, in its own process, in turn, for several rounds;
 medians count. The clock starts after the imports, with the source in the page cache, and stops when every byte of the
 result is on the disk (fsync). Peers are optional: a virtual environment with torch, transformers and mergekit.
 """
@@ -224,30 +224,30 @@ def median(rows: list[Row]) -> Row:
     return {key: statistics.median(row[key] for row in rows) for key in rows[0]}
 
 
-def ratio(goal: Goal, found: Mapping[str, Row]) -> float | None:
+def ratio(goal: Goal, rows: Mapping[str, Row]) -> float | None:
     """How much better the first is; seconds count per byte, as results need not be equally large."""
-    if goal.first not in found or goal.second not in found:
+    if goal.first not in rows or goal.second not in rows:
         return None
-    first, second = found[goal.first], found[goal.second]
+    first, second = rows[goal.first], rows[goal.second]
     if goal.what == "memory":
         return second["memory"] / first["memory"]
     return second["seconds"] / second["bytes"] * first["bytes"] / first["seconds"]
 
 
-def table(found: Mapping[str, Row]) -> list[str]:
+def table(rows: Mapping[str, Row]) -> list[str]:
     lines = ["| what | GB | seconds | GB/s | peak memory, MB | CPU seconds |", "|---|---|---|---|---|---|"]
-    for name, row in found.items():
+    for name, row in rows.items():
         speed = row["bytes"] / row["seconds"] / 1e9
-        rest = [f"{row['memory'] / MEGABYTE:.0f}", f"{row['cpu']:.1f}"] if row["memory"] else ["", ""]
-        cells = [name, f"{row['bytes'] / 1e9:.2f}", f"{row['seconds']:.2f}", f"{speed:.2f}", *rest]
+        memory = [f"{row['memory'] / MEGABYTE:.0f}", f"{row['cpu']:.1f}"] if row["memory"] else ["", ""]
+        cells = [name, f"{row['bytes'] / 1e9:.2f}", f"{row['seconds']:.2f}", f"{speed:.2f}", *memory]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
-def goals(found: Mapping[str, Row]) -> list[str]:
+def goals(rows: Mapping[str, Row]) -> list[str]:
     lines = ["| ours | against | in | better by | goal |", "|---|---|---|---|---|"]
     for goal in GOALS:
-        value = ratio(goal, found)
+        value = ratio(goal, rows)
         if value is not None:
             verdict = f"{goal.factor:g}" + ("" if value >= goal.factor else ", missed")
             lines.append(f"| {goal.first} | {goal.second} | {goal.what} | {value:.2f}x | {verdict} |")
@@ -258,7 +258,7 @@ PAGE = """# Growing checkpoints: against the disk, and against other tools
 
 `{command}` wrote this page: {rounds}, medians, {machine}.
 
-A Llama of {source:.2f} GB (bfloat16, random weights) is grown. Everybody runs in a process of its own, in turn. The
+A Llama of {source:.2f} GB (bfloat16, random weights) is grown. Each contestant runs in its own process, in turn. The
 clock starts after the imports, with the source in the page cache, and stops when all bytes are on the disk (fsync).
 Memory is the largest resident set of the process, imports included.
 
@@ -272,7 +272,7 @@ Memory is the largest resident set of the process, imports included.
 
 {table}
 
-Ratios of seconds are per byte of the result. What misses its goal is said.
+Ratios of seconds are per byte of the result. Missed goals are marked.
 
 {goals}
 """
@@ -328,7 +328,7 @@ def compete(arguments: argparse.Namespace, names: Sequence[str], folder: Path) -
         yield rows
 
 
-def tell(arguments: argparse.Namespace, rows: Mapping[str, list[Row]], folder: Path) -> list[str]:
+def report(arguments: argparse.Namespace, rows: Mapping[str, list[Row]], folder: Path) -> list[str]:
     """Write what was requested; return the tables."""
     found = {name: median(of_name) for name, of_name in rows.items()}
     rounds = len(next(iter(rows.values())))
@@ -366,7 +366,7 @@ def main() -> None:
         make_source(folder / "source", arguments.gigabytes * 1e9)
         prepare("replicate", folder / "source")(folder / "source", folder / "grown")
         for rows in compete(arguments, names, folder):
-            print("\n".join(tell(arguments, rows, folder)), flush=True)
+            print("\n".join(report(arguments, rows, folder)), flush=True)
 
 
 def _words(arguments: argparse.Namespace) -> list[str]:

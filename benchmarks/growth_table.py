@@ -293,10 +293,10 @@ hidden size {hidden}, {heads} query heads in {groups} groups) is grown in float6
 every option.
 
 - **exact?** Whether the grown model computes the source's function: no logit of the source's tokens differs by more
-  than {exact:g}. Where it says so here, the certificate of a growth holds the method to it.
+  than {exact:g}. Where this column is yes, the certificate of a growth holds the method to it.
 - **difference** The largest of those differences; the logits are around 1. `random` shows what forgetting costs.
 - **rank** Of the second layer's up_proj (of a Mixture of Experts, the first expert's), out of the largest possible, and
-  its effective rank (the exponential of the entropy of the singular values). Copies that nothing tells apart have the
+  its effective rank (the exponential of the entropy of the singular values). Copies that are identical have the
   rank of the source, and AdamW keeps it so.
 - **similarity** Mean cosine between the up_proj of neighbouring experts. Parts of a feed-forward are not alike.
 - **parameters**, **FLOPs** of a training token, and bytes of the rows **read** while growing: times the source's. Rows

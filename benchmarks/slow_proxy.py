@@ -23,16 +23,16 @@ class Proxy(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         time.sleep(self.delay_s)
         if self.status is not None and self.path != HEALTH:
-            self.answer(self.status, b'{"error_code": "INTERNAL_ERROR", "message": "database or disk is full"}')
+            self.respond(self.status, b'{"error_code": "INTERNAL_ERROR", "message": "database or disk is full"}')
             return
         connection = http.client.HTTPConnection("127.0.0.1", self.upstream, timeout=60)
         headers = {key: value for key, value in self.headers.items() if key.lower() not in ("host", "connection")}
         connection.request(self.command, self.path, body, headers)
         response = connection.getresponse()
-        self.answer(response.status, response.read(), response.getheader("Content-Type", "application/json"))
+        self.respond(response.status, response.read(), response.getheader("Content-Type", "application/json"))
         connection.close()
 
-    def answer(self, status: int, body: bytes, kind: str = "application/json") -> None:
+    def respond(self, status: int, body: bytes, kind: str = "application/json") -> None:
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))

@@ -9,7 +9,7 @@ the call until its first point is written (model built, held-out loss of step 0 
   Ray, from nothing        a session of Ray and a group of workers are started for it (the first stage of a run that
                            trains at once: a run that makes data first does both beside that)
   Ray, new workers         the session stands, the workers are started for this stage
-  Ray, workers that stand  every further stage of a run
+  Ray, standing workers  every further stage of a run
 """
 
 import argparse
@@ -26,7 +26,7 @@ from typing import Any
 from aquilamoe.estimates.duration import Speed
 
 HERE = Path(__file__).resolve().parent
-MODES = ("in this process", "Ray, from nothing", "Ray, workers anew", "Ray, workers that stand")
+MODES = ("in this process", "Ray, from nothing", "Ray, new workers", "Ray, standing workers")
 GOAL_S, WAIT_GOAL = 3.0, 0.01
 STEPS = 40
 
@@ -46,27 +46,27 @@ def experiment(root: Path) -> Any:
     return graph.parse(values | {"report": {"chain": [], "control": None}})
 
 
-def tokens_of(found: Any, root: Path) -> Path:
+def tokens_of(experiment: Any, root: Path) -> Path:
     """Make the token files; return their folder."""
     from aquilamoe.config import graph
     from aquilamoe.pipeline import plan as planning
     from aquilamoe.pipeline import runner
     from aquilamoe.pipeline.store import Store
 
-    plan = planning.make(graph.build(found), Store(root), Speed(1e9))
-    return runner.run(plan[:-1], Store(root), found.cluster, [])["tokens"].directory
+    plan = planning.make(graph.build(experiment), Store(root), Speed(1e9))
+    return runner.run(plan[:-1], Store(root), experiment.cluster, [])["tokens"].directory
 
 
-def measure(found: Any, tokens: Path, mode: str, out: Path, root: Path) -> tuple[float, float, float]:
+def measure(experiment: Any, tokens: Path, mode: str, out: Path, root: Path) -> tuple[float, float, float]:
     """Seconds until the first point, seconds of the call, share of the steps' time that waited for data."""
     from aquilamoe.config import graph
     from aquilamoe.training.job import Job
     from aquilamoe.training.ray.launch import launch
 
-    node = graph.build(found)["prepare"]
+    node = graph.build(experiment)["prepare"]
     assert node.stage.kind == "pretrain"
     assert node.model is not None
-    cluster = found.cluster.model_copy(update={"executor": "process" if mode == MODES[0] else "ray"})
+    cluster = experiment.cluster.model_copy(update={"executor": "process" if mode == MODES[0] else "ray"})
     started = time.time()
     launch(Job("prepare", node.stage, node.model, tokens, None, out, 0, 0, cluster), root)
     seconds = time.time() - started
@@ -79,14 +79,14 @@ def one_round(root: Path) -> None:
     """Runs in a process of its own, since a session of Ray cannot be started twice as for the first time."""
     from aquilamoe.training.ray.launch import release
 
-    found = experiment(root)
-    tokens = tokens_of(found, root)
-    measure(found, tokens, MODES[0], root / "warm-up", root)  # imports of this process
+    configured = experiment(root)
+    tokens = tokens_of(configured, root)
+    measure(configured, tokens, MODES[0], root / "warm-up", root)  # imports of this process
     for mode in MODES:
         if mode == MODES[2]:
             release()
         out = root / mode.replace(" ", "-").replace(",", "")
-        print(json.dumps([mode, *measure(found, tokens, mode, out, root)]), flush=True)
+        print(json.dumps([mode, *measure(configured, tokens, mode, out, root)]), flush=True)
     release()
 
 
@@ -106,7 +106,7 @@ def table(results: dict[str, list[list[float]]]) -> list[str]:
     over, waited = medians[MODES[3]][0] - first, medians[MODES[3]][2]
     lines += [
         "",
-        f"A stage on workers that stand starts {over:+.2f} s later than in this process (goal: under {GOAL_S:g} s); "
+        f"A stage on standing workers starts {over:+.2f} s later than in this process (goal: under {GOAL_S:g} s); "
         f"its steps wait for data {waited:.2%} of their time (goal: under {WAIT_GOAL:.0%}).",
     ]
     return lines

@@ -63,8 +63,8 @@ class Bench:
         """Train once, in a process of its own."""
         values = configuration(self.folder / "runs", tokens, self.threads)
         values["stages"]["prepare"]["seed"] = seed
-        told = json.dumps([values, mode, self.uris.get(mode), str(self.folder / "runs")])
-        done = subprocess.run([sys.executable, __file__, "--one"], input=told, stdout=subprocess.PIPE, text=True)
+        request = json.dumps([values, mode, self.uris.get(mode), str(self.folder / "runs")])
+        done = subprocess.run([sys.executable, __file__, "--one"], input=request, stdout=subprocess.PIPE, text=True)
         if done.returncode != 0:
             raise SystemExit(f"{mode}: the training ended with status {done.returncode}")
         return Measured(**json.loads(done.stdout.splitlines()[-1]))
@@ -150,7 +150,7 @@ def process(words: list[str], port: int, folder: Path) -> Iterator[subprocess.Po
     started = subprocess.Popen([sys.executable, *words], cwd=folder, env=environment, start_new_session=True, **quiet)
     try:
         deadline = time.monotonic() + START_S
-        while not answers(port):
+        while not responds(port):
             if time.monotonic() > deadline or started.poll() is not None:
                 raise SystemExit(f"{' '.join(words)}: did not start in {START_S:.0f} s")
             time.sleep(0.1)
@@ -165,7 +165,7 @@ def end(started: "subprocess.Popen[bytes]") -> None:
     started.wait()
 
 
-def answers(port: int) -> bool:
+def responds(port: int) -> bool:
     try:
         urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2 * SLOW_S).close()
     except OSError:
@@ -311,15 +311,15 @@ def main() -> None:
             bench = Bench(folder, arguments.threads, servers(stack, folder))
             shorter, longer = map(int, arguments.tokens.split(","))
             bench.train("database", 0, shorter)  # tables, corpus and tokens: once, and not measured
-            wanted = [mode for mode in MODES if mode in (MODES[0], *arguments.modes.split(","))]
-            short = measure(bench, wanted, arguments.rounds, shorter)
+            selected = [mode for mode in MODES if mode in (MODES[0], *arguments.modes.split(","))]
+            short = measure(bench, selected, arguments.rounds, shorter)
             show(short, shorter)
-            healthy = [mode for mode in wanted if mode in MODES[:3]]
+            healthy = [mode for mode in selected if mode in MODES[:3]]
             long = measure(bench, healthy, arguments.rounds, longer)
             show(long, longer)
             reached = compare({mode: short[mode] for mode in healthy}, long)
         with ExitStack() as stack:
-            for mode in [mode for mode in MODES[3:] if mode in wanted]:
+            for mode in [mode for mode in MODES[3:] if mode in selected]:
                 database = "killed.db" if mode == "killed server" else "server.db"
                 port = int(bench.uris[mode].rpartition(":")[2])
                 with process(mlflow(folder, port, database), port, folder):

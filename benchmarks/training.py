@@ -4,7 +4,7 @@ python benchmarks/training.py --peers VENV --out docs/benchmarks/training.md    
 python benchmarks/training.py --device cuda                                      one GPU: the share of its peak
 python benchmarks/training.py --profile                                          where the time of a step goes
 
-Everybody trains the same shapes on the same random tokens, with fused AdamW, clipping and this project's setting of the
+All train the same shapes on the same random tokens, with fused AdamW, clipping and this project's setting of the
 C library's allocator, in one process for each library. Contestants take turns, a few steps each, for several rounds;
 medians count. Peers are optional: transformers where this runs, litgpt in a virtual environment of its own.
 """
@@ -115,14 +115,14 @@ class Library:
             words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
 
-    def ask(self, do: str, **values: Any) -> dict[str, Any]:
+    def request(self, do: str, **values: Any) -> dict[str, Any]:
         assert self.process.stdin is not None and self.process.stdout is not None
         print(json.dumps({"do": do, **values}), file=self.process.stdin, flush=True)
-        answer = self.process.stdout.readline()
-        if not answer:
+        response = self.process.stdout.readline()
+        if not response:
             return {"error": f"the process ended with {self.process.wait()}"}
-        found: dict[str, Any] = json.loads(answer)
-        return found
+        result: dict[str, Any] = json.loads(response)
+        return result
 
     def close(self) -> None:
         assert self.process.stdin is not None and self.process.stdout is not None
@@ -134,7 +134,7 @@ class Library:
 def measure(
     libraries: dict[str, Library], names: Sequence[str], shape: str, length: int, options: argparse.Namespace
 ) -> list[Result]:
-    """Everybody on one shape and length: in turns, or, where not all fit into memory, one after the other."""
+    """All contestants on one shape and length: in turns, or, where not all fit into memory, one after the other."""
     clock = {"wall": "seconds", "cpu": "cpu"}[options.clock]
     names = [name for name in names if name.split()[0] in libraries]
     config = configuration(shape)
@@ -147,17 +147,17 @@ def measure(
             for each in group:
                 _take_turn(libraries[each.name.split()[0]], each)
         for library in libraries.values():
-            library.ask("clear")
+            library.request("clear")
     return found
 
 
 def _make(library: Library, result: Result) -> None:
     rows = max(1, result.batch_tokens // result.length)
     result.batch_tokens = rows * result.length
-    answer = library.ask("make", name=result.name, shape=SHAPES[result.shape], rows=rows, length=result.length)
-    result.error = answer.get("error", "")
+    response = library.request("make", name=result.name, shape=SHAPES[result.shape], rows=rows, length=result.length)
+    result.error = response.get("error", "")
     if not result.error:
-        result.warm_up_s, result.rounds = answer["warm_up_s"], [answer]
+        result.warm_up_s, result.rounds = response["warm_up_s"], [response]
 
 
 def _take_turn(library: Library, result: Result) -> None:
@@ -165,11 +165,11 @@ def _take_turn(library: Library, result: Result) -> None:
     if result.error:
         return
     count = max(1, round(TURN_S / result.rounds[-1]["seconds"]))
-    answer = library.ask("steps", name=result.name, count=count)
-    result.error = answer.get("error", "")
-    if "seconds" in answer:
+    response = library.request("steps", name=result.name, count=count)
+    result.error = response.get("error", "")
+    if "seconds" in response:
         kept = result.rounds if "memory" in result.rounds[0] else []
-        result.rounds = [*kept, answer]
+        result.rounds = [*kept, response]
 
 
 def profiles(library: Library, chosen: Sequence[tuple[str, int]], batch_tokens: int) -> Iterator[str]:
@@ -177,8 +177,8 @@ def profiles(library: Library, chosen: Sequence[tuple[str, int]], batch_tokens: 
     found: dict[str, dict[str, float]] = {}
     for shape, length in chosen:
         _make(library, Result(shape, length, OURS[0], batch_tokens, configuration(shape)))
-        found[f"{shape} at {length}"] = library.ask("profile", name=OURS[0])
-        library.ask("clear")
+        found[f"{shape} at {length}"] = library.request("profile", name=OURS[0])
+        library.request("clear")
     yield f"| | {' | '.join(found)} |"
     yield "|---|" + "---|" * len(found)
     for region in next(iter(found.values())):
@@ -189,10 +189,10 @@ def find_peaks(library: Library, options: argparse.Namespace, about: dict[str, A
     """FLOP/s of products, by type. On a known GPU, the stated figure for bf16: the share of it is the MFU."""
     values = {"sizes": {"cpu": [1024, 2048], "cuda": [4096, 8192]}[options.device], "clock": options.clock}
     kinds = ("bfloat16", "float32") if about["has_bf16"] else ("float32",)
-    peaks = {each: library.ask("peak", dtype=each, **values)["flops_per_s"] for each in kinds}
+    peaks = {each: library.request("peak", dtype=each, **values)["flops_per_s"] for each in kinds}
     about["peaks"] = ", ".join(f"{peak / 1e12:.2f} TFLOP/s in {kind}" for kind, peak in peaks.items())
     if "bfloat16" not in peaks:
-        about["peaks"] += "; it has no instructions for products in bfloat16, so that everybody trains in float32"
+        about["peaks"] += "; it has no instructions for products in bfloat16, so every contestant trains in float32"
     for part, stated in STATED_PEAKS.items():
         if part in about["machine"]:
             about["peaks"] += f"; its maker states {stated / 1e12:.0f} in bfloat16, of which shares are (MFU)"
@@ -237,12 +237,12 @@ def main(words: Sequence[str]) -> None:
     pythons = {"ours": sys.executable, "transformers": sys.executable}
     if options.peers and not options.quick:
         pythons["litgpt"] = str(options.peers / "bin/python")
-    wanted = tuple(options.who or pythons)
+    selected = tuple(options.who or pythons)
     pythons = {
-        name: path for name, path in pythons.items() if name == "ours" or any(w.startswith(name) for w in wanted)
+        name: path for name, path in pythons.items() if name == "ours" or any(w.startswith(name) for w in selected)
     }
     libraries = {name: Library(path, options.device, options.threads) for name, path in pythons.items()}
-    machine = libraries["ours"].ask("about")
+    machine = libraries["ours"].request("about")
     about: dict[str, Any] = {
         "command": "python benchmarks/training.py " + " ".join(words),
         "rounds": options.rounds,
@@ -255,7 +255,7 @@ def main(words: Sequence[str]) -> None:
     results: list[Result] = []
     for shape, length in chosen:
         names = ON_CUDA if on_cuda else [*OURS, *TRANSFORMERS[SHAPES[shape]["num_experts"] > 0], *LITGPT]
-        names = [name for name in names if name.startswith(wanted) and (about["has_bf16"] or "fp32" in name)]
+        names = [name for name in names if name.startswith(selected) and (about["has_bf16"] or "fp32" in name)]
         start = time.perf_counter()
         results += measure(libraries, names, shape, length, options)
         print(f"{shape} at {length}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)

@@ -55,7 +55,7 @@ class Mode:
 
 
 def keep_large_buffers() -> None:
-    """The allocator's setting of this project, for everybody: loaded as a file, because peers lack the package."""
+    """The allocator's setting of this project, for all: loaded as a file, because peers lack the package."""
     spec = importlib.util.spec_from_file_location("allocator", ALLOCATOR)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -156,7 +156,7 @@ LIBRARIES = {"ours": ours, "transformers": transformers, "litgpt": litgpt}
 
 
 class Contestant:
-    """A network in training, with the optimizer that everybody gets: fused AdamW."""
+    """A network in training, with the optimizer that every contestant gets: fused AdamW."""
 
     def __init__(self, name: str, shape: dict[str, Any], rows: int, length: int, device: str) -> None:
         library, *words = name.split()
@@ -308,10 +308,10 @@ def main() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         try:
-            answer = getattr(server, request.pop("do"))(**request)
+            response = getattr(server, request.pop("do"))(**request)
         except Exception as error:  # a mode that a library does not have is an entry in the table
-            answer = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
-        print(json.dumps(answer), file=out, flush=True)
+            response = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+        print(json.dumps(response), file=out, flush=True)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ PAGE = """# Training steps: against other libraries, and against the machine
 `{command}` wrote this page: {rounds} rounds, medians, steps of {batch_tokens:,} tokens, {clock}, on {machine}, load
 average {load:.1f} (others were at work, too, as far as it exceeds the threads).
 
-Everybody trains the same shapes on the same random tokens: forward with the mean next-token loss, backward, clipping of
+All train the same shapes on the same random tokens: forward with the mean next-token loss, backward, clipping of
 the gradient's norm, fused AdamW; Mixtures of Experts with a balance loss, except litgpt, which has none. One process
 for each library; contestants take turns of a few steps. All have this project's setting of the C library's allocator
 (`checkpoint/allocator.py`), without which each is slower. `x8`: 8 experts, 2 of them for a token, each as large as the
@@ -27,7 +27,7 @@ dense feed-forward.
 
 {table}
 
-Our best against the best mode of each. What misses its goal is said.
+Our best against the best mode of each. Missed goals are marked.
 
 {goals}
 """
@@ -135,8 +135,8 @@ def goals(results: Sequence[Result], peaks: dict[str, float]) -> Iterator[str]:
             yield f"{start} the machine's peak | {found:.0%} | {_judged(found, FRACTIONS[shape])} |"
 
 
-def _judged(found: float, goal: float) -> str:
-    return f"{goal:g}" if found >= goal else f"{goal:g}, missed"
+def _judged(value: float, goal: float) -> str:
+    return f"{goal:g}" if value >= goal else f"{goal:g}, missed"
 
 
 def page(results: Sequence[Result], peaks: dict[str, float], about: dict[str, Any]) -> str:

@@ -21,8 +21,8 @@ from omegaconf import OmegaConf
 
 from aquilamoe.config.schema import ModelConfig
 from aquilamoe.process import interruption
-from ask_boards import plain
 from browser import Browser, missing
+from query_boards import plain
 
 # torch computes on one thread, here and in commands, whatever the machine has: small tensors gain nothing by more, and
 # sums are in one order. Who is the first to import torch reads it.
@@ -85,7 +85,7 @@ def watch(event, arguments):
             if deed == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             elif not Path(deed).exists():
-                Path(deed).touch()  # whoever waits for this file will stop the process
+                Path(deed).touch()  # the test that waits for this file stops the process
                 time.sleep(300)
 
 sys.addaudithook(watch)
@@ -285,7 +285,7 @@ def metrics_of(plain_query: Callable[[str], str]) -> Callable[[str], set[str]]:
 
 @pytest.fixture(scope="session")
 def queried_metrics(metrics_of: Callable[[str], set[str]]) -> set[str]:
-    """The names of all metrics that Grafana's boards ask for."""
+    """The names of all metrics that Grafana's boards query."""
     boards = [
         json.loads(path.read_text()) for path in (REPOSITORY / "dashboards" / "grafana" / "boards").glob("*.json")
     ]

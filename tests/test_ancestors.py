@@ -34,5 +34,5 @@ def test_all_that_a_path_leads_to_is_an_ancestor_once_and_nearest_come_first(gra
     assert [expected[node] for node in found] == sorted(expected.values())
 
 
-def test_a_circle_ends_the_walk_and_nobody_is_an_ancestor_of_himself() -> None:
+def test_a_circle_ends_the_walk_and_no_key_is_an_ancestor_of_itself() -> None:
     assert ancestors("a", {"a": ["b"], "b": ["c"], "c": ["a", "b"]}.__getitem__) == ["b", "c"]

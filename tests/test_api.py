@@ -32,7 +32,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_source(tmp_path_factory.mktemp("api") / "source", model(), torch.float32)
 
 
-def test_a_plan_says_what_a_growth_makes_and_writes_nothing(source: Path, tmp_path: Path) -> None:
+def test_a_plan_states_what_a_growth_makes_and_writes_nothing(source: Path, tmp_path: Path) -> None:
     found = aquilamoe.plan_growth(source, tmp_path / "target", model=WIDER, growth="fpi")
     assert (found.model["hidden_size"], found.preserving) == (12, True)
     assert found.parameters == found.active_parameters == sum(torch.Size(t.shape).numel() for t in found.tensors)

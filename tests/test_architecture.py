@@ -1,4 +1,4 @@
-"""The shape of the house: who may import whom, and what no file may become."""
+"""The layout of the package: which room may import which, and what no file may become."""
 
 import ast
 import re
@@ -27,7 +27,7 @@ SOURCES = sorted([*PACKAGE.rglob("*.py"), *(REPOSITORY / "workflows").glob("*.py
 # to.
 GROUND = {"format", "files", "process", "ancestors"}
 # A room, and the rooms that it may import besides itself and the ground. `growth/tool` and `training/ray` are rooms in
-# rooms. Stages are loaded by their names: nobody imports them.
+# rooms. Stages are loaded by their names: no room imports them.
 MAY_IMPORT: dict[str, set[str]] = {
     "config": set(),
     "format": set(),
@@ -39,7 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "growth": {"config", "model", "checkpoint"},
     "data": {"config"},
     "pipeline": {"config"},
-    "lineage": {"config", "pipeline", "checkpoint"},  # of checkpoint only what headers say, without torch
+    "lineage": {"config", "pipeline", "checkpoint"},  # of checkpoint only the headers, without torch
     "training": {"config", "model", "checkpoint", "data"},
     "training/ray": {"config", "model", "checkpoint", "data", "training"},
     "evaluation": {"config", "model", "checkpoint", "data"},
@@ -182,7 +182,7 @@ def targets(path: Path) -> Iterator[str]:
 
 
 def test_only_the_command_line_prints() -> None:
-    """But for what a process that ends says, and one line on standard error while a cluster is waited for."""
+    """Except for the last line of a process, and one line on standard error while a cluster is waited for."""
     printing = {path for path in SOURCES if re.search(r"(?<![\w.])print\(", path.read_text(encoding="utf-8"))}
     inside = {path for path in printing if room(path) not in ("cli", "process")}
     assert inside == {PACKAGE / "training" / "ray" / "session.py"}
@@ -286,7 +286,7 @@ def test_every_method_has_an_option_of_its_name_and_every_option_a_method(
     assert set(plugins.names(f"{folder}/methods")) <= set(options(folder))
 
 
-def test_the_code_that_recipes_name_is_what_its_digest_says() -> None:
+def test_the_code_that_recipes_name_has_its_digest() -> None:
     # A digest that is not right here makes the outputs of earlier versions unknown. If this code computes other bytes,
     # raise the VERSION of the stages that use it (and growth/tool/identity.py's); then copy the right digests.
     right = {}
@@ -298,9 +298,9 @@ def test_the_code_that_recipes_name_is_what_its_digest_says() -> None:
 
 
 @pytest.mark.parametrize("path", sorted(CONF.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONF)))
-def test_a_file_of_the_configuration_begins_by_saying_what_it_is(path: Path) -> None:
+def test_a_file_of_the_configuration_begins_with_what_it_is(path: Path) -> None:
     text = path.read_text(encoding="utf-8").removeprefix("# @package _global_\n")
-    assert text.startswith(("# ", "kind: ", "name: ")), f"{path}: begin with a comment that says what it is"
+    assert text.startswith(("# ", "kind: ", "name: ")), f"{path}: begin with a comment that states what it is"
 
 
 def functions(path: Path) -> Iterator[ast.FunctionDef]:

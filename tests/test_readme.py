@@ -1,4 +1,4 @@
-"""What the README tells a newcomer to type is typed here."""
+"""The commands of the README are typed here."""
 
 import json
 import re
@@ -45,11 +45,11 @@ print(json.dumps(found))
 
 @pytest.fixture(scope="module")
 def plans(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int | str, str]]:
-    """How the plan of each command ended, and what it said."""
+    """How the plan of each command ended, and what it printed."""
     roots = {command: str(tmp_path_factory.mktemp("plan") / "runs") for command in workflow_commands()}
     words = [sys.executable, "-c", PLANS, json.dumps(roots)]
-    answer: dict[str, tuple[int | str, str]] = json.loads(subprocess.check_output(words, cwd=ROOT, text=True))
-    return answer
+    plans: dict[str, tuple[int | str, str]] = json.loads(subprocess.check_output(words, cwd=ROOT, text=True))
+    return plans
 
 
 def test_there_are_commands_to_test() -> None:
@@ -67,8 +67,8 @@ def test_every_workflow_command_of_the_readme_has_a_plan(command: str, plans: di
 
 def test_the_page_on_costs_shows_what_its_commands_print(plans: dict[str, tuple[int | str, str]]) -> None:
     for command, shown in zip(workflow_commands(COSTS), code_blocks("text", COSTS), strict=False):
-        said = {line.rstrip() for line in plans[command][1].splitlines()}
-        assert [line for line in shown.splitlines() if line not in said] == []
+        printed = {line.rstrip() for line in plans[command][1].splitlines()}
+        assert [line for line in shown.splitlines() if line not in printed] == []
 
 
 def test_every_make_target_of_the_readme_exists() -> None:
@@ -95,7 +95,7 @@ def test_the_readme_is_read_in_two_minutes_and_has_the_same_commands_in_chinese(
     assert README.count("\n## ") == chinese.count("\n## ")
 
 
-def test_the_growth_method_of_the_docs_works_as_it_says(tmp_path: Path) -> None:
+def test_the_growth_method_of_the_docs_works_as_described(tmp_path: Path) -> None:
     """One function in one file and one YAML, in a copy of the project, is a growth that a plan knows."""
     for folder in ("platform", "conf", "workflows"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))

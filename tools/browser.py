@@ -88,7 +88,7 @@ class Browser:
         ActionChains(self._driver).send_keys(getattr(Keys, key)).perform()
 
     def errors(self) -> list[str]:
-        """What the console had to complain about."""
+        """The console's warnings and errors."""
         return [
             entry["message"] for entry in self._driver.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")
         ]
@@ -96,8 +96,8 @@ class Browser:
     def requests(self) -> list[str]:
         """The addresses that were requested, the page itself first; what a page carries itself is none."""
         events = [json.loads(entry["message"])["message"] for entry in self._driver.get_log("performance")]
-        asked = [event["params"] for event in events if event["method"] == "Network.requestWillBeSent"]
-        addresses = [str(each["request"]["url"]) for each in asked]
+        requests = [event["params"] for event in events if event["method"] == "Network.requestWillBeSent"]
+        addresses = [str(each["request"]["url"]) for each in requests]
         return [address for address in addresses if not address.startswith("data:")]
 
     def screenshot(self, target: Path, whole: bool = True) -> None:

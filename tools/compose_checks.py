@@ -30,9 +30,9 @@ import json, os, sys, boto3
 client, secrets = boto3.client("s3", endpoint_url=os.environ["MLFLOW_S3_ENDPOINT_URL"]), json.loads(sys.argv[1])
 keys = [entry["Key"] for page in client.get_paginator("list_objects_v2").paginate(Bucket="mlflow")
         for entry in page.get("Contents", [])]
-told = [key for key in keys if any(secret.encode() in client.get_object(Bucket="mlflow", Key=key)["Body"].read()
+leaks = [key for key in keys if any(secret.encode() in client.get_object(Bucket="mlflow", Key=key)["Body"].read()
                                    for secret in secrets)]
-print(json.dumps([keys, told]))
+print(json.dumps([keys, leaks]))
 """
 ANCESTORS = """
 import json, mlflow
@@ -46,26 +46,26 @@ print(json.dumps([model.name for model in line]))
 """
 
 
-def mlflow_answers_to_its_own_names_and_refuses_foreign_ones(rehearsal: "Rehearsal") -> None:
+def mlflow_serves_its_own_names_and_refuses_foreign_ones(rehearsal: "Rehearsal") -> None:
     url = "http://mlflow:5000/api/2.0/mlflow/experiments/search?max_results=1"
     for host, expected in (("mlflow:5000", "200"), ("localhost:5000", "200"), ("evil.example", "403")):
-        _expect(f"Host: {host}", _said(rehearsal, "driver", STATUS, url, f"Host={host}"), expected)
+        _expect(f"Host: {host}", _output_of(rehearsal, "driver", STATUS, url, f"Host={host}"), expected)
 
 
 def the_dashboard_refuses_who_has_no_token(rehearsal: "Rehearsal") -> None:
     url, token = "http://ray-head:8265/api/version", rehearsal.secrets["ray_token"]
-    _expect("no token", _said(rehearsal, "driver", STATUS, url), "401")
-    _expect("a wrong token", _said(rehearsal, "driver", STATUS, url, "Authorization=Bearer wrong"), "403")
-    _expect("the token", _said(rehearsal, "driver", STATUS, url, f"Authorization=Bearer {token}"), "200")
+    _expect("no token", _output_of(rehearsal, "driver", STATUS, url), "401")
+    _expect("a wrong token", _output_of(rehearsal, "driver", STATUS, url, "Authorization=Bearer wrong"), "403")
+    _expect("the token", _output_of(rehearsal, "driver", STATUS, url, f"Authorization=Bearer {token}"), "200")
 
 
 def the_cluster_refuses_a_process_without_the_token(rehearsal: "Rehearsal") -> None:
     environment = rehearsal.environment(rehearsal.services["driver"])
-    ask = ["ray", "status", "--address=ray-head:6379"]
-    right = rehearsal.containers["driver"].run(ask, environment)
+    status = ["ray", "status", "--address=ray-head:6379"]
+    right = rehearsal.containers["driver"].run(status, environment)
     _expect(f"with the token ({right.stderr[-500:]})", str(right.returncode), "0")
     for changes in ({"RAY_AUTH_TOKEN_PATH": "/dev/null", "RAY_AUTH_TOKEN": "wrong"}, {"RAY_AUTH_MODE": "disabled"}):
-        refused = rehearsal.containers["driver"].run(ask, {**environment, **changes})
+        refused = rehearsal.containers["driver"].run(status, {**environment, **changes})
         if refused.returncode == 0 or "oken" not in refused.stdout + refused.stderr:
             raise RuntimeError(f"{changes}: status {refused.returncode}: {(refused.stdout + refused.stderr)[-1500:]}")
 
@@ -82,9 +82,9 @@ def no_command_line_and_no_environment_of_a_service_has_a_secret(rehearsal: "Reh
     lines = list(_command_lines())
     if len(lines) < 20:
         raise RuntimeError(f"only {len(lines)} processes are seen")
-    told = [line for line in lines if any(secret in line for secret in rehearsal.secrets.values())]
-    told += [str(one.environment) for one in rehearsal.services.values() if _tells(rehearsal, str(one.environment))]
-    _expect("secrets in command lines", str(told), "[]")
+    leaks = [line for line in lines if any(secret in line for secret in rehearsal.secrets.values())]
+    leaks += [str(one.environment) for one in rehearsal.services.values() if _leaks(rehearsal, str(one.environment))]
+    _expect("secrets in command lines", str(leaks), "[]")
 
 
 def every_stage_is_complete_and_the_report_is_written(rehearsal: "Rehearsal") -> None:
@@ -99,7 +99,7 @@ def every_stage_is_complete_and_the_report_is_written(rehearsal: "Rehearsal") ->
 
 def the_runs_are_in_postgres(rehearsal: "Rehearsal") -> None:
     entry = ("python", "/app/deploy/entrypoint.py")
-    found = _said(rehearsal, "mlflow", RUNS, "{}", entry=entry)
+    found = _output_of(rehearsal, "mlflow", RUNS, "{}", entry=entry)
     if int(found) < 12:  # eleven stages, and the pipeline
         raise RuntimeError(f"{found} finished runs")
 
@@ -107,15 +107,15 @@ def the_runs_are_in_postgres(rehearsal: "Rehearsal") -> None:
 def the_artifacts_are_in_s3_and_have_no_secret(rehearsal: "Rehearsal") -> None:
     secrets = json.dumps(list(rehearsal.secrets.values()))
     entry = ("python", "/app/deploy/entrypoint.py")
-    keys, told = json.loads(_said(rehearsal, "mlflow", OBJECTS, secrets, entry=entry))
+    keys, leaks = json.loads(_output_of(rehearsal, "mlflow", OBJECTS, secrets, entry=entry))
     names = {key.rsplit("/", 1)[-1] for key in keys}
     if not {"index.html", "lineage.html", "record.json", "recipe.json"} <= names:
         raise RuntimeError(f"only {sorted(names)}")
-    _expect("objects with a secret", str(told), "[]")
+    _expect("objects with a secret", str(leaks), "[]")
 
 
 def mlflow_knows_the_ancestors_of_the_last_checkpoint(rehearsal: "Rehearsal") -> None:
-    _expect("the line", _said(rehearsal, "driver", ANCESTORS), json.dumps(LINE))
+    _expect("the line", _output_of(rehearsal, "driver", ANCESTORS), json.dumps(LINE))
 
 
 def no_file_and_no_log_has_a_secret(rehearsal: "Rehearsal") -> None:
@@ -123,8 +123,8 @@ def no_file_and_no_log_has_a_secret(rehearsal: "Rehearsal") -> None:
     files = [path for folder in folders for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
     if len(files) < 100:
         raise RuntimeError(f"only {len(files)} files are seen")
-    told = [str(path) for path in files if _tells_bytes(rehearsal, path)]
-    _expect("files with a secret", str(told), "[]")
+    leaks = [str(path) for path in files if _leaks_bytes(rehearsal, path)]
+    _expect("files with a secret", str(leaks), "[]")
     for name, container in rehearsal.containers.items():  # Ray's logs are in the containers' own /tmp
         grep = ["grep", "-rlF", *(f"--regexp={secret}" for secret in rehearsal.secrets.values()), "/tmp"]
         _expect(f"/tmp of {name}", container.run(grep, {"PATH": "/usr/bin:/bin"}).stdout, "")
@@ -134,14 +134,14 @@ def prometheus_reads_the_cluster(rehearsal: "Rehearsal") -> None:
     if "prometheus" not in rehearsal.containers:
         return
     get = "import sys, urllib.request; print(urllib.request.urlopen(sys.argv[1], timeout=30).read().decode())"
-    targets = json.loads(_said(rehearsal, "prometheus", get, "http://127.0.0.1:9090/api/v1/targets"))["data"]
+    targets = json.loads(_output_of(rehearsal, "prometheus", get, "http://127.0.0.1:9090/api/v1/targets"))["data"]
     up = {target["labels"]["instance"] for target in targets["activeTargets"] if target["health"] == "up"}
     expected = {f"{rehearsal.network.address(name)}:8080" for name in ("ray-head", "ray-worker")}
     if not expected <= up:
-        raise RuntimeError(f"of {sorted(expected)} only {sorted(up)} answer")
+        raise RuntimeError(f"of {sorted(expected)} only {sorted(up)} respond")
 
 
-def _said(rehearsal: "Rehearsal", name: str, program: str, *words: str, entry: tuple[str, ...] = ()) -> str:
+def _output_of(rehearsal: "Rehearsal", name: str, program: str, *words: str, entry: tuple[str, ...] = ()) -> str:
     """What a Python program prints inside the container of a service, with the service's environment."""
     environment = rehearsal.environment(rehearsal.services[name])
     done = rehearsal.containers[name].run([*entry, "python", "-c", program, *words], environment, 100)
@@ -150,16 +150,16 @@ def _said(rehearsal: "Rehearsal", name: str, program: str, *words: str, entry: t
     return done.stdout.strip()
 
 
-def _expect(what: str, found: str, expected: str) -> None:
-    if found != expected:
-        raise RuntimeError(f"{what}: {found}, expected {expected}")
+def _expect(what: str, actual: str, expected: str) -> None:
+    if actual != expected:
+        raise RuntimeError(f"{what}: {actual}, expected {expected}")
 
 
-def _tells(rehearsal: "Rehearsal", text: str) -> bool:
+def _leaks(rehearsal: "Rehearsal", text: str) -> bool:
     return any(secret in text for secret in rehearsal.secrets.values())
 
 
-def _tells_bytes(rehearsal: "Rehearsal", path: Path) -> bool:
+def _leaks_bytes(rehearsal: "Rehearsal", path: Path) -> bool:
     content = path.read_bytes()
     return any(secret.encode() in content for secret in rehearsal.secrets.values())
 
@@ -173,7 +173,7 @@ def _command_lines() -> Iterator[str]:
 
 
 BEFORE = [
-    mlflow_answers_to_its_own_names_and_refuses_foreign_ones,
+    mlflow_serves_its_own_names_and_refuses_foreign_ones,
     the_dashboard_refuses_who_has_no_token,
     the_cluster_refuses_a_process_without_the_token,
     postgres_refuses_a_wrong_password,

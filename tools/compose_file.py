@@ -151,7 +151,7 @@ def main(words: Sequence[str] | None = None) -> None:
     found = violations(values, json.loads(options.schema.read_text())) if options.schema else []
     if found:
         raise SystemExit("\n".join(found))
-    print(f"{options.file.name}: {len(values['services'])} services" + (", as the schema says" * bool(options.schema)))
+    print(f"{options.file.name}: {len(values['services'])} services" + (", valid by the schema" * bool(options.schema)))
 
 
 if __name__ == "__main__":

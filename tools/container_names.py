@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from threading import Thread
 
 PORT, TYPE_A, CLASS_IN, TTL_S = 53, 1, 1, 5
-ANSWERED, UNKNOWN = 0x8580, 0x8583  # flags of a response: authoritative, without error or with "no such name"
+KNOWN, UNKNOWN = 0x8580, 0x8583  # flags of a response: authoritative, without error or with "no such name"
 POINTER_TO_NAME = 0xC00C
 
 
@@ -18,16 +18,16 @@ def serve(address: str, table: Mapping[str, str]) -> None:
     def work() -> None:
         while True:
             query, sender = listening.recvfrom(512)
-            if (answer := answer_to(query, table)) is not None:
-                listening.sendto(answer, sender)
+            if (response := response_to(query, table)) is not None:
+                listening.sendto(response, sender)
 
     Thread(target=work, daemon=True).start()
 
 
-def answer_to(query: bytes, table: Mapping[str, str]) -> bytes | None:
+def response_to(query: bytes, table: Mapping[str, str]) -> bytes | None:
     """The response to a query (RFC 1035) for one name; None to anything else."""
     try:
-        (identity, _, questions), labels, position = struct.unpack("!3H", query[:6]), [], 12
+        (identity, _, num_queries), labels, position = struct.unpack("!3H", query[:6]), [], 12
         while (length := query[position]) != 0:
             labels.append(query[position + 1 : position + 1 + length].decode("ascii").lower())
             position += 1 + length
@@ -35,10 +35,10 @@ def answer_to(query: bytes, table: Mapping[str, str]) -> bytes | None:
         kind, _ = struct.unpack("!2H", query[position + 1 : end])
     except (IndexError, UnicodeDecodeError, struct.error):
         return None
-    if questions != 1:
+    if num_queries != 1:
         return None
     found = table.get(".".join(labels))
     addresses = [found] if found and kind == TYPE_A else []
-    header = struct.pack("!6H", identity, ANSWERED if found else UNKNOWN, 1, len(addresses), 0, 0)
+    header = struct.pack("!6H", identity, KNOWN if found else UNKNOWN, 1, len(addresses), 0, 0)
     record = struct.pack("!3HIH", POINTER_TO_NAME, TYPE_A, CLASS_IN, TTL_S, 4)
     return header + query[12:end] + b"".join(record + socket.inet_aton(each) for each in addresses)

@@ -44,7 +44,7 @@ class Network:
         call("ip", "link", "add", "bridge", "type", "bridge")
         call("ip", "address", "add", f"{GATEWAY}/24", "dev", "bridge")
         call("ip", "link", "set", "bridge", "up")
-        # Requests to the outside are refused at once, instead of being waited for.
+        # Requests to the outside are refused at once, instead of timing out.
         Path("/proc/sys/net/ipv4/ip_forward").write_text("1")
         container_names.serve(GATEWAY, {name: self.address(name) for name in self.names})
         (self.folder / "resolv.conf").write_text(f"nameserver {GATEWAY}\n")
@@ -97,12 +97,12 @@ class Container:
                 lines.append(f"{new} {root}{target}")
             lines.append(f"mount --bind {source} {root}{target}")
         for name, secret in secrets.items():
-            given = self.network.folder / "secrets" / self.name / name
-            given.parent.mkdir(parents=True, exist_ok=True)
-            given.write_text(secret)
-            given.chmod(0o400)
-            os.chown(given, int(uid), int(gid))
-            lines.append(f"touch {root}/run/secrets/{name} && mount --bind {given} {root}/run/secrets/{name}")
+            secret_file = self.network.folder / "secrets" / self.name / name
+            secret_file.parent.mkdir(parents=True, exist_ok=True)
+            secret_file.write_text(secret)
+            secret_file.chmod(0o400)
+            os.chown(secret_file, int(uid), int(gid))
+            lines.append(f"touch {root}/run/secrets/{name} && mount --bind {secret_file} {root}/run/secrets/{name}")
         for file in ("resolv.conf", "hosts"):
             lines.append(f"mount --bind {self.network.folder}/{file} {root}/etc/{file}")
         lines += [f"hostname {self.name}", "echo ready"]

@@ -47,15 +47,15 @@ def _output(stages: Path, reference: Record) -> tuple[Path, Record]:
     return directory, json.loads((directory / "record.json").read_text(encoding="utf-8"))
 
 
-def _row(found: dict[str, tuple[Path, Record]], metrics: dict[str, float]) -> tuple[str, ...]:
+def _row(outputs: dict[str, tuple[Path, Record]], metrics: dict[str, float]) -> tuple[str, ...]:
     def loss(stage: str, language: str = "") -> float:
         return metrics[f"{stage}/{language}/nats_per_token" if language else f"{stage}/nats_per_token"]
 
     def gap(language: str = "") -> str:
         return f"{loss('moe', language) - loss('control', language):+.3f}"
 
-    records = {name: record for name, (_, record) in found.items()}
-    curves = {name: read_points(directory / METRICS) for name, (directory, _) in found.items()}
+    records = {name: record for name, (_, record) in outputs.items()}
+    curves = {name: read_points(directory / METRICS) for name, (directory, _) in outputs.items()}
     line = line_of(chain_of(records, curves, CHAIN)[0])
     crossed = crossing(line, trained("control", records["control"], curves["control"]).validation)
     return (

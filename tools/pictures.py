@@ -26,7 +26,7 @@ from browser import Browser, missing
 # What MLflow opens beside the page in a browser that is new to it.
 PANEL = "document.querySelector('[data-component-id=\"mlflow.assistant.chat_panel.close\"]')"
 WAIT_S = 300  # for a server, and for what a page of MLflow draws
-SETTLE_S = 3.0  # after which a page that has stopped to change is done
+SETTLE_S = 3.0  # after which a page that no longer changes is complete
 # Conditions and acts in MLflow's pages.
 LINES = "document.querySelectorAll('.js-plotly-plot .scatterlayer .trace').length > 1"
 PARALLEL = "document.querySelectorAll('.js-plotly-plot .main-svg').length > 0"
@@ -48,7 +48,7 @@ def main() -> None:
     root, name, folder = [*words, *defaults[len(words) :]]
     pages, study = Path(root) / "reports" / name, Path(root) / "ablations" / name / "summary.json"
     if not (pages / "index.html").exists() and not study.exists():
-        raise SystemExit(f"error: {pages / 'index.html'}, {study}: neither is there; run {name} with paths.root={root}")
+        raise SystemExit(f"error: {pages / 'index.html'}, {study}: neither exists; run {name} with paths.root={root}")
     Path(folder).mkdir(parents=True, exist_ok=True)
     with Browser() as browser:
         if study.exists():
@@ -74,8 +74,8 @@ def of_experiment(browser: Browser, root: Path, name: str, target: Path) -> None
 def of_ablation(browser: Browser, root: Path, name: str, target: Path) -> None:
     number, runs = _runs(root / "mlflow.db", name, "variant")
     with mlflow(root) as server:
-        asked = f"runs={json.dumps(runs, separators=(',', ':'))}&experiments={json.dumps([number])}"
-        browser.open(f"{server}/#/compare-runs?{asked}&workflowType=machine_learning", 1280, height=860)
+        query = f"runs={json.dumps(runs, separators=(',', ':'))}&experiments={json.dumps([number])}"
+        browser.open(f"{server}/#/compare-runs?{query}&workflowType=machine_learning", 1280, height=860)
         _wait(browser, "the comparison", PARALLEL)
         _save(browser, target / "mlflow-compare.png")
 
@@ -107,14 +107,14 @@ def mlflow(root: Path) -> Iterator[str]:
         stderr=subprocess.DEVNULL,
     )
     try:
-        _answers(f"http://127.0.0.1:{port}", process)
+        _wait_until_ready(f"http://127.0.0.1:{port}", process)
         yield f"http://127.0.0.1:{port}"
     finally:
         process.terminate()
         process.wait()
 
 
-def _answers(address: str, process: "subprocess.Popen[bytes]") -> None:
+def _wait_until_ready(address: str, process: "subprocess.Popen[bytes]") -> None:
     for _ in range(WAIT_S):
         try:
             urllib.request.urlopen(f"{address}/health", timeout=5).close()
@@ -123,7 +123,7 @@ def _answers(address: str, process: "subprocess.Popen[bytes]") -> None:
             if process.poll() is not None:
                 raise SystemExit(f"error: mlflow ended with status {process.returncode}") from None
             time.sleep(1)
-    raise SystemExit(f"error: {address}: MLflow did not answer within {WAIT_S} s")
+    raise SystemExit(f"error: {address}: MLflow did not respond within {WAIT_S} s")
 
 
 def _wait(browser: Browser, what: str, condition: str, then: str = "true") -> None:

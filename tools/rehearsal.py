@@ -98,7 +98,7 @@ class Rehearsal:
         check = list(service.health)
         if check[0] == "wget":  # which this machine may lack; moto has no page for health
             url = check[-1] if name != "s3" else "http://127.0.0.1:7070/moto-api/"
-            check = ["python", "/app/deploy/answers.py", url]
+            check = ["python", "/app/deploy/health_check.py", url]
         environment, end = self.environment(service), time.monotonic() + PATIENCE * service.patience_s
         while not container.is_healthy(check, environment, PATIENCE * service.check_s):
             if time.monotonic() > end:

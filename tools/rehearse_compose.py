@@ -36,7 +36,7 @@ HELPERS = (b"dashboard/agent.py", b"runtime_env/agent/main.py")
 
 
 @contextlib.contextmanager
-def said(what: str) -> Iterator[None]:
+def timed(what: str) -> Iterator[None]:
     """A line with the seconds that it took."""
     began = time.monotonic()
     yield
@@ -52,21 +52,21 @@ def stand(rehearsal: Rehearsal) -> None:
     ready: dict[str, str] = {}
     for name in ORDER:
         if name == "prometheus" and not _has_prometheus():
-            print("          prometheus: not here, or no dashboards/prometheus: left out", flush=True)
+            print("          prometheus: not here, or no dashboards/prometheus: skipped", flush=True)
             continue
         service = rehearsal.services[name]
         lacking = {other: how for other, how in service.needs.items() if ready.get(other) != how}
         if lacking:
-            raise RuntimeError(f"{name}: the file wants {lacking} before it, there are {ready}")
+            raise RuntimeError(f"{name}: the file requires {lacking} before it, ready are {ready}")
         rehearsal.start(name)
         if name == "driver":
             continue
         if name == "bucket":
-            with said(f"{name}: done, as {service.user}"):
+            with timed(f"{name}: done, as {service.user}"):
                 rehearsal.await_end(name, PATIENCE * 20)
             ready[name] = "service_completed_successfully"
         else:
-            with said(f"{name}: healthy, as {service.user}"):
+            with timed(f"{name}: healthy, as {service.user}"):
                 rehearsal.await_health(name)
             ready[name] = "service_healthy"
 
@@ -89,18 +89,18 @@ def main() -> None:
     call("mount", "-t", "tmpfs", "-o", "mode=755", "tmpfs", str(folder))  # seen in these namespaces only
     rehearsal = Rehearsal(folder)
     threading.Thread(target=_help_helpers, daemon=True).start()
-    with said("all services"):
+    with timed("all services"):
         stand(rehearsal)
     for check in compose_checks.BEFORE:
-        with said(_sentence(check)):
+        with timed(_sentence(check)):
             check(rehearsal)
-    with said("driver: the pipeline through cluster=compose"):
+    with timed("driver: the pipeline through cluster=compose"):
         output = rehearsal.drive(*WORDS)
     print(output[-1500:])
     for check in compose_checks.AFTER:
-        with said(_sentence(check)):
+        with timed(_sentence(check)):
             check(rehearsal)
-    print("Everything that docker-compose.yml promises and that can be had here was seen.")
+    print("Everything in docker-compose.yml that can run here works.")
 
 
 def _help_helpers() -> None:

@@ -76,7 +76,7 @@ def energy(kwh: float | None) -> str:
 
 
 def money(value: float | None) -> str:
-    """An amount in whatever currency the price is in: 0.012, 3.40, 1,250."""
+    """An amount in the currency of the price: 0.012, 3.40, 1,250."""
     if not value:
         return ABSENT
     return f"{value:,.0f}" if value >= 1000 else f"{value:.2f}" if value >= 1 else f"{value:.2g}"

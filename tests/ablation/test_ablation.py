@@ -1,4 +1,4 @@
-"""An ablation: its variants, their controls, the one graph that they are, and what its numbers say."""
+"""An ablation: its variants, their controls, the one graph that they are, and what its numbers show."""
 
 import math
 import random
@@ -191,14 +191,14 @@ def test_what_needs_a_source_that_failed_is_not_tried(expand: Callable[..., Stud
     tasks = planning.tasks(expand(seeds=[1, 2]), Store(tmp_path), Speed(1e9))
     sources = planning.sources(tasks)
     broken = next(source for source in sources if source.leaf.seed == 2)
-    told: list[str] = []
+    ended: list[str] = []
     left, lost = trials.without_source(
-        tasks, sources, {broken.name: Failure("no", tmp_path / "log")}, lambda task, _: told.append(task.name)
+        tasks, sources, {broken.name: Failure("no", tmp_path / "log")}, lambda task, _: ended.append(task.name)
     )
     assert {task.leaf.seed for task in left if "prepare" in task.leaf.nodes} == {1}
     assert {task.leaf.seed for task in left} == {1, 2}, "what starts from scratch has no source"
-    assert told == list(lost) and len(lost) == 8 + 2
-    assert all(each.log.read_text().startswith("what it would grow from failed: no") for each in lost.values())
+    assert ended == list(lost) and len(lost) == 8 + 2
+    assert all(each.log.read_text().startswith("its source failed: no") for each in lost.values())
 
 
 def test_what_early_stopping_ended_is_remembered_among_the_same_trials_only(
@@ -331,7 +331,7 @@ def ablate(tmp_path: Path) -> Callable[..., "subprocess.CompletedProcess[str]"]:
     return run
 
 
-def test_the_plan_is_a_table_of_variants_and_controls_and_says_what_sharing_saves(
+def test_the_plan_is_a_table_of_variants_and_controls_and_shows_what_sharing_saves(
     ablate: Callable[..., "subprocess.CompletedProcess[str]"], tmp_path: Path
 ) -> None:
     result = ablate("+ablation=scale_up", "seeds=5", "scheduler=asha", "action=plan")
@@ -376,7 +376,7 @@ def _without_ablation(values: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "error: ablation: none is chosen; choose one with +ablation=NAME (valid: "),
+        ([], "error: ablation: none selected; choose one with +ablation=NAME (valid: "),
         (
             ["ablation=scale_u"],
             "error: ablation=scale_u: there is no conf/ablation/scale_u.yaml; did",
@@ -392,7 +392,7 @@ def _without_ablation(values: dict[str, Any]) -> dict[str, Any]:
         ),
     ],
 )
-def test_a_mistake_is_told_in_one_line_before_anything_runs(
+def test_a_mistake_is_one_line_before_anything_runs(
     ablate: Callable[..., "subprocess.CompletedProcess[str]"], words: list[str], message: str, tmp_path: Path
 ) -> None:
     result = ablate(*words)
@@ -401,7 +401,7 @@ def test_a_mistake_is_told_in_one_line_before_anything_runs(
     assert list(tmp_path.iterdir()) == []
 
 
-# What the numbers say
+# What the numbers show
 
 
 def test_an_ablation_costs_what_its_variants_and_controls_need_alone_and_once_what_they_share(
@@ -437,7 +437,7 @@ def test_the_interval_of_paired_differences_is_students() -> None:
     assert not found.excludes_zero
 
 
-def test_intervals_cover_the_true_difference_as_often_as_they_say() -> None:
+def test_intervals_cover_the_true_difference_as_often_as_they_claim() -> None:
     draw = random.Random(0)
     hits = 0
     for _ in range(2000):
@@ -457,7 +457,7 @@ def test_one_pair_gives_no_interval_and_no_winner() -> None:
         intervals.paired_difference({1: 1.0}, {2: 1.0})
 
 
-def test_variants_that_the_seeds_do_not_tell_apart_share_a_rank() -> None:
+def test_variants_that_the_seeds_do_not_separate_share_a_rank() -> None:
     noise = {1: 0.00, 2: 0.03, 3: -0.02}
     results = {
         "worst": {seed: 4.0 + value for seed, value in noise.items()},

@@ -127,7 +127,7 @@ def test_what_another_machine_has_computed_is_fetched_from_the_remote(start: Sta
     )
 
 
-# Runs commands one after the other in one process, and says whether Ray still reserves anything after them.
+# Runs commands one after the other in one process, and prints whether Ray still reserves anything after them.
 IN_ONE_PROCESS = """
 import json, runpy, sys, time
 from pathlib import Path
@@ -150,7 +150,7 @@ def actors():
         # By its address: there may be other sessions on this machine.
         session = ray.get_runtime_context().gcs_address
         alive = list_actors(session, filters=[("state", "!=", "DEAD")], limit=1000)
-    except RayStateApiException as error:  # who answers is busy, and is asked again
+    except RayStateApiException as error:  # the state API is busy: request again
         return [str(error)]
     return sorted(actor.class_name for actor in alive if actor.class_name not in BOOKS)
 
@@ -161,12 +161,12 @@ def reserved():
     held = {name: amount - free.get(name, 0.0) for name, amount in kinds.items() if amount != free.get(name, 0.0)}
     return {name: amount for name, amount in held.items() if name != "node:__internal_head__"} | dict.fromkeys(actors())
 
-deadline = time.monotonic() + 120  # what watches over workers looks once a second, and asks the state of Ray
+deadline = time.monotonic() + 120  # Tune polls its workers once a second, through Ray's state API
 while reserved() and time.monotonic() < deadline:
     time.sleep(0.5)
 print("still reserved:", reserved())
 """
-# At this rate nothing is learnt: whoever is compared with others falls behind.
+# At this rate nothing is learnt: a trial that is compared with others falls behind.
 LAZY = "+ablation.axes.method.values.lazy=['growth=fpi','stages.dense.learning_rate=1e-9']"
 
 
@@ -207,7 +207,7 @@ def test_trials_on_several_workers_are_stopped_with_all_that_they_reserved(start
     words = ["cluster=local", "cluster.workers=2", "cluster.cpus_per_worker=1", "seeds=1", "scheduler=asha", LAZY]
     out = finished(start([*words, "stages.dense.total_tokens=16384"]))
     assert "lazy, stack: dense, seed 1  stopped early" in out and "failed" not in out
-    assert losses(tmp_path)["fpi, stack"].keys() == {"1"}, "the first has nobody to fall behind"
+    assert losses(tmp_path)["fpi, stack"].keys() == {"1"}, "the first has no other to fall behind"
     assert out.rstrip().endswith("still reserved: {}")
 
 

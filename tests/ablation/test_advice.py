@@ -11,25 +11,25 @@ import pytest
 
 from aquilamoe.ablation import study as studies
 from aquilamoe.ablation.advice import AdviceLine, Recorded, advise, load, rules
-from aquilamoe.ablation.advice_query import AdviceQuery, GrowthSource, ask
+from aquilamoe.ablation.advice_query import AdviceQuery, GrowthSource, read_query
 from aquilamoe.ablation.study import Study
 from aquilamoe.config.messages import UserError
 from aquilamoe.config.schema import ModelConfig
 from invented_study import invent
 
 REPOSITORY = Path(__file__).parents[2]
-ASKED = {"source": "0.45M", "source_tokens": "2M", "target": "1.6M", "budget": "1M"}
+TYPED = {"source": "0.45M", "source_tokens": "2M", "target": "1.6M", "budget": "1M"}
 
 
-def question(**changes: Any) -> AdviceQuery:
+def query(**changes: Any) -> AdviceQuery:
     def nowhere(text: str) -> GrowthSource:
         raise UserError(f"{text}: no such output")
 
-    return ask({**ASKED, **changes}, nowhere)
+    return read_query({**TYPED, **changes}, nowhere)
 
 
-def recorded(found: Study) -> list[Recorded]:
-    return [Recorded(found, "studies/x/summary.json")]
+def recorded(study: Study) -> list[Recorded]:
+    return [Recorded(study, "studies/x/summary.json")]
 
 
 def of(topic: str, sentences: list[AdviceLine]) -> str:
@@ -45,18 +45,18 @@ def of(topic: str, sentences: list[AdviceLine]) -> str:
     ],
 )
 def test_the_evidence_decides_whether_to_grow(control: float, verdict: str) -> None:
-    found = advise(question(), recorded(invent(ends={"fpi": 3.2, "aki": 3.3}, continued=control, noise=0.01)), [])
+    found = advise(query(), recorded(invent(ends={"fpi": 3.2, "aki": 3.3}, continued=control, noise=0.01)), [])
     assert verdict in of("whether", found)
     assert all("studies/x/summary.json: 'fpi'" in each.evidence for each in found if each.topic == "whether")
 
 
 def test_the_better_the_control_the_less_growing_is_advised() -> None:
     order = ["Grow rather", "Undecided", "Do not grow"]
-    said = []
+    places = []
     for control in (3.6, 3.4, 3.25, 3.21, 3.19, 3.15, 3.0, 2.8):
-        text = of("whether", advise(question(), recorded(invent(ends={"fpi": 3.2, "aki": 3.3}, continued=control)), []))
-        said.append(next(index for index, start in enumerate(order) if text.startswith(start)))
-    assert said == sorted(said) and set(said) == {0, 1, 2}
+        text = of("whether", advise(query(), recorded(invent(ends={"fpi": 3.2, "aki": 3.3}, continued=control)), []))
+        places.append(next(index for index, start in enumerate(order) if text.startswith(start)))
+    assert places == sorted(places) and set(places) == {0, 1, 2}
 
 
 @pytest.mark.parametrize(
@@ -70,28 +70,28 @@ def test_the_better_the_control_the_less_growing_is_advised() -> None:
         {"source_tokens": None},
     ],
 )
-def test_outside_of_what_was_recorded_there_is_no_evidence_and_it_says_so(changes: Mapping[str, Any]) -> None:
+def test_outside_of_what_was_recorded_there_is_no_evidence_and_the_text_states_so(changes: Mapping[str, Any]) -> None:
     if changes.get("source") == "8B":
         changes = {**changes, "target": "30B", "source_tokens": "36B"}
-    found = advise(question(**changes), recorded(invent(ends={"fpi": 3.2, "aki": 3.3})), [])
+    found = advise(query(**changes), recorded(invent(ends={"fpi": 3.2, "aki": 3.3})), [])
     assert len(found) == 4 and all(each.text.startswith("No recorded evidence") and not each.evidence for each in found)
     reason = of("whether", found)
     assert "recorded are sources of 450k" in reason or "scale-out" in reason or "source_tokens=N" in reason
 
 
 def test_without_a_study_there_is_no_evidence() -> None:
-    found = advise(question(), [], [])
+    found = advise(query(), [], [])
     assert [each.topic for each in found] == ["whether", "how", "start", "rate"]
     assert all("no recorded study" in each.text or "as above" in each.text for each in found)
 
 
 def test_how_names_all_that_lead_and_who_led_at_a_shorter_budget() -> None:
     crossing = invent(ends={"fpi": 3.3, "aki": 3.1}, starts={"fpi": 3.6, "aki": 5.5}, noise=0.002)
-    text = of("how", advise(question(budget="0.5M"), recorded(crossing), []))
+    text = of("how", advise(query(budget="0.5M"), recorded(crossing), []))
     assert text.startswith("'aki' leads after 1M tokens")
     tied = invent(ends={"fpi": 3.2, "aki": 3.2, "lemon": 3.6}, noise=0.02)
-    text = of("how", advise(question(), recorded(tied), []))
-    assert "lead after" in text and "do not tell them apart" in text and "'lemon'" not in text.split(" after ")[0]
+    text = of("how", advise(query(), recorded(tied), []))
+    assert "lead after" in text and "do not separate them" in text and "'lemon'" not in text.split(" after ")[0]
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_from_where_is_the_shortest_training_after_which_growing_beat_continuing
     short = invent(ends={"fpi": 3.4}, continued=3.1, source=(450_000, 2_250_000))
     long = invent(ends={"fpi": 3.0}, continued=3.3 if better else 2.9, source=(450_000, 9_000_000))
     both = _joined(short, long)
-    text = of("start", advise(question(), recorded(both), []))
+    text = of("start", advise(query(), recorded(both), []))
     assert text.startswith(words)
 
 
@@ -113,16 +113,16 @@ def test_the_rate_is_the_best_recorded_one_with_all_else_equal() -> None:
         else entry
         for entry in found.entries
     ]
-    sentences = advise(question(), recorded(found.model_copy(update={"entries": entries})), [])
-    assert of("rate", sentences) == "0.002, 0.67 of the source's peak; it is at the edge of what was tried."
+    sentences = advise(query(), recorded(found.model_copy(update={"entries": entries})), [])
+    assert of("rate", sentences) == "0.002, 0.67 of the source's peak; it is at the edge of the range tried."
     assert "0.001: 3.299, 0.002: 3.099" in next(each.evidence for each in sentences if each.topic == "rate")
 
 
 def test_the_studies_that_are_shipped_can_be_read_and_give_advice() -> None:
     shipped = load([REPOSITORY / "docs" / "studies"])
     assert len(shipped) >= 3
-    asked = question(source="40k", source_tokens="262k", target="166k", budget="82k")
-    found = advise(asked, shipped, [])
+    small = query(source="40k", source_tokens="262k", target="166k", budget="82k")
+    found = advise(small, shipped, [])
     assert all(
         of(topic, found) and "No recorded evidence" not in of(topic, found)
         for topic in ("whether", "how", "start", "rate")
@@ -130,14 +130,14 @@ def test_the_studies_that_are_shipped_can_be_read_and_give_advice() -> None:
 
 
 def test_published_rules_hold_within_their_range_and_are_cited() -> None:
-    inside = advise(question(source="8.2B", source_tokens="3.6T", target="16.6B", budget="1.2T"), [], rules())
+    inside = advise(query(source="8.2B", source_tokens="3.6T", target="16.6B", budget="1.2T"), [], rules())
     published = [each for each in inside if each.text.startswith("Published")]
     assert {each.topic for each in published} == {"whether", "how", "rate"}
     assert all("arXiv" in each.evidence for each in published)
-    assert not [each for each in advise(question(), [], rules()) if each.text.startswith("Published")]
-    little = question(source="7B", source_tokens="2T", target="8x7B", budget="0.2T")
-    much = question(source="7B", source_tokens="2T", target="8x7B", budget="6T")
-    between = question(source="7B", source_tokens="2T", target="8x7B", budget="2T")
+    assert not [each for each in advise(query(), [], rules()) if each.text.startswith("Published")]
+    little = query(source="7B", source_tokens="2T", target="8x7B", budget="0.2T")
+    much = query(source="7B", source_tokens="2T", target="8x7B", budget="6T")
+    between = query(source="7B", source_tokens="2T", target="8x7B", budget="2T")
     assert "upcycle" in of("whether", advise(little, [], rules()))
     assert "from scratch" in of("whether", advise(much, [], rules()))
     assert "Published" not in of("whether", advise(between, [], rules()))
@@ -155,28 +155,28 @@ def test_published_rules_hold_within_their_range_and_are_cited() -> None:
         ({"source": "prepar"}, "prepar: no such output"),
     ],
 )
-def test_a_question_that_cannot_be_answered_is_refused_in_one_line(changes: dict[str, Any], message: str) -> None:
+def test_an_impossible_query_is_refused_in_one_line(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as caught:
-        question(**changes)
+        query(**changes)
     assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
 
 
 def test_sizes_that_change_and_budgets_in_flops_are_understood(network: Callable[..., ModelConfig]) -> None:
     model = network("qwen2")
-    found = ask(
-        {**ASKED, "source": "prepare", "target": {"num_experts": 4, "num_experts_per_tok": 2}},
+    found = read_query(
+        {**TYPED, "source": "prepare", "target": {"num_experts": 4, "num_experts_per_tok": 2}},
         lambda _: GrowthSource(model.num_params, 1e6, model),
     )
     assert found.kind == "scale_out" and found.target_params > found.active_params > model.num_params
-    assert question(budget="9.6e12FLOPs").budget == pytest.approx(1e6)
-    assert question(source_tokens="450000").source.tokens_per_parameter == 1.0
+    assert query(budget="9.6e12FLOPs").budget == pytest.approx(1e6)
+    assert query(source_tokens="450000").source.tokens_per_parameter == 1.0
 
 
-def test_the_command_answers_from_shipped_and_own_studies_and_imports_nothing_heavy(tmp_path: Path) -> None:
+def test_the_command_reads_shipped_and_own_studies_and_imports_nothing_heavy(tmp_path: Path) -> None:
     own = tmp_path / "runs" / "ablations" / "mine" / studies.SUMMARY
     own.parent.mkdir(parents=True)
     own.write_text(studies.text(invent(ends={"fpi": 3.2, "aki": 3.3})), encoding="utf-8")
-    words = [f"{key}={value}" for key, value in ASKED.items()]
+    words = [f"{key}={value}" for key, value in TYPED.items()]
     command = [sys.executable, "-X", "importtime", REPOSITORY / "workflows" / "ablations.py", "action=advise", *words]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr[-2000:]

@@ -41,74 +41,74 @@ def quoted(text: str) -> list[str]:
     return re.findall(r"(?<![a-z])'([^']+)'(?![a-z])", text)
 
 
-def check(found: Study) -> int:
+def check(kept: Study) -> int:
     """Assert that each sentence is what the interval carries; return how many were checked."""
-    ranked, checked = found.ranked(), 0
+    ranked, checked = kept.ranked(), 0
     first = ranked[0]
-    for sentence in (each.text for each in conclusions(found)):
+    for sentence in (each.text for each in conclusions(kept)):
         if " is best of " in sentence:
             assert all(excludes(values(entry, first)) for entry in ranked[1:]), sentence
         elif "share the first rank" in sentence:
-            leading = [found.find(name) for name in quoted(sentence)]
+            leading = [kept.find(name) for name in quoted(sentence)]
             assert not any(excludes(values(entry, first)) for entry in leading[1:]), sentence
         elif "a higher mean, but" in sentence:
-            assert not any(excludes(values(found.find(name), first)) for name in quoted(sentence)[:-1]), sentence
+            assert not any(excludes(values(kept.find(name), first)) for name in quoted(sentence)[:-1]), sentence
         elif sentence.startswith("From the first to the last"):
-            low, high = bounds(values(found.find(quoted(sentence)[0]), first))
+            low, high = bounds(values(kept.find(quoted(sentence)[0]), first))
             assert f"({low + 0.0:+.3f} to {high + 0.0:+.3f})" in sentence.replace("-0.000", "+0.000"), sentence
         elif "without growing it at equal" in sentence or "training from scratch at equal" in sentence:
-            assert_verdict(found, sentence)
+            assert_verdict(kept, sentence)
         elif (
             "Most is saved by" in sentence or "Nothing is saved" in sentence or "anything is saved is open" in sentence
         ):
-            assert_saving(found, sentence)
+            assert_saving(kept, sentence)
         elif " ends lowest in " in sentence:
             key = "rank_end" if "effective rank" in sentence else "similarity_end"
             low_name, high_name = quoted(sentence)
-            apart = excludes(values(found.find(high_name), found.find(low_name), key))
-            assert apart != ("do not tell them apart" in sentence), sentence
+            apart = excludes(values(kept.find(high_name), kept.find(low_name), key))
+            assert apart != ("do not separate them" in sentence), sentence
         elif "is there after" in sentence and len(names := quoted(sentence.partition("is there after")[2])) == 1:
             early = quoted(sentence.partition("is there after")[0])[-1]
-            apart = excludes(values(found.find(names[0]), found.find(early), "recovery_tokens"))
-            assert apart != ("do not tell apart" in sentence), sentence
+            apart = excludes(values(kept.find(names[0]), kept.find(early), "recovery_tokens"))
+            assert apart != ("do not separate" in sentence), sentence
         else:
             continue
         checked += 1
     return checked
 
 
-def assert_verdict(found: Study, sentence: str) -> None:
+def assert_verdict(kept: Study, sentence: str) -> None:
     name = quoted(sentence)[0]
     kinds = {"from scratch": "scratch", "continuing": "continued"}
     kind = next(kind for words, kind in kinds.items() if words in sentence)
     equal = "flops" if "equal FLOPs" in sentence else "tokens"
     (control,) = [
         entry
-        for entry in found.controls
+        for entry in kept.controls
         if entry.control and name in entry.control.differences
         if entry.control.kind.startswith(kind) and entry.control.equal == equal
     ]
-    low, high = bounds(values(control, found.find(name)))
-    expected = "beats" if low > 0 else "does not beat" if high < 0 else "cannot be told from"
+    low, high = bounds(values(control, kept.find(name)))
+    expected = "beats" if low > 0 else "does not beat" if high < 0 else "cannot be distinguished from"
     assert f" {expected} " in sentence, sentence
 
 
-def assert_saving(found: Study, sentence: str) -> None:
+def assert_saving(kept: Study, sentence: str) -> None:
     name = re.search(r"whole line of '([^']+)'", sentence)
     assert name is not None
-    best = found.find(name[1])
+    best = kept.find(name[1])
     low, high = bounds([math.log(value) for value in best.figure("saving")])
     expected = "Most" if low > 0 else "Nothing" if high < 0 else "Whether"
     assert sentence.startswith(expected), sentence
     assert f"({math.exp(low):.2f} to " in sentence or math.exp(low) < 0.005, sentence
-    others = [entry for entry in found.ranked() if entry.saving is not None and entry is not best]
+    others = [entry for entry in kept.ranked() if entry.saving is not None and entry is not best]
     quotients = {
         entry.name: [math.log(best.seeds[n].figures["saving"] / s.figures["saving"]) for n, s in entry.seeds.items()]
         for entry in others
     }
     if expected == "Most":
         close = {name for name, logs in quotients.items() if not excludes(logs)}
-        assert close == set(quoted(sentence.partition("the seeds do not tell")[2])), sentence
+        assert close == set(quoted(sentence.partition("the seeds do not distinguish")[2])), sentence
 
 
 @pytest.mark.parametrize("path", KEPT, ids=lambda path: path.parent.name)
@@ -124,7 +124,7 @@ def test_the_sentences_of_a_kept_study_are_those_of_its_numbers(path: Path) -> N
                 assert seed.figures["recovery_tokens"] == 0.0, "a growth that keeps the function was never left"
 
 
-def test_whatever_the_numbers_are_no_sentence_says_more_than_its_interval() -> None:
+def test_no_sentence_claims_more_than_its_interval() -> None:
     draw = random.Random(1)
     checked = 0
     for _ in range(60):
@@ -154,7 +154,7 @@ def test_two_seeds_are_warned_about_and_three_are_not() -> None:
 def test_what_scratch_ends_with_and_the_source_had_is_no_saving() -> None:
     found = invent(ends={"fpi": 3.2, "aki": 3.3}, starts={"fpi": 3.4, "aki": 3.4}, scratch={1.0: 3.7})
     text = "\n".join(sentence.text for sentence in conclusions(found))
-    assert "a saving would say nothing about growing" in text and "Most is saved" not in text
+    assert "a saving would not measure growing" in text and "Most is saved" not in text
     assert "does not reach" not in text and all(entry.saving is None for entry in found.variants)
 
 

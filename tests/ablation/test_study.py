@@ -1,4 +1,4 @@
-"""What an ablation's numbers allow to be said: judged, in sentences, in a file, and on a page."""
+"""What an ablation's numbers support: judged, in sentences, in a file, and on a page."""
 
 import math
 from pathlib import Path
@@ -17,8 +17,8 @@ from browser import Browser
 from invented_study import invent
 
 
-def said(found: Study, kind: str | None = None) -> str:
-    return "\n".join(sentence.text for sentence in conclusions(found) if kind in (None, sentence.kind))
+def sentences(study: Study, kind: str | None = None) -> str:
+    return "\n".join(sentence.text for sentence in conclusions(study) if kind in (None, sentence.kind))
 
 
 def test_a_study_is_the_same_after_it_was_written_and_read(tmp_path: Path) -> None:
@@ -40,26 +40,27 @@ def test_a_file_that_is_no_study_is_refused_in_one_line(tmp_path: Path, text: st
     assert message in str(caught.value) and "\n" not in str(caught.value) and study.SUMMARY in str(caught.value)
 
 
-def test_the_first_sentence_is_the_ranks_with_their_horizon_and_ties_are_said_to_be_ties() -> None:
+def test_the_first_sentence_is_the_ranks_with_their_horizon_and_ties_are_called_ties() -> None:
     clear = conclusions(invent(ends={"fpi": 3.30, "aki": 3.20, "lemon": 3.31}))[0].text
     assert "'aki' is best of 3" in clear and "-0.1" in clear and "1M tokens of dense" in clear
     tied = conclusions(invent(ends={"fpi": 3.200, "aki": 3.2001, "lemon": 3.5}, noise=0.02))[0].text
-    assert "share the first rank" in tied and "do not tell them apart" in tied and "'lemon'" not in tied
+    assert "share the first rank" in tied and "do not separate them" in tied and "'lemon'" not in tied
 
 
 def test_one_seed_ranks_nothing() -> None:
     found = invent(ends={"fpi": 3.3, "aki": 3.2}, seeds=(7,))
-    assert "which no interval backs" in conclusions(found)[0].text
+    assert "without an interval" in conclusions(found)[0].text
     assert {entry.rank for entry in found.ranked()} == {1}
     assert all(entry.to_baseline and entry.to_baseline.half_width is None for entry in found.ranked())
 
 
 @pytest.mark.parametrize(
-    ("control", "verdict"), [(3.5, "beats continuing"), (2.9, "does not beat continuing"), (3.2, "cannot be told from")]
+    ("control", "verdict"),
+    [(3.5, "beats continuing"), (2.9, "does not beat continuing"), (3.2, "cannot be distinguished from")],
 )
 def test_the_verdict_on_growing_is_that_of_the_interval_against_its_control(control: float, verdict: str) -> None:
     found = invent(ends={"fpi": 3.2, "aki": 3.4}, continued=control, noise=0.01)
-    text = said(found)
+    text = sentences(found)
     assert f"'fpi', grown at 4.44 tokens per parameter, {verdict}" in text
     assert "equal FLOPs" in text
 
@@ -74,12 +75,12 @@ def test_of_several_learning_rates_the_control_has_the_one_that_serves_it_best()
 def test_a_crossing_is_a_warning_only_where_the_seeds_show_it() -> None:
     crosses = {"fpi": 3.3, "aki": 3.1}
     clear = invent(ends=crosses, starts={"fpi": 3.6, "aki": 4.4}, noise=0.005)
-    assert "crossed, and the seeds tell apart both sides, by 'aki' at" in said(clear, "warning")
-    assert "until" in said(clear, "warning"), "fpi leads at first"
+    assert "crossed, and the seeds separate both sides, by 'aki' at" in sentences(clear, "warning")
+    assert "until" in sentences(clear, "warning"), "fpi leads at first"
     (crossing,) = clear.find("aki").crossings
     assert 0 < crossing.tokens < 1_000_000 and crossing.shown
     noisy = invent(ends={"fpi": 3.3, "aki": 3.299}, starts={"fpi": 3.6, "aki": 3.6}, noise=0.05)
-    assert "crossed" not in said(noisy, "warning")
+    assert "crossed" not in sentences(noisy, "warning")
 
 
 def test_a_saving_is_that_of_every_seed_or_none() -> None:
@@ -87,26 +88,26 @@ def test_a_saving_is_that_of_every_seed_or_none() -> None:
     saving = found.find("fpi").saving
     assert saving is not None and saving.mean > 1 and saving.pairs == 3
     assert found.find("aki").saving is None
-    assert "'aki' does not reach, in every seed, the loss that training from scratch ends with" in said(found)
+    assert "'aki' does not reach, in every seed, the loss that training from scratch ends with" in sentences(found)
 
 
-def test_a_variant_without_a_result_is_told_with_its_reason_and_costs_no_other_a_rank() -> None:
+def test_a_variant_without_a_result_is_named_with_its_reason_and_costs_no_other_a_rank() -> None:
     found = invent(ends={"fpi": 3.3, "aki": 3.2}, failed={"broken": "the loss is nan at step 3"})
-    assert "'broken' has no result for seed 1, 2 and 3: the loss is nan at step 3." in said(found, "warning")
+    assert "'broken' has no result for seed 1, 2 and 3: the loss is nan at step 3." in sentences(found, "warning")
     assert [entry.name for entry in found.ranked()] == ["aki", "fpi"]
     nothing = invent(ends={}, failed={"fpi": "no result yet"})
-    assert nothing.horizon is None and "no result yet that could be compared" in said(nothing)
+    assert nothing.horizon is None and "no result yet that could be compared" in sentences(nothing)
 
 
-def test_two_names_for_one_computation_are_told() -> None:
+def test_two_names_for_one_computation_are_reported() -> None:
     found = invent(ends={"fpi": 3.3, "aki": 3.2})
     twin = found.find("aki").model_copy(update={"name": "twin"})
-    assert "two names" not in said(found)
-    told = said(found.model_copy(update={"entries": [*found.entries, twin]}), "warning")
-    assert "'aki' and 'twin' gave the same numbers in every seed" in told
+    assert "two names" not in sentences(found)
+    warning = sentences(found.model_copy(update={"entries": [*found.entries, twin]}), "warning")
+    assert "'aki' and 'twin' gave the same numbers in every seed" in warning
 
 
-def test_only_what_was_compared_with_scratch_is_said_to_fall_short_of_it() -> None:
+def test_only_what_was_compared_with_scratch_falls_short_of_it() -> None:
     found = invent(ends={"fpi": 3.2, "aki": 3.9}, scratch={1.0: 3.5})
     narrowed = [
         entry.model_copy(
@@ -118,7 +119,7 @@ def test_only_what_was_compared_with_scratch_is_said_to_fall_short_of_it() -> No
         else entry
         for entry in found.entries
     ]
-    assert "does not reach" not in said(found.model_copy(update={"entries": narrowed}))
+    assert "does not reach" not in sentences(found.model_copy(update={"entries": narrowed}))
 
 
 def test_at_equal_flops_lines_are_compared_where_all_have_cost_the_same() -> None:
@@ -130,7 +131,7 @@ def test_at_equal_flops_lines_are_compared_where_all_have_cost_the_same() -> Non
     assert horizon(found).startswith("1M tokens of dense (")
 
 
-def test_the_page_says_every_sentence_shows_every_figure_and_fits_a_narrow_window(
+def test_the_page_has_every_sentence_and_every_figure_and_fits_a_narrow_window(
     browser: Browser, tmp_path: Path
 ) -> None:
     found = invent(
@@ -160,13 +161,13 @@ def test_the_page_says_every_sentence_shows_every_figure_and_fits_a_narrow_windo
     assert len(labels) == 4 and set(labels) <= seen
 
 
-def test_variants_are_told_apart_by_colour_and_dashes() -> None:
+def test_variants_differ_in_colour_or_dashes() -> None:
     names = [f"v{index}" for index in range(20)]
     found = looks(invent(ends={name: 3 + index / 100 for index, name in enumerate(names)}, baseline="v0"))
     assert len({found[name] for name in names}) == 20
 
 
-# What weights say
+# What weights show
 
 
 def test_the_effective_rank_counts_the_directions_that_a_matrix_uses() -> None:

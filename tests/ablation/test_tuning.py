@@ -1,4 +1,4 @@
-"""What early stopping compares trials by, asked of Ray Tune's own scheduler."""
+"""What early stopping compares trials by, with Ray Tune's own scheduler."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ from aquilamoe.config.ablation import AblationConfig
 from aquilamoe.estimates.duration import Speed
 from aquilamoe.pipeline.store import Record, Store
 
-# Ray Data, which Tune imports, warns of options of its own that nobody sets.
+# Ray Data, which Tune imports, warns of its own options, which are at their defaults.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")
 METHODS = {name: (f"growth={name}",) for name in ("fpi", "aki")}
 

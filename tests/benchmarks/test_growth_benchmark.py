@@ -1,4 +1,4 @@
-"""The benchmark of growth: its contestants can be grown, its ratios say who is better, its page says what is missed."""
+"""The benchmark of growth: its contestants can be grown, its ratios rank them, its page marks missed goals."""
 
 import importlib.util
 import json
@@ -33,7 +33,7 @@ def test_seconds_count_per_byte_and_memory_as_it_is(benchmark: ModuleType) -> No
     assert benchmark.ratio(benchmark.Goal("a", "c", "memory", 1), found) is None
 
 
-def test_a_goal_that_is_missed_is_said_to_be(benchmark: ModuleType) -> None:
+def test_a_goal_that_is_missed_is_marked(benchmark: ModuleType) -> None:
     at_goal = {"replicate": row(1.0), "dd oflag=direct": row(0.95), "cp + sync": row(2.4)}
     direct, cached = benchmark.goals(at_goal)[2:]
     assert direct.endswith("| 0.95x | 0.95 |")
@@ -59,7 +59,7 @@ def test_every_growth_of_ours_is_one_that_can_be_done(
     assert sizes["width x2, depth x4/3"] > sizes["width x2"] > 2 * sizes["source"]
 
 
-def test_a_contestant_tells_what_it_took(
+def test_a_contestant_prints_what_it_took(
     benchmark: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, size in (("HIDDEN", 64), ("FFN", 96), ("VOCABULARY", 32)):
@@ -68,7 +68,7 @@ def test_a_contestant_tells_what_it_took(
     words = [sys.executable, str(ROOT / "benchmarks/growth.py"), "--contestant", "replicate"]
     paths = [str(tmp_path / "source"), str(tmp_path / "target")]
     done = subprocess.run([*words, *paths], capture_output=True, text=True, check=True)
-    told = json.loads(done.stdout)
-    assert told["bytes"] == benchmark.bytes_of(tmp_path / "target")
-    assert told["seconds"] > 0
-    assert 2**24 < told["memory"] < 2**30
+    printed = json.loads(done.stdout)
+    assert printed["bytes"] == benchmark.bytes_of(tmp_path / "target")
+    assert printed["seconds"] > 0
+    assert 2**24 < printed["memory"] < 2**30

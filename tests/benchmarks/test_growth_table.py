@@ -1,4 +1,4 @@
-"""The table of docs/growth-exactness.md: it says of every method and option what the rules and a measurement say."""
+"""The table of docs/growth-exactness.md: for every method and option it has what the rules and a measurement give."""
 
 import importlib.util
 from pathlib import Path
@@ -27,7 +27,7 @@ def committed(table: ModuleType) -> list[str]:
     return [line for line in table.PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
 
 
-def test_the_exactness_column_says_what_the_growth_will_claim(table: ModuleType) -> None:
+def test_the_exactness_column_is_what_the_growth_will_claim(table: ModuleType) -> None:
     lines = committed(table)
     assert len(lines) == len(table.cases())
     for case, line in zip(table.cases(), lines, strict=True):
@@ -52,7 +52,7 @@ def test_a_measurement_gives_the_committed_lines_again(table: ModuleType, tmp_pa
         assert table.line(case, table.measure(case, table.source_of(case, tmp_path))) == lines[index]
 
 
-def test_transformers_tells_exact_growths_from_others_in_float32(table: ModuleType, tmp_path: Path) -> None:
+def test_transformers_distinguishes_exact_growths_from_others_in_float32(table: ModuleType, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     tokens_bt = torch.arange(64).view(2, 32) * 37 % table.SOURCE.vocab_size

@@ -1,4 +1,4 @@
-"""The benchmark of training: everybody trains the same thing, ratios say who is faster, misses are said."""
+"""The benchmark of training: every contestant trains the same thing, ratios rank them, missed goals are marked."""
 
 import importlib.util
 import sys
@@ -49,7 +49,7 @@ def test_the_fastest_of_ours_is_compared_with_the_fastest_of_theirs(benchmark: M
     assert pages.ratio(found, pages.Goal("", "litgpt", False, 1.5)) is None
 
 
-def test_a_goal_that_is_missed_is_said_to_be_and_a_failure_is_told(benchmark: ModuleType, pages: ModuleType) -> None:
+def test_a_goal_that_is_missed_is_marked_and_a_failure_is_reported(benchmark: ModuleType, pages: ModuleType) -> None:
     found = [result(benchmark, "ours autocast", 1.0), result(benchmark, "transformers sdpa autocast", 1.9)]
     config = benchmark.configuration("8M")
     found += [benchmark.Result("8M", 256, "litgpt bf16", 4096, config, error="ImportError: no litgpt")]

@@ -63,7 +63,9 @@ def test_a_tensor_that_the_config_does_not_know_is_refused_from_headers(
         with pytest.raises(UserError) as caught:
             attempt()
         lines.append(str(caught.value))
-    expected = f"{source}: tensor '{name}' has no place in Qwen2ForCausalLM as config.json says it and would be lost; "
+    expected = (
+        f"{source}: tensor '{name}' has no place in Qwen2ForCausalLM as config.json describes it and would be lost; "
+    )
     assert [line.startswith(expected) for line in lines] == [True] * 3
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
@@ -282,7 +284,7 @@ def test_numbers_that_are_none_are_one_line(field: str, text: str, source: Path)
     assert field in refused(source)
 
 
-def test_null_is_as_good_as_absent_where_transformers_says_so(source: Path) -> None:
+def test_null_is_as_good_as_absent_where_it_is_in_transformers(source: Path) -> None:
     optional = ("rope_scaling", "head_dim", "layer_types", "initializer_range", "tie_word_embeddings", "hidden_act")
     changed(source, **dict.fromkeys(optional), num_attention_heads=2, num_key_value_heads=2)
     assert read_config(source).head_dim == 4

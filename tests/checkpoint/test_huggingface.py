@@ -292,7 +292,7 @@ def test_weights_that_do_not_fit_the_config_are_refused_by_name(tmp_path: Path, 
     name = "model.layers.1.mlp.up_proj.weight"
     for tensor, problem in (
         (None, f"there is no tensor '{name}'"),
-        (torch.zeros(40, 25), f"tensor '{name}' has shape (40, 25), config.json says (40, 24)"),
+        (torch.zeros(40, 25), f"tensor '{name}' has shape (40, 25), config.json declares (40, 24)"),
     ):
         edit_weights(tmp_path, **{name: tensor})
         assert refusal(tmp_path).startswith(f"{tmp_path}: {problem}")

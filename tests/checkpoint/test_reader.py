@@ -38,9 +38,9 @@ def read_all(directory: Path) -> dict[str, Tensor]:
         return {name: reader.get(name).clone() for name in reader.names}
 
 
-def equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
-    return found.keys() == expected.keys() and all(
-        found[name].dtype == tensor.dtype and found[name].shape == tensor.shape and torch.equal(found[name], tensor)
+def equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+    return actual.keys() == expected.keys() and all(
+        actual[name].dtype == tensor.dtype and actual[name].shape == tensor.shape and torch.equal(actual[name], tensor)
         for name, tensor in expected.items()
     )
 
@@ -98,7 +98,7 @@ def test_tensors_are_cast_and_need_not_be_contiguous(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("max_shard_bytes", [100, 10**9])
-def test_the_writer_releases_each_tensor_before_it_asks_for_the_next(tmp_path: Path, max_shard_bytes: int) -> None:
+def test_the_writer_releases_each_tensor_before_it_requests_the_next(tmp_path: Path, max_shard_bytes: int) -> None:
     alive: weakref.WeakSet[Tensor] = weakref.WeakSet()
 
     def stream() -> Iterator[tuple[str, Tensor]]:
@@ -219,7 +219,7 @@ def test_a_directory_without_weights_is_refused(tmp_path: Path) -> None:
     assert refusal(tmp_path).startswith(f"{tmp_path}: has neither {SINGLE_FILE} nor {INDEX_FILE}")
 
 
-def test_asking_for_a_tensor_that_is_not_there_names_it(tmp_path: Path) -> None:
+def test_an_absent_tensor_is_refused_by_its_name(tmp_path: Path) -> None:
     sharded(tmp_path)
     with Reader(tmp_path) as reader, pytest.raises(UserError, match=r"there is no tensor 'layers\.9\.up' among"):
         reader.get("layers.9.up")

@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself, and how one that says something impossible is refused."""
+"""What a checkpoint declares, and how one that declares something impossible is refused."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""A file that says its head is tied, and has one: its numbers decide, for every reader, as they do in transformers."""
+"""A file that declares a tied head, and has one: its numbers decide, for every reader, as they do in transformers."""
 
 from pathlib import Path
 
@@ -34,7 +34,7 @@ def add_head(directory: Path, head: Tensor | None = None) -> Path:
 
 @pytest.fixture
 def other_head(tmp_path: Path) -> Path:
-    """`source` in the folder says that its head is tied, and has another one."""
+    """`source` in the folder declares a tied head, and has another one."""
     write_source(tmp_path / "source", TIED)
     head = torch.randn(TIED.vocab_size, TIED.hidden_size, generator=torch.Generator().manual_seed(3)).double()
     add_head(tmp_path / "source", head)
@@ -80,9 +80,9 @@ def test_what_is_grown_of_it_keeps_the_function_that_transformers_sees(other_hea
         torch.testing.assert_close(after, before, atol=1e-4, rtol=0)
 
 
-def test_plan_and_card_say_that_a_head_is_read_as_untied(other_head: Path, grow: Grow) -> None:  # noqa: F811
+def test_plan_and_card_state_that_a_head_is_read_as_untied(other_head: Path, grow: Grow) -> None:  # noqa: F811
     words = ["growth=fpi", "model.hidden_size=12", "certificate.enabled=false"]
     plan = grow(other_head / "source", other_head / "target", *words, "action=plan")
     grow(other_head / "source", other_head / "target", *words)
     for text in (plan, (other_head / "target" / "README.md").read_text()):
-        assert "config.json says tie_word_embeddings, its lm_head.weight has other numbers than the embedding: " in text
+        assert "config.json declares tie_word_embeddings, but lm_head.weight differs from the embedding: " in text

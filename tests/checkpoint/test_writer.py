@@ -278,7 +278,7 @@ def test_numbers_beyond_float16_are_refused_by_name(tmp_path: Path, block: Any) 
     assert not (tmp_path / "target").exists()
 
 
-def test_a_tensor_that_broke_off_halfway_is_missing_even_if_somebody_went_on(tmp_path: Path) -> None:
+def test_a_tensor_that_broke_off_halfway_is_missing_even_if_the_writer_continued(tmp_path: Path) -> None:
     def broken() -> Iterator[Tensor]:
         yield torch.zeros(1, 3)
         raise KeyError("source")
@@ -344,10 +344,11 @@ def test_a_disk_that_is_too_small_is_refused_before_the_first_byte(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("number", "says"), [(errno.ENOSPC, "the disk is full"), (errno.EDQUOT, "the quota"), (errno.EIO, "cannot be writ")]
+    ("number", "message"),
+    [(errno.ENOSPC, "the disk is full"), (errno.EDQUOT, "the quota"), (errno.EIO, "cannot be writ")],
 )
 def test_a_disk_that_becomes_full_leaves_the_old_weights_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, says: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, message: str
 ) -> None:
     write_all(tmp_path / "model", random_tensors(SHAPES))
     before = contents(tmp_path / "model")
@@ -364,7 +365,7 @@ def test_a_disk_that_becomes_full_leaves_the_old_weights_and_nothing_else(
     with pytest.raises(UserError) as caught, CheckpointWriter(tmp_path / "model", shapes, torch.float32, 10**7) as out:
         for name in shapes:
             out.write(name, [torch.zeros(1024, 1024)])
-    assert says in str(caught.value)
+    assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert contents(tmp_path / "model") == before
 
@@ -386,10 +387,10 @@ except UserError as error:
 """
 
 
-def test_a_real_disk_that_somebody_else_fills_midway_is_a_mistake_in_one_line(tmp_path: Path) -> None:
+def test_a_real_disk_that_another_process_fills_midway_is_a_mistake_in_one_line(tmp_path: Path) -> None:
     mount = f"mount -t tmpfs -o size=10m none {tmp_path}"
     if subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True).returncode:
-        pytest.skip("this machine lets nobody mount a small disk")
+        pytest.skip("a small disk cannot be mounted on this machine")
     script = f'{mount} && exec "$0" -c "$1" {tmp_path}'
     done = subprocess.run(
         ["unshare", "-rm", "sh", "-c", script, sys.executable, SMALL_DISK], capture_output=True, text=True

@@ -52,7 +52,7 @@ def test_the_json_of_a_plan_has_the_stages_in_order_and_their_costs(do: Do) -> N
     assert [stage["stage"] for stage in status["stages"] if stage["metrics"]] == LINE
 
 
-def test_a_list_has_every_output_and_says_what_is_damaged(do: Do, root: Path, tmp_path: Path) -> None:
+def test_a_list_has_every_output_and_names_what_is_damaged(do: Do, root: Path, tmp_path: Path) -> None:
     do("until=prepare")
     assert do("action=list").splitlines()[0].split() == [
         "stage",

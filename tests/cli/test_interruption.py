@@ -87,16 +87,16 @@ Sent = Callable[[str, str, int], dict[str, str]]
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_that_python_swallows_comes_again(where: str, number: signal.Signals) -> None:
     words = [sys.executable, "-c", SWALLOWED, where, str(int(number))]
-    answer = subprocess.run(words, capture_output=True, text=True, timeout=60)
-    assert (answer.returncode, answer.stdout, answer.stderr) == (128 + number, "swallowed\n", "")
+    completed = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert (completed.returncode, completed.stdout, completed.stderr) == (128 + number, "swallowed\n", "")
 
 
 def test_a_signal_that_the_caller_ignores_stays_ignored() -> None:
     """As `nohup`, and a shell that starts something in the background, want it."""
     code = "from aquilamoe.process import interruption as i; import os, signal; i.handle(); os.kill(os.getpid(), 1)"
     words = ["nohup", sys.executable, "-c", f"{code}; print('alive')"]
-    answer = subprocess.run(words, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=60)
-    assert (answer.returncode, answer.stdout) == (0, "alive\n")
+    completed = subprocess.run(words, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=60)
+    assert (completed.returncode, completed.stdout) == (0, "alive\n")
 
 
 def test_after_the_last_word_another_signal_ends_the_process_at_once() -> None:
@@ -148,10 +148,10 @@ def test_a_pipeline_ends_by_a_swallowed_signal_and_resumes(
     words = [word for word in tiny if not word.startswith(("cluster=", *(f"stages.{stage}." for stage in LATER)))]
     words += [f"stages.{stage}=null" for stage in LATER]
     words += [f"cluster={cluster}", "report={chain: [], control: null}", "tracking.enabled=false"]
-    answer = program("efficientscale", words, tmp_path, sent(r"attempts/\.?prepare-", signal.SIGTERM))
-    assert answer.returncode == 128 + signal.SIGTERM
-    assert answer.stderr == "\ninterrupted; the same command continues where this stopped\n"
-    assert "swallowed" in answer.stdout and "interrupted" in answer.stdout
+    completed = program("efficientscale", words, tmp_path, sent(r"attempts/\.?prepare-", signal.SIGTERM))
+    assert completed.returncode == 128 + signal.SIGTERM
+    assert completed.stderr == "\ninterrupted; the same command continues where this stopped\n"
+    assert "swallowed" in completed.stdout and "interrupted" in completed.stdout
     assert not list((tmp_path / "runs" / "stages").glob("prepare-*[!l]"))
 
 
@@ -161,10 +161,10 @@ def test_a_growth_ends_by_a_swallowed_signal(tmp_path: Path, sent: Sent) -> None
     save_model(model, tmp_path / "source", dtype=torch.float32)
     words = ["source=source", "target=target", "upcycling=copy", "model.num_experts=4"]
     words += ["model.num_experts_per_tok=2", "certificate.enabled=false"]
-    answer = program("grow", words, tmp_path, sent(r"target\.partial/config\.json", signal.SIGINT))
-    assert answer.returncode == 128 + signal.SIGINT
-    assert "swallowed" in answer.stdout
-    assert answer.stderr.startswith("\ninterrupted; ") and answer.stderr.count("\n") == 2
+    completed = program("grow", words, tmp_path, sent(r"target\.partial/config\.json", signal.SIGINT))
+    assert completed.returncode == 128 + signal.SIGINT
+    assert "swallowed" in completed.stdout
+    assert completed.stderr.startswith("\ninterrupted; ") and completed.stderr.count("\n") == 2
     assert not (tmp_path / "target").exists()
 
 
@@ -172,7 +172,7 @@ def test_an_ablation_ends_by_a_swallowed_signal(tiny: list[str], tmp_path: Path,
     of_later = ("stages.moe", "stages.control", "stages.scale_out", "stages.ev")
     words = ["+ablation=scale_up", TWO_METHODS, "tracking.enabled=false"]
     words += [word for word in tiny if not word.startswith(of_later)]
-    answer = program("ablations", words, tmp_path, sent(r"prepare-\w+\.partial/metrics.jsonl", signal.SIGTERM))
-    assert answer.returncode == 128 + signal.SIGTERM
-    assert answer.stderr == "\ninterrupted; the same command continues where this stopped\n"
+    completed = program("ablations", words, tmp_path, sent(r"prepare-\w+\.partial/metrics.jsonl", signal.SIGTERM))
+    assert completed.returncode == 128 + signal.SIGTERM
+    assert completed.stderr == "\ninterrupted; the same command continues where this stopped\n"
     assert not list((tmp_path / "runs" / "stages").glob("prepare-*[!l]"))

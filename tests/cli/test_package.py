@@ -66,7 +66,7 @@ def test_the_commands_are_those_of_the_workflows(installed: Run, tmp_path: Path)
     refused = installed(tmp_path, "groww")
     assert (refused.returncode, refused.stderr) == (
         1,
-        "error: groww: is no command; did you mean 'grow'? (valid: ablate, grow, run)\n",
+        "error: groww: is not a command; did you mean 'grow'? (valid: ablate, grow, run)\n",
     )
     scripts = {path.stem: path.read_text() for path in (ROOT / "workflows").glob("*.py")}
     called = {name: text.splitlines()[-1].strip() for name, text in scripts.items()}

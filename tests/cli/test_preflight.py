@@ -19,7 +19,7 @@ Compose = Callable[..., dict[str, Any]]
 
 @pytest.fixture
 def check(compose: Compose, tmp_path: Path) -> Callable[..., str | None]:
-    """What preflight says of an experiment; None if it may start."""
+    """The message of preflight about an experiment; None if it may start."""
 
     def checked(*overrides: str) -> str | None:
         experiment = graph.parse(compose(*overrides))

@@ -1,4 +1,4 @@
-"""A complete store on a disk that nobody can write: everything that reads works, and says what it could not write."""
+"""A complete store on a read-only disk: everything that reads works, and reports what it could not write."""
 
 import shutil
 import subprocess

@@ -95,7 +95,7 @@ def test_the_time_left_follows_the_pace_of_this_attempt() -> None:
     assert stage.seconds_left(NOW + 6.0) == pytest.approx(14.0)
 
 
-def test_a_resumed_stage_does_not_count_the_pause_as_its_pace_and_says_where_it_went_on() -> None:
+def test_a_resumed_stage_does_not_count_the_pause_as_its_pace_and_shows_where_it_resumed() -> None:
     stage = trained(0, 300, start=NOW - 5000.0)
     assert stage.seconds_left(NOW) == 50.0  # nothing of this attempt yet: what the plan expects
     stage.add(points([300, 400], NOW))
@@ -104,7 +104,7 @@ def test_a_resumed_stage_does_not_count_the_pause_as_its_pace_and_says_where_it_
     assert "resumed at 300" in view.present(PipelineProgress("demo", [stage]), NOW, 100)[1].plain
 
 
-def test_what_waits_is_foreseen_by_the_speed_of_this_run_and_not_by_the_plan() -> None:
+def test_what_waits_is_estimated_by_the_speed_of_this_run_and_not_by_the_plan() -> None:
     done = StageProgress("a", 10, 1e9, 1.0, state="run", seconds=10.0)
     waiting = [StageProgress("b", 10, 2e9, 1.0), StageProgress("c", 0, 0.0, 7.0), StageProgress("d", 0, 0.0, None)]
     assert PipelineProgress("demo", [done, *waiting]).seconds_left(NOW) == pytest.approx(20.0 + 7.0)
@@ -160,7 +160,7 @@ def test_a_narrow_terminal_gets_whole_tables_with_fewer_columns(compose: Compose
     for width in (80, 100, 120, 160):
         out = Console(file=io.StringIO(), width=width)
         out.print(tables.plan_table(plan, width))
-        out.print(tables.cost_table(costs.foreseen(plan, experiment.cluster), width))
+        out.print(tables.cost_table(costs.estimated(plan, experiment.cluster), width))
         text = out.file.getvalue()  # type: ignore[attr-defined]
         assert max(map(len, text.splitlines())) <= width
         assert "…" not in text
@@ -217,7 +217,9 @@ def test_where_there_is_no_terminal_stages_are_plain_lines() -> None:
     assert lines == [started[0], *DONE[:2], started[1], DONE[2]]
 
 
-def test_a_long_stage_says_now_and_then_how_far_it_is_also_without_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_stage_reports_now_and_then_how_far_it_is_also_without_a_terminal(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(view, "PLAIN_EVERY_S", 0.0)
     out = Console(file=io.StringIO(), width=120)
     events(out)
@@ -329,7 +331,7 @@ def test_where_there_is_no_terminal_a_run_is_followed_in_lines_until_it_ends(
     assert all(line == line.rstrip() for line in file.getvalue().splitlines())
 
 
-def test_a_stage_that_is_finished_is_told_once(running: tuple[Store, list[Planned]]) -> None:
+def test_a_stage_that_is_finished_is_shown_once(running: tuple[Store, list[Planned]]) -> None:
     store, plan = running
     (prepare,) = [planned for planned in plan if planned.name == "prepare"]
     with store.lock(), watch.announced(store, "demo", plan):

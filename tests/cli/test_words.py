@@ -1,4 +1,4 @@
-"""What a user types: any character in a path, words in any order and form, and mistakes answered in our words."""
+"""What a user types: any character in a path, words in any order and form, and mistakes reported in our words."""
 
 import signal
 import subprocess
@@ -41,7 +41,7 @@ TYPED = [
         "a,b",
         "a#b",
         "it's",
-        'say "x"',
+        'print "x"',
         "/结果/ü é",
         "~/runs",
         "a b",
@@ -95,7 +95,7 @@ def test_quotation_marks_around_a_path_are_the_users_of_a_prompt_the_texts() -> 
     assert (values["tasks"], values["other"]) == ("a,b", None)
 
 
-def test_a_path_may_ask_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_path_may_read_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SCRATCH", "/scratch")
     assert one(PIPELINE, "paths.root=${oc.env:SCRATCH}/runs")["paths"]["root"] == "/scratch/runs"
 
@@ -105,8 +105,8 @@ def pasted(page: str) -> list[list[str]]:
     text = (ROOT / "docs" / page).read_text(encoding="utf-8").replace("\\\n", "")
     lines = [line for line in text.splitlines() if line.startswith("python workflows/") and "=DIR" not in line]
     script = "\n".join(["python() { printf '%s\\0' \"$@\"; printf '\\n'; }", *lines])
-    answer = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    return [line.rstrip("\0").split("\0") for line in answer.splitlines()]
+    completed = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return [line.rstrip("\0").split("\0") for line in completed.splitlines()]
 
 
 @pytest.mark.parametrize("page", ["cluster.md", "watching.md", "findings.md"])
@@ -144,16 +144,16 @@ def test_words_mean_the_same_in_every_order_and_form(of: Program, words: list[st
 @pytest.mark.parametrize(
     ("of", "words", "line"),
     [
-        (PIPELINE, ["--nosuch"], "--nosuch: no such option; what is changed is written KEY=VALUE, e.g. nosuch=VALUE"),
-        (GROW, ["--source", "X"], "--source: no such option; what is changed is written KEY=VALUE, e.g. source=X"),
-        (PIPELINE, ["seed=1", "--lr=3"], "--lr=3: no such option; what is changed is written KEY=VALUE, e.g. lr=3"),
+        (PIPELINE, ["--nosuch"], "--nosuch: no such option; settings are written KEY=VALUE, e.g. nosuch=VALUE"),
+        (GROW, ["--source", "X"], "--source: no such option; settings are written KEY=VALUE, e.g. source=X"),
+        (PIPELINE, ["seed=1", "--lr=3"], "--lr=3: no such option; settings are written KEY=VALUE, e.g. lr=3"),
         (PIPELINE, ["--config-dir", "nowhere"], "--config-dir: nowhere: no such directory"),
         (PIPELINE, ["--config-dir"], "--config-dir/-cd: expected one argument"),
         (PIPELINE, ["--config-name", "x"], "--config-name: this program is configured by conf/config.yaml"),
         (PIPELINE, ["--cfg", "bad"], "--cfg/-c: 'bad' is not a choice; valid: all, hydra, job"),
         (PIPELINE, ["seed=1,2"], "seed=1,2: several values; write [1,2] for a list, or add --multirun"),
         (PIPELINE, ["-m", "seed=range(0,1000000000)"], "--multirun: 1000000000 combinations, at most 1000 are run"),
-        (PIPELINE, ["seed"], "seed: is no change; write what you change as KEY=VALUE"),
+        (PIPELINE, ["seed"], "seed: is not a setting; write KEY=VALUE"),
         (PIPELINE, ["data=/my/a.jsonl"], "data=/my/a.jsonl: names a configuration of conf/data"),
         (PIPELINE, ["experiment=my/own.yaml"], "experiment=my/own.yaml: names a configuration of conf/experiment"),
         (PIPELINE, ["ablation=scale_up"], "ablation=scale_up: efficientscale.py has no ablations; they are of python"),
@@ -161,7 +161,7 @@ def test_words_mean_the_same_in_every_order_and_form(of: Program, words: list[st
         (GROW, ["growth=fip"], "growth=fip: there is no conf/growth/fip.yaml; did you mean 'fpi'?"),
         (PIPELINE, ["~seed"], "seed: is needed by stages.prepare.seed, and is not there"),
         (PIPELINE, ["stages=[1]"], "stages: cannot be set "),
-        (PIPELINE, [f"seed={'[' * 3000}{']' * 3000}"], "seed: 3000 brackets inside each other, at most 20 are read"),
+        (PIPELINE, [f"seed={'[' * 3000}{']' * 3000}"], "seed: 3000 nested brackets, at most 20 are read"),
         (ABLATIONS, [f"seeds=[{'1,' * 50_000}1]"], "seeds: a list or mapping of 100003 characters, at most 4000"),
     ],
     ids=lambda value: "" if isinstance(value, (Program, list)) else value[:20],
@@ -186,7 +186,7 @@ def test_multirun_composes_every_combination_and_leaves_nothing(
 
 
 @pytest.mark.parametrize(("group", "of"), [("experiment", PIPELINE), ("ablation", ABLATIONS)])
-def test_a_file_that_does_not_say_where_its_keys_belong_is_named(
+def test_a_file_that_does_not_state_where_its_keys_belong_is_named(
     group: str, of: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -194,11 +194,11 @@ def test_a_file_that_does_not_say_where_its_keys_belong_is_named(
     own.parent.mkdir(parents=True)
     own.write_text("# My own.\nname: own\n")
     (line,) = refusal(of, f"{group}=own")
-    assert line == f"{own}: begins without the line '# @package _global_', which says where its keys belong; add it"
+    assert line == f"{own}: begins without the line '# @package _global_', which sets where its keys belong; add it"
     own.write_text("# @package _global_\n# My own.\nname: own\n")
     assert one(of, f"{group}=own")["name"] == "own"
     own.write_text("# @package _global_\nname: [own\n")
-    assert "is no YAML" in refusal(of, f"{group}=own")[0]
+    assert "is not valid YAML" in refusal(of, f"{group}=own")[0]
 
 
 def test_a_minimal_corpus_and_a_minimal_ablation_are_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

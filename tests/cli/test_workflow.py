@@ -39,10 +39,10 @@ SECRETS = {
 def base(tmp_path_factory: pytest.TempPathFactory, command: Command, tiny: list[str]) -> Path:
     """The folder in which the tiny experiment was run once, from its beginning to its end, with tracking."""
     folder = tmp_path_factory.mktemp("base")
-    answer = command(*tiny, cwd=folder, **SECRETS)
-    assert answer.returncode == 0, answer.stderr
-    (folder / "stdout").write_text(answer.stdout)
-    (folder / "stderr").write_text(answer.stderr)
+    completed = command(*tiny, cwd=folder, **SECRETS)
+    assert completed.returncode == 0, completed.stderr
+    (folder / "stdout").write_text(completed.stdout)
+    (folder / "stderr").write_text(completed.stderr)
     return folder
 
 
@@ -67,10 +67,10 @@ def weights_and_metrics(folder: Path) -> dict[str, Any]:
     return found
 
 
-def imported(answer: "subprocess.CompletedProcess[str]") -> set[str]:
+def imported(completed: "subprocess.CompletedProcess[str]") -> set[str]:
     """Packages that a command run with `-X importtime` imported."""
     modules = {
-        line.rpartition("|")[2].strip() for line in answer.stderr.splitlines() if line.startswith("import time:")
+        line.rpartition("|")[2].strip() for line in completed.stderr.splitlines() if line.startswith("import time:")
     }
     assert "aquilamoe.cli.commands" in modules
     return {module.partition(".")[0] for module in modules}
@@ -104,7 +104,7 @@ def test_a_run_warns_of_nothing(base: Path) -> None:
     assert "warn" not in (base / "stdout").read_text().lower()
 
 
-def test_a_run_says_where_to_look(base: Path) -> None:
+def test_a_run_prints_where_to_look(base: Path) -> None:
     stdout = (base / "stdout").read_text()
     assert "runs/reports/embedded/index.html" in stdout
     assert "mlflow ui --backend-store-uri sqlite:///runs/mlflow.db" in stdout
@@ -114,7 +114,7 @@ def files_with(folder: Path, text: str) -> list[str]:
     return sorted(str(path) for path in folder.rglob("*") if path.is_file() and text.encode() in path.read_bytes())
 
 
-def test_no_file_of_a_run_and_nothing_it_says_has_a_secret_of_its_environment(base: Path) -> None:
+def test_no_file_of_a_run_and_nothing_it_prints_has_a_secret_of_its_environment(base: Path) -> None:
     assert files_with(base, "val/loss")  # the search finds what is there
     assert files_with(base, "swordfish") == []
 
@@ -131,9 +131,9 @@ def test_the_report_of_finished_stages_is_written_again_without_running_any(
         (copy_of_base / f"precious-{number}").write_text("kept")
         (folder / "embedded" / name).symlink_to(copy_of_base / f"precious-{number}")
     before = outputs(copy_of_base)
-    answer = command(*tiny, "action=report", cwd=copy_of_base)
-    assert (answer.returncode, answer.stderr) == (0, "")
-    assert answer.stdout == "report  runs/reports/embedded/index.html\n"
+    completed = command(*tiny, "action=report", cwd=copy_of_base)
+    assert (completed.returncode, completed.stderr) == (0, "")
+    assert completed.stdout == "report  runs/reports/embedded/index.html\n"
     assert {path.name for path in (folder / "embedded").iterdir()} == pages
     assert outputs(copy_of_base) == before
     assert {path.read_text() for path in copy_of_base.glob("precious-*")} == {"kept"}
@@ -142,11 +142,11 @@ def test_the_report_of_finished_stages_is_written_again_without_running_any(
 def test_a_password_in_the_tracking_uri_is_neither_kept_nor_shown(
     copy_of_base: Path, command: Command, tiny: list[str]
 ) -> None:
-    """Of a server that does not answer: it is kept for later what there is to tell, and the report is made anew."""
+    """With a server that does not respond, what it misses is kept for later, and the report is rebuilt."""
     uri = "http://reader:swordfish@127.0.0.1:9"
-    answer = command(*tiny, f"tracking.uri={uri}", cwd=copy_of_base)
-    assert answer.returncode == 0 and "swordfish" not in answer.stdout + answer.stderr
-    assert "http://reader:***@127.0.0.1:9" in answer.stdout
+    completed = command(*tiny, f"tracking.uri={uri}", cwd=copy_of_base)
+    assert completed.returncode == 0 and "swordfish" not in completed.stdout + completed.stderr
+    assert "http://reader:***@127.0.0.1:9" in completed.stdout
     assert len(files_with(copy_of_base / "runs" / "tracking", "http://reader:***@127.0.0.1:9")) > 11
     assert "reader:***@127.0.0.1:9" in (copy_of_base / "runs" / "reports" / "embedded" / "index.html").read_text()
     assert files_with(copy_of_base, "swordfish") == []
@@ -177,11 +177,11 @@ def test_a_second_run_computes_nothing_and_imports_neither_torch_nor_ray_nor_mlf
     base: Path, command: Command, tiny: list[str]
 ) -> None:
     before = outputs(base)
-    answer = command(*tiny, cwd=base, python=("-X", "importtime"))
-    assert answer.returncode == 0
-    assert imported(answer) & HEAVY == set()
+    completed = command(*tiny, cwd=base, python=("-X", "importtime"))
+    assert completed.returncode == 0
+    assert imported(completed) & HEAVY == set()
     assert outputs(base) == before
-    assert len(re.findall(r"^  \w+ +cached$", answer.stdout, re.MULTILINE)) == len(before)
+    assert len(re.findall(r"^  \w+ +cached$", completed.stdout, re.MULTILINE)) == len(before)
 
 
 @pytest.mark.parametrize(
@@ -190,21 +190,21 @@ def test_a_second_run_computes_nothing_and_imports_neither_torch_nor_ray_nor_mlf
 def test_looking_imports_neither_torch_nor_ray_nor_mlflow_and_writes_nothing(
     command: Command, tmp_path: Path, words: tuple[str, ...]
 ) -> None:
-    answer = command(*words, cwd=tmp_path, python=("-X", "importtime"))
-    assert answer.returncode == 0
-    assert imported(answer) & HEAVY == set()
-    assert answer.stdout
+    completed = command(*words, cwd=tmp_path, python=("-X", "importtime"))
+    assert completed.returncode == 0
+    assert imported(completed) & HEAVY == set()
+    assert completed.stdout
     assert list(tmp_path.iterdir()) == []
 
 
-def test_another_growth_runs_what_its_plan_says_and_that_is_what_depends_on_it(
+def test_another_growth_runs_what_is_planned_and_that_is_what_depends_on_it(
     copy_of_base: Path, command: Command, tiny: list[str]
 ) -> None:
     words = [*tiny, "growth=fpi", "tracking.enabled=false"]
     plan = command(*words, "action=plan", cwd=copy_of_base).stdout
     before = outputs(copy_of_base)
-    answer = command(*words, cwd=copy_of_base)
-    assert answer.returncode == 0, answer.stderr
+    completed = command(*words, cwd=copy_of_base)
+    assert completed.returncode == 0, completed.stderr
     made = {record["stage"] for name, record in outputs(copy_of_base).items() if name not in before}
     assert made == {"scale_up", "dense", "scale_out", "moe", "evaluate", "export"}
     assert set(re.findall(r"^(\w+) +runs ", plan, re.MULTILINE)) == made
@@ -213,35 +213,35 @@ def test_another_growth_runs_what_its_plan_says_and_that_is_what_depends_on_it(
     assert grown["metrics"]["preserving"] is (grown["metrics"]["max_abs_dlogit"] < 1e-3)
 
 
-def test_the_status_tells_what_is_complete_and_what_is_missing(
+def test_the_status_shows_what_is_complete_and_what_is_missing(
     copy_of_base: Path, command: Command, tiny: list[str]
 ) -> None:
     shutil.rmtree(next((copy_of_base / "runs" / "stages").glob("export-*")))
-    answer = command(*tiny, "action=status", cwd=copy_of_base)
-    assert answer.returncode == 0
-    assert answer.stdout.startswith("embedded: not running\n")
-    assert "  export: runs, no output yet\n" in answer.stdout
-    assert answer.stdout.count("complete") == 10
+    completed = command(*tiny, "action=status", cwd=copy_of_base)
+    assert completed.returncode == 0
+    assert completed.stdout.startswith("embedded: not running\n")
+    assert "  export: runs, no output yet\n" in completed.stdout
+    assert completed.stdout.count("complete") == 10
 
 
 def test_an_experiment_is_chosen_with_or_without_a_plus(command: Command, tmp_path: Path) -> None:
-    at = "cluster.flops_per_s=1e10"  # not measured anew
+    at = "cluster.flops_per_s=1e10"  # not measured again
     with_plus = command("+experiment=smoke", "action=plan", at, cwd=tmp_path)
     assert with_plus.returncode == 0
     assert with_plus.stdout.startswith("smoke: ")
     assert command("experiment=smoke", "action=plan", at, cwd=tmp_path).stdout == with_plus.stdout
 
 
-def test_an_experiment_too_large_for_this_machine_says_so_in_one_line_and_shows_its_plan(
+def test_an_experiment_too_large_for_this_machine_is_refused_in_one_line_and_shows_its_plan(
     command: Command, tmp_path: Path
 ) -> None:
-    answer = command("+experiment=7b", cwd=tmp_path)
-    assert (answer.returncode, answer.stdout) == (1, "")
+    completed = command("+experiment=7b", cwd=tmp_path)
+    assert (completed.returncode, completed.stdout) == (1, "")
     assert re.fullmatch(
         r"error: experiment 7b: needs 256 GPUs with 80 GB each, this machine has \d+ \(and \d+ CPUs\); set "
         r"cluster.address to a Ray cluster that has them, or look at its plan: "
         r"python workflows/efficientscale.py \+experiment=7b action=plan\n",
-        answer.stderr,
+        completed.stderr,
     )
     assert list(tmp_path.iterdir()) == []
     plan = command("+experiment=7b", "action=plan", cwd=tmp_path)
@@ -249,21 +249,21 @@ def test_an_experiment_too_large_for_this_machine_says_so_in_one_line_and_shows_
     assert all(size in plan.stdout for size in ("8.22B", "16.7B", "105B", "29.2B"))
 
 
-def test_a_second_driver_answers_in_one_line_and_leaves_the_store_alone(
+def test_a_second_driver_ends_in_one_line_and_leaves_the_store_alone(
     command: Command, tmp_path: Path, tiny: list[str]
 ) -> None:
     with Store(tmp_path / "runs").lock():
-        answer = command(*tiny, cwd=tmp_path)
-    assert (answer.returncode, answer.stdout) == (1, "")
+        completed = command(*tiny, cwd=tmp_path)
+    assert (completed.returncode, completed.stdout) == (1, "")
     assert re.fullmatch(
         rf"error: {tmp_path}/runs: in use by process {os.getpid()} since .*; wait for it, or give this run a directory "
         r"of its own with paths.root=DIR\n",
-        answer.stderr,
+        completed.stderr,
     )
     assert outputs(tmp_path) == {}
 
 
-def test_an_interrupted_run_says_that_the_same_command_continues(
+def test_an_interrupted_run_states_that_the_same_command_continues(
     tmp_path: Path, tiny: list[str], ambush: Callable[[str, str], dict[str, str]]
 ) -> None:
     trap = tmp_path / "trap"
@@ -299,8 +299,8 @@ def test_a_run_killed_at_many_points_ends_with_the_bytes_of_one_that_was_not(
         stage = point.partition("-")[0]
         assert list((tmp_path / "runs" / "stages").glob(f"{stage}-*.partial")), point
         assert not [record for record in outputs(tmp_path).values() if record["stage"] == stage and stage != "moe"]
-    answer = command(*words, cwd=tmp_path)
-    assert answer.returncode == 0, answer.stderr
+    completed = command(*words, cwd=tmp_path)
+    assert completed.returncode == 0, completed.stderr
     assert not list((tmp_path / "runs" / "stages").glob("*.partial"))
     assert weights_and_metrics(tmp_path) == weights_and_metrics(base)
     resumed = {record["stage"]: record["resumed"] for record in outputs(tmp_path).values()}
@@ -335,7 +335,7 @@ class Driver:
                 os.kill(process, signal.SIGKILL)
         self.process.communicate()
 
-    def said(self) -> tuple[int, list[str]]:
+    def ending(self) -> tuple[int, list[str]]:
         """Its exit status, when it has ended, and the lines of its standard error."""
         _, stderr = self.process.communicate(timeout=400)
         lines = [line for line in stderr.splitlines() if not line.startswith("waiting for workers: ")]
@@ -384,12 +384,12 @@ def test_a_run_on_ray_whose_driver_is_terminated_and_killed_ends_with_the_bytes_
             wait_for(trap.exists, driver.process)
             assert driver.processes("ray::RayTrainWorker")
             driver.process.send_signal(signal_sent)
-            assert driver.said() == (status, expected)
+            assert driver.ending() == (status, expected)
             wait_for(lambda: not driver.processes("ray::RayTrainWorker"), limit_s=120)  # which may write to the stage
             assert list((tmp_path / "runs" / "stages").glob("prepare-*.partial"))
             assert signal_sent == signal.SIGKILL or not list(temporary.iterdir())
     with Driver(words, tmp_path) as again:
-        assert again.said() == (0, [])
+        assert again.ending() == (0, [])
         assert not processes.left_after(120, processes.of(again.processes()))
     ours, theirs = weights_and_metrics(tmp_path), weights_and_metrics(base)
     assert ours == {name: theirs[name] for name in ours}

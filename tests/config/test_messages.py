@@ -265,7 +265,7 @@ def test_nearest_offers_a_name_only_if_one_is_near() -> None:
         ("experiment=7a", "error: experiment=7a: there is no conf/experiment/7a.yaml; did you mean '7b'? (valid: "),
         ("+experiment=7a", "error: experiment=7a: there is no conf/experiment/7a.yaml; did you mean '7b'? (valid: "),
         ("stages.prepare.total_tokens=100", "error: stages.prepare: total_tokens 100 is smaller than one batch "),
-        ("seed", "error: seed: is no change; write what you change as KEY=VALUE"),
+        ("seed", "error: seed: is not a setting; write KEY=VALUE"),
     ],
 )
 def test_a_mistake_ends_the_command_with_one_line_and_status_1_before_anything_is_written(

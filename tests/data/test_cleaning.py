@@ -167,13 +167,15 @@ def test_columns_are_named_and_filters_count_what_they_take_out(tmp_path: Path) 
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=9)
     filters = {"min_bytes": 30, "columns": {"lang": ["en", "zh"]}}
     metrics = clean(stage_of(tmp_path / "a.parquet", text="content", split="part", filters=filters), tmp_path)
-    wanted = [
+    expected_texts = [
         (text, part)
         for text, lang, part in zip(TEXTS, languages, ["validation", "train"] * 30, strict=True)
         if lang != "de" and len(text.encode()) >= 30
     ]
-    assert kept(tmp_path / "out") == {split: [text for text, part in wanted if part == split] for split in SPLITS}
-    assert metrics["filtered/en/documents"] == len(TEXTS) - len(wanted) > 20
+    assert kept(tmp_path / "out") == {
+        split: [text for text, part in expected_texts if part == split] for split in SPLITS
+    }
+    assert metrics["filtered/en/documents"] == len(TEXTS) - len(expected_texts) > 20
 
 
 def test_a_split_without_documents_is_refused_with_what_became_of_them(tmp_path: Path) -> None:
@@ -182,7 +184,7 @@ def test_a_split_without_documents_is_refused_with_what_became_of_them(tmp_path:
         clean(stage_of(tmp_path / "a.jsonl"), tmp_path)
 
 
-def test_input_that_changed_between_two_runs_is_read_anew(tmp_path: Path) -> None:
+def test_input_that_changed_between_two_runs_is_read_again(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
     clean(stage_of(path), tmp_path)
     write_jsonl(path, TEXTS[:30])

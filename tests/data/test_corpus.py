@@ -105,7 +105,7 @@ def test_hashing_keeps_every_document_and_never_puts_a_text_in_both_splits(texts
     assert not set(train) & set(validation)
 
 
-def test_about_the_asked_fraction_is_held_out_and_stays_held_out_when_documents_come(tmp_path: Path) -> None:
+def test_about_the_configured_fraction_is_held_out_and_stays_held_out_when_documents_come(tmp_path: Path) -> None:
     texts = [f"text {number}" for number in range(3000)]
     prepare_corpus(stage_of(0.1, en=write_parquet(tmp_path / "a.parquet", text=texts[:2000])), tmp_path / "a")
     prepare_corpus(stage_of(0.1, en=write_parquet(tmp_path / "b.parquet", text=texts)), tmp_path / "b")
@@ -158,7 +158,7 @@ def test_a_path_that_matches_nothing_is_named_with_the_place_it_was_looked_for(t
 def test_a_path_of_the_package_that_leads_out_of_it_is_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / "there.txt").write_text("text")
     message = refusal(stage_of(en=f"package://{name.format(tmp_path / 'there.txt')}"), tmp_path / "out")
-    assert message.startswith("sources.en.path: '") and "leads out of the package; name a file in it" in message
+    assert message.startswith("sources.en.path: '") and "is outside the package; name a file in it" in message
 
 
 def test_a_file_of_unknown_kind_is_refused(tmp_path: Path) -> None:

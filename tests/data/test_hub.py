@@ -56,7 +56,7 @@ def test_a_local_data_set_gives_its_documents_streamed_and_fetched(
 
 
 @needs_datasets
-def test_a_name_that_the_hub_is_not_asked_for_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_name_that_is_not_requested_from_the_hub_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import datasets.config
     import huggingface_hub.constants
 
@@ -65,14 +65,14 @@ def test_a_name_that_the_hub_is_not_asked_for_is_one_line(monkeypatch: pytest.Mo
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     with pytest.raises(UserError) as caught:
-        hub.ranges(HubConfig(name="nobody/nothing"), "sources.en.hub", 1)
-    said = str(caught.value)
-    assert said.startswith("sources.en.hub: 'nobody/nothing' cannot be opened (")
-    assert said.endswith("; unset HF_HUB_OFFLINE to ask the hub")
-    assert "\n" not in said
+        hub.ranges(HubConfig(name="no-one/nothing"), "sources.en.hub", 1)
+    message = str(caught.value)
+    assert message.startswith("sources.en.hub: 'no-one/nothing' cannot be opened (")
+    assert message.endswith("; unset HF_HUB_OFFLINE to reach the hub")
+    assert "\n" not in message
 
 
-def test_without_the_library_the_message_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_library_the_message_names_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     source = SourceConfig.model_validate({"hub": {"name": "a/b"}})
     assert source.hub is not None

@@ -25,7 +25,7 @@ from aquilamoe.data.tokens import (
 )
 
 LENGTH = 4
-# Tokens tell where they stand: "en" counts from 0, "zh" from 10000, and validation from 30000 more.
+# Tokens encode their position: "en" counts from 0, "zh" from 10000, and validation from 30000 more.
 STARTS = {"en": 0, "zh": 10_000}
 WINDOWS = {"en": 900, "zh": 370}
 SIZES = {"en": LENGTH * 900 + 3, "zh": LENGTH * 370 + 1}

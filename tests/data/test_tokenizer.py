@@ -49,7 +49,7 @@ def trained(corpus: Path) -> Path:
     return corpus.parent / "tokenizer"
 
 
-def test_the_vocabulary_has_the_asked_size_and_learnt_both_languages(corpus: Path, tmp_path: Path) -> None:
+def test_the_vocabulary_has_the_requested_size_and_learnt_both_languages(corpus: Path, tmp_path: Path) -> None:
     metrics = train_tokenizer(corpus, VOCAB_SIZE, tmp_path)
     tokenizer = load_tokenizer(tmp_path)
     assert metrics["vocab_size"] == tokenizer.get_vocab_size() == VOCAB_SIZE
@@ -98,7 +98,7 @@ def test_held_out_text_does_not_reach_the_vocabulary(trained: Path, tmp_path: Pa
 
 
 def test_a_corpus_too_small_for_the_vocabulary_is_refused_with_both_sizes(corpus: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"vocab_size: 50000 tokens wanted, but \d+ bytes .* give only (\d+); .*\1"):
+    with pytest.raises(UserError, match=r"vocab_size: 50000 tokens requested, but \d+ bytes .* give only (\d+); .*\1"):
         train_tokenizer(corpus, 50_000, tmp_path)
     assert not list(tmp_path.iterdir())
 

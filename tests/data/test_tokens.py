@@ -94,10 +94,10 @@ def test_a_file_cut_or_grown_anywhere_is_refused_in_one_line(suffix: str, tmp_pa
         (0, b"XXIDIDX", "begins with"),
         (9, struct.pack("<Q", 2), "version 2, type 8"),
         (17, b"\x05", "version 1, type 5; known are version 1, types 4"),
-        (18, struct.pack("<Q", 2**62), "its header speaks of"),
-        (26, struct.pack("<Q", 0), "its header speaks of"),
+        (18, struct.pack("<Q", 2**62), "its header declares"),
+        (26, struct.pack("<Q", 0), "its header declares"),
         (34 + 4 * 2 + 8 * 2 + 8 * 2, struct.pack("<q", 9), "do not end at its 2 sequences"),
-        (34 + 4, struct.pack("<i", 1), "its index speaks of 8"),
+        (34 + 4, struct.pack("<i", 1), "its index declares 8"),
     ],
 )
 def test_a_damaged_index_is_refused(offset: int, value: bytes, problem: str, tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def test_every_document_decodes_to_itself_and_ends_with_one_end_of_text(embedded
     assert steps == [(done, 20) for done in (0, 5, 10, 15, 20)]
 
 
-def test_the_embedded_corpus_has_the_tokens_its_mixture_speaks_of(embedded: Path) -> None:
+def test_the_embedded_corpus_has_the_tokens_of_its_mixture(embedded: Path) -> None:
     record = read_record(embedded / "tokens")
     assert record.vocab_size == 4096
     assert json.loads((embedded / "tokens" / "tokens.json").read_text())["sources"]["zh"]["train"]["documents"] == 114
@@ -167,7 +167,7 @@ def test_counts_and_token_files_of_the_embedded_corpus_agree_with_its_text(embed
             assert counts.bytes == sum(len(text.encode()) for text in texts)
 
 
-def test_the_copied_tokenizer_opens_and_encodes_as_the_files_say(embedded: Path) -> None:
+def test_the_copied_tokenizer_opens_and_encodes_as_the_files_do(embedded: Path) -> None:
     theirs = AutoTokenizer.from_pretrained(embedded / "tokens" / "tokenizer")
     text = next(read_documents(split_file(embedded / "corpus", "validation", "zh")))[0]
     assert theirs.encode(text) == TokenFile(embedded / "tokens" / "validation-zh")[0][:-1].tolist()

@@ -39,7 +39,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     "path", ["package://../../x", "package:///etc/x", "python://json/../../x", "python://json//etc/x"]
 )
 def test_a_path_of_a_package_that_leads_out_of_it_is_refused(path: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"^tokenizer\.path: '.*x' leads out of the package; name a file in it"):
+    with pytest.raises(UserError, match=r"^tokenizer\.path: '.*x' is outside the package; name a file in it"):
         adopt_tokenizer(path, None, 300, tmp_path)
 
 
@@ -55,7 +55,7 @@ def ranks(trained: Path) -> dict[bytes, int]:
 
 
 def byte_of_letter() -> dict[str, int]:
-    """GPT-2's letters, found by asking the library to spell each byte."""
+    """GPT-2's letters, found by letting the library spell each byte."""
     from tokenizers import pre_tokenizers
 
     spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

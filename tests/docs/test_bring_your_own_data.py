@@ -97,7 +97,7 @@ def test_the_first_command_makes_token_files_and_counts_what_it_left_out(folder:
     assert not (tokens / "checkpoints").exists()
 
 
-def test_filters_keep_what_they_say(folder: Path) -> None:
+def test_filters_keep_what_they_describe(folder: Path) -> None:
     assert kept(folder, 1, "en") == 60
     assert kept(folder, 1, "zh") == 40
 

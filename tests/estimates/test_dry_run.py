@@ -110,9 +110,9 @@ def test_a_dry_run_goes_through_every_stage_and_leaves_nothing(
     without = ("stages.control=null", "report.control=null", "stages.evaluate.inputs.control=null")
     words = ("+experiment=smoke", "action=dryrun", f"paths.root={tmp_path / 'runs'}", *without)
     commands.execute(compose(*words), "command")
-    said = capsys.readouterr().out
-    assert "scale_out: 81 tensors, " in said
-    assert "The graph with widths divided by 4, a batch for every stage" in said
-    assert "All 10 stages ran" in said
+    printed = capsys.readouterr().out
+    assert "scale_out: 81 tensors, " in printed
+    assert "The graph with widths divided by 4, a batch for every stage" in printed
+    assert "All 10 stages ran" in printed
     assert list(tmp_path.glob("smoke-dryrun-*")) == []
     assert not (tmp_path / "runs").exists()

@@ -1,4 +1,4 @@
-"""The memory that a plan foresees is what torch's allocator counts in a step of training."""
+"""The memory that a plan estimates is what torch's allocator counts in a step of training."""
 
 import gc
 from typing import Any
@@ -91,10 +91,10 @@ MORE_JOBS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", [*JOBS, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE_JOBS)])
-def test_the_most_that_a_step_takes_is_foreseen_within_a_tenth(name: str) -> None:
+def test_the_most_that_a_step_takes_is_estimated_within_a_tenth(name: str) -> None:
     job = make_job(**(JOBS | MORE_JOBS)[name])
-    foreseen = memory.estimate(job.model, job.stage, job.cluster)
-    assert foreseen.peak == pytest.approx(counted(job), rel=0.1)
+    estimated = memory.estimate(job.model, job.stage, job.cluster)
+    assert estimated.peak == pytest.approx(counted(job), rel=0.1)
 
 
 def cluster(**changes: Any) -> ClusterConfig:

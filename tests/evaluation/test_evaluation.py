@@ -1,4 +1,4 @@
-"""What checkpoints write and answer, held to transformers on the exported directory and to sums by hand."""
+"""What checkpoints write and score, held to transformers on the exported directory and to sums by hand."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -49,7 +49,7 @@ class Made:
     def model(self, stage: str) -> Path:
         return self.done[stage].directory / "model"
 
-    def asked(self, **changes: Any) -> tuple[ExperimentConfig, Mapping[str, Node], Store]:
+    def arguments(self, **changes: Any) -> tuple[ExperimentConfig, Mapping[str, Node], Store]:
         return self.experiment.model_copy(update=changes), self.nodes, self.store
 
 
@@ -132,9 +132,9 @@ def test_cosines_between_experts_are_those_of_all_their_weights(made: Made) -> N
             weights[1] = -2 * weights[0]
             weights[2] = torch.randn(weights[2].shape, generator=torch.Generator().manual_seed(0))
     flat = torch.cat([weights.detach().flatten(1) for weights in mlp.experts.parameters()], 1)
-    wanted = torch.nn.functional.cosine_similarity(flat[:, None], flat[None], dim=-1)
-    torch.testing.assert_close(expert_cosines(mlp), wanted, atol=1e-6, rtol=0)
-    assert wanted[0, 1] == pytest.approx(-1)
+    expected = torch.nn.functional.cosine_similarity(flat[:, None], flat[None], dim=-1)
+    torch.testing.assert_close(expert_cosines(mlp), expected, atol=1e-6, rtol=0)
+    assert expected[0, 1] == pytest.approx(-1)
 
 
 def test_transformers_continues_a_prompt_with_the_same_tokens(made: Made, stage: str, theirs: Any) -> None:
@@ -207,7 +207,7 @@ def test_an_empty_prompt_begins_a_text(made: Made) -> None:
 
 def test_generate_prints_each_prompt_with_its_continuation(made: Made) -> None:
     lines: list[str] = []
-    evaluate.generate(*made.asked(action="generate", checkpoint="prepare", generation=GREEDY), lines.append)
+    evaluate.generate(*made.arguments(action="generate", checkpoint="prepare", generation=GREEDY), lines.append)
     texts = Generator.open(made.model("prepare")).continue_texts(FLAT, GREEDY)
     assert lines[0] == f"{made.done['prepare'].directory.name}, greedy, 12 tokens at most"
     assert lines[1:] == [f"\n{prompt}│{text}" for prompt, text in zip(FLAT, texts, strict=True)]
@@ -217,9 +217,9 @@ def test_a_checkpoint_is_any_directory_that_transformers_opens(made: Made, tmp_p
     directory = made.model("export_scale_out")
     elsewhere = tmp_path / "mine"
     elsewhere.symlink_to(directory)
-    _, found = evaluate.checkpoint(*made.asked(checkpoint=str(elsewhere)))
+    _, found = evaluate.checkpoint(*made.arguments(checkpoint=str(elsewhere)))
     assert found == elsewhere
-    label, found = evaluate.checkpoint(*made.asked(checkpoint=made.done["scale_out"].record["fingerprint"][:6]))
+    label, found = evaluate.checkpoint(*made.arguments(checkpoint=made.done["scale_out"].record["fingerprint"][:6]))
     assert (label, found) == (made.done["scale_out"].directory.name, made.model("scale_out"))
 
 
@@ -233,14 +233,14 @@ def test_a_checkpoint_is_any_directory_that_transformers_opens(made: Made, tmp_p
 )
 def test_what_is_no_checkpoint_is_refused_in_a_line(made: Made, checkpoint: str | None, line: str) -> None:
     with pytest.raises(UserError, match=line) as caught:
-        evaluate.checkpoint(*made.asked(action="generate", checkpoint=checkpoint))
+        evaluate.checkpoint(*made.arguments(action="generate", checkpoint=checkpoint))
     assert "\n" not in str(caught.value)
 
 
-def test_without_lm_eval_an_evaluation_says_what_to_install(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_lm_eval_an_evaluation_names_what_to_install(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluate, "find_spec", lambda _: None)
     with pytest.raises(UserError, match=r"not installed; pip install 'aquilamoe\[evaluation\]'"):
-        evaluate.evaluate(*made.asked(action="evaluate", checkpoint="prepare"))
+        evaluate.evaluate(*made.arguments(action="evaluate", checkpoint="prepare"))
 
 
 def test_the_tasks_of_a_corpus_are_its_held_out_text_and_their_true_ending_is_among_the_choices(
@@ -254,14 +254,14 @@ def test_the_tasks_of_a_corpus_are_its_held_out_text_and_their_true_ending_is_am
             for each in read_documents(split_file(corpus, "validation", language))
             for text in each
         ]
-        questions = [json.loads(line) for line in (tmp_path / f"cloze_{language}.jsonl").read_text().splitlines()]
-        assert len(questions) == 10
-        assert len({question["answer"] for question in questions}) > 1
-        for question in questions:
-            assert len(question["endings"]) == CHOICES
-            true = question["context"] + question["endings"][question["answer"]]
+        items = [json.loads(line) for line in (tmp_path / f"cloze_{language}.jsonl").read_text().splitlines()]
+        assert len(items) == 10
+        assert len({item["answer"] for item in items}) > 1
+        for item in items:
+            assert len(item["endings"]) == CHOICES
+            true = item["context"] + item["endings"][item["answer"]]
             assert any(true in text for text in texts)
-            assert 240 <= len(question["context"].encode()) <= 300
+            assert 240 <= len(item["context"].encode()) <= 300
 
 
 def test_the_tasks_of_a_corpus_are_the_same_every_time(made: Made, tmp_path: Path) -> None:
@@ -274,15 +274,15 @@ def test_the_tasks_of_a_corpus_are_the_same_every_time(made: Made, tmp_path: Pat
 def test_lm_eval_gets_the_likelihoods_that_sums_by_hand_give(made: Made) -> None:
     pytest.importorskip("lm_eval", reason="the extra `evaluation` is not installed")
     changes = {"evaluation": made.experiment.evaluation.model_copy(update={"items": 8})}
-    label, rows, path = evaluate.evaluate(*made.asked(action="evaluate", checkpoint="prepare", **changes))
+    label, rows, path = evaluate.evaluate(*made.arguments(action="evaluate", checkpoint="prepare", **changes))
     assert label == made.done["prepare"].directory.name
     figures = {(task, metric): value for task, metric, value, _ in rows}
     assert {items for *_, items in rows} == {8}
     assert set(json.loads(path.read_text())["results"]) == {"bits_en", "bits_zh", "cloze_en", "cloze_zh"}
     writer = Generator.open(made.model("prepare"))
     (folder,) = (made.store.root / "evaluations" / "tasks").iterdir()
-    questions = [json.loads(line) for line in (folder / "cloze_en.jsonl").read_text().splitlines()]
-    right = [np.argmax([_log(writer, q["context"], end) for end in q["endings"]]) == q["answer"] for q in questions]
+    items = [json.loads(line) for line in (folder / "cloze_en.jsonl").read_text().splitlines()]
+    right = [np.argmax([_log(writer, q["context"], end) for end in q["endings"]]) == q["answer"] for q in items]
     assert figures["cloze_en", "acc"] == pytest.approx(np.mean(right))
 
 

@@ -46,7 +46,7 @@ ROPES: dict[str, dict[str, Any]] = {
         "long_factor": [1.0, 2.0, 3.0, 4.0],
     },
 }
-# Name: model type, and what its config.json says besides the sizes.
+# Name: model type, and what its config.json has besides the sizes.
 WINDOWS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("mistral", {"sliding_window": 7}),
     "qwen2 by number": (
@@ -70,7 +70,7 @@ Make = Callable[..., Path]
 
 @pytest.fixture(scope="module")
 def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
-    """A checkpoint as transformers saves it, whose config.json then says what is named; null takes a key away."""
+    """A checkpoint as transformers saves it, whose config.json then has what is named; null takes a key away."""
     folder = tmp_path_factory.mktemp("sources")
 
     @cache
@@ -237,7 +237,7 @@ SETTINGS = {
 }
 ABOUT_SOURCE = {
     "transformers_version": "4.1.0",
-    "_name_or_path": "/home/somebody/checkpoint",
+    "_name_or_path": "/home/user/checkpoint",
     "auto_map": {"AutoModelForCausalLM": "modeling.X"},
     "unsloth_version": "1",
 }

@@ -118,7 +118,7 @@ def test_logits_that_are_not_numbers_break_a_claim(tmp_path: Path) -> None:
 
 
 def test_the_faintest_predictions_are_judged_as_strictly_as_loud_ones(tmp_path: Path) -> None:
-    """A head that says next to nothing makes every difference of logits small, whatever is wrong."""
+    """A head with nearly equal logits makes every difference of logits small, whatever is wrong."""
     for name, seed in (("source", 0), ("target", 1)):
         faint = load_model(write(tmp_path / name, seed))
         with torch.no_grad():
@@ -155,11 +155,11 @@ def test_checkpoints_of_other_vocabularies_are_refused_in_one_line(tmp_path: Pat
     small, large = write(tmp_path / "small", 0), write(tmp_path / "large", 0, vocab_size=48)
     with pytest.raises(UserError, match="vocab_size: target 32 is smaller than the source's 48; "):
         certify(large, small, TOKENS_BT, preserving=False, tolerance=1e-4)
-    with pytest.raises(UserError, match="tokens: 40 among those to compare on, the source knows 32; "):
+    with pytest.raises(UserError, match="tokens: id 40 is among the tokens to compare on, the source has 32 tokens;  "):
         certify(small, large, torch.full((1, 4), 40), preserving=False, tolerance=1e-4)
 
 
-def test_weights_of_another_shape_than_config_json_says_are_refused_with_their_name(tmp_path: Path) -> None:
+def test_weights_of_another_shape_than_in_config_json_are_refused_with_their_name(tmp_path: Path) -> None:
     source = write(tmp_path / "source", 0)
     config = source / "config.json"
     config.write_text(config.read_text().replace('"intermediate_size": 12', '"intermediate_size": 14'))

@@ -27,7 +27,7 @@ from aquilamoe.model.transformer import Decoder
 
 SEED = 5
 TOKENS_BT = torch.arange(120).view(6, 20) * 7 % 64
-# Query heads make a square matrix, and so do experts: nothing but their values tells them from their transposes.
+# Query heads make a square matrix, and so do experts: only their values distinguish them from their transposes.
 SOURCE = ModelConfig(
     vocab_size=64,
     hidden_size=32,
@@ -184,13 +184,13 @@ def test_a_further_copy_that_is_not_silent_is_caught_and_called_so(grown: Path) 
 
 def test_one_wrong_embedding_is_caught_before_the_first_layer(grown: Path) -> None:
     damage(grown / "target", lambda tensors: tensors[tensor_names.EMBEDDING][7].mul_(1.1))
-    assert "the two part in the embedding, by " in refusal(grown, FPI)
+    assert "they diverge in the embedding, by " in refusal(grown, FPI)
 
 
 @pytest.mark.parametrize("name", [tensor_names.FINAL_NORM, tensor_names.HEAD])
 def test_a_fault_behind_the_last_layer_is_placed_there(grown: Path, name: str) -> None:
     damage(grown / "target", lambda tensors: tensors[name][7].mul_(1.1))
-    assert "the two part in the final norm or the head; " in refusal(grown, FPI)
+    assert "they diverge in the final norm or the head; " in refusal(grown, FPI)
 
 
 def test_the_first_of_two_faults_is_the_one_that_is_named(grown: Path) -> None:
@@ -241,7 +241,7 @@ def test_experts_that_exchanged_their_down_projections_are_caught_in_their_layer
     assert "part in layer 1 of the target, which differs from layer 1 of the source by " in refusal(tmp_path, permute)
 
 
-def test_whatever_the_router_of_equal_experts_says_the_claim_holds(upcycled: Path) -> None:
+def test_the_claim_holds_for_any_router_of_equal_experts(upcycled: Path) -> None:
     config = read_config(upcycled / "target")
     generator = torch.Generator().manual_seed(1)
 

@@ -107,7 +107,7 @@ DENSE = ModelConfig(
 SPARSE = DENSE.model_copy(update={"num_experts": 24, "num_experts_per_tok": 2, "moe_intermediate_size": 512})
 UPCYCLING = UpcyclingConfig(method="copy", noise=0.0, drop_ratio=0.0, router_init="normal", router_std=0.02)
 SEQUENCES, LENGTH = 4, 64
-# VmHWM is the peak of a process itself; what getrusage tells may be that of the process that forked it.
+# VmHWM is the peak of a process itself; what getrusage returns may be that of the process that forked it.
 MEASURE = """
 import json, re, sys, torch
 from pathlib import Path

@@ -225,7 +225,7 @@ def test_one_file_and_one_yaml_are_a_new_method_of_the_command(tmp_path: Path) -
     assert "'quit' is not in growth/methods; did you mean 'quiet'?" in misspelt.stderr
 
 
-def test_every_method_has_a_yaml_that_says_all_of_it() -> None:
+def test_every_method_has_a_yaml_with_all_of_its_settings() -> None:
     files = {path.stem: path for path in (ROOT / "conf/growth").glob("*.yaml")}
     assert sorted(files) == METHODS
     for name, path in files.items():

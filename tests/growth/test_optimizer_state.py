@@ -47,7 +47,7 @@ upcycling = partial(small_checkpoints.upcycling, router_std=0.5)
 
 
 def silent(done: int, total: int) -> None:
-    """Progress that nobody watches."""
+    """Progress without an observer."""
 
 
 def resized(source: ModelConfig, how: How, **sizes: Any) -> ModelConfig:
@@ -68,11 +68,11 @@ def gradient(directory: Path, seed: int = 0, rows: int = 2) -> Gradients:
     }
 
 
-def write_state(path: Path, found: Gradients, step: float = 7.0) -> None:
+def write_state(path: Path, gradients: Gradients, step: float = 7.0) -> None:
     """A state whose first moments are the gradient, and its second ones the squares."""
-    state = {f"{name}/{STEP}": torch.tensor(step) for name in found}
-    state |= {f"{name}/{FIRST}": value for name, value in found.items()}
-    state |= {f"{name}/{SECOND}": value.square() for name, value in found.items()}
+    state = {f"{name}/{STEP}": torch.tensor(step) for name in gradients}
+    state |= {f"{name}/{FIRST}": value for name, value in gradients.items()}
+    state |= {f"{name}/{SECOND}": value.square() for name, value in gradients.items()}
     save_file(state, path)
 
 
@@ -119,13 +119,13 @@ def relative(difference: Tensor, values: Tensor) -> float:
     return (difference.abs().max() / values.abs().max()).item() if difference.numel() else 0.0
 
 
-def part(found: Gradients, past: GradientMap) -> Tensor:
-    return found[past.name] if past.expert is None else found[past.name][past.expert]
+def part(gradients: Gradients, past: GradientMap) -> Tensor:
+    return gradients[past.name] if past.expert is None else gradients[past.name][past.expert]
 
 
 @st.composite
 def growths(draw: st.DrawFn) -> tuple[ModelConfig, ModelConfig, GrowthConfig]:
-    """Small sources with targets of the same function, by copies that nothing tells apart."""
+    """Small sources with targets of the same function, by copies that are identical."""
     number, one_of = st.integers, st.sampled_from
     groups, slots, times = draw(number(1, 2)), draw(number(1, 3)), draw(number(1, 2))
     # Where key-value heads grow, their copies are read by the same queries: the slots fit.
@@ -202,7 +202,7 @@ def test_what_further_rotary_channels_learn_is_forgotten_and_what_they_cannot_le
     silent_rows = torch.tensor([False, True] * 4).repeat(4)
     assert torch.equal(~grown.known(Q), silent_rows[:, None].expand(32, 6))
     assert grown.after[Q][silent_rows].abs().min() > 0
-    assert not grown.after[K][silent_rows[:16]].any()  # a query that is silent does not say what the key should be
+    assert not grown.after[K][silent_rows[:16]].any()  # a silent query does not determine the key
     for name in (Q, K):
         assert not grown.first(name)[~grown.known(name)].any()
         assert grown.second(name).min() > 0  # a scale stays
@@ -256,7 +256,7 @@ def mean_over_copies(tensor: Tensor, dim: int, units: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_noise_tells_copies_apart_but_their_mean_is_the_gradient_that_was_mapped(tied: bool, tmp_path: Path) -> None:
+def test_noise_makes_copies_differ_but_their_mean_is_the_gradient_that_was_mapped(tied: bool, tmp_path: Path) -> None:
     source, how = model(tie_word_embeddings=tied), growth(noise=0.5)
     target = resized(source, how, **WIDER)
     grown, units = Grown(source, target, how, tmp_path), map_units(source, target, how)
@@ -389,7 +389,7 @@ def test_experts_have_the_gradient_of_the_feed_forward_in_the_sum_and_all_else_h
         if name.endswith("mlp.gate.weight"):
             assert grown.state[f"{name}/{STEP}"] == 0 and not grown.second(name).any()
             assert not grown.first(name).any()
-            assert (found.abs().max() < 1e-12) == (sizes is EXPERTS)  # whole ones are equal, whoever is chosen
+            assert (found.abs().max() < 1e-12) == (sizes is EXPERTS)  # whole ones are equal, whichever is chosen
         elif "experts" in name:
             back = [torch.zeros_like(part(grown.before, past)) for past in grown.pasts[name]]
             sums = [0, 0]
@@ -548,7 +548,7 @@ def test_one_tensor_of_the_source_is_in_memory_at_a_time(tmp_path: Path, monkeyp
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "message"),
     [
         (Path.unlink, "there is no optimizer state; set optimizer_state=reset"),
         (lambda path: path.write_bytes(path.read_bytes()[:-9]), "is damaged ("),
@@ -559,15 +559,15 @@ def test_one_tensor_of_the_source_is_in_memory_at_a_time(tmp_path: Path, monkeyp
         (lambda path: state_of(path.parent, model(hidden_size=8)), "is (24, 8), the model's is (24, 6); take weights"),
     ],
 )
-def test_a_state_that_cannot_be_grown_is_one_line_that_says_what_to_do(
-    damage: Callable[[Path], object], said: str, tmp_path: Path
+def test_a_state_that_cannot_be_grown_is_one_line_with_what_to_do(
+    damage: Callable[[Path], object], message: str, tmp_path: Path
 ) -> None:
     source, how = model(num_attention_heads=3, num_key_value_heads=3, head_dim=2), growth()
     path = state_of(tmp_path, source)
     damage(path)
     with pytest.raises(UserError) as raised:
         grow_moments(path, tmp_path / "grown", (source, resized(source, how, hidden_size=9)), how, 0, silent)
-    assert said in str(raised.value) and str(path) in str(raised.value) and "\n" not in str(raised.value)
+    assert message in str(raised.value) and str(path) in str(raised.value) and "\n" not in str(raised.value)
     assert not (tmp_path / "grown").exists()
 
 
@@ -577,8 +577,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory, command: Command, tiny: list[
     folder = tmp_path_factory.mktemp("runs")
     grow = [f"stages.{stage}.optimizer_state=grow" for stage in ("scale_up", "scale_out")]
     keep = [f"stages.{stage}.optimizer_state=keep" for stage in ("dense", "moe")]
-    answer = command(*tiny, "growth=fpi", "growth.new_layers=zero", *grow, *keep, "tracking.enabled=false", cwd=folder)
-    assert answer.returncode == 0, answer.stderr
+    completed = command(
+        *tiny, "growth=fpi", "growth.new_layers=zero", *grow, *keep, "tracking.enabled=false", cwd=folder
+    )
+    assert completed.returncode == 0, completed.stderr
     stages = ("prepare", "scale_up", "dense", "scale_out", "moe")
     found = {stage: list((folder / "runs" / "stages").glob(f"{stage}-*")) for stage in stages}
     assert all(len(directories) == 1 for directories in found.values())

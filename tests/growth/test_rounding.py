@@ -63,7 +63,7 @@ def test_a_growth_is_measured_as_exactly_as_in_float32_whatever_its_files_round(
 
 
 def test_what_rounding_does_is_what_the_files_compute(grown: Path) -> None:
-    """The certificate of files whose growth nobody knows is that of their logits."""
+    """The certificate of files of an unknown growth is that of their logits."""
     source, target = grown / "source", grown / "target"
     tokens_bt = torch.arange(120).view(6, 20) * 7 % 64
     files = certify(source, target, tokens_bt, preserving=False, tolerance=1e-3)

@@ -57,7 +57,7 @@ def test_a_depth_that_is_neither_a_rule_nor_a_list_is_one_problem(depth: Any, me
     assert error.value.error_count() == 1
 
 
-def test_rules_and_methods_answer_without_torch() -> None:
+def test_rules_and_methods_need_no_torch() -> None:
     code = (
         "import sys\n"
         "from aquilamoe.config import plugins\n"
@@ -83,7 +83,9 @@ def test_what_is_not_a_size_of_the_function_may_change() -> None:
 def test_a_router_without_opinion_cannot_keep_parts_together(changes: dict[str, Any]) -> None:
     rules.check(model(), experts(), upcycling(**changes))
     rules.check(model(), experts(4, 4, intermediate_size=6), upcycling(**changes))
-    with pytest.raises(UserError, match=r"upcycling.router_init: .* 2 parts of a feed-forward are torn apart; use "):
+    with pytest.raises(
+        UserError, match=r"upcycling.router_init: .* 2 parts of a feed-forward are routed separately; use "
+    ):
         rules.check(model(), experts(4, 2, intermediate_size=6), upcycling(**changes))
 
 

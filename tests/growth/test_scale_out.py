@@ -90,7 +90,7 @@ def upcyclings(draw: st.DrawFn) -> tuple[ModelConfig, ModelConfig, UpcyclingConf
         "moe_intermediate_size": neurons,
         "mlp_only_layers": tuple(sorted(draw(st.sets(number(0, layers - 1), max_size=layers - 1)))),
         "shared_expert_intermediate_size": shards * neurons if has_shared else 0,
-        # Probabilities of all experts sum to 1, whoever makes them.
+        # Probabilities of all experts sum to 1, however they are made.
         "norm_topk_prob": draw(one_of([True, True, False])),
     }
     target = experts(shards * copies, shards * chosen, intermediate_size=shards * neurons, **sizes, **options)
@@ -230,7 +230,7 @@ def test_fine_grained_experts_are_parts_that_share_the_scores_of_the_whole(tmp_p
         ("zero", 0.02, 8, 0.0),
     ],
 )
-def test_routers_start_as_they_are_told(init: str, std: float, number: int, expected: float, tmp_path: Path) -> None:
+def test_routers_start_as_configured(init: str, std: float, number: int, expected: float, tmp_path: Path) -> None:
     source, target = model(hidden_size=32), experts(number, hidden_size=32)
     write_source(tmp_path / "source", source)
     upcycle(tmp_path, target, upcycling(router_init=init, router_std=std))
@@ -334,7 +334,7 @@ def test_progress_counts_every_tensor_once(tmp_path: Path) -> None:
     assert seen == [(done, total) for done in range(total + 1)]
 
 
-def test_every_upcycling_has_a_yaml_that_says_all_of_it() -> None:
+def test_every_upcycling_has_a_yaml_with_all_of_its_settings() -> None:
     files = {path.stem: path for path in (ROOT / "conf/upcycling").glob("*.yaml")}
     assert tuple(sorted(files)) == METHODS
     for name, path in files.items():

@@ -277,11 +277,11 @@ def test_a_growth_that_cannot_be_done_is_refused_before_anything_is_written(
     assert not (tmp_path / "target").exists()
 
 
-def test_weights_that_are_not_what_config_json_says_are_refused(tmp_path: Path) -> None:
+def test_weights_that_are_not_what_config_json_declares_are_refused(tmp_path: Path) -> None:
     write_source(tmp_path / "source", model())
     write_source(tmp_path / "other", model(intermediate_size=14))
     (tmp_path / "other/config.json").replace(tmp_path / "source/config.json")
-    with pytest.raises(UserError, match=r"gate_proj.weight' has shape \(12, 8\), config.json says \(14, 8\); "):
+    with pytest.raises(UserError, match=r"gate_proj.weight' has shape \(12, 8\), config.json declares \(14, 8\); "):
         grow(tmp_path, model(intermediate_size=28), growth())
 
 

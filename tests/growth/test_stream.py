@@ -171,7 +171,7 @@ def test_what_is_read_of_many_blocks_is_what_is_in_the_whole(monkeypatch: pytest
     torch.testing.assert_close(gathered(tensor, backwards).whole(), whole.flip(0))
 
 
-def test_drawn_rows_are_the_same_however_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_drawn_rows_are_the_same_however_they_are_requested(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(noise, "STREAM", 32)
     drawn: LazyTensor = noise.drawn((20, 5), 2.0, torch.float64, 0, "x")
     whole = drawn.whole()

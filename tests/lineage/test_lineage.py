@@ -25,7 +25,7 @@ from aquilamoe.pipeline.records import seal
 from aquilamoe.pipeline.store import Store
 
 MODEL = {"hidden_size": 16, "num_experts": 0}
-Ask = Callable[..., list[str]]
+Query = Callable[..., list[str]]
 
 
 @dataclass
@@ -104,7 +104,7 @@ def line(shelf: Shelf) -> list[Artifact]:
     ]
 
 
-def wanted(*entries: Artifact) -> dict[str, str]:
+def expected(*entries: Artifact) -> dict[str, str]:
     return {entry.stage: entry.fingerprint for entry in entries}
 
 
@@ -127,7 +127,7 @@ def test_an_output_is_found_by_stage_directory_content_fingerprint_and_sha256(
         dense.weights_sha256 or "",
     ]
     for text in ["dense", dense.directory.name, *map(str, paths), *identities]:
-        assert find(shelf.library, wanted(*line), text).directory == dense.directory, text
+        assert find(shelf.library, expected(*line), text).directory == dense.directory, text
 
 
 def test_the_sha256_of_shards_is_that_of_what_sha256sum_prints(tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_a_stage_without_an_output_as_configured_names_the_others_or_gives_the_n
         find(shelf.library, now, "dense")
     assert str(error.value) == (
         "dense: has no output as it is configured now (000000000000); run it first (there are "
-        f"{second.directory.name}, {first.directory.name}; action=why says what is different)"
+        f"{second.directory.name}, {first.directory.name}; action=why shows the differences)"
     )
 
 
@@ -175,16 +175,16 @@ def test_the_same_weights_under_two_names_are_the_output_that_had_them_first(she
     ("text", "message"),
     [
         ("dens", "dens: no such output; give a stage, .*; did you mean 'dense'?"),
-        ("0000", "0000: no fingerprint and no SHA-256 of weights begins like this; give a stage"),
+        ("0000", "0000: no fingerprint and no SHA-256 of weights begins with this; give a stage"),
         ("/nowhere/x", "/nowhere/x: does not exist; give a stage"),
-        ("{root}", "{root}: has no record.json; without its record nobody knows how it was made"),
+        ("{root}", "{root}: has no record.json; without it, how the output was made is unknown"),
         ("{root}/stages/moe-1.partial", "{root}/stages/moe-1.partial: is not complete, .*; the command that began it"),
     ],
 )
 def test_an_unknown_output_is_one_line(shelf: Shelf, line: list[Artifact], text: str, message: str) -> None:
     (shelf.root / "stages" / "moe-1.partial").mkdir()
     with pytest.raises(UserError, match="^" + message.format(root=shelf.root)) as error:
-        find(shelf.library, wanted(*line), text.format(root=shelf.root))
+        find(shelf.library, expected(*line), text.format(root=shelf.root))
     assert "\n" not in str(error.value)
 
 
@@ -214,13 +214,13 @@ def test_an_unknown_output_is_one_line(shelf: Shelf, line: list[Artifact], text:
         (lambda path: path.unlink(), "(record.json: is missing|has no record.json)"),
     ],
 )
-def test_a_damaged_record_is_one_line_for_who_asks_and_a_branch_for_who_descends(
+def test_a_damaged_record_is_one_line_for_a_query_and_a_branch_for_a_descendant(
     shelf: Shelf, line: list[Artifact], damage: Callable[[Path], None], message: str
 ) -> None:
     damage(line[2].directory / "record.json")
     for text in ("grow", line[2].directory.name, line[2].fingerprint, str(line[2].directory)):
         with pytest.raises(UserError, match=message):
-            find(shelf.library, wanted(*line), text)
+            find(shelf.library, expected(*line), text)
     shown = tree(shelf.library, line[-1])
     assert re.search(rf"^├─ source: grow {line[2].fingerprint} .*{message}", "\n".join(shown), re.MULTILINE)
 
@@ -240,10 +240,10 @@ def test_a_tree_shows_every_ancestor_once_with_what_it_changed(shelf: Shelf, lin
     assert text.count("(above)") == 2
 
 
-def test_a_removed_ancestor_is_said_in_the_tree(shelf: Shelf, line: list[Artifact]) -> None:
+def test_a_removed_ancestor_is_named_in_the_tree(shelf: Shelf, line: list[Artifact]) -> None:
     shutil.rmtree(line[1].directory)
     text = "\n".join(tree(shelf.library, line[-1]))
-    assert f"source: prepare {line[1].fingerprint} {line[1].directory.name} is not in the store any more" in text
+    assert f"source: prepare {line[1].fingerprint} {line[1].directory.name} is no longer in the store" in text
 
 
 def test_two_outputs_differ_field_by_field_through_all_they_were_made_from(shelf: Shelf, line: list[Artifact]) -> None:
@@ -279,20 +279,20 @@ def test_outputs_of_one_recipe_differ_in_files_packages_and_results(shelf: Shelf
 
 
 @pytest.mark.parametrize(
-    ("losses", "said"),
+    ("losses", "shown"),
     [((6.615705239772797, 5.809366154670716), "6.6157 -> 5.8094"), ((6.6157052, 6.6157053), "6.6157052 -> 6.6157053")],
 )
-def test_results_have_as_many_digits_as_tell_them_apart(
-    shelf: Shelf, tmp_path: Path, losses: tuple[float, float], said: str
+def test_results_have_as_many_digits_as_distinguish_them(
+    shelf: Shelf, tmp_path: Path, losses: tuple[float, float], shown: str
 ) -> None:
     both = [shelf.put("prepare"), Shelf(tmp_path / "other").put("prepare")]
     for entry, loss in zip(both, losses, strict=True):
         rewrite(entry, metrics={**entry.metrics, "loss_end": loss})
-    assert circumstances(*[read_artifact(entry.directory) for entry in both]) == [f"result: loss_end {said}"]
+    assert circumstances(*[read_artifact(entry.directory) for entry in both]) == [f"result: loss_end {shown}"]
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "model/config.json", "model/model-00002-of-00002.safetensors"])
-def test_any_file_that_is_not_what_its_record_says_is_named(shelf: Shelf, line: list[Artifact], name: str) -> None:
+def test_any_file_that_does_not_match_its_record_is_named(shelf: Shelf, line: list[Artifact], name: str) -> None:
     dense = line[-1]
     assert verify(dense, shelf.library).problems == []
     path = dense.directory / name
@@ -300,9 +300,9 @@ def test_any_file_that_is_not_what_its_record_says_is_named(shelf: Shelf, line: 
     flipped = bytes([whole[0] ^ 1]) + whole[1:]
     digests = [hashlib.sha256(each).hexdigest()[:12] for each in (flipped, whole)]
     path.write_bytes(flipped)
-    assert verify(dense).problems == [f"{name}: has SHA-256 {digests[0]}, its record says {digests[1]}"]
+    assert verify(dense).problems == [f"{name}: has SHA-256 {digests[0]}, its record states {digests[1]}"]
     path.write_bytes(whole + b"x")
-    assert verify(dense).problems == [f"{name}: has {len(whole) + 1:,} bytes, its record says {len(whole):,}"]
+    assert verify(dense).problems == [f"{name}: has {len(whole) + 1:,} bytes, its record states {len(whole):,}"]
     path.unlink()
     assert verify(dense).problems == [f"{name}: is missing"]
 
@@ -314,9 +314,10 @@ def test_a_changed_record_a_stranger_and_a_lost_ancestor_are_named(shelf: Shelf,
     rewrite(dense, recipe=recipe)
     shutil.rmtree(line[2].directory)
     assert verify(read_artifact(dense.directory), shelf.library).problems == [
-        f"record.json: its recipe has the fingerprint {identity.fingerprint(recipe)}, it says {dense.fingerprint}",
-        "model/note.txt: its record does not know it",
-        f"record.json: was made from grow {line[2].fingerprint}; {line[2].directory.name} is not in the store any more",
+        f"record.json: its recipe has the fingerprint {identity.fingerprint(recipe)}, the record states "
+        f"{dense.fingerprint}",
+        "model/note.txt: is not in its record",
+        f"record.json: was made from grow {line[2].fingerprint}; {line[2].directory.name} is no longer in the store",
     ]
 
 
@@ -345,23 +346,25 @@ def root(finished_store: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def ask(root: Path, tiny: list[str], compose: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> Ask:
+def query(
+    root: Path, tiny: list[str], compose: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> Query:
     """Do an action of the command in this process; the lines that it prints."""
 
-    def answered(*words: str) -> list[str]:
+    def run(*words: str) -> list[str]:
         capsys.readouterr()
         commands.execute(compose(*tiny, f"paths.root={root}", *words), "")
         return capsys.readouterr().out.splitlines()
 
-    return answered
+    return run
 
 
 def output(root: Path, stage: str) -> Path:
     return next((root / "stages").glob(f"{stage}-*"))
 
 
-def test_the_tree_of_a_real_pipeline_leads_to_the_corpus(ask: Ask, root: Path) -> None:
-    text = "\n".join(ask("action=lineage", "checkpoint=moe"))
+def test_the_tree_of_a_real_pipeline_leads_to_the_corpus(query: Query, root: Path) -> None:
+    text = "\n".join(query("action=lineage", "checkpoint=moe"))
     assert [text.index(f" {stage} ") for stage in ("scale_out", "dense", "scale_up", "prepare")] == sorted(
         text.index(f" {stage} ") for stage in ("scale_out", "dense", "scale_up", "prepare")
     )
@@ -372,35 +375,35 @@ def test_the_tree_of_a_real_pipeline_leads_to_the_corpus(ask: Ask, root: Path) -
     assert "└─ corpus: corpus" in text
 
 
-def test_why_names_the_changed_field_at_the_ancestor_that_has_it(ask: Ask) -> None:
-    assert "as it is configured now." in ask("action=why", "checkpoint=moe")[0]
-    lines = ask("action=why", "checkpoint=moe", "growth=fpi", "stages.moe.learning_rate=0.5")
+def test_why_names_the_changed_field_at_the_ancestor_that_has_it(query: Query) -> None:
+    assert "as it is configured now." in query("action=why", "checkpoint=moe")[0]
+    lines = query("action=why", "checkpoint=moe", "growth=fpi", "stages.moe.learning_rate=0.5")
     assert lines[1] == "  learning_rate 0.001 -> 0.5"
     assert [line.strip() for line in lines if "growth." in line] == [
         "growth.method aki_pro -> fpi",
         "growth.noise 0.0 -> 0.5",
     ]
-    assert ask("action=why", "checkpoint=moe", "other=dense")[1].endswith("see action=lineage")
+    assert query("action=why", "checkpoint=moe", "other=dense")[1].endswith("see action=lineage")
 
 
-def test_verify_fails_with_the_name_of_every_output_that_differs(ask: Ask, root: Path) -> None:
-    assert len([line for line in ask("action=verify") if line.endswith(" ok")]) == 11
+def test_verify_fails_with_the_name_of_every_output_that_differs(query: Query, root: Path) -> None:
+    assert len([line for line in query("action=verify") if line.endswith(" ok")]) == 11
     path = output(root, "dense") / "model" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"?")
-    with pytest.raises(UserError, match=r"^1 of 11 outputs are not what their records say; remove their directories"):
-        ask("action=verify")
+    with pytest.raises(UserError, match=r"^1 of 11 outputs do not match their records; remove their directories"):
+        query("action=verify")
     with pytest.raises(UserError, match=r"^1 of \d outputs"):
-        ask("action=verify", "checkpoint=moe")
-    assert all(line.endswith(" ok") for line in ask("action=verify", "checkpoint=control"))
+        query("action=verify", "checkpoint=moe")
+    assert all(line.endswith(" ok") for line in query("action=verify", "checkpoint=control"))
 
 
 def test_a_checkpoint_is_rebuilt_to_the_byte_by_its_sha256_with_the_ancestors_that_are_whole(
-    ask: Ask, root: Path
+    query: Query, root: Path
 ) -> None:
     path = output(root, "scale_out") / "model" / "model.safetensors"
     path.write_bytes(b"gone")
     weights = (output(root, "moe") / "model" / "model.safetensors").read_bytes()
-    lines = ask("action=rebuild", f"checkpoint={hashlib.sha256(weights).hexdigest()[:20]}", "seed=7")
+    lines = query("action=rebuild", f"checkpoint={hashlib.sha256(weights).hexdigest()[:20]}", "seed=7")
     assert lines[0].endswith("taken from the store: tokens, dense.")
     assert [line.split()[0] for line in lines if line.endswith(" cached")] == ["tokens", "dense"]
     assert lines[-1].startswith("identical: 9 files, ")
@@ -408,25 +411,25 @@ def test_a_checkpoint_is_rebuilt_to_the_byte_by_its_sha256_with_the_ancestors_th
     assert not (root / "rebuild").exists()
 
 
-def test_a_rebuild_that_gives_other_bytes_names_the_files_and_keeps_them(ask: Ask, root: Path) -> None:
+def test_a_rebuild_that_gives_other_bytes_names_the_files_and_keeps_them(query: Query, root: Path) -> None:
     entry = read_artifact(output(root, "scale_up"))
     name = "model/model.safetensors"
     rewrite(entry, files={**entry.record["files"], name: {**entry.record["files"][name], "sha256": "0" * 64}})
     for _ in range(2):  # what was kept is not taken for a new attempt
-        with pytest.raises(UserError, match=r"1 of \d files have other bytes when they are made anew; .* kept in"):
-            ask("action=rebuild", "checkpoint=scale_up")
+        with pytest.raises(UserError, match=r"1 of \d files differ after the rebuild; .* kept in"):
+            query("action=rebuild", "checkpoint=scale_up")
     kept = next((root / "rebuild").glob("*/stages/scale_up-*"))
     assert hashlib.sha256((kept / name).read_bytes()).hexdigest() == entry.record["files"][name]["sha256"]
 
 
-def test_a_recipe_of_other_code_is_not_rebuilt_and_says_where_to_find_that_code(ask: Ask, root: Path) -> None:
+def test_a_recipe_of_other_code_is_not_rebuilt_and_the_message_names_that_code(query: Query, root: Path) -> None:
     entry = read_artifact(output(root, "export"))
     recipe = {**entry.recipe, "version": 77}
     digest = identity.fingerprint(recipe)
     other = entry.directory.rename(entry.directory.with_name(f"export-{digest}"))
     rewrite(Artifact(other, entry.record), recipe=recipe, fingerprint=digest, git_commit="0123456789abcdef")
     with pytest.raises(UserError) as error:
-        ask("action=rebuild", f"checkpoint={digest}")
+        query("action=rebuild", f"checkpoint={digest}")
     now = entry.recipe["version"]
     assert str(error.value) == (
         f"export {digest}: cannot be rebuilt by this code: export: version 77 -> {now}; "
@@ -434,16 +437,18 @@ def test_a_recipe_of_other_code_is_not_rebuilt_and_says_where_to_find_that_code(
     )
 
 
-def test_a_recipe_whose_record_is_gone_is_taken_from_the_experiment_or_missed(ask: Ask, root: Path) -> None:
+def test_a_recipe_whose_record_is_gone_is_taken_from_the_experiment_or_missed(query: Query, root: Path) -> None:
     shutil.rmtree(output(root, "tokenizer"))
-    assert "tokens" in ask("action=rebuild", "checkpoint=prepare")[0]
+    assert "tokens" in query("action=rebuild", "checkpoint=prepare")[0]
     with pytest.raises(
-        UserError, match=r"cannot be rebuilt, nothing knows the recipe of \w{12} \(tokenizer of tokens\)"
+        UserError, match=r"cannot be rebuilt, no record has the recipe of \w{12} \(tokenizer of tokens\)"
     ):
-        ask("action=rebuild", f"checkpoint={output(root, 'prepare')}", "stages.tokenizer.vocab_size=310")
+        query("action=rebuild", f"checkpoint={output(root, 'prepare')}", "stages.tokenizer.vocab_size=310")
 
 
-def test_asking_imports_nothing_heavy_and_writes_nothing(finished_store: Path, tiny: list[str], tmp_path: Path) -> None:
+def test_a_query_imports_nothing_heavy_and_writes_nothing(
+    finished_store: Path, tiny: list[str], tmp_path: Path
+) -> None:
     before = sorted(finished_store.rglob("*"))
     script = """
         import sys
@@ -467,7 +472,7 @@ def test_asking_imports_nothing_heavy_and_writes_nothing(finished_store: Path, t
     assert (sorted(finished_store.rglob("*")), list(tmp_path.iterdir())) == (before, [])
 
 
-def test_a_loss_says_on_which_tokens_it_was_measured() -> None:
+def test_a_loss_states_on_which_tokens_it_was_measured() -> None:
     assert (
         _loss({"source_loss": 3.0, "target_loss": 3.25})
         == "3.0000 -> 3.2500 nats per token, on the certificate's tokens"

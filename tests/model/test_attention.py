@@ -64,7 +64,7 @@ def test_what_is_configured_wins_over_what_was_measured() -> None:
         assert {Kernels(attention=kernel).attention_on(device, 128) for device in ("cpu", "cuda")} == {kernel}
 
 
-def test_the_log_says_what_is_used_and_who_chose_it() -> None:
+def test_the_log_has_what_is_used_and_what_chose_it() -> None:
     assert Kernels(attention="explicit").describe("cpu", 128).startswith("attention explicit (configured")
     chosen = Kernels().attention_on("cuda", 1024)
     assert f"attention {chosen} (measured default for cuda, 1024 tokens" in Kernels().describe("cuda", 1024)

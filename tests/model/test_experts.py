@@ -145,7 +145,7 @@ def mixture(network: Network, kernel: ExpertsKernel, **changes: Any) -> MixtureO
 def test_a_mixture_is_one_graph_that_serves_whatever_the_router_chooses(
     kernel: ExpertsKernel, network: Network
 ) -> None:
-    """The graph holds no value that the host would have to ask the device for."""
+    """The graph holds no value that the host would have to wait for."""
     torch._dynamo.reset()
     moe = mixture(network, kernel)
     compiled = torch.compile(moe, backend="aot_eager", fullgraph=True)
@@ -172,12 +172,12 @@ def test_rows_are_summed_alike_on_every_device(weighted: bool) -> None:
     assert torch.allclose(*found, rtol=0, atol=1e-14)
 
 
-def test_the_loop_keeps_what_torch_asks_of_its_operations() -> None:
+def test_the_loop_keeps_what_torch_requires_of_its_operations() -> None:
     inputs = draw((20, 12), torch.float32)
     torch.library.opcheck(experts._loop_product, (inputs[0], torch.tensor((20, 12)), inputs[1]))
 
 
-def test_experts_are_chosen_by_device_unless_the_configuration_says() -> None:
+def test_experts_are_chosen_by_device_unless_the_configuration_chooses() -> None:
     assert [Kernels().experts_on(device) for device in ("cpu", "cuda")] == ["loop", "grouped"]
     assert Kernels(experts="grouped").experts_on("cpu") == "grouped"
     assert "experts grouped (configured for cpu)" in Kernels(experts="grouped").describe("cpu", 128, is_moe=True)

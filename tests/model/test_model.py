@@ -46,17 +46,17 @@ def random_tokens(config: ModelConfig, length: int = 24) -> Tensor:
 
 
 def open_with_transformers(directory: Path, **options: object) -> transformers.PreTrainedModel:
-    """Load as any user would, and insist that transformers has nothing to say."""
-    said: list[str] = []
+    """Load as any user would, and insist that transformers warns of nothing."""
+    warnings: list[str] = []
     handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
     logger = logging.getLogger("transformers")
     logger.addHandler(handler)
     try:
         model, info = transformers.AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True, **options)
     finally:
         logger.removeHandler(handler)
-    assert said == []
+    assert warnings == []
     assert not any(info.values()), info
     return model
 
@@ -80,10 +80,10 @@ def transformers_model(config: ModelConfig) -> transformers.PreTrainedModel:
     return model
 
 
-def worst(found: Tensor, expected: Tensor) -> float:
+def worst(actual: Tensor, expected: Tensor) -> float:
     """Largest absolute difference, after checking that there is something to compare."""
     assert expected.std() > 0.1
-    return (found - expected).abs().max().item()
+    return (actual - expected).abs().max().item()
 
 
 SHAPES = [
@@ -211,7 +211,7 @@ def test_experts_equal_a_loop_over_tokens_forward_and_backward(
         assert (mine - expected).abs().max() < 1e-10
 
 
-def test_an_expert_without_tokens_gets_a_zero_gradient_and_disturbs_nobody(network: Network) -> None:
+def test_an_expert_without_tokens_gets_a_zero_gradient_and_disturbs_no_other(network: Network) -> None:
     config = network("mixtral")
     moe = MixtureOfExperts(config).double()
     randomize(moe)

@@ -127,9 +127,9 @@ def plan(experiment: ExperimentConfig, root: Path) -> list[planning.Planned]:
     return planning.make(graph.build(experiment), Store(root), Speed.of(experiment.cluster))
 
 
-def test_a_plan_foresees_what_the_papers_line_costs_before_anything_runs(compose: Compose, tmp_path: Path) -> None:
+def test_a_plan_estimates_what_the_papers_line_costs_before_anything_runs(compose: Compose, tmp_path: Path) -> None:
     experiment = graph.parse(compose("+experiment=7b"))
-    table = costs.foreseen(plan(experiment, tmp_path), experiment.cluster)
+    table = costs.estimated(plan(experiment, tmp_path), experiment.cluster)
     by_name = {row.name: row for row in table.rows}
     stages, cluster = graph.build(experiment), experiment.cluster
     seconds = Speed.of(cluster).seconds(stages["prepare"].flops, None)
@@ -146,9 +146,9 @@ def test_a_plan_foresees_what_the_papers_line_costs_before_anything_runs(compose
     assert table.figures == ("FLOPs", "device time", "energy", "money")
 
 
-def test_what_nobody_gave_a_price_or_a_power_is_no_column(compose: Compose, tmp_path: Path) -> None:
+def test_without_a_price_or_a_power_there_is_no_column(compose: Compose, tmp_path: Path) -> None:
     experiment = graph.parse(compose("cluster.device_watts=0"))
-    table = costs.foreseen(plan(experiment, tmp_path), experiment.cluster)
+    table = costs.estimated(plan(experiment, tmp_path), experiment.cluster)
     assert table.figures == ("FLOPs", "device time")
     assert {len(table.cells(row)) for row in [*table.rows, table.total]} == {5}
 
@@ -159,12 +159,12 @@ def test_prices_and_power_change_no_fingerprint(compose: Compose, tmp_path: Path
     assert [each.fingerprint for each in before] == [each.fingerprint for each in after]
 
 
-def test_a_stage_of_two_names_is_foreseen_once(compose: Compose, tmp_path: Path) -> None:
+def test_a_stage_of_two_names_is_estimated_once(compose: Compose, tmp_path: Path) -> None:
     values = compose()
     values["stages"]["again"] = values["stages"]["export"]
     experiment = graph.parse(values)
-    twice = costs.foreseen(plan(experiment, tmp_path), experiment.cluster).total.own
-    once = costs.foreseen(plan(graph.parse(compose()), tmp_path), experiment.cluster).total.own
+    twice = costs.estimated(plan(experiment, tmp_path), experiment.cluster).total.own
+    once = costs.estimated(plan(graph.parse(compose()), tmp_path), experiment.cluster).total.own
     assert twice == once
 
 
@@ -176,7 +176,7 @@ def test_the_figures_of_a_record_are_flat_and_survive_json() -> None:
     assert costing.figures({}) == {}
 
 
-def test_how_fast_another_number_of_devices_was_says_nothing_about_this_one(compose: Compose, tmp_path: Path) -> None:
+def test_the_speed_of_another_number_of_devices_is_not_used_for_this_one(compose: Compose, tmp_path: Path) -> None:
     nodes, store = graph.build(graph.parse(compose())), Store(tmp_path)
     planned = {each.name: each for each in planning.make(nodes, store, Speed(1e9))}["prepare"]
     cost = costing.entry(Cost(), {"fingerprint": "x"}, [], attempts=1, devices=1)

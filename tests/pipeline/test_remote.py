@@ -124,7 +124,7 @@ def test_a_byte_that_changed_over_there_is_found_and_nothing_is_served(remote: R
     with files.open_output_stream(f"{root}/stages/{directory.name}/model/a.safetensors") as out:
         out.write(bytes(changed))
     other = Store(tmp_path / "b", remote)
-    with pytest.raises(UserError, match=r"a.safetensors has SHA-256 [0-9a-f]{64}, its record says") as caught:
+    with pytest.raises(UserError, match=r"a.safetensors has SHA-256 [0-9a-f]{64}, its record states") as caught:
         other.fetch("prepare", PRINT)
     assert "\n" not in str(caught.value)
     assert other.find("prepare", PRINT) is None

@@ -152,7 +152,7 @@ def test_an_output_that_lost_bytes_is_refused_with_what_to_remove(
     with pytest.raises(UserError) as caught:
         store.find("prepare", DIGEST)
     assert str(caught.value) == (
-        f"{out}/model/weights.bin: {found}, its record says 1000 bytes; remove {out} and run again to rebuild it"
+        f"{out}/model/weights.bin: {found}, its record states 1000 bytes; remove {out} and run again to rebuild it"
     )
 
 

@@ -173,7 +173,7 @@ def test_any_write_that_fails_is_one_line_and_the_rerun_ends_with_the_same_bytes
     for fails_at in sorted(draw.sample(range(1, total + 1), 12)):
         root, number = tmp_path / str(fails_at), draw.choice(NUMBERS)
         line, _ = run(root, fails_at, number)
-        if line is not None:  # what only helps those who watch may fail and hurt nobody
+        if line is not None:  # what is only for observers may fail without harm
             assert re.fullmatch(r"error: .+: .+; .+", line), (fails_at, line)
         assert run(root)[0] is None
         assert outcome(root) == expected, fails_at
@@ -184,10 +184,10 @@ def test_any_write_that_fails_is_one_line_and_the_rerun_ends_with_the_same_bytes
 
 
 def on_a_small_disk(script: str, folder: Path, *words: str) -> "subprocess.CompletedProcess[str]":
-    """Run a shell script in which `disk OPTIONS` mounts a disk at the folder, that nobody else sees, and `run` runs."""
+    """Run a shell script in which `disk OPTIONS` mounts a disk at the folder, for the script alone, and `run` runs."""
     mount = f'disk() {{ mount -t tmpfs -o $1 none {folder}; }}\nrun() {{ {sys.executable} {WORKFLOW} "$@"; }}\n'
     if subprocess.run(["unshare", "-rm", "sh", "-c", f"{mount} disk size=1m"], capture_output=True).returncode:
-        pytest.skip("this machine lets nobody mount a small disk")
+        pytest.skip("a small disk cannot be mounted on this machine")
     command = ["unshare", "-rm", "bash", "-c", mount + script, "bash", *words, f"paths.root={folder}/runs"]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
@@ -199,10 +199,14 @@ def test_a_full_disk_is_one_line_and_with_room_the_same_command_completes(data_o
     mount -o remount,size=100m {tmp_path}
     run "$@" && echo complete
     """
-    # What is needed is known before it starts; here somebody else takes it meanwhile.
-    answer = on_a_small_disk(script, tmp_path, *data_only)
-    assert answer.stderr.startswith(f"error: {tmp_path}/runs"), answer.stderr
-    assert answer.stderr.count("\n") == 1 and "status 1\n" in answer.stdout and answer.stdout.endswith("complete\n")
+    # What is needed is known before it starts; here another process takes it meanwhile.
+    completed = on_a_small_disk(script, tmp_path, *data_only)
+    assert completed.stderr.startswith(f"error: {tmp_path}/runs"), completed.stderr
+    assert (
+        completed.stderr.count("\n") == 1
+        and "status 1\n" in completed.stdout
+        and completed.stdout.endswith("complete\n")
+    )
 
 
 def test_a_run_that_finds_all_complete_works_on_a_disk_that_cannot_be_written(
@@ -213,9 +217,9 @@ def test_a_run_that_finds_all_complete_works_on_a_disk_that_cannot_be_written(
     run "$@" > /dev/null && mount -o remount,ro {tmp_path} && run "$@" tracking.enabled=true
     run "$@" stages.tokenizer.vocab_size=310 || echo "status $?"
     """
-    answer = on_a_small_disk(script, tmp_path, *data_only)
-    assert answer.stdout.count("cached") >= 3 and answer.stdout.endswith("status 1\n"), answer
-    (line,) = answer.stderr.splitlines()
+    completed = on_a_small_disk(script, tmp_path, *data_only)
+    assert completed.stdout.count("cached") >= 3 and completed.stdout.endswith("status 1\n"), completed
+    (line,) = completed.stderr.splitlines()
     assert line.startswith(f"error: {tmp_path}/runs/.lock: Read-only file system; ")
 
 
@@ -225,9 +229,9 @@ def test_a_log_that_cannot_be_written_costs_nothing_that_is_computed(
 ) -> None:
     script = f'set -o pipefail; {sys.executable} {WORKFLOW} "$@" {redirection}'
     words = ["bash", "-c", script, "bash", *data_only, f"paths.root={tmp_path}/runs"]
-    answer = subprocess.run(words, capture_output=True, text=True, timeout=300)
-    assert answer.returncode == 1
-    (line,) = answer.stderr.splitlines()
+    completed = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert completed.returncode == 1
+    (line,) = completed.stderr.splitlines()
     assert line.startswith("error: standard output: ") and reason in line
     assert list((tmp_path / "runs" / "stages").glob(f"tokens-*[!l]/{RECORD}"))
 

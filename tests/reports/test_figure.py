@@ -43,8 +43,8 @@ def test_the_window_shows_both_sides_of_a_growth_but_neither_the_first_fall_nor_
 @settings(derandomize=True, deadline=None)
 @given(st.lists(st.tuples(st.floats(0, 100), st.floats(1, 20)), min_size=1, max_size=5))
 def test_labels_never_overlap_and_stay_inside_when_they_fit(labels: list[tuple[float, float]]) -> None:
-    wanted, sizes = sorted(start for start, _ in labels), [size for _, size in labels]
-    places = spread(wanted, sizes, 0.0, 100.0)
+    targets, sizes = sorted(start for start, _ in labels), [size for _, size in labels]
+    places = spread(targets, sizes, 0.0, 100.0)
     for i in range(len(places) - 1):
         assert places[i] + sizes[i] <= places[i + 1] + 1e-9
     if sum(sizes) <= 100:
@@ -76,10 +76,10 @@ def test_a_segment_meets_a_label_where_a_point_of_it_is_inside(
 @settings(derandomize=True, deadline=None, max_examples=50)
 @given(st.floats(0, 1), st.floats(-0.2, 1.2), st.lists(st.tuples(POINT, POINT), max_size=12))
 def test_a_label_stays_in_the_axes_beside_its_line_and_off_the_curves_where_there_is_room(
-    at: float, wanted: float, lines: list[tuple[tuple[float, float], tuple[float, float]]]
+    at: float, target: float, lines: list[tuple[tuple[float, float], tuple[float, float]]]
 ) -> None:
     curves = [(*start, *end) for start, end in lines]
-    box = labels.place(at, wanted, 0.2, 0.1, 0.01, curves)
+    box = labels.place(at, target, 0.2, 0.1, 0.01, curves)
     left, bottom, right, top = corners(box)
     assert left >= -1e-9 and bottom >= -1e-9 and right <= 1 + 1e-9 and top <= 1 + 1e-9
     assert left >= at or right <= at
@@ -115,7 +115,7 @@ def test_numbers_are_written_short_and_never_with_a_thousand_too_many() -> None:
     assert decimal(4.8712, 2) == "4.87"
 
 
-def test_the_first_figure_on_a_machine_says_nothing_of_caches(tmp_path: Path) -> None:
+def test_the_first_figure_on_a_machine_prints_nothing_of_caches(tmp_path: Path) -> None:
     code = """
 import logging, sys
 logging.basicConfig(level=logging.INFO, stream=sys.stdout)

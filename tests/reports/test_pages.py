@@ -84,7 +84,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 400])
-def test_a_page_fits_its_window_says_nothing_and_asks_for_nothing(
+def test_a_page_fits_its_window_logs_nothing_and_requests_nothing(
     browser: Browser, folder: Path, width: int, dark: bool
 ) -> None:
     for name in PAGES:
@@ -110,7 +110,7 @@ def test_a_page_that_does_what_it_may_not_is_noticed(browser: Browser, tmp_path:
     assert browser.requests()[1:] == [(tmp_path / "x.png").as_uri()]
 
 
-def test_a_page_cannot_load_anything_even_if_it_wanted(browser: Browser, tmp_path: Path) -> None:
+def test_a_page_cannot_load_anything_even_if_it_tries(browser: Browser, tmp_path: Path) -> None:
     context = {"experiment": "x", "trained": [], "examined": []}
     page = template.fill("router.html.jinja", context).replace("<footer>", '<img src="x.png"><footer>')
     (tmp_path / "page.html").write_text(page)

@@ -286,7 +286,7 @@ def test_a_column_of_losses_is_of_the_same_tokens_for_growths_and_training() -> 
         assert rows[growth].loss_start == rows[before].loss_end
         assert rows[growth].loss_end == rows[after].loss_start != records[growth]["metrics"]["target_loss"]
     alone = {name: record for name, record in records.items() if name != "dense"}
-    assert stage_rows(alone)[1].loss_end is None, "nobody has measured it on these tokens"
+    assert stage_rows(alone)[1].loss_end is None, "it was not measured on these tokens"
 
 
 @pytest.mark.parametrize(
@@ -312,7 +312,7 @@ def test_the_finding_follows_the_numbers(
     assert by_measure["en, bits/byte"].difference == pytest.approx((grown - control) * 0.512, abs=1e-3)
 
 
-def test_the_finding_says_why_the_curves_end_elsewhere_and_whether_they_say_the_contrary() -> None:
+def test_the_finding_states_why_the_curves_end_elsewhere_and_whether_they_contradict_it() -> None:
     records, _ = example(3.31, 3.42)
     for stage, loss in (("moe", 3.5), ("control", 3.4)):
         records[stage]["metrics"]["loss_end"] = loss
@@ -339,7 +339,7 @@ def test_unequal_flops_are_not_called_equal() -> None:
     assert finding.caveats[0] == "The FLOPs are not equal: the control used 1.25 times those of the chain."
 
 
-def test_without_an_evaluate_stage_the_finding_uses_validation_and_says_so() -> None:
+def test_without_an_evaluate_stage_the_finding_uses_validation_and_states_so() -> None:
     records, _ = example(3.62, 3.55)
     del records["evaluate"]
     finding = find(records, CHAIN, "control")
@@ -351,7 +351,7 @@ def test_without_an_evaluate_stage_the_finding_uses_validation_and_says_so() -> 
 def test_without_a_control_the_page_claims_nothing(tmp_path: Path) -> None:
     records, curves = example(3.31, 3.42)
     words = Reader(html_of(tmp_path, records, curves, control=None)).words
-    assert "Whether growing paid cannot be said: there is no control" in words
+    assert "Whether growing paid is unknown: there is no control" in words
     assert "Growth beat" not in words
     assert "Dashed" not in words
 
@@ -370,7 +370,7 @@ def test_the_page_needs_nothing_from_elsewhere(tmp_path: Path) -> None:
     html = html_of(tmp_path, *example())
     reader = Reader(html)
     inside = [address for address in reader.addresses if address.startswith("#")]
-    assert set(reader.addresses) == {*inside, "data:,"}  # which is the icon, or a server would be asked for one
+    assert set(reader.addresses) == {*inside, "data:,"}  # which is the icon, or one would be requested from a server
     assert {address[1:] for address in inside} <= set(reader.ids)
     assert len(reader.ids) == len(set(reader.ids))
     assert not reader.tags & {"img", "iframe", "object", "embed", "base"}
@@ -441,7 +441,7 @@ def test_a_page_is_written_without_metrics_curves_or_details(tmp_path: Path) -> 
     bare: Records = {name: {"stage": name, "kind": entry["kind"]} for name, entry in records.items()}
     reader = Reader(html_of(tmp_path, bare, {}))
     assert "held-out loss, nats per token" not in reader.words
-    assert "Whether growing paid cannot be said" in reader.words
+    assert "Whether growing paid is unknown" in reader.words
     assert reader.section("moe")[0][1:] == [DASH] * 9
     broken = {name: dict(entry, metrics=dict.fromkeys(entry["metrics"], math.nan)) for name, entry in records.items()}
     points = {name: [dict(point, **{"val/loss": math.inf}) for point in values] for name, values in curves.items()}
@@ -507,7 +507,7 @@ def test_evaluations_are_read_by_the_stage_behind_a_role() -> None:
     assert [(point.stage, point.nats, point.lang_bits) for point in checkpoints(records)] == [("moe", 3.5, {"zh": 2.5})]
 
 
-def test_the_story_of_a_partial_chain_is_told_as_far_as_it_goes() -> None:
+def test_the_summary_of_a_partial_chain_goes_as_far_as_the_chain() -> None:
     records, _ = example()
     assert story({"prepare": records["prepare"]}, CHAIN) == "A model of 700k parameters was trained on 3.3M tokens."
     assert story({}, CHAIN) == ""
@@ -531,8 +531,8 @@ def test_rows_are_quick_to_import() -> None:
         "import sys, aquilamoe.reports.stage_rows, aquilamoe.reports.page;"
         "print(sorted({'torch', 'matplotlib', 'jinja2', 'mlflow', 'ray', 'numpy'} & set(sys.modules)))"
     )
-    answer = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
-    assert answer.stdout.strip() == "[]"
+    completed = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    assert completed.stdout.strip() == "[]"
 
 
 # Where the grown line crosses its control
@@ -548,7 +548,7 @@ def test_the_crossing_is_where_the_line_goes_below_its_control_for_good() -> Non
     assert crossing(Series((9.0,), (1.0,)), control) is None and crossing(Series((), ()), control) is None
 
 
-def test_the_page_and_the_terminal_say_where_and_by_how_much_growing_won(tmp_path: Path) -> None:
+def test_the_page_and_the_terminal_show_where_and_by_how_much_growing_won(tmp_path: Path) -> None:
     won, curves = example(3.484, 3.550)
     for point in curves["moe"]:
         if "val/loss" in point:

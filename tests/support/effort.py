@@ -1,4 +1,4 @@
-"""How much a run of the tests tries: a part between two edits, everything where `make test-all` asks for it."""
+"""How much a run of the tests tries: a part between two edits, everything in `make test-all`."""
 
 import os
 

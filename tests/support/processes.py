@@ -30,7 +30,7 @@ def left_after(seconds: float, started: Iterable[Process]) -> list[str]:
     deadline = time.monotonic() + seconds
     while (left := [process for process in started if _is_at_work(process)]) and time.monotonic() < deadline:
         time.sleep(0.05)
-    return [said for process in left if (said := command(process))]
+    return [line for process in left if (line := command(process))]
 
 
 def _is_at_work(process: Process) -> bool:

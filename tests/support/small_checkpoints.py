@@ -78,7 +78,7 @@ def grow(directory: Path, target: ModelConfig, how: GrowthConfig, seed: int = 0,
 def upcycle(
     directory: Path, target: ModelConfig, how: UpcyclingConfig | None = None, seed: int = 0, name: str = "target"
 ) -> Path:
-    """Give `source` in the directory experts, copies if nothing else is said, and return where."""
+    """Give `source` in the directory experts, copies by default, and return where."""
     scale_out(directory / "source", directory / name, target, how or upcycling(), seed)
     return directory / name
 

@@ -37,7 +37,7 @@ def services(file: dict[str, Any]) -> dict[str, Service]:
 
 
 @pytest.mark.skipif(not SCHEMA.exists(), reason="no schema here: tools/rehearse_compose.sh fetches it, and checks, too")
-def test_the_file_is_what_the_schema_of_the_compose_specification_says(file: dict[str, Any]) -> None:
+def test_the_file_is_valid_by_the_schema_of_the_compose_specification(file: dict[str, Any]) -> None:
     schema = json.loads(SCHEMA.read_text())
     assert compose_file.violations(file, schema) == []
     file = {**file, "services": {**file["services"], "x": {"image": "a", "comand": ["b"]}}}
@@ -99,7 +99,7 @@ def test_every_service_is_bounded_and_can_do_only_what_its_user_may(services: di
         assert not {"privileged", "network_mode", "pid", "cap_add"} & service.raw.keys(), service.name
 
 
-def test_every_image_is_built_here_or_has_a_tag_that_says_its_version(services: dict[str, Service]) -> None:
+def test_every_image_is_built_here_or_has_a_tag_with_its_version(services: dict[str, Service]) -> None:
     for service in services.values():
         assert "build" in service.raw or re.search(r":v?\d+\.\d+(\.\d+)?", service.image), service.name
     bases = re.findall(r"^FROM (\S+)", DOCKERFILE, re.MULTILINE) + re.findall(r"^ARG PYTHON=(\S+)", DOCKERFILE, re.M)
@@ -125,21 +125,21 @@ def test_networks_and_volumes_are_declared_and_the_stores_are_cut_off(
     assert {name for name, each in services.items() if each.networks == ("storage",)} == {"s3", "postgres", "bucket"}
 
 
-def test_what_is_mounted_from_here_is_here_and_grafana_is_told_what_its_files_ask_for(
+def test_what_is_mounted_from_here_is_here_and_grafana_gets_the_variables_of_its_files(
     services: dict[str, Service],
 ) -> None:
     paths = [source for each in services.values() for source in each.mounts.values() if source[0] in "./"]
     assert paths and [path for path in paths if not (ROOT / path).exists()] == []
-    asked = {
+    variables = {
         name
         for path in (ROOT / "dashboards" / "grafana" / "provisioning").rglob("*.yml")
         for name in re.findall(r"^[^#]*: \$(\w+)", path.read_text(), re.MULTILINE)
     }
-    assert asked and asked <= services["grafana"].environment.keys()
+    assert variables and variables <= services["grafana"].environment.keys()
     assert services["grafana"].environment["BOARDS"] in services["grafana"].mounts
 
 
-def test_prometheus_reads_the_port_where_rays_nodes_tell_it(services: dict[str, Service]) -> None:
+def test_prometheus_reads_the_port_of_rays_nodes(services: dict[str, Service]) -> None:
     config = yaml.safe_load((ROOT / "dashboards" / "prometheus" / "prometheus.yml").read_text())
     (found,) = [each["dns_sd_configs"][0] for each in config["scrape_configs"] if "dns_sd_configs" in each]
     assert set(found["names"]) == {"ray-head", "ray-worker", "ray-worker-gpu"}
@@ -158,7 +158,7 @@ def test_the_workers_of_both_profiles_differ_in_their_devices_only(services: dic
     assert device == {"driver": "nvidia", "count": "1", "capabilities": ["gpu"]}
 
 
-def test_rays_processes_ask_for_the_token_that_they_are_given(services: dict[str, Service]) -> None:
+def test_rays_processes_require_the_token_that_they_get(services: dict[str, Service]) -> None:
     for service in (each for each in services.values() if "ray" in each.command or each.name == "driver"):
         assert service.environment["RAY_AUTH_MODE"] == "token"
         assert service.environment["RAY_AUTH_TOKEN_PATH"] == "/run/secrets/ray_token"
@@ -280,10 +280,10 @@ def server() -> Iterator[str]:
         listening.shutdown()
 
 
-def test_a_health_check_succeeds_for_what_answers_only(server: str) -> None:
+def test_a_health_check_succeeds_only_for_what_responds(server: str) -> None:
     statuses = {}
     for url in (f"{server}/", f"{server}/missing", "http://127.0.0.1:9/", f"{server}/ {server}/missing"):
-        words = [sys.executable, str(ROOT / "deploy" / "answers.py"), *url.split()]
+        words = [sys.executable, str(ROOT / "deploy" / "health_check.py"), *url.split()]
         statuses[url] = subprocess.run(words, capture_output=True, timeout=60).returncode
     assert list(statuses.values()) == [0, 1, 1, 1]
 
@@ -316,7 +316,7 @@ def test_the_job_has_the_structure_of_a_rayjob_with_token_authentication(job: di
         assert {"groupName", "replicas", "minReplicas", "maxReplicas"} <= group.keys()
 
 
-def test_the_job_asks_for_the_cluster_that_its_manifest_makes(
+def test_the_job_requests_the_cluster_that_its_manifest_makes(
     job: dict[str, Any], compose: Callable[..., dict[str, Any]]
 ) -> None:
     words = job["spec"]["entrypoint"].split()

@@ -1,4 +1,4 @@
-"""The boards of Grafana and the configuration of Prometheus: what Grafana would only say on a screen."""
+"""The boards of Grafana and the configuration of Prometheus: what Grafana would only show on a screen."""
 
 import json
 import re
@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from aquilamoe.training.ray import metrics_exporter
-from ask_boards import plain, questions
+from query_boards import board_queries, plain
 
 FOLDER = Path(__file__).parents[2] / "dashboards"
 PROVISIONING = FOLDER / "grafana" / "provisioning"
@@ -56,7 +56,7 @@ def test_there_is_a_board_for_training_one_for_routers_and_one_for_the_cluster()
 
 
 @every_board
-def test_a_board_asks_the_data_source_that_is_provisioned(path: Path) -> None:
+def test_a_board_queries_the_data_source_that_is_provisioned(path: Path) -> None:
     (provisioned,) = yaml.safe_load((PROVISIONING / "datasources" / "prometheus.yml").read_text())["datasources"]
     found = list(sources(read(path)))
     assert len(found) > 10
@@ -64,7 +64,7 @@ def test_a_board_asks_the_data_source_that_is_provisioned(path: Path) -> None:
 
 
 @every_board
-def test_every_panel_says_what_it_shows_and_asks_for_something(path: Path) -> None:
+def test_every_panel_has_a_description_and_a_query(path: Path) -> None:
     for panel in panels(path):
         assert panel["type"] in KINDS
         assert panel["title"] and panel["description"].endswith(".")
@@ -90,16 +90,16 @@ def test_panels_have_an_id_and_a_place_of_their_own(path: Path) -> None:
 def test_a_board_uses_the_variables_that_it_has_and_no_others(path: Path) -> None:
     text = json.dumps(read(path)["panels"])
     used = {name for name in re.findall(r"\$(\w+)", text) if not name.startswith("__")}
-    asked = [variable["query"]["query"] for variable in read(path)["templating"]["list"]]
-    used |= set(re.findall(r"\$(\w+)", " ".join(asked)))
+    queries = [variable["query"]["query"] for variable in read(path)["templating"]["list"]]
+    used |= set(re.findall(r"\$(\w+)", " ".join(queries)))
     assert used == {variable["name"] for variable in read(path)["templating"]["list"]}
 
 
 def test_every_metric_of_training_is_on_a_board_and_a_board_knows_no_others(queried_metrics: set[str]) -> None:
-    told = {f"ray_{metrics_exporter.PREFIX}{name}" for name in metrics_exporter.SHARED}
-    told |= {f"ray_{metrics_exporter.PREFIX}{name}_total" for name in metrics_exporter.COUNTERS}
-    told |= {f"ray_{metrics_exporter.PREFIX}checkpoint_seconds_{part}" for part in ("bucket", "count")}
-    assert {name for name in queried_metrics if metrics_exporter.PREFIX in name} == told
+    exported = {f"ray_{metrics_exporter.PREFIX}{name}" for name in metrics_exporter.SHARED}
+    exported |= {f"ray_{metrics_exporter.PREFIX}{name}_total" for name in metrics_exporter.COUNTERS}
+    exported |= {f"ray_{metrics_exporter.PREFIX}checkpoint_seconds_{part}" for part in ("bucket", "count")}
+    assert {name for name in queried_metrics if metrics_exporter.PREFIX in name} == exported
 
 
 @every_board
@@ -144,12 +144,12 @@ def test_prometheus_understands_every_query(tmp_path: Path, plain_query: Callabl
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_prometheus_is_asked_every_query_of_the_boards_without_their_variables() -> None:
-    asked = questions()
-    assert not [question for question in asked if "$" in question.query or "label_values" in question.query]
+def test_every_query_of_the_boards_reaches_prometheus_without_their_variables() -> None:
+    queries = board_queries()
+    assert not [each for each in queries if "$" in each.query or "label_values" in each.query]
     everything = [expression for path in BOARDS for expression in expressions(path)]
-    assert [question.query for question in asked if not question.title.startswith("$")] == list(map(plain, everything))
-    of_gpus = {question.title for question in asked if question.needs_gpu}
+    assert [each.query for each in queries if not each.title.startswith("$")] == list(map(plain, everything))
+    of_gpus = {each.title for each in queries if each.needs_gpu}
     assert of_gpus == {"GPUs in use", "GPU utilisation", "GPU memory", "GPU power"}
 
 

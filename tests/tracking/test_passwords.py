@@ -115,9 +115,9 @@ def test_no_line_about_tracking_has_the_password(tmp_path: Path) -> None:
     uri = connection.tracking_uri("http://me:pa/ss'wo@rd@server:5000/x", tmp_path)
     receipt = SyncState(tmp_path, "a", uri)
     receipt.update(x=1)
-    said = [connection.shown(uri), ui_command(uri, tmp_path), comparison_url(uri, "1"), receipt.path.read_text()]
-    assert not [line for line in said if "ss'wo" in line or "ss%27wo" in line]
-    assert said[:2] == ["server http://server:5000/x", "http://me:***@server:5000/x"]
+    texts = [connection.shown(uri), ui_command(uri, tmp_path), comparison_url(uri, "1"), receipt.path.read_text()]
+    assert not [line for line in texts if "ss'wo" in line or "ss%27wo" in line]
+    assert texts[:2] == ["server http://server:5000/x", "http://me:***@server:5000/x"]
     assert connection.is_reachable("http://me:x@[server") is False
     for address in ("s3://a:b@bucket", "s3://bucket?access_key=a&secret_key=b", "s3://bucket?password=b", "s3://[x@y"):
         with pytest.raises(UserError, match="holds a key; leave it out"):

@@ -1,4 +1,4 @@
-"""An ablation in MLflow: a parent, a child for every trial, told once, and never the ablation's end."""
+"""An ablation in MLflow: a parent, a child for every trial, sent once, and never the ablation's end."""
 
 import socket
 from collections.abc import Callable
@@ -17,8 +17,8 @@ from invented_study import invent
 
 
 @pytest.fixture
-def told(tmp_path: Path) -> Callable[..., TrackedStudy]:
-    """A study as MLflow is told of it, with small files in place of the page and a figure."""
+def tracked(tmp_path: Path) -> Callable[..., TrackedStudy]:
+    """A study as it is sent to MLflow, with small files in place of the page and a figure."""
 
     def made(**numbers: object) -> TrackedStudy:
         folder = tmp_path / "study"
@@ -30,10 +30,10 @@ def told(tmp_path: Path) -> Callable[..., TrackedStudy]:
     return made
 
 
-def test_a_study_is_a_parent_with_its_findings_and_a_child_for_each_trial_and_is_told_once(
-    told: Callable[..., TrackedStudy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_study_is_a_parent_with_its_findings_and_a_child_for_each_trial_and_is_sent_once(
+    tracked: Callable[..., TrackedStudy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    study = told(ends={"fpi": 3.3, "aki": 3.2}, scratch={1.0: 3.5}, seeds=(1, 2), noise=0.002)
+    study = tracked(ends={"fpi": 3.3, "aki": 3.2}, scratch={1.0: 3.5}, seeds=(1, 2), noise=0.002)
     found = publish(None, tmp_path, study)
     assert not found.notes and found.experiment_id is not None
     client = connect(tracking_uri(None, tmp_path))
@@ -50,15 +50,15 @@ def test_a_study_is_a_parent_with_its_findings_and_a_child_for_each_trial_and_is
     assert (curve[0].step, curve[-1].step) == (0, 1_000_000) and curve[-1].value == child.data.metrics["objective"]
     by_flops = client.get_metric_history(child.info.run_id, "loss_by_gflops")
     assert by_flops[-1].step == round(child.data.metrics["lineage_flops"] / 1e9) and len(by_flops) == len(curve)
-    # Again: nothing is sent, and MLflow is not even asked.
+    # Again: nothing is sent, and MLflow is not even queried.
     monkeypatch.setattr(studies, "connect", lambda _: pytest.fail("MLflow has it"))
     assert publish(None, tmp_path, study) == found
 
 
 def test_what_is_computed_later_joins_its_study_and_what_another_recipe_computed_begins_a_new_one(
-    told: Callable[..., TrackedStudy], tmp_path: Path
+    tracked: Callable[..., TrackedStudy], tmp_path: Path
 ) -> None:
-    whole = told(ends={"fpi": 3.3, "aki": 3.2})
+    whole = tracked(ends={"fpi": 3.3, "aki": 3.2})
     first = publish(None, tmp_path, replace(whole, trials=whole.trials[:3]))
     assert publish(None, tmp_path, whole).experiment_id == first.experiment_id
     client = connect(tracking_uri(None, tmp_path))
@@ -72,13 +72,13 @@ def test_what_is_computed_later_joins_its_study_and_what_another_recipe_computed
 
 
 def test_a_server_that_is_away_costs_a_line_and_the_next_run_sends_it(
-    told: Callable[..., TrackedStudy], tmp_path: Path
+    tracked: Callable[..., TrackedStudy], tmp_path: Path
 ) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    study = told(ends={"fpi": 3.3, "aki": 3.2})
+    study = tracked(ends={"fpi": 3.3, "aki": 3.2})
     found = publish(f"http://127.0.0.1:{port}", tmp_path, study)
-    assert found.experiment_id is None and "does not answer" in found.notes[0]
+    assert found.experiment_id is None and "does not respond" in found.notes[0]
     assert len(found.notes) == 1 and "\n" not in found.notes[0]
-    assert not list((tmp_path / "tracking").glob("*")), "it does not count as told"
+    assert not list((tmp_path / "tracking").glob("*")), "it does not count as sent"

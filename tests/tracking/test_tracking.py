@@ -35,7 +35,7 @@ CONFIG = {"name": "demo", "stages": {"prepare": {"kind": "pretrain"}}, "growth":
 
 @dataclass
 class Driver:
-    """Stands for the runner: writes a stage's files as the stages do, and tells a tracker as the runner does."""
+    """Stands for the runner: writes a stage's files as the stages do, and notifies a tracker as the runner does."""
 
     root: Path
     uri: str | None = None
@@ -117,7 +117,7 @@ class Driver:
         self.run("upcycle", "scale_out", source="continue", tokens="tokens")
         self.run("evaluate", "evaluate", tokens="tokens", small="prepare", large="continue")
 
-    def tell_cached(self) -> None:
+    def notify_cached(self) -> None:
         for path in sorted(self.store.stages.glob("*/record.json"), key=lambda path: path.stat().st_mtime_ns):
             record = json.loads(path.read_text())
             self.tracker.stage_finished(record["stage"], path.parent, record, cached=True)
@@ -297,7 +297,7 @@ def test_lineage_is_a_query(root: Path) -> None:
     driver = Driver(root)
     driver.run_all()
     assert driver.end() is None
-    shutil.rmtree(root / "stages")  # what is on disk is not asked
+    shutil.rmtree(root / "stages")  # what is on disk is not read
 
     upcycled = driver.inputs["upcycle"]["fingerprint"]
     ancestors = lineage(driver.tracker.uri, upcycled)
@@ -307,7 +307,7 @@ def test_lineage_is_a_query(root: Path) -> None:
     by_id = lineage(driver.tracker.uri, ancestors[0].model_id)
     assert by_id == ancestors[1:]
     assert lineage(driver.tracker.uri, ancestors[-1].fingerprint) == []
-    with pytest.raises(UserError, match=r"000000000000: database .* knows no such checkpoint; give the fingerprint"):
+    with pytest.raises(UserError, match=r"000000000000: database .* has no such checkpoint; give the fingerprint"):
         lineage(driver.tracker.uri, "000000000000")
 
 
@@ -330,7 +330,7 @@ def test_a_killed_run_is_continued_without_a_step_sent_twice(root: Path) -> None
     wait_for(lambda: receipt(root, partial)["step"] == 19)  # and then the driver is gone without a word
 
     second = Driver(root)
-    second.tell_cached()
+    second.notify_cached()
     second.start("prepare", tokens="tokens")
     # The worker resumes at its checkpoint: steps from 12 are computed again, at another time.
     lines = (partial / "metrics.jsonl").read_text().splitlines(keepends=True)
@@ -413,7 +413,7 @@ def test_a_cached_run_adds_nothing(root: Path) -> None:
     assert driver.end() is None
     before, files = everything(driver.tracker.uri), modified(root / "tracking")
     again = Driver(root)
-    again.tell_cached()
+    again.notify_cached()
     assert again.end() is None
     assert everything(driver.tracker.uri) == before
     assert modified(root / "tracking") == files
@@ -456,7 +456,7 @@ def test_cached_stages_are_replayed_into_a_database_that_does_not_know_them(
     assert driver.end() is None
     shutil.copy(empty_database, tmp_path / "other.db")
     again = Driver(root, uri=f"sqlite:///{tmp_path / 'other.db'}")
-    again.tell_cached()
+    again.notify_cached()
     assert again.end() is None
     assert everything(again.tracker.uri) == everything(driver.tracker.uri)
     ancestors = lineage(again.tracker.uri, again.inputs["upcycle"]["fingerprint"])
@@ -503,7 +503,7 @@ def test_what_mlflow_refuses_is_cut_or_renamed(root: Path) -> None:
     assert (len(params["data.path"]), params["data.glob_"]) == (6000, "[1, 2]")
 
 
-def test_an_error_of_mlflow_is_told_and_made_good_by_the_next_run(root: Path) -> None:
+def test_an_error_of_mlflow_is_reported_and_made_good_by_the_next_run(root: Path) -> None:
     (root / "mlartifacts").write_text("in the way")
     driver = Driver(root)
     driver.run("prepare", steps=5)
@@ -573,7 +573,7 @@ def test_a_line_is_searched_by_its_growth_and_its_losses_by_their_tokens(root: P
     assert {model.name for model in found} >= {"prepare", "continue"}
 
 
-def test_a_server_that_comes_and_goes_loses_nothing_and_delays_nobody(
+def test_a_server_that_comes_and_goes_loses_nothing_and_delays_no_run(
     tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(observer, "SEND_EVERY_S", 0.1)
@@ -581,17 +581,17 @@ def test_a_server_that_comes_and_goes_loses_nothing_and_delays_nobody(
     shutil.copy(empty_database, tmp_path / "server.db")
     port = free_port()
     uri = f"http://127.0.0.1:{port}"
-    first = Driver(tmp_path / "runs", uri=uri)  # nobody answers yet
+    first = Driver(tmp_path / "runs", uri=uri)  # nothing responds yet
     before = time.monotonic()
     first.run("tokens", "tokenize")
     first.run("prepare", steps=30, tokens="tokens")
     assert time.monotonic() - before < 1
     expected = f"30 points of 2 stages kept in {tmp_path}/runs/tracking, will be sent by the next run (server {uri} "
-    assert first.end() == f"tracking: {expected}does not answer)"
+    assert first.end() == f"tracking: {expected}does not respond)"
 
     with server(tmp_path, port):
         second = Driver(tmp_path / "runs", uri=uri)
-        second.tell_cached()
+        second.notify_cached()
         partial = second.start("continue", source="prepare", tokens="tokens")
         second.train(partial, range(10))
         wait_for(lambda: receipt(tmp_path / "runs", partial)["step"] == 9)
@@ -636,7 +636,7 @@ def test_curves_are_sent_the_less_often_the_more_of_the_processor_it_takes(
     assert driver.end() is None
 
 
-def test_a_server_that_takes_calls_but_never_answers_delays_nobody(
+def test_a_server_that_takes_calls_but_never_responds_delays_no_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(connection, "PROBE_S", 0.1)
@@ -648,10 +648,10 @@ def test_a_server_that_takes_calls_but_never_answers_delays_nobody(
         assert time.monotonic() - before < 3
     assert note is not None
     assert "3 points of 1 stage kept" in note
-    assert "does not answer" in note
+    assert "does not respond" in note
 
 
-def test_a_slow_and_a_full_server_delay_nobody_and_miss_nothing_in_the_end(
+def test_a_slow_and_a_full_server_delay_no_run_and_miss_nothing_in_the_end(
     tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(observer, "SEND_EVERY_S", 0.1)
@@ -675,7 +675,7 @@ def test_a_slow_and_a_full_server_delay_nobody_and_miss_nothing_in_the_end(
             assert note.startswith(f"tracking: 20 points of 1 stage kept in {root / 'tracking'}")
         with proxy(port, real, "1"):
             slow = Driver(root, uri=uri)
-            slow.tell_cached()
+            slow.notify_cached()
             before = time.monotonic()
             partial = slow.start("continue", source="prepare")
             slow.train(partial, range(10))
@@ -684,7 +684,7 @@ def test_a_slow_and_a_full_server_delay_nobody_and_miss_nothing_in_the_end(
             note = slow.end()
             assert time.monotonic() - before < 5  # what is left takes much longer at a second a call
             assert note is not None
-            assert f"(server {uri} is slow: it was waited for " in note
+            assert f"(server {uri} is slow: waited " in note
         with proxy(port, real, "0"):
             monkeypatch.setattr(observer, "SLOW_FLUSH_S", 60.0)
             well = Driver(root, uri=uri)
@@ -788,7 +788,7 @@ def server(folder: Path, port: int) -> Iterator[None]:
         start_new_session=True,
     )
     try:
-        wait_for(lambda: answers(port))
+        wait_for(lambda: responds(port))
         yield
     finally:
         os.killpg(process.pid, signal.SIGKILL)
@@ -801,14 +801,14 @@ def proxy(port: int, upstream: int, *words: str) -> Iterator[None]:
     script = Path(__file__).parents[2] / "benchmarks" / "slow_proxy.py"
     process = subprocess.Popen([sys.executable, str(script), str(port), str(upstream), *words])
     try:
-        wait_for(lambda: answers(port))
+        wait_for(lambda: responds(port))
         yield
     finally:
         process.kill()
         process.wait()
 
 
-def answers(port: int) -> bool:
+def responds(port: int) -> bool:
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=10) as response:
             return response.status == 200

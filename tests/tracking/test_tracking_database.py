@@ -76,9 +76,9 @@ def forget_engines(path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def told_once(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Path:
-    """A store with two pipelines in its database, nobody connected."""
-    root = tmp_path_factory.mktemp("told")
+def delivered_once(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Path:
+    """A store with two pipelines in its database, nothing connected."""
+    root = tmp_path_factory.mktemp("delivered")
     shutil.copy(empty_database, root / "mlflow.db")
     first = Driver(root)
     first.run("tokens", "tokenize")
@@ -95,32 +95,32 @@ def told_once(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) ->
 
 
 @pytest.fixture
-def told(told_once: Path, tmp_path: Path) -> Path:
+def delivered(delivered_once: Path, tmp_path: Path) -> Path:
     """A copy, in which everything has its new place."""
-    shutil.copytree(told_once, tmp_path, dirs_exist_ok=True)
+    shutil.copytree(delivered_once, tmp_path, dirs_exist_ok=True)
     settle(tmp_path)
-    forget_engines(told_once / "mlflow.db")
+    forget_engines(delivered_once / "mlflow.db")
     return tmp_path
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_broken_database_is_moved_aside_and_everything_is_delivered_again(told: Path, damage: str) -> None:
-    path = told / "mlflow.db"
+def test_a_broken_database_is_moved_aside_and_everything_is_delivered_again(delivered: Path, damage: str) -> None:
+    path = delivered / "mlflow.db"
     DAMAGES[damage](path)
     content = path.read_bytes()
-    driver = Driver(told, config={"stages": {"a": "third"}})
+    driver = Driver(delivered, config={"stages": {"a": "third"}})
     driver.run("more", "tokenize")
     note = driver.end()
     assert note is not None and note.startswith(f"tracking: {path} ") and "\n" not in note
     assert note.endswith("; it was moved to mlflow.db.damaged-1 and is rebuilt from the stages")
-    assert (told / "mlflow.db.damaged-1").read_bytes() == content
+    assert (delivered / "mlflow.db.damaged-1").read_bytes() == content
     runs = client_of(driver.tracker.uri).search_runs([driver.tracker.experiment_id])
     assert {run.info.status for run in runs} == {"FINISHED"}
     assert sorted(run.data.tags.get("stage", "") for run in runs) == ["", "", "", "more", "other", "prepare", "tokens"]
     (parent,) = [run for run in runs if "stage.prepare" in run.data.tags]
     names = {file.path for file in client_of(driver.tracker.uri).list_artifacts(parent.info.run_id)}
     assert "index.html" in names
-    assert not list(told.glob(".mlflow.db.new*"))
+    assert not list(delivered.glob(".mlflow.db.new*"))
 
 
 KILLED = """
@@ -150,8 +150,8 @@ def test_a_process_killed_while_it_makes_the_tables_leaves_no_database(tmp_path:
     assert not list(tmp_path.glob(".mlflow.db.new*"))
 
 
-def test_a_full_disk_while_the_tables_are_made_loses_nothing(told: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = told / "mlflow.db"
+def test_a_full_disk_while_the_tables_are_made_loses_nothing(delivered: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = delivered / "mlflow.db"
     fewer_tables(path, 30)
     content = path.read_bytes()
 
@@ -161,12 +161,12 @@ def test_a_full_disk_while_the_tables_are_made_loses_nothing(told: Path, monkeyp
 
     with monkeypatch.context() as patched:
         patched.setattr(database, "_write_tables", full)
-        driver = Driver(told)
+        driver = Driver(delivered)
         driver.run("more", "tokenize")
         note = driver.end()
     assert note is not None and "No space left on device" in note and "will be sent by the next run" in note
-    assert path.read_bytes() == content and not list(told.glob("*damaged*"))
-    again = Driver(told)
+    assert path.read_bytes() == content and not list(delivered.glob("*damaged*"))
+    again = Driver(delivered)
     assert "is rebuilt from the stages" in str(again.end())
     assert shown(again.tracker.uri)["more"] == "FINISHED"
 
@@ -183,11 +183,11 @@ def test_two_processes_that_make_a_database_at_once_make_one(tmp_path: Path) -> 
     assert not list(tmp_path.glob("*damaged*"))
 
 
-def test_the_tables_of_an_older_mlflow_become_those_of_this_one_and_keep_what_is_in_them(told: Path) -> None:
+def test_the_tables_of_an_older_mlflow_become_those_of_this_one_and_keep_what_is_in_them(delivered: Path) -> None:
     from mlflow.store.db import utils
 
-    path = told / "mlflow.db"
-    old = told / "older.db"
+    path = delivered / "mlflow.db"
+    old = delivered / "older.db"
     engine = database._engine(old)
     utils.InitialBase.metadata.create_all(engine)
     config = utils._get_alembic_config("sqlite://")
@@ -198,33 +198,35 @@ def test_the_tables_of_an_older_mlflow_become_those_of_this_one_and_keep_what_is
         command.upgrade(config, "bd07f7e963c5")  # of MLflow 1.20, before experiments had a time
     execute(old, "INSERT INTO experiments VALUES (7, 'kept', 'file:///nowhere', 'active')")
     shutil.copy(old, path)
-    driver = Driver(told)
+    driver = Driver(delivered)
     driver.run("more", "tokenize")
     assert driver.end() is None
     assert client_of(driver.tracker.uri).get_experiment("7").name == "kept"
     assert set(shown(driver.tracker.uri).values()) == {"FINISHED"}
 
 
-def test_the_database_of_a_newer_mlflow_stays_as_it_is(told: Path) -> None:
-    path = told / "mlflow.db"
+def test_the_database_of_a_newer_mlflow_stays_as_it_is(delivered: Path) -> None:
+    path = delivered / "mlflow.db"
     execute(path, "UPDATE alembic_version SET version_num = 'fffffffffffe'")
-    driver = Driver(told)
+    driver = Driver(delivered)
     driver.run("more", "tokenize")
     assert "mlflow.db was written by a newer MLflow; install that one again" in str(driver.end())
-    assert not list(told.glob("*damaged*"))
+    assert not list(delivered.glob("*damaged*"))
 
 
 @pytest.mark.parametrize("is_copied", [False, True], ids=["moved", "copied"])
-def test_a_store_that_was_moved_writes_nothing_where_it_was_and_shows_what_it_had(told: Path, is_copied: bool) -> None:
-    old, new = told / "runs", told / "else where"
+def test_a_store_that_was_moved_writes_nothing_where_it_was_and_shows_what_it_had(
+    delivered: Path, is_copied: bool
+) -> None:
+    old, new = delivered / "runs", delivered / "else where"
     old.mkdir()
-    for path in [path for path in told.iterdir() if path not in (old, new)]:
+    for path in [path for path in delivered.iterdir() if path not in (old, new)]:
         path.rename(old / path.name)
     settle(old)
     (shutil.copytree if is_copied else shutil.move)(str(old), str(new))
     before = sorted(old.rglob("*"))
     cached = Driver(new)
-    cached.tell_cached()
+    cached.notify_cached()
     assert cached.end() is None
     driver = Driver(new, version=3)
     driver.run("prepare", steps=4)
@@ -265,9 +267,9 @@ def test_what_was_not_delivered_before_a_move_is_delivered_after_it(tmp_path: Pa
     assert not old.exists()
 
 
-def test_receipts_with_absolute_places_of_before_count_after_a_move(told: Path) -> None:
-    settle(told)
-    for path in (told / "tracking").glob("*.json"):  # as they were written before
+def test_receipts_with_absolute_places_of_before_count_after_a_move(delivered: Path) -> None:
+    settle(delivered)
+    for path in (delivered / "tracking").glob("*.json"):  # as they were written before
         values = json.loads(path.read_text())
         values["uri"] = "sqlite:////before/runs/mlflow.db"
         if "directory" in values:
@@ -275,8 +277,8 @@ def test_receipts_with_absolute_places_of_before_count_after_a_move(told: Path) 
         if "stages" in values:
             values["stages"] = {name: f"/before/runs/stages/{each}" for name, each in values["stages"].items()}
         path.write_text(json.dumps(values))
-    driver = Driver(told)
-    driver.tell_cached()
+    driver = Driver(delivered)
+    driver.notify_cached()
     assert driver.end() is None
     assert driver.tracker._delivery is None  # there was nothing to send
 
@@ -319,9 +321,9 @@ def test_the_tables_are_made_in_a_root_with_any_name(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {store.name}
 
 
-def deleted(told: Path, what: str) -> Tracker:
+def deleted(delivered: Path, what: str) -> Tracker:
     """Delete something as a user does in MLflow's pages, or by hand."""
-    uri = database.database_uri(told / "mlflow.db")
+    uri = database.database_uri(delivered / "mlflow.db")
     client = client_of(uri)
     experiment = client.get_experiment_by_name("demo").experiment_id
     run = next(run for run in client.search_runs([experiment]) if run.info.run_name.startswith("prepare #1"))
@@ -338,18 +340,18 @@ def deleted(told: Path, what: str) -> Tracker:
         (model, *_) = client.search_logged_models([experiment])
         client.delete_logged_model(model.model_id)
     else:
-        shutil.rmtree(told / "mlartifacts")
+        shutil.rmtree(delivered / "mlartifacts")
     return experiment
 
 
 @pytest.mark.parametrize("what", ["experiment", "run", "parent", "registered model", "model", "artifacts"])
 @pytest.mark.parametrize("is_cached", [True, False], ids=["cached", "computing"])
 def test_what_was_deleted_in_mlflow_is_there_again_once_and_no_run_fails(
-    told: Path, what: str, is_cached: bool
+    delivered: Path, what: str, is_cached: bool
 ) -> None:
-    experiment = deleted(told, what)
-    driver = Driver(told, inputs={})
-    driver.tell_cached()
+    experiment = deleted(delivered, what)
+    driver = Driver(delivered, inputs={})
+    driver.notify_cached()
     if not is_cached:
         driver.run("more", source="prepare")
     note = driver.end()

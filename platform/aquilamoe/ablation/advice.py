@@ -1,7 +1,7 @@
 """Whether to grow, how, from where and with which learning rate: what recorded studies and published rules support.
 
-A sentence is printed only with its evidence. Evidence counts for a question that is like it: sizes, growth, tokens per
-parameter and budget within a factor of two of what was recorded. Otherwise the answer is that there is none.
+A sentence is printed only with its evidence. Evidence counts for a query that is like it: sizes, growth, tokens per
+parameter and budget within a factor of two of what was recorded. Otherwise the advice states that there is none.
 """
 
 import json
@@ -53,7 +53,7 @@ class Rule(Config):
     source: tuple[float, float]
     growth: tuple[float, float]
     budget_of_source_tokens: tuple[float, float] | None = None
-    says: str
+    text: str
     citation: str
 
 
@@ -89,24 +89,24 @@ def rules() -> list[Rule]:
     return TypeAdapter(list[Rule]).validate_python(json.loads(text))
 
 
-def advise(question: AdviceQuery, recorded: Sequence[Recorded], published: Sequence[Rule]) -> list[AdviceLine]:
-    """An answer to each of the four questions, the recorded evidence first."""
-    cases = [case for each in recorded for case in _cases(each) if case.kind == question.kind]
-    like = [case for case in cases if _is_like(case, question)]
-    answers: dict[Topic, list[AdviceLine]] = {
-        "whether": list(_whether(question, like)),
-        "how": list(_how(question, like)),
-        "start": list(_start(question, cases)),
+def advise(query: AdviceQuery, recorded: Sequence[Recorded], published: Sequence[Rule]) -> list[AdviceLine]:
+    """Advice on each of the four topics, the recorded evidence first."""
+    cases = [case for each in recorded for case in _cases(each) if case.kind == query.kind]
+    like = [case for case in cases if _is_like(case, query)]
+    advice: dict[Topic, list[AdviceLine]] = {
+        "whether": list(_whether(query, like)),
+        "how": list(_how(query, like)),
+        "start": list(_start(query, cases)),
         "rate": list(_rate(like)),
     }
     found: list[AdviceLine] = []
-    said: set[str] = set()
-    for topic, own in answers.items():
+    reasons: set[str] = set()
+    for topic, own in advice.items():
         if not own:
-            reason = _why(topic, question, cases, like)
-            own = [AdviceLine(topic, f"No recorded evidence{', as above' if reason in said else f': {reason}'}.")]
-            said.add(reason)
-        found += [*own, *_published(topic, question, published)]
+            reason = _why(topic, query, cases, like)
+            own = [AdviceLine(topic, f"No recorded evidence{', as above' if reason in reasons else f': {reason}'}.")]
+            reasons.add(reason)
+        found += [*own, *_published(topic, query, published)]
     return found
 
 
@@ -131,19 +131,19 @@ def _near(ours: float | None, theirs: float) -> bool:
     return ours is not None and theirs / LIKE <= ours <= theirs * LIKE
 
 
-def _is_like(case: Case, question: AdviceQuery) -> bool:
+def _is_like(case: Case, query: AdviceQuery) -> bool:
     return (
-        _of_size(case, question)
-        and _near(question.source.tokens_per_parameter, case.tokens_per_parameter)
-        and _near(question.budget, case.tokens)
+        _of_size(case, query)
+        and _near(query.source.tokens_per_parameter, case.tokens_per_parameter)
+        and _near(query.budget, case.tokens)
     )
 
 
-def _of_size(case: Case, question: AdviceQuery) -> bool:
-    return _near(question.source.params, case.source) and _near(question.growth, case.growth)
+def _of_size(case: Case, query: AdviceQuery) -> bool:
+    return _near(query.source.params, case.source) and _near(query.growth, case.growth)
 
 
-def _whether(question: AdviceQuery, like: Sequence[Case]) -> Iterator[AdviceLine]:
+def _whether(query: AdviceQuery, like: Sequence[Case]) -> Iterator[AdviceLine]:
     """Of every like study, its best variant against each control of equal FLOPs."""
     for recorded in dict.fromkeys(case.recorded.where for case in like):
         own = [case for case in like if case.recorded.where == recorded]
@@ -152,27 +152,27 @@ def _whether(question: AdviceQuery, like: Sequence[Case]) -> Iterator[AdviceLine
             known = control.control
             difference = known.differences.get(best.entry.name) if known else None
             if known is not None and difference is not None and known.equal == "flops":
-                yield AdviceLine("whether", _verdict(known, difference), _evidence(best, difference, question))
+                yield AdviceLine("whether", _verdict(known, difference), _evidence(best, difference, query))
 
 
 def _verdict(control: Control, difference: Interval) -> str:
     other = "train the target from scratch" if control.of is None else f"continue the source ({control.of})"
     if not difference.excludes_zero:
-        return f"Undecided against the choice to {other}: the recorded seeds do not tell the two apart at equal FLOPs."
+        return f"Undecided against the choice to {other}: the recorded seeds do not separate the two at equal FLOPs."
     if difference.mean > 0:
         return f"Grow rather than {other}: it ends {difference.mean:.3f} nats/token lower at equal FLOPs."
     return f"Do not grow; {other}: it ends {-difference.mean:.3f} nats/token lower at equal FLOPs."
 
 
-def _evidence(case: Case, difference: Interval, question: AdviceQuery) -> str:
+def _evidence(case: Case, difference: Interval, query: AdviceQuery) -> str:
     return (
         f"{case.recorded.where}: '{case.entry.name}', control less variant {shown(difference)}, {difference.pairs} "
         f"seeds, source {count(case.source)} at {case.tokens_per_parameter:.3g} tokens per parameter, "
-        f"{count(case.tokens)} tokens after growth (you ask for {count(question.budget)})"
+        f"{count(case.tokens)} tokens after growth (your budget is {count(query.budget)})"
     )
 
 
-def _how(question: AdviceQuery, like: Sequence[Case]) -> Iterator[AdviceLine]:
+def _how(query: AdviceQuery, like: Sequence[Case]) -> Iterator[AdviceLine]:
     """Of every like study that varies a way of growing, those that lead at the budget, if it is within the horizon."""
     for where in dict.fromkeys(case.recorded.where for case in like):
         own = [case for case in like if case.recorded.where == where]
@@ -185,14 +185,14 @@ def _how(question: AdviceQuery, like: Sequence[Case]) -> Iterator[AdviceLine]:
         yield AdviceLine(
             "how",
             f"{listed([repr(name) for name in first])} {'lead' if len(first) > 1 else 'leads'} {reach}"
-            f"{'; the seeds do not tell them apart' if len(first) > 1 else ''}.",
+            f"{'; the seeds do not separate them' if len(first) > 1 else ''}.",
             f"{where}: {len(ranked)} variants, {len(study.seeds)} seeds",
         )
-        shorter = _leader_at(ranked, question.budget)
+        shorter = _leader_at(ranked, query.budget)
         if shorter is not None and shorter not in first:
             yield AdviceLine(
                 "how",
-                f"At your {count(question.budget)} tokens the lowest mean loss was that of {shorter!r}: the order "
+                f"At your {count(query.budget)} tokens the lowest mean loss was that of {shorter!r}: the order "
                 "depends on the budget.",
                 f"{where}: the curves before their cooldown",
             )
@@ -208,10 +208,10 @@ def _leader_at(entries: Sequence[Entry], tokens: float) -> str | None:
     return min(losses, key=losses.__getitem__) if len(losses) > 1 else None
 
 
-def _start(question: AdviceQuery, cases: Sequence[Case]) -> Iterator[AdviceLine]:
+def _start(query: AdviceQuery, cases: Sequence[Case]) -> Iterator[AdviceLine]:
     """Whether longer training of the source has made growing better than continuing it, in one study."""
     for where in dict.fromkeys(case.recorded.where for case in cases):
-        own = [case for case in cases if case.recorded.where == where and _of_size(case, question)]
+        own = [case for case in cases if case.recorded.where == where and _of_size(case, query)]
         lengths = sorted({case.tokens_per_parameter for case in own})
         if len(lengths) < 2:
             continue
@@ -220,14 +220,14 @@ def _start(question: AdviceQuery, cases: Sequence[Case]) -> Iterator[AdviceLine]
             best = _best_against_continuing([case for case in own if case.tokens_per_parameter == length])
             known |= {length: best} if best is not None else {}
         better = [length for length, found in known.items() if found.excludes_zero and found.mean > 0]
-        told = ", ".join(f"{length:.3g}: {shown(found)}" for length, found in known.items())
+        listed_pairs = ", ".join(f"{length:.3g}: {shown(found)}" for length, found in known.items())
         if better:
             text = f"From {min(better):.3g} tokens per parameter on growing beat continuing the source at equal FLOPs."
         else:
             tried = listed([f"{length:.3g}" for length in known])
             text = f"At none of {tried} tokens per parameter did growing beat continuing the source at equal FLOPs."
         if known:
-            yield AdviceLine("start", text, f"{where}: control less variant by tokens per parameter, {told}")
+            yield AdviceLine("start", text, f"{where}: control less variant by tokens per parameter, {listed_pairs}")
 
 
 def _best_against_continuing(cases: Sequence[Case]) -> Interval | None:
@@ -253,12 +253,12 @@ def _rate(like: Sequence[Case]) -> Iterator[AdviceLine]:
         means = {rate: statistics.fmean(values[rate][key] for key in shared) for rate in rates}
         best, second = sorted(rates, key=means.__getitem__)[:2]
         gap = mean_interval([values[second][key] - values[best][key] for key in shared])
-        certain = "" if gap.excludes_zero else f"; the seeds do not tell it from {second:g}"
-        edge = "; it is at the edge of what was tried" if best in (rates[0], rates[-1]) else ""
+        certain = "" if gap.excludes_zero else f"; the seeds do not distinguish it from {second:g}"
+        edge = "; it is at the edge of the range tried" if best in (rates[0], rates[-1]) else ""
         source = like[0].recorded.study.source_of(own[0])
         over = f", {best / source.learning_rate:.2g} of the source's peak" if source and source.learning_rate else ""
-        told = ", ".join(f"{rate:g}: {mean:.3f}" for rate, mean in means.items())
-        yield AdviceLine("rate", f"{best:g}{over}{certain}{edge}.", f"{where}: mean objective by rate, {told}")
+        listed_pairs = ", ".join(f"{rate:g}: {mean:.3f}" for rate, mean in means.items())
+        yield AdviceLine("rate", f"{best:g}{over}{certain}{edge}.", f"{where}: mean objective by rate, {listed_pairs}")
 
 
 def _by_the_rest(entries: Sequence[Entry], rate: float) -> dict[tuple[str, ...], float]:
@@ -272,39 +272,39 @@ def _by_the_rest(entries: Sequence[Entry], rate: float) -> dict[tuple[str, ...],
 
 
 def _names_rate(value: str, entries: Sequence[Entry], entry: Entry) -> bool:
-    """Whether an axis' value is that of the learning rate: all entries that have it have one rate, others others."""
+    """Whether an axis' value is that of the learning rate: its entries share one rate that no other has."""
     with_it = {each.learning_rate for each in entries if value in each.axes.values()}
     return with_it == {entry.learning_rate}
 
 
-def _published(topic: Topic, question: AdviceQuery, published: Sequence[Rule]) -> Iterator[AdviceLine]:
+def _published(topic: Topic, query: AdviceQuery, published: Sequence[Rule]) -> Iterator[AdviceLine]:
     for rule in published:
-        if rule.topic != topic or rule.kind != question.kind:
+        if rule.topic != topic or rule.kind != query.kind:
             continue
-        inside = rule.source[0] <= question.source.params <= rule.source[1]
-        inside = inside and rule.growth[0] <= question.growth <= rule.growth[1]
+        inside = rule.source[0] <= query.source.params <= rule.source[1]
+        inside = inside and rule.growth[0] <= query.growth <= rule.growth[1]
         if inside and rule.budget_of_source_tokens is not None:
             low, high = rule.budget_of_source_tokens
-            tokens = question.source.tokens
-            inside = tokens is not None and low <= question.budget / tokens <= high
+            tokens = query.source.tokens
+            inside = tokens is not None and low <= query.budget / tokens <= high
         if inside:
-            yield AdviceLine(topic, f"Published: {rule.says}.", rule.citation)
+            yield AdviceLine(topic, f"Published: {rule.text}.", rule.citation)
 
 
-def _why(topic: Topic, question: AdviceQuery, cases: Sequence[Case], like: Sequence[Case]) -> str:
-    """What is missing for an answer: the study, or its range."""
+def _why(topic: Topic, query: AdviceQuery, cases: Sequence[Case], like: Sequence[Case]) -> str:
+    """What is missing for advice: the study, or its range."""
     if not cases:
-        return f"no recorded study is of a {question.kind.replace('_', '-')}"
+        return f"no recorded study is of a {query.kind.replace('_', '-')}"
     if like:
         varied = {"rate": "the learning rate", "how": "the way of growing", "whether": "a control at equal FLOPs"}
         return f"no recorded study like this one varies or has {varied.get(topic, 'the training of the source')}"
-    if question.source.tokens is None and any(_of_size(case, question) for case in cases):
-        return "how many tokens the source was trained on is not known; say it with source_tokens=N"
-    if topic == "start" and any(_of_size(case, question) for case in cases):
+    if query.source.tokens is None and any(_of_size(case, query) for case in cases):
+        return "the number of tokens that the source was trained on is not known; set source_tokens=N"
+    if topic == "start" and any(_of_size(case, query) for case in cases):
         return "no recorded study of this size varies the training of the source"
     return (
-        f"you ask about {count(question.source.params)} -> {count(question.target_params)} at "
-        f"{_plain(question.source.tokens_per_parameter)} tokens per parameter with {count(question.budget)} tokens; "
+        f"your query is {count(query.source.params)} -> {count(query.target_params)} at "
+        f"{_plain(query.source.tokens_per_parameter)} tokens per parameter with {count(query.budget)} tokens; "
         f"recorded are sources of {_span([case.source for case in cases], count)}, grown "
         f"{_span([case.growth for case in cases], _plain)} times, at "
         f"{_span([case.tokens_per_parameter for case in cases], _plain)} tokens per parameter, with "

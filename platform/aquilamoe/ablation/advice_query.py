@@ -17,7 +17,7 @@ FLOPS_PER_PARAMETER = 6  # of a token, for a budget in FLOPs and a target of whi
 
 @dataclass(frozen=True)
 class GrowthSource:
-    """Where to grow from. tokens: that it was trained on, if given. model: None where only a size is known."""
+    """Where to grow from. tokens: that it was trained on, if known. model: None where only a size is known."""
 
     params: float
     tokens: float | None
@@ -44,19 +44,19 @@ class AdviceQuery:
         return self.target_params / self.source.params
 
 
-def ask(values: Mapping[str, Any], find: Callable[[str], GrowthSource]) -> AdviceQuery:
+def read_query(values: Mapping[str, Any], find: Callable[[str], GrowthSource]) -> AdviceQuery:
     """Read source, target, budget and source_tokens; UserError, one line, for what is missing or cannot be.
 
     find: the source that a stage, fingerprint or directory names.
     """
     for key, example in (("source", "source=0.45M"), ("target", "target=1.6M"), ("budget", "budget=2M")):
         if values.get(key) is None:
-            raise UserError(f"{key}: not given; advice is about a source, a target and a budget, e.g. {example}")
+            raise UserError(f"{key}: not set; advice is about a source, a target and a budget, e.g. {example}")
     source = _source(values, find)
     total, active, sparse = _target(values["target"], source)
     if total <= source.params:
         raise UserError(
-            f"target: {total:g} parameters are not more than the source's {source.params:g}; give a larger one"
+            f"target: {total:g} parameters are not more than the source's {source.params:g}; use a larger one"
         )
     kind: Literal["scale_up", "scale_out"] = "scale_out" if sparse else "scale_up"
     return AdviceQuery(source, total, active, kind, _budget(str(values["budget"]), active))
@@ -75,14 +75,12 @@ def _target(target: Any, source: GrowthSource) -> tuple[float, float, bool]:
     """All and active parameters, and whether it is a Mixture of Experts."""
     if isinstance(target, Mapping):
         if source.model is None:
-            raise UserError(
-                "target: sizes to change need a source whose shape is known; give a checkpoint as the source"
-            )
+            raise UserError("target: sizes to change need a source with a known shape; set source to a checkpoint")
         model = grown_model(source.model, dict(target), "target")
         return model.num_params, model.num_active_params, model.is_moe
     match = SIZE.fullmatch(str(target))
     if match is None:
-        raise UserError(f"target: '{target}' is no size; write 1.6M, 8x0.45M for experts, or {{hidden_size: 128}}")
+        raise UserError(f"target: '{target}' is not a size; write 1.6M, 8x0.45M for experts, or {{hidden_size: 128}}")
     size = float(match[2]) * UNITS[match[3].lower()]
     experts = int(match[1] or 1)
     return size * experts, size * min(experts, 2), experts > 1
@@ -98,5 +96,5 @@ def _budget(text: str, active: float) -> float:
 def _number(key: str, text: str) -> float:
     match = SIZE.fullmatch(text)
     if match is None or match[1] or not math.isfinite(float(match[2])) or float(match[2]) <= 0:
-        raise UserError(f"{key}: '{text}' is no amount; write e.g. 450000, 0.45M or 4.5e5")
+        raise UserError(f"{key}: '{text}' is not a number; write e.g. 450000, 0.45M or 4.5e5")
     return float(match[2]) * UNITS[match[3].lower()]

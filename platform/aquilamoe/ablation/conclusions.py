@@ -1,4 +1,4 @@
-"""Conclusions from a study's numbers, in sentences, each with its horizon or its interval: none is known beforehand."""
+"""Conclusions from a study's numbers, in sentences, each with its horizon or its interval."""
 
 import statistics
 from collections.abc import Iterator, Sequence
@@ -21,7 +21,7 @@ class Conclusion:
 
 
 def conclusions(study: Study) -> list[Conclusion]:
-    """Every sentence that the numbers carry, the answer first."""
+    """Every sentence that the numbers support, the ranks first."""
     ranked = study.ranked()
     if not ranked:
         return [Conclusion("There is no result yet that could be compared."), *_missing(study)]
@@ -106,7 +106,7 @@ def _ranks(study: Study, ranked: Sequence[Entry]) -> Iterator[Conclusion]:
         return
     if pairs < 2:
         lowest = f"after {where} '{first.name}' is lowest ({_number(first)} {unit})"
-        yield Conclusion(f"One seed each: {lowest}, which no interval backs.")
+        yield Conclusion(f"One seed each: {lowest}, without an interval.")
         return
     leading = [entry for entry in ranked if entry.rank == 1]
     apart = {entry.name for entry in others if _difference(entry, first).excludes_zero}
@@ -120,11 +120,11 @@ def _ranks(study: Study, ranked: Sequence[Entry]) -> Iterator[Conclusion]:
     else:
         yield Conclusion(
             f"After {where}, {_quoted(leading)} share the first rank at {_number(first)} to {_number(leading[-1])} "
-            f"{unit}: {pairs} seeds do not tell them apart."
+            f"{unit}: {pairs} seeds do not separate them."
         )
     if close:
         yield Conclusion(
-            f"{_quoted(close)} {'have' if len(close) > 1 else 'has'} a higher mean, but the seeds do not tell "
+            f"{_quoted(close)} {'have' if len(close) > 1 else 'has'} a higher mean, but the seeds do not distinguish "
             f"{'them' if len(close) > 1 else 'it'} from '{first.name}' either."
         )
     last = ranked[-1]
@@ -136,7 +136,7 @@ def _few_seeds(ranked: Sequence[Entry]) -> Iterator[Conclusion]:
     if max((entry.to_baseline.pairs for entry in ranked if entry.to_baseline), default=0) == 2:
         yield Conclusion(
             "Two seeds: intervals of two differences are 12.7 standard errors wide on each side, and the error itself "
-            "is known from two numbers only. Add seeds before anything is concluded; with three it is 4.3.",
+            "is estimated from two numbers. Add seeds before drawing conclusions; with three it is 4.3.",
             "warning",
         )
 
@@ -167,12 +167,12 @@ def _number(entry: Entry) -> str:
 
 def _controls(study: Study, ranked: Sequence[Entry]) -> Iterator[Conclusion]:
     """The best variant of every set of controls against these."""
-    told: set[str] = set()
+    compared: set[str] = set()
     for entry in ranked:
         own = [each for each in study.controls if each.control and entry.name in each.control.differences]
         for each in sorted(own, key=lambda each: each.name):
-            if each.name not in told and each.control is not None:
-                told.add(each.name)
+            if each.name not in compared and each.control is not None:
+                compared.add(each.name)
                 yield Conclusion(_against(entry, each.control, study, each))
 
 
@@ -182,7 +182,7 @@ def _against(entry: Entry, control: Control, study: Study, other: Entry) -> str:
     if difference.half_width is None:
         verdict = "is, in one seed, " + ("better than" if difference.mean > 0 else "not better than")
     elif not difference.excludes_zero:
-        verdict = "cannot be told from"
+        verdict = "cannot be distinguished from"
     else:
         verdict = "beats" if difference.mean > 0 else "does not beat"
     length = f", grown at {source.tokens_per_parameter:.3g} tokens per parameter," if source is not None else ""
@@ -209,7 +209,7 @@ def _starts(ranked: Sequence[Entry]) -> Iterator[Conclusion]:
         text = f"At the moment of growth '{first.name}' changes the loss least in the mean ({signed(least)} nats/token)"
     text += f"; '{last.name}' changes it most in the mean ({signed(most)} nats/token)"
     if not _difference(last, first, "loss_jump").excludes_zero:
-        text += ", which the seeds do not tell from the least"
+        text += ", which the seeds do not distinguish from the least"
     ends = listed(list(dict.fromkeys(f"rank {entry.rank}" for entry in kept or [first])))
     has = "have" if len(kept) > 1 else "has"
     yield Conclusion(f"{text}. At the end the former {has} {ends}, the latter rank {last.rank}.")
@@ -235,7 +235,7 @@ def _recoveries(study: Study, ranked: Sequence[Entry]) -> Iterator[Conclusion]:
     if len(later) > 1:
         parts[-1] += f", '{later[-1][1].name}' after {count(later[-1][0])}"
         if not _difference(later[-1][1], later[0][1], "recovery_tokens").excludes_zero:
-            parts[-1] += ", which the seeds do not tell apart"
+            parts[-1] += ", which the seeds do not separate"
     yield Conclusion(f"{text}: {'; '.join(parts)}.")
 
 
@@ -256,7 +256,7 @@ def _savings(study: Study, ranked: Sequence[Entry]) -> Iterator[Conclusion]:
     if had:
         yield Conclusion(
             f"{_quoted(had)} {'have' if len(had) > 1 else 'has'}, in at least one seed, the loss that training from "
-            "scratch ends with already at growth: a saving would say nothing about growing."
+            "scratch ends with already at growth: a saving would not measure growing."
         )
     short = [entry for entry in ranked if entry.saving is None and entry.name in scratch and entry not in had]
     if short:
@@ -282,13 +282,13 @@ def _most_saved(saved: Sequence[tuple[Ratio, Entry]]) -> str:
         "that scratch ends with"
     )
     if ratio.low is None:
-        return f"In one seed, which no interval backs, {costs}."
+        return f"In one seed, without an interval, {costs}."
     if not ratio.excludes_one:
-        return f"Whether anything is saved is open: {costs}, and the interval holds 1."
+        return f"Whether anything is saved is open: {costs}, and the interval contains 1."
     if ratio.mean < 1:
         return f"Nothing is saved: {costs}."
     equal = [entry for _, entry in saved[1:] if not _saves_less(entry, best)]
-    also = f"; the seeds do not tell {_quoted(equal)} from it" if equal else ""
+    also = f"; the seeds do not distinguish {_quoted(equal)} from it" if equal else ""
     return f"Most is saved by '{best.name}': {costs}{also}."
 
 
@@ -308,7 +308,7 @@ def _structure(ranked: Sequence[Entry]) -> Iterator[Conclusion]:
             yield Conclusion(
                 f"The mean {what} ends lowest in '{lowest.name}' ({low:.3f}, {starts[lowest.name]:.3f} after growth) "
                 f"and highest in '{highest.name}' ({high:.3f}, {starts[highest.name]:.3f})"
-                f"{'' if is_shown else '; the seeds do not tell them apart'}."
+                f"{'' if is_shown else '; the seeds do not separate them'}."
             )
     loads = {entry.name: statistics.fmean(values) for entry in ranked if (values := entry.figure("load_end"))}
     if loads:
@@ -329,7 +329,7 @@ def _changes(study: Study, ranked: Sequence[Entry]) -> Iterator[Conclusion]:
     if certain:
         yield Conclusion(
             f"Against the baseline '{study.baseline}' the order depends on the budget. It is crossed, and the seeds "
-            f"tell apart both sides, by {listed(certain)}.",
+            f"separate both sides, by {listed(certain)}.",
             "warning",
         )
     if noise:
@@ -349,7 +349,7 @@ def _leaders(study: Study, ranked: Sequence[Entry]) -> Iterator[Conclusion]:
         return
     names = list(dict.fromkeys(study.leaders[index].name for index in others))
     last = others[-1] + 1
-    since = f"until {count(study.leaders[last].tokens)} tokens" if last < len(study.leaders) else "at the end still"
+    since = f"until {count(study.leaders[last].tokens)} tokens" if last < len(study.leaders) else "even at the end"
     yield Conclusion(
         f"The lowest mean loss is not that of a first rank {since}: it is that of {listed([f'{n!r}' for n in names])}. "
         "What is best holds at this horizon.",

@@ -64,16 +64,16 @@ def tasks(union: StudyGraph, store: Store, speed: Speed) -> list[Task]:
     ]
 
 
-def data_stages(found: Sequence[Task]) -> list[Planned]:
+def data_stages(tasks: Sequence[Task]) -> list[Planned]:
     """What is made of the corpus, for all tasks: no trial's work."""
-    everything = (stage for task in found for stage in task.stages)
+    everything = (stage for task in tasks for stage in task.stages)
     return list({stage.fingerprint: stage for stage in everything if stage.node.stage.kind in DATA_KINDS}.values())
 
 
-def sources(found: Sequence[Task]) -> list[Task]:
+def sources(tasks: Sequence[Task]) -> list[Task]:
     """The last training stage that each task shares with another, as a task of its own: these are computed first."""
     first: dict[str, Task] = {}
-    for task in found:
+    for task in tasks:
         shared = [s for s in task.stages if s.fingerprint in task.shared and s.node.stage.kind == "pretrain"]
         if not shared:
             continue
@@ -96,8 +96,8 @@ class Totals:
     seconds: float
 
 
-def totals(found: Sequence[Task]) -> Totals:
-    stages = {stage.fingerprint: stage for task in found for stage in task.stages}
+def totals(tasks: Sequence[Task]) -> Totals:
+    stages = {stage.fingerprint: stage for task in tasks for stage in task.stages}
     pending = [stage for stage in stages.values() if stage.is_computed]
     return Totals(
         stages=len(stages),

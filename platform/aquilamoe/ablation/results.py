@@ -116,12 +116,12 @@ class _Reader:
     ancestors: dict[str, Ancestor] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     commits: set[str] = field(default_factory=set)
-    found: dict[str, tuple[Path, Record] | None] = field(default_factory=dict)
+    outputs: dict[str, tuple[Path, Record] | None] = field(default_factory=dict)
 
     def find(self, stage: str, fingerprint: str) -> tuple[Path, Record] | None:
-        if fingerprint not in self.found:
-            self.found[fingerprint] = self.store.find(stage, fingerprint)
-        return self.found[fingerprint]
+        if fingerprint not in self.outputs:
+            self.outputs[fingerprint] = self.store.find(stage, fingerprint)
+        return self.outputs[fingerprint]
 
     def entry(self, name: str, leaves: Sequence[Leaf], axes: dict[str, str], control: Control | None) -> Entry:
         """A variant or a control, of its leaves: one for each seed."""

@@ -1,4 +1,4 @@
-"""What an ablation found, as its file `summary.json` holds it: pages, figures and advice are made of this alone.
+"""An ablation's results, as its file `summary.json` holds it: pages, figures and advice are made of this alone.
 
 Losses are held-out nats/token, differences of them too; less is better. `flops` are model FLOPs.
 """

@@ -1,4 +1,4 @@
-"""One trial of an ablation: computing it, and what becomes of it."""
+"""One trial of an ablation: computing it, and recording how it ended."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ from aquilamoe.training.ray.launch import workers_for
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a trial made no result: the message, and the file that has the rest."""
+    """Why a trial has no result: the message, and the file with its traceback."""
 
     message: str
     log: Path
@@ -35,7 +35,7 @@ class Stopped:
 
 
 # Called after every trial with: its task, and what it ended with if not with a result.
-Told = Callable[[Task, Failure | Stopped | None], None]
+OnEnd = Callable[[Task, Failure | Stopped | None], None]
 
 
 @dataclass(frozen=True)
@@ -49,15 +49,15 @@ class Stopping:
 
 
 class Field:
-    """The trials of a run, what becomes of each, and which of them early stopping has ended before.
+    """The trials of a run, how each ended, and which of them early stopping ended in an earlier run.
 
-    What was stopped is written down for this field alone: among other trials it may have been among the best.
+    Stopped trials are recorded for this set alone: compared with others, one of them might have been among the best.
     """
 
-    def __init__(self, tasks: Sequence[Task], store: Store, told: Told) -> None:
+    def __init__(self, tasks: Sequence[Task], store: Store, on_end: OnEnd) -> None:
         self.tasks = {task.name: task for task in tasks}
         self.store = store
-        self.told = told
+        self.on_end = on_end
         self.logs = store.root / "logs"
         digest = hashlib.sha256("\n".join(sorted(self.tasks)).encode()).hexdigest()[:12]
         self.notes = store.root / "ablations" / f"stopped-{digest}.json"
@@ -65,7 +65,7 @@ class Field:
         self.failures: dict[str, Failure] = {}
 
     def waiting(self) -> list[str]:
-        """What has neither a result nor was stopped."""
+        """Trials with no result that were not stopped."""
         return [name for name, task in self.tasks.items() if not self.is_done(name) and name not in self.stopped]
 
     def is_done(self, name: str) -> bool:
@@ -79,7 +79,7 @@ class Field:
         message = lost or (log.read_text(encoding="utf-8").split("\n")[0] if log.exists() else None)
         if message:
             self.failures[name] = Failure(message, log)
-            self.told(self.tasks[name], self.failures[name])
+            self.on_end(self.tasks[name], self.failures[name])
         elif stopped and not self.is_done(name):
             self.stopped[name] = stopped
             self.notes.parent.mkdir(parents=True, exist_ok=True)
@@ -88,9 +88,9 @@ class Field:
             self.logs.mkdir(parents=True, exist_ok=True)
             where = f"stopped early after {stopped.tokens:,} tokens, at a loss of {stopped.loss:.4f}"
             _notes(self.logs, name)[1].write_text(f"{where}\n", encoding="utf-8")
-            self.told(self.tasks[name], stopped)
+            self.on_end(self.tasks[name], stopped)
         else:
-            self.told(self.tasks[name], None)
+            self.on_end(self.tasks[name], None)
 
     def _read(self) -> dict[str, Stopped]:
         try:
@@ -105,12 +105,12 @@ class Field:
 
 
 def _notes(logs: Path, name: str) -> tuple[Path, Path]:
-    """Where it is written down that a trial failed, and that it was stopped early."""
+    """The files that record that a trial failed, and that it was stopped early."""
     return logs / f"{name}.log", logs / f"{name}.stopped"
 
 
 def compute(task: Task, store: Store, cluster: ClusterConfig, logs: Path, observers: Sequence[Observer]) -> None:
-    """Compute a task. What goes wrong would do so again if it were tried again: it is written down, not raised."""
+    """Compute a task. Failures are deterministic, so they are recorded instead of raised."""
     learn([cluster.model_dump(), *(planned.node.stage.model_dump() for planned in task.stages)])
     log, stopped = _notes(logs, task.name)
     for each in (log, stopped):
@@ -126,7 +126,7 @@ def compute(task: Task, store: Store, cluster: ClusterConfig, logs: Path, observ
                 alone=lambda planned: store.stage_lock(planned.fingerprint),
             )
     except Exception as error:
-        if stopped.exists():  # its process is being ended, and threads of it find others gone
+        if stopped.exists():  # its process is being ended: errors of its threads are consequences of that
             return
         logs.mkdir(parents=True, exist_ok=True)
         message = without_passwords(" ".join(str(error).split()) or type(error).__name__)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ray.tune.schedulers import ASHAScheduler
 
 # Read by Tune when it is imported: no files of its loggers, no tables of its own in the terminal.
-# And no handler of its own for Ctrl-C, after which it returns what it has as if all was done.
+# No handler of its own for Ctrl-C: with it, Tune returns partial results as if all trials had finished.
 TUNE_ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
@@ -82,7 +82,7 @@ def run(field: Field, cluster: ClusterConfig, stopping: Stopping | None) -> None
     nested = cluster.executor == "ray"  # then a trial's workers have what it computes with
     own = {"cpu": float(cluster.cpus_per_worker), "gpu": float(cluster.gpus_per_worker)}
     if nested:
-        own = {"memory": 1.0}  # a byte: Tune requires that a trial reserve something
+        own = {"memory": 1.0}  # one byte, because Tune requires every trial to reserve a resource
     trainable = tune.with_parameters(
         _trial, tasks=field.tasks, store=field.store, cluster=cluster, logs=field.logs, reports=stopping is not None
     )
@@ -94,7 +94,7 @@ def run(field: Field, cluster: ClusterConfig, stopping: Stopping | None) -> None
             tune_config=tune.TuneConfig(
                 scheduler=_halving(field.tasks.values(), stopping) if stopping else None,
                 max_concurrent_trials=_room(cluster) if nested else None,
-                reuse_actors=stopping is None,  # a worker whose trial was stopped trains on until it is ended
+                reuse_actors=stopping is None,  # the worker of a stopped trial continues training until it is ended
             ),
             run_config=tune.RunConfig(
                 name=notes.name,
@@ -130,8 +130,8 @@ def _trial(
     """Runs in a worker."""
     task = tasks[config["task"]]
     leaf = task.leaf
-    told = [TuneReporter(leaf.stage, leaf.nodes[leaf.stage].tokens)] if reports else []
-    compute(task, store, cluster, logs, told)
+    observers = [TuneReporter(leaf.stage, leaf.nodes[leaf.stage].tokens)] if reports else []
+    compute(task, store, cluster, logs, observers)
 
 
 def _halving(tasks: Iterable[Task], stopping: Stopping) -> "ASHAScheduler":
@@ -153,7 +153,7 @@ def _listener(field: Field, again: Sequence[str]) -> "Callback":
     from ray.tune.experiment import Trial
 
     class Listener(Callback):
-        """Passes on how each trial ended, while others run."""
+        """Reports how each trial ended while others run."""
 
         def on_step_begin(self, iteration: int, trials: list[Trial], **_: Any) -> None:  # noqa: ARG002
             interruption.check()
@@ -165,9 +165,9 @@ def _listener(field: Field, again: Sequence[str]) -> "Callback":
                 field.ended(name, stopped=stopped)
 
         def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:  # noqa: ARG002
-            field.ended(trial.config["task"], "its worker was lost, more often than cluster.max_failures allows")
+            field.ended(trial.config["task"], "its worker was lost more often than cluster.max_failures allows")
 
         def __reduce__(self) -> tuple[type[Callback], tuple[()]]:
-            return Callback, ()  # Tune keeps a copy for resuming, which is not how we resume
+            return Callback, ()  # Tune pickles this for resuming, which is not used here
 
     return Listener()

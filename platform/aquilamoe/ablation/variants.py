@@ -55,8 +55,8 @@ def _combinations(config: AblationConfig) -> Iterator[tuple[str, ...]]:
 
 def baseline(config: AblationConfig) -> Variant:
     """The variant that all others are compared with."""
-    wanted = {axis: spec.baseline for axis, spec in config.axes.items()}
-    return next(variant for variant in variants(config) if variant.values == wanted)
+    values = {axis: spec.baseline for axis, spec in config.axes.items()}
+    return next(variant for variant in variants(config) if variant.values == values)
 
 
 def check_differences(config: AblationConfig, fingerprints: Mapping[str, tuple[str, ...]]) -> None:
@@ -68,8 +68,8 @@ def check_differences(config: AblationConfig, fingerprints: Mapping[str, tuple[s
         others = [other for other in config.axes if other != axis]
         groups: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
         for variant in variants(config):
-            rest = tuple(variant.values[other] for other in others)
-            groups.setdefault(rest, []).append(fingerprints[variant.name])
+            shared = tuple(variant.values[other] for other in others)
+            groups.setdefault(shared, []).append(fingerprints[variant.name])
         compared = [found for found in groups.values() if len(found) > 1]
         if compared and all(len(set(found)) == 1 for found in compared):
             raise UserError(
@@ -80,6 +80,4 @@ def check_differences(config: AblationConfig, fingerprints: Mapping[str, tuple[s
     for name, found in fingerprints.items():
         other = first.setdefault(found, name)
         if other != name:
-            raise UserError(
-                f"ablation.axes: '{other}' and '{name}' compute the same; take one of them away, or change one"
-            )
+            raise UserError(f"ablation.axes: '{other}' and '{name}' compute the same; remove or change one of them")

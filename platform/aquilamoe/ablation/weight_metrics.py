@@ -20,7 +20,7 @@ from aquilamoe.pipeline.store import to_json
 if TYPE_CHECKING:
     import numpy as np
 
-# A checkpoint with more numbers than this is left out: singular values take minutes then.
+# A checkpoint with more parameters than this is skipped: its singular values take minutes.
 MOST_NUMBERS = 40_000_000
 # The matrices of a layer that multiply its stream; in a Mixture of Experts, of each expert (Mixtral: w1, w2, w3).
 MATRIX = re.compile(r"layers\.(\d+)\..*\.(?:[qkvo]_proj|gate_proj|up_proj|down_proj|w[123])\.weight$")
@@ -50,7 +50,7 @@ def of_checkpoint(directory: Path, kept: Path) -> dict[str, float]:
 
 
 def kept_figures(kept: Path) -> dict[str, float] | None:
-    """What `of_checkpoint` found before; None if it has not run, or the file is damaged."""
+    """What `of_checkpoint` computed before; None if it has not run, or the file is damaged."""
     try:
         found = json.loads(kept.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -77,7 +77,7 @@ def mean_cosine(vectors: Mapping[int, "np.ndarray"]) -> float:
     """Mean cosine similarity of all pairs."""
     import numpy as np
 
-    # Experts of zeros have no direction: they are at right angles to all others.
+    # Experts of zeros have no direction: their similarity counts as 0.
     unit = [vector / (np.linalg.norm(vector) or 1.0) for vector in vectors.values()]
     pairs = [float(one @ other) for one, other in combinations(unit, 2)]
     return math.fsum(pairs) / len(pairs)

@@ -29,11 +29,11 @@ def check(
             continue
         if name not in tensors:
             raise UserError(
-                f"{directory}: there is no tensor '{name}' among its {len(tensors)}, config.json asks for it; {REMEDY}"
+                f"{directory}: there is no tensor '{name}' among its {len(tensors)}, config.json requires it; {REMEDY}"
             )
         if tensors[name].shape != shape:
             raise UserError(
-                f"{directory}: tensor '{name}' has shape {tensors[name].shape}, config.json says {shape}; {REMEDY}"
+                f"{directory}: tensor '{name}' has shape {tensors[name].shape}, config.json declares {shape}; {REMEDY}"
             )
     _refuse_further(directory, model, [name for name in tensors if name not in expected])
 
@@ -54,8 +54,7 @@ def _refuse_further(directory: Path, model: ModelConfig, further: Collection[str
         more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
         raise UserError(
             f"{directory}: tensor '{lost[0]}'{more} has no place in {tensor_names.architecture(model)} as "
-            "config.json says it "
-            f"and would be lost; {REMEDY}, or take out what is no part of the model"
+            f"config.json describes it and would be lost; {REMEDY}, or remove what is not part of the model"
         )
 
 

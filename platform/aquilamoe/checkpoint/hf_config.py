@@ -133,15 +133,15 @@ def config_from_dict(values: Mapping[str, Any], where: str = CONFIG_FILE) -> Mod
     return _computed(parse(values, where), where)
 
 
-def _computed(found: CheckpointConfig, where: str) -> ModelConfig:
+def _computed(checkpoint: CheckpointConfig, where: str) -> ModelConfig:
     """The model, unless only growth supports it."""
-    problem = next(found.positions.differences(found.model), None)
+    problem = next(checkpoint.positions.differences(checkpoint.model), None)
     if problem is not None:
         raise UserError(
             f"{where}: {problem}, which is grown and upcycled (efficientscale grow), but not computed by training, "
             "evaluation and generation; choose another checkpoint for these"
         )
-    return found.model
+    return checkpoint.model
 
 
 def parse(values: Mapping[str, Any], where: str = CONFIG_FILE) -> CheckpointConfig:

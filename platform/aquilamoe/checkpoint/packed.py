@@ -43,9 +43,9 @@ def _is_mixtral(directory: Path) -> bool:
 
 
 def _experts(
-    directory: Path, name: str, info: TensorInfo, found: re.Match[str], is_mixtral: bool
+    directory: Path, name: str, info: TensorInfo, match: re.Match[str], is_mixtral: bool
 ) -> dict[str, TensorInfo]:
-    roles = (tensor_names.DOWN,) if found["projection"] == "down_proj" else (tensor_names.GATE, tensor_names.UP)
+    roles = (tensor_names.DOWN,) if match["projection"] == "down_proj" else (tensor_names.GATE, tensor_names.UP)
     if len(info.shape) != 3 or info.shape[1] % len(roles) or info.shape[0] > MAX_TENSORS:
         raise UserError(
             f"{directory / info.file}: tensor '{name}' of packed experts has shape {info.shape}, (experts, "
@@ -56,7 +56,7 @@ def _experts(
     parts = zip(places, _runs(info, info.shape[0] * len(roles)), strict=True)
     spelled = tensor_names.mixtral_role if is_mixtral else str
     return {
-        f"{found['layer']}{spelled(tensor_names.expert_role(expert, role))}": TensorInfo(
+        f"{match['layer']}{spelled(tensor_names.expert_role(expert, role))}": TensorInfo(
             info.file, info.dtype, shape, start, end
         )
         for (expert, role), (start, end) in parts

@@ -67,7 +67,7 @@ class Rope(BaseModel):
         if self.rope_type == "llama3" and self.low_freq_factor == self.high_freq_factor:
             raise ValueError("low_freq_factor and high_freq_factor are equal; use the checkpoint's own config.json")
         if self.rope_type == "yarn" and self.rope_theta == 1.0:
-            raise ValueError("rope_theta 1 leaves yarn no frequencies to tell apart; use the checkpoint's config.json")
+            raise ValueError("rope_theta 1 leaves yarn no distinct frequencies; use the checkpoint's config.json")
         return self
 
     def frequencies(self, head_dim: int, max_positions: int, length: int) -> tuple[list[float], float]:

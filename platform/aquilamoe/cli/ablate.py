@@ -44,10 +44,10 @@ def execute(values: Mapping[str, Any], known: list[str], compose: Compose, comma
     shipped: the folder of the studies that come with the platform.
     """
     if values["action"] == "advise":
-        advise.answer(values, _experiment(values), shipped)
+        advise.run(values, _experiment(values), shipped)
         return
     if not isinstance(values.get("ablation"), dict):
-        raise UserError(f"ablation: none is chosen; choose one with +ablation=NAME (valid: {', '.join(known)})")
+        raise UserError(f"ablation: none selected; choose one with +ablation=NAME (valid: {', '.join(known)})")
     config = _parse({**values["ablation"], **{key: values[key] for key in OWN_KEYS}})
     experiment = graph.parse(_experiment(values))
     union = build(config, lambda overrides, seeds: [_experiment(each) for each in compose(overrides, seeds)])
@@ -65,7 +65,7 @@ def execute(values: Mapping[str, Any], known: list[str], compose: Compose, comma
         temporary.use(short=experiment.cluster.executor == "ray", keep_compiled=experiment.cluster.compile)
         with store.lock():
             failures = _run(experiment, union, store, config)
-            _tell(experiment, store, collect(union, store, config, experiment, command), failures)
+            _show(experiment, store, collect(union, store, config, experiment, command), failures)
 
 
 def _print_document(experiment: ExperimentConfig, union: StudyGraph, store: Store, study: Callable[[], Study]) -> None:
@@ -104,7 +104,7 @@ def _show_status(experiment: ExperimentConfig, store: Store, study: Study) -> No
         out.print(f"\nreport  {os.path.relpath(page)}", soft_wrap=True)
 
 
-def _tell(experiment: ExperimentConfig, store: Store, study: Study, failures: Mapping[str, Failure]) -> None:
+def _show(experiment: ExperimentConfig, store: Store, study: Study, failures: Mapping[str, Failure]) -> None:
     """Show what was found, and write it: the summary, and from this alone the page and its figures."""
     out, folder = console(), folder_of(experiment, store)
     page = _written(study, folder)
@@ -121,13 +121,13 @@ def _tell(experiment: ExperimentConfig, store: Store, study: Study, failures: Ma
 def _track(experiment: ExperimentConfig, store: Store, study: Study, folder: Path) -> None:
     """Send the study to MLflow, and print where to look at it."""
     out, uri = console(), experiment.tracking.uri
-    told = studies.publish(uri, store.root, compared(study, folder))
+    receipt = studies.publish(uri, store.root, compared(study, folder))
     out.print(f"MLflow   {ui_command(uri, store.root)}", soft_wrap=True)
-    if told.experiment_id is not None:
+    if receipt.experiment_id is not None:
         server = uri if uri is not None and uri.startswith("http") else LOCAL_MLFLOW
-        out.print(f"         curves: {comparison_url(server, told.experiment_id)}", soft_wrap=True)
-        out.print(f"         parameters: {comparison_url(server, told.experiment_id, PARAMETERS)}", soft_wrap=True)
-    for note in told.notes:
+        out.print(f"         curves: {comparison_url(server, receipt.experiment_id)}", soft_wrap=True)
+        out.print(f"         parameters: {comparison_url(server, receipt.experiment_id, PARAMETERS)}", soft_wrap=True)
+    for note in receipt.notes:
         out.print(note, style="yellow", soft_wrap=True)
 
 
@@ -155,15 +155,15 @@ def _run(experiment: ExperimentConfig, union: StudyGraph, store: Store, config: 
     out.print(f"{ablation_view.plan_summary(union, planning.totals(tasks), _at_once(cluster, config))}\n")
     runner.run(planning.data_stages(tasks), store, cluster, [])
     first = planning.sources(tasks)
-    told = ablation_view.TrialLines(out, [*first, *tasks])
-    failures = trials.run(first, store, cluster, config.trial_cpus, told)
-    tasks, lost = trials.without_source(tasks, first, failures, told)
+    receipt = ablation_view.TrialLines(out, [*first, *tasks])
+    failures = trials.run(first, store, cluster, config.trial_cpus, receipt)
+    tasks, lost = trials.without_source(tasks, first, failures, receipt)
     if config.scheduler == "asha":  # which controls are not subject to
         variants = [task for task in tasks if task.leaf.control is None]
         stopping = Stopping(by_recovery=config.objective.is_recovery)
-        failures |= trials.run(variants, store, cluster, config.trial_cpus, told, stopping)
+        failures |= trials.run(variants, store, cluster, config.trial_cpus, receipt, stopping)
         tasks = [task for task in tasks if task.leaf.control is not None]
-    failures |= lost | trials.run(tasks, store, cluster, config.trial_cpus, told)
+    failures |= lost | trials.run(tasks, store, cluster, config.trial_cpus, receipt)
     paid = planning.tasks(union, store, Speed.of(cluster))
     out.print()
     out.print(cost_table(ablation_costs.table(union, paid, cluster), out.width))

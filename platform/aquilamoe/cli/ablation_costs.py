@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from aquilamoe.ablation.plan import Task
 from aquilamoe.ablation.study_graph import Leaf, StudyGraph
 from aquilamoe.config.schema import ClusterConfig
-from aquilamoe.pipeline.plan import Planned, foreseen_total
+from aquilamoe.pipeline.plan import Planned, estimated_total
 from aquilamoe.reports.costs import CostRow, CostTable
 
 
@@ -24,15 +24,15 @@ def table(union: StudyGraph, tasks: Sequence[Task], cluster: ClusterConfig) -> C
     rows = [
         CostRow(
             title,
-            foreseen_total([stage for stage in need.values() if users[stage.fingerprint] == 1], cluster),
-            foreseen_total(need.values(), cluster),
+            estimated_total([stage for stage in need.values() if users[stage.fingerprint] == 1], cluster),
+            estimated_total(need.values(), cluster),
         )
         for title, need in needs.items()
     ]
     everything = {fingerprint: stage for need in needs.values() for fingerprint, stage in need.items()}
     shared = [stage for fingerprint, stage in everything.items() if users[fingerprint] > 1]
-    rows.append(CostRow("shared", foreseen_total(shared, cluster), None))
-    return CostTable(rows, CostRow("ablation", foreseen_total(everything.values(), cluster), None))
+    rows.append(CostRow("shared", estimated_total(shared, cluster), None))
+    return CostTable(rows, CostRow("ablation", estimated_total(everything.values(), cluster), None))
 
 
 def _title(leaf: Leaf) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from aquilamoe.ablation.advice import TITLES, advise, load, rules
-from aquilamoe.ablation.advice_query import AdviceQuery, GrowthSource, ask
+from aquilamoe.ablation.advice_query import AdviceQuery, GrowthSource, read_query
 from aquilamoe.checkpoint.hf_config import CONFIG_FILE, read_config
 from aquilamoe.cli import documents
 from aquilamoe.cli.console import console
@@ -21,20 +21,20 @@ from aquilamoe.pipeline.store import Store
 KEYS = ("source", "target", "budget", "source_tokens")
 
 
-def answer(values: Mapping[str, Any], experiment: Mapping[str, Any], shipped: Path) -> None:
-    """Print advice. values: with the question's keys. experiment: whose stages a source may name.
+def run(values: Mapping[str, Any], experiment: Mapping[str, Any], shipped: Path) -> None:
+    """Print advice. values: with the query's keys. experiment: whose stages a source may name.
 
     shipped: the folder of the studies that come with the platform; those of the store are read, too.
     """
     root = local(str(experiment["paths"]["root"])).absolute()
-    question = ask(values, lambda text: _find(text, experiment, Store(root)))
+    query = read_query(values, lambda text: _find(text, experiment, Store(root)))
     recorded = load([shipped, root / "ablations"])
-    lines = advise(question, recorded, rules())
+    lines = advise(query, recorded, rules())
     if experiment["json"] is True:
-        print(documents.text(documents.advice(question, lines, len(recorded))))
+        print(documents.text(documents.advice(query, lines, len(recorded))))
         return
     out = console()
-    out.print(f"{described(question)}\n", soft_wrap=True)
+    out.print(f"{described(query)}\n", soft_wrap=True)
     topic = ""
     for sentence in lines:
         if sentence.topic != topic:
@@ -46,15 +46,15 @@ def answer(values: Mapping[str, Any], experiment: Mapping[str, Any], shipped: Pa
     out.print(f"\n{len(recorded)} recorded {'study' if len(recorded) == 1 else 'studies'} read.")
 
 
-def described(question: AdviceQuery) -> str:
-    """The question as it was understood."""
-    source, seen = question.source, "an unknown number of"
+def described(query: AdviceQuery) -> str:
+    """The query as it was read."""
+    source, seen = query.source, "an unknown number of"
     if source.tokens is not None:
         seen = f"{count(source.tokens)} ({source.tokens / source.params:.3g} a parameter)"
-    active = f", {count(question.active_params)} active" if question.kind == "scale_out" else ""
+    active = f", {count(query.active_params)} active" if query.kind == "scale_out" else ""
     return (
-        f"From {count(source.params)} parameters trained on {seen} tokens to {count(question.target_params)}{active}, "
-        f"with {count(question.budget)} tokens of training after growth:"
+        f"From {count(source.params)} parameters trained on {seen} tokens to {count(query.target_params)}{active}, "
+        f"with {count(query.budget)} tokens of training after growth:"
     )
 
 
@@ -65,8 +65,8 @@ def _find(text: str, experiment: Mapping[str, Any], store: Store) -> GrowthSourc
         model = read_config(path)
         return GrowthSource(model.num_params, None, model)
     nodes = graph.build(graph.parse({**experiment, "action": "lineage"}))
-    wanted = {name: each.fingerprint for name, each in expected_stages(nodes).items()}
-    entry = find(read_graph(store.stages), wanted, text, latest=True)
+    expected = {name: each.fingerprint for name, each in expected_stages(nodes).items()}
+    entry = find(read_graph(store.stages), expected, text, latest=True)
     model = read_config(entry.directory / "model" if entry.is_stage else entry.directory)
     tokens = entry.metrics.get("lineage_tokens")
     return GrowthSource(model.num_params, float(tokens) if tokens is not None else None, model)

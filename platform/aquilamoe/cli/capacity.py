@@ -51,10 +51,10 @@ def memory_table(stages: Sequence[Training], cluster: ClusterConfig) -> Table:
     return table
 
 
-def layout_table(found: Sequence[Choice], now: Choice) -> Table:
+def layout_table(choices: Sequence[Choice], now: Choice) -> Table:
     """The peak of every stage, however the model is divided; what does not fit is marked."""
     table = make_table("a device", *(f">{name}" for name in now.peaks), "")
-    for each in found:
+    for each in choices:
         size = f" {each.cluster.shard_size}" if each.cluster.shard_size else ""
         is_now = each.cluster == now.cluster
         peaks = [
@@ -69,7 +69,7 @@ def verdict(now: Choice, nearest: Choice | None) -> str:
     """Whether the layout fits, and what to type where it does not."""
     room = format.size_or_absent(now.cluster.gpu_memory_bytes)
     if now.fits:
-        return f"Fits: of {room} a device, {layouts.RESERVE:.0%} are counted on."
+        return f"Fits: of {room} a device, at most {layouts.RESERVE:.0%} may be used."
     worst = max(now.peaks, key=lambda name: now.peaks[name])
     needs = f"{worst} takes {format.size_or_absent(now.peaks[worst])} of {room} a device"
     if nearest is None:
@@ -78,15 +78,15 @@ def verdict(now: Choice, nearest: Choice | None) -> str:
 
 
 def speed(cluster: ClusterConfig) -> str:
-    """What times come from, where no training has been measured."""
+    """The basis of time estimates where no training has been measured."""
     speed, devices = Speed.of(cluster), cluster.workers * max(1, cluster.gpus_per_worker)
     if cluster.flops_per_s is not None:
-        said = f"at {format.power(cluster.flops_per_s)} FLOP/s"
+        basis = f"{format.power(cluster.flops_per_s)} FLOP/s"
     elif cluster.device_flops_per_s is not None and cluster.mfu is not None:
         peak = f"{cluster.device_flops_per_s / 1e12:.3g} TFLOP/s"
-        said = f"at {cluster.mfu:.0%} of {f'{devices} x ' if devices > 1 else ''}{peak}"
+        basis = f"{cluster.mfu:.0%} of {f'{devices} x ' if devices > 1 else ''}{peak}"
     elif speed.cores:
-        said = f"what {speed.cores} cores of this machine can do"
+        basis = f"the measured speed of {speed.cores} CPU cores"
     else:
-        said = "not known, as long as cluster.flops_per_s is null,"
-    return f"Times are {said} where no training has been measured here."
+        return "No time estimate: run a training here, or set cluster.flops_per_s."
+    return f"Times assume {basis} where no training has been measured here."

@@ -1,4 +1,4 @@
-"""What `action=run`, `plan`, `status` and the questions about lineage do with a validated experiment."""
+"""What `action=run`, `plan`, `status` and the queries about lineage do with a validated experiment."""
 
 import os
 import time
@@ -58,7 +58,7 @@ def execute(values: Mapping[str, Any], command: str) -> None:
         _clean(experiment, graph.build(experiment), store)
         return
     if experiment.action in lineage.ACTIONS:
-        _answer(experiment, nodes, store)
+        _query_lineage(experiment, nodes, store)
         return
     if experiment.action in evaluation.ACTIONS:
         _examine(experiment, nodes, store)
@@ -110,17 +110,17 @@ def _clean(experiment: ExperimentConfig, nodes: Mapping[str, Node], store: Store
                 remove(each)
 
 
-def _show_unused(experiment: ExperimentConfig, found: Sequence[Unused], store: Store) -> None:
+def _show_unused(experiment: ExperimentConfig, outputs: Sequence[Unused], store: Store) -> None:
     out = console.console()
-    if not found:
+    if not outputs:
         out.print(f"Everything in {_relative(store.stages)} is needed by a report, an ablation or this experiment.")
         return
-    out.print(tables.unused_table(found, out.width))
+    out.print(tables.unused_table(outputs, out.width))
     if experiment.confirm:
-        out.print(f"\nRemoving these {len(found)} directories of {_relative(store.stages)}.", soft_wrap=True)
+        out.print(f"\nRemoving these {len(outputs)} directories of {_relative(store.stages)}.", soft_wrap=True)
     else:
         out.print(
-            f"\nNothing was removed. To remove these {len(found)} directories of {_relative(store.stages)}, "
+            f"\nNothing was removed. To remove these {len(outputs)} directories of {_relative(store.stages)}, "
             "repeat the command with confirm=true.",
             soft_wrap=True,
         )
@@ -137,7 +137,7 @@ def _write_report(experiment: ExperimentConfig, plan: Sequence[Planned], store: 
     if missing:
         raise UserError(
             f"report: {', '.join(missing)} of experiment {experiment.name} {'has' if len(missing) == 1 else 'have'} no "
-            "output yet; run them first (action=status shows what is there)"
+            "output yet; run them first (action=status shows what is complete)"
         )
     console.console().print(f"report  {_relative(_report(experiment, done, store, command))}", soft_wrap=True)
 
@@ -157,7 +157,7 @@ def _held(store: Store, plan: Sequence[Planned]) -> Iterator[bool]:
         yield is_writable
 
 
-def _answer(experiment: ExperimentConfig, nodes: Mapping[str, Node], store: Store) -> None:
+def _query_lineage(experiment: ExperimentConfig, nodes: Mapping[str, Node], store: Store) -> None:
     """Answer a query about outputs; a rebuild runs stages as any run does, in a store of its own, untracked."""
     out = console.console()
 
@@ -168,7 +168,7 @@ def _answer(experiment: ExperimentConfig, nodes: Mapping[str, Node], store: Stor
         with _workers(experiment, plan, scratch):
             return runner.run(plan, scratch, experiment.cluster, [view])
 
-    lineage.answer(experiment, nodes, store, lambda line: out.print(line, soft_wrap=True), run, _lineage_text)
+    lineage.run_query(experiment, nodes, store, lambda line: out.print(line, soft_wrap=True), run, _lineage_text)
 
 
 def _lineage_text(library: ArtifactGraph, entry: Artifact) -> str:
@@ -196,12 +196,12 @@ def _rehearse(values: Mapping[str, Any], experiment: ExperimentConfig, nodes: Ma
     out, started = console.console(), time.monotonic()
     out.print(f"{experiment.name}: {experiment.description}\n")
     for node in nodes.values():
-        planning.estimate(node)  # what it refuses is refused here, too
+        planning.estimate(node)  # its checks apply here, too
         if node.model is not None and node.stage.kind != "export":
-            said = f"{check_model(node):,} tensors, {node.model.num_params:,} parameters"
+            counts = f"{check_model(node):,} tensors, {node.model.num_params:,} parameters"
             if node.source_model is not None and node.model != node.source_model:
-                said += f"; the growth makes all {check_growth(node):,} of its files, each in its shape"
-            out.print(f"{node.name}: {said}", soft_wrap=True)
+                counts += f"; the growth makes all {check_growth(node):,} tensors in their shapes"
+            out.print(f"{node.name}: {counts}", soft_wrap=True)
     with TemporaryDirectory(prefix=f"{experiment.name}-dryrun-") as scratch:
         small, width = shrunk(values, Path(scratch))
         rehearsed, store = graph.parse(small), Store(Path(scratch))
@@ -213,13 +213,13 @@ def _rehearse(values: Mapping[str, Any], experiment: ExperimentConfig, nodes: Ma
 
 def _show_plan(experiment: ExperimentConfig, plan: Sequence[Planned], store: Store) -> None:
     if experiment.as_json:
-        print(documents.text(documents.pipeline(experiment, plan, costs.foreseen(plan, experiment.cluster))))
+        print(documents.text(documents.pipeline(experiment, plan, costs.estimated(plan, experiment.cluster))))
         return
     out = console.console()
     out.print(f"{experiment.name}: {experiment.description}\n")
     out.print(tables.plan_table(plan, out.width))
     out.print()
-    out.print(tables.cost_table(costs.foreseen(plan, experiment.cluster), out.width))
+    out.print(tables.cost_table(costs.estimated(plan, experiment.cluster), out.width))
     _show_devices(out, experiment, plan)
     for line in preflight.missing_files(plan):
         out.print(f"\na run would stop: {line}", style="yellow", soft_wrap=True)

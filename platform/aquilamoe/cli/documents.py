@@ -101,9 +101,9 @@ def advice(query: AdviceQuery, lines: Sequence[AdviceLine], studies: int) -> dic
     }
 
 
-def unused(found: Sequence[Unused], removed: bool) -> dict[str, Any]:
+def unused(outputs: Sequence[Unused], removed: bool) -> dict[str, Any]:
     """Of `clean`: directories that nothing needs, largest first, and whether they are being removed."""
-    directories = [{"directory": str(each.path), "bytes": each.bytes, "reason": each.reason} for each in found]
+    directories = [{"directory": str(each.path), "bytes": each.bytes, "reason": each.reason} for each in outputs]
     return {"action": "clean", "removed": removed, "directories": directories}
 
 

@@ -28,11 +28,11 @@ ACTIONS = ("generate", "evaluate")
 FOLDER, MODEL = "evaluations", "model"
 KEPT = ("results", "configs", "versions", "n-samples", "higher_is_better")
 EXTRA = "pip install 'aquilamoe[evaluation]', in a checkout pip install -c constraints.txt -e '.[evaluation]'"
-Say = Callable[[str], None]
+PrintLine = Callable[[str], None]
 Rows = list[tuple[str, str, float, int]]
 
 
-def generate(experiment: ExperimentConfig, nodes: Mapping[str, Node], store: Store, say: Say) -> None:
+def generate(experiment: ExperimentConfig, nodes: Mapping[str, Node], store: Store, print_line: PrintLine) -> None:
     """Continue `prompt` with a checkpoint, or each prompt of the evaluation's samples."""
     from aquilamoe.evaluation.samples import manner
 
@@ -41,9 +41,9 @@ def generate(experiment: ExperimentConfig, nodes: Mapping[str, Node], store: Sto
     if not prompts:
         raise UserError("prompt: action=generate needs one; the experiment's evaluate stage has none either")
     writer, settings = _open(directory), experiment.generation
-    say(f"{label}, {manner(settings)}, {settings.max_new_tokens} tokens at most")
+    print_line(f"{label}, {manner(settings)}, {settings.max_new_tokens} tokens at most")
     for prompt, text in zip(prompts, writer.continue_texts(prompts, settings), strict=True):
-        say(f"\n{prompt}│{text}")
+        print_line(f"\n{prompt}│{text}")
 
 
 def evaluate(experiment: ExperimentConfig, nodes: Mapping[str, Node], store: Store) -> tuple[str, Rows, Path]:
@@ -52,7 +52,7 @@ def evaluate(experiment: ExperimentConfig, nodes: Mapping[str, Node], store: Sto
     Returns the results, (task, metric, value, items) for each figure, and the file with all of lm-eval's results.
     """
     if find_spec("lm_eval") is None:
-        raise UserError(f"tasks: action=evaluate asks them through lm-eval, which is not installed; {EXTRA}")
+        raise UserError(f"tasks: action=evaluate runs them through lm-eval, which is not installed; {EXTRA}")
     label, directory = checkpoint(experiment, nodes, store)
     folders, names = _tasks(experiment, nodes, store)
     from aquilamoe.evaluation import harness
@@ -106,7 +106,7 @@ def checkpoint(experiment: ExperimentConfig, nodes: Mapping[str, Node], store: S
         if (path / RECORD).is_file():
             check_unchanged(read_artifact(path), reader)
         return path.resolve().name, path
-    fingerprints = {name: wanted.fingerprint for name, wanted in expected_stages(nodes).items()}
+    fingerprints = {name: expected.fingerprint for name, expected in expected_stages(nodes).items()}
     try:
         entry = find(read_graph(store.stages), fingerprints, text, latest=True)
     except UserError as error:
@@ -135,15 +135,15 @@ def _tasks(experiment: ExperimentConfig, nodes: Mapping[str, Node], store: Store
     if experiment.evaluation.folder is not None:
         folder = local(experiment.evaluation.folder)
         if not folder.is_dir():
-            raise UserError(f"evaluation.folder: {folder} is no directory; give one with lm-eval's YAML files")
+            raise UserError(f"evaluation.folder: {folder} is not a directory; set it to one with lm-eval's YAML files")
         folders.append(folder.absolute())
-    wanted = expected_stages(nodes)
+    expected = expected_stages(nodes)
     for name, node in nodes.items():
-        if node.stage.kind == "corpus" and (found := store.find(name, wanted[name].fingerprint)):
+        if node.stage.kind == "corpus" and (found := store.find(name, expected[name].fingerprint)):
             from aquilamoe.evaluation.cloze import write_tasks
 
             integrity.check(*found, f"action={experiment.action}")
-            own = store.root / FOLDER / "tasks" / f"{wanted[name].fingerprint}-{experiment.evaluation.items}"
+            own = store.root / FOLDER / "tasks" / f"{expected[name].fingerprint}-{experiment.evaluation.items}"
             names += write_tasks(found[0], own, experiment.evaluation.items)
             folders.append(own)
     if not folders:

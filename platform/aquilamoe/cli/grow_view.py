@@ -66,7 +66,7 @@ class Bar:
         if self.out.is_terminal:
             self._bars.stop()
         if self._last:
-            say(self.out, self.step, self._last)
+            print_step(self.out, self.step, self._last)
 
     def end(self, text: str) -> None:
         """The text of the line that stays when the bar is gone."""
@@ -83,7 +83,7 @@ class TerminalReporter:
         return Bar(self.out, name, unit, total_bytes)
 
     def note(self, step: str, text: str) -> None:
-        say(self.out, step, text)
+        print_step(self.out, step, text)
 
     def cached(self, target: Path) -> None:
         self.out.print(f"cached: {relative(target)} is complete, by this very recipe")
@@ -97,7 +97,7 @@ class TerminalReporter:
         self.out.print(table)
 
 
-def say(out: Console, step: str, text: str) -> None:
+def print_step(out: Console, step: str, text: str) -> None:
     """A line about one step of the work."""
     out.print(f"  {step:<11}  {text}", soft_wrap=True)
 
@@ -175,13 +175,13 @@ def _show_cost(out: Console, request: Request, config: GrowConfig) -> None:
         f"memory  the growth at most {size_or_absent(cost.memory_bytes)}{certifying}, beside the libraries",
         soft_wrap=True,
     )
-    rate = f"{size_or_absent(int(config.disk_bytes_per_s))}/s, as disk_bytes_per_s says (stated, not measured)"
+    rate = f"{size_or_absent(int(config.disk_bytes_per_s))}/s, as set by disk_bytes_per_s (not measured)"
     out.print(f"time    about {duration(cost.seconds)} at {rate}; the certificate comes on top", soft_wrap=True)
 
 
 def _show_claim(out: Console, request: Request, config: GrowConfig, tolerance: float) -> None:
     if not request.preserving:
-        out.print("claim   none: source and target differ, the certificate says by how much")
+        out.print("claim   none: source and target differ, the certificate states by how much")
     elif config.certificate.enabled:
         tokens = f"{config.certificate.tokens:,} tokens"
         limit = f"{tolerance:.3g} of the logits' spread"

@@ -37,7 +37,7 @@ Execute = Callable[[dict[str, Any], str], None]
 def run(program: Program, execute: Execute) -> None:
     """Compose the program's configuration with the command line and execute it; exit with 1 and a line for a mistake.
 
-    execute: is given the composed values, and the command as it was typed, but for passwords in URLs.
+    execute: receives the composed values, and the command as it was typed, but for passwords in URLs.
     """
     passwords.learn_words(sys.argv[1:])
     typed = shlex.join([*_program(), *sys.argv[1:]])
@@ -59,17 +59,17 @@ def composed(program: Program, arguments: Sequence[str]) -> list[dict[str, Any]]
     logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
     words = words_of.read(program, arguments)
     if (words.options and not words.multirun) or any(word.startswith("hydra") for word in words.overrides):
-        return _answered(program, words)
+        return _compose_as_hydra(program, words)
     jobs = _jobs(words.overrides) if words.multirun else [words.overrides]
     return [_composed_once(program.config_name, job) for job in jobs]
 
 
-def _answered(program: Program, words: Words) -> list[dict[str, Any]]:
+def _compose_as_hydra(program: Program, words: Words) -> list[dict[str, Any]]:
     """What Hydra's own `main` does: it handles the options that only print, and exits; and it composes all others."""
     sys.argv[1:] = [*words.options, *words.overrides, *_searchpath(words.overrides)]
     configs: list[DictConfig] = []
 
-    # Nothing is done inside: Hydra prints a line of its own about what goes wrong there.
+    # Nothing runs inside: Hydra would print its own message about an error there.
     @hydra.main(config_path=str(CONF), config_name=program.config_name, version_base="1.3")
     def keep(config: DictConfig) -> None:
         configs.append(config)
@@ -158,17 +158,19 @@ def _explain(error: Exception) -> str:
     if isinstance(error, RecursionError):
         return "a configuration is nested too deep to be read; write it with fewer levels"
     if isinstance(error, yaml.YAMLError):
-        return f"a configuration is no YAML: {message}; correct it there"
+        return f"a configuration is not valid YAML: {message}; correct it there"
     if found := re.search(r"Could not find '([^']+)'", message):
         return f"{found[1]}: no such file in conf/; name one that is there, --help shows them"
     if isinstance(error, OverrideParseException):
         key, reason = error.override.lstrip("+").partition("=")[0], str(error.message).partition("\n")[0]
-        return f"{key}: its value cannot be read ({reason}); a text with other signs needs quotes: {key}='\"VALUE\"'"
+        return (
+            f"{key}: its value cannot be read ({reason}); text with special characters needs quotes: {key}='\"VALUE\"'"
+        )
     if found := re.match(r"Error merging override \+\+([^=]+)", message):
         reason = " ".join(str(causes[-1]).split()).partition(" full_key:")[0]
         return f"{found[1]}: cannot be set ({reason}); --cfg job prints the keys there are"
     if found := re.match(r"Interpolation key '([^']+)' not found full_key: (\S+)", message):
-        return f"{found[1]}: is needed by {found[2]}, and is not there; set it, or {found[2]}"
+        return f"{found[1]}: is needed by {found[2]}, and is not set; set it, or {found[2]}"
     if found := re.match(r"Ambiguous value for argument '\+*([^=]+)=(.*?)' 1\.", message):
         return f"{found[1]}={found[2]}: several values; write [{found[2]}] for a list, or add --multirun"
     if found := re.match(r"Missing mandatory value: \S+ full_key: (\S+)", message):

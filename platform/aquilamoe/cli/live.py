@@ -33,7 +33,7 @@ class LiveView:
         self.pipeline = of_plan(name, plan)
         self.width = max(len(planned.name) for planned in plan)
         self._live: Live | None = None
-        self._said = 0.0
+        self._printed_at = 0.0
 
     def stage_started(
         self, stage: str, fingerprint: str, directory: Path, recipe: dict[str, Any], inputs: dict[str, dict[str, Any]]
@@ -43,7 +43,7 @@ class LiveView:
         if not self.out.is_terminal:
             budget = f", {format.count(progress.tokens)} tokens" if progress.tokens else ""
             self.out.print(f"  {stage:<{self.width}}  started{budget}")
-            self._said = time.monotonic()
+            self._printed_at = time.monotonic()
         elif self._live is None:
             self._live = Live(
                 view.Present(self.pipeline, time.time),
@@ -56,8 +56,8 @@ class LiveView:
     def stage_progress(self, stage: str, points: list[dict[str, Any]]) -> None:
         progress = self.pipeline[stage]
         progress.add(points)
-        if not self.out.is_terminal and time.monotonic() - self._said > view.PLAIN_EVERY_S:
-            self._said = time.monotonic()
+        if not self.out.is_terminal and time.monotonic() - self._printed_at > view.PLAIN_EVERY_S:
+            self._printed_at = time.monotonic()
             self.out.print(f"  {stage:<{self.width}}  {view.plain(progress, time.time())}")
 
     def stage_finished(self, stage: str, directory: Path, record: Record, cached: bool) -> None:

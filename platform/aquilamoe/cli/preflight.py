@@ -51,7 +51,7 @@ def _check_gpus(experiment: ExperimentConfig) -> None:
         memory = f" with {size(cluster.gpu_memory_bytes)} each" if cluster.gpu_memory_bytes else ""
         raise UserError(
             f"experiment {experiment.name}: needs {needed} GPUs{memory}, this machine has {found} "
-            f"(and {os.cpu_count()} CPUs); set cluster.address to a Ray cluster that has them, or look at its plan: "
+            f"(and {os.cpu_count()} CPUs); set cluster.address to a Ray cluster that has them, or view its plan: "
             f"python workflows/efficientscale.py +experiment={experiment.name} action=plan"
         )
 

@@ -84,7 +84,7 @@ def main() -> None:
     if name in COMMANDS:
         del sys.argv[1:2]
     elif name.replace("_", "").isalpha():
-        raise SystemExit(f"error: {name}: is no command; {nearest(name, COMMANDS)}")
+        raise SystemExit(f"error: {name}: is not a command; {nearest(name, COMMANDS)}")
     else:
         name = "run"
     sys.argv[0] = f"efficientscale {name}"

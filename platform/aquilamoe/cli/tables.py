@@ -96,12 +96,13 @@ def output_table(entries: Sequence[Artifact], width: int) -> Table:
     return _fitting(lines, None, width, left=("stage", "kind", "fingerprint", "finished"))
 
 
-def unused_table(found: Sequence[Unused], width: int) -> Table:
+def unused_table(outputs: Sequence[Unused], width: int) -> Table:
     """One row a directory that `action=clean` may remove."""
     lines = [
-        {"directory": each.path.name, "disk ": format.size_or_absent(each.bytes), "why": each.reason} for each in found
+        {"directory": each.path.name, "disk ": format.size_or_absent(each.bytes), "why": each.reason}
+        for each in outputs
     ]
-    total = {"directory": "total", "disk ": format.size_or_absent(sum(each.bytes for each in found)), "why": ""}
+    total = {"directory": "total", "disk ": format.size_or_absent(sum(each.bytes for each in outputs)), "why": ""}
     return _fitting(lines, total, width, left=("directory", "why"), shrinks="why")
 
 

@@ -71,7 +71,7 @@ class Watched:
         self.stages: list[dict[str, Any]] = announcement["stages"]
         self.width = max(len(stage["name"]) for stage in self.stages)
         self._records: dict[str, Record] = {}
-        self._told: set[str] = set()
+        self._shown: set[str] = set()
 
     @staticmethod
     def find(store: Store) -> "Watched | None":
@@ -88,7 +88,7 @@ class Watched:
         return Watched(store, announcement)
 
     def read(self) -> PipelineProgress:
-        """How far it is now."""
+        """Its progress now."""
         return PipelineProgress(self.name, [self._stage(stage) for stage in self.stages])
 
     def _stage(self, stage: dict[str, Any]) -> StageProgress:
@@ -103,7 +103,7 @@ class Watched:
         partial = self.store.partial(name, stage["fingerprint"])
         attempts = Attempts(self.store.root, self.store.directory(name, stage["fingerprint"]).name)
         alive, begun = attempts.last_alive(), attempts.read()
-        # One that was killed left its files as they were.
+        # A killed one left its files in place.
         if partial.exists() and begun and alive is not None and time.time() - alive < SILENT_S:
             progress.start(begun[-1].started)
             progress.add(read_points(partial / METRICS))
@@ -121,8 +121,8 @@ class Watched:
         lines = []
         for stage in self.stages:
             name = stage["name"]
-            if name in self._records and name not in self._told:
-                self._told.add(name)
+            if name in self._records and name not in self._shown:
+                self._shown.add(name)
                 lines.append(view.finished(name, self.width, self._records[name], stage["cached"]))
         return lines
 
@@ -160,13 +160,13 @@ def _follow_on_a_terminal(out: Console, watched: Watched) -> None:
 def _follow_in_lines(out: Console, watched: Watched) -> None:
     """The view of this moment, then what finishes, and now and then how far the running stage is."""
     show(out, watched)
-    said = time.monotonic()
+    printed_at = time.monotonic()
     while watched.store.holder() is not None and not standard_output.is_lost():
         running = watched.read().running
         for line in watched.newly_finished():
             out.print(line)
-            said = time.monotonic()
-        if running is not None and time.monotonic() - said > view.PLAIN_EVERY_S:
+            printed_at = time.monotonic()
+        if running is not None and time.monotonic() - printed_at > view.PLAIN_EVERY_S:
             out.print(f"  {running.name:<{watched.width}}  {view.plain(running, time.time())}")
-            said = time.monotonic()
+            printed_at = time.monotonic()
         time.sleep(1 / REFRESHES_PER_S)

@@ -111,7 +111,7 @@ def _explained(program: Program, message: str, arguments: Sequence[str]) -> str:
         after = list(arguments).index(flag) + 1 if flag in arguments else len(arguments)
         if not value and after < len(arguments) and "=" not in arguments[after]:
             value = arguments[after]
-        return f"{flag}: no such option; what is changed is written KEY=VALUE, e.g. {name}={value or 'VALUE'}"
+        return f"{flag}: no such option; settings are written KEY=VALUE, e.g. {name}={value or 'VALUE'}"
     if found := re.match(r"argument ([^:]+): invalid choice: '([^']*)' \(choose from (.*)\)", message):
         choices = found[3].replace("'", "").split(", ")
         return f"{found[1]}: '{found[2]}' is not a choice; {nearest(found[2], choices)}"
@@ -129,7 +129,7 @@ def _normalized(program: Program, word: str, words: Words) -> tuple[int, str]:
     if prefix == "~" or "@" in key or key.startswith("hydra"):
         return last, word
     if not match["equals"] or not key:
-        raise UserError(f"{word}: is no change; write what you change as KEY=VALUE, --help shows how")
+        raise UserError(f"{word}: is not a setting; write KEY=VALUE, --help shows how")
     if key in program.chosen and value != "null":
         _check_option(key, value, words)
         return list(program.chosen).index(key), f"+{key}={value}"
@@ -138,8 +138,8 @@ def _normalized(program: Program, word: str, words: Words) -> tuple[int, str]:
         return last, f"{key}={value}"
     if key in OWNERS and key not in program.chosen:
         raise UserError(
-            f"{key}={value}: {SCRIPTS[program.config_name]} has no {key}s; they are of python workflows/{OWNERS[key]} "
-            f"{key}={value}"
+            f"{key}={value}: {SCRIPTS[program.config_name]} has no {key}s; they belong to python "
+            f"workflows/{OWNERS[key]} {key}={value}"
         )
     if (value != "null" and is_text(program.schema, key)) or (is_as_typed(program.schema, key) and value != "null"):
         if words.multirun and "," in value:
@@ -154,7 +154,7 @@ def quoted(value: str, with_quotes: bool = False) -> str:
     if not with_quotes and (inner := IN_QUOTES.fullmatch(value)):
         value = inner[1] if inner[1] is not None else inner[2]
     # A backslash is itself, but before a quotation mark, ${, or the end; of ${ only what reads the environment is kept.
-    value = re.sub(r"(\\*)('|$(?!\n)|\$\{(?!oc\.))", lambda found: _escaped(found[1], found[2]), value)
+    value = re.sub(r"(\\*)('|$(?!\n)|\$\{(?!oc\.))", lambda match: _escaped(match[1], match[2]), value)
     return f"'{value}'"
 
 
@@ -174,7 +174,7 @@ def _check_option(group: str, value: str, words: Words) -> None:
             raise UserError(f"{group}={value}: {_missing_option(group, name, known)}")
         if found is not None and group in GLOBAL_GROUPS and not HEADER.search(_head(found)):
             raise UserError(
-                f"{found}: begins without the line '# @package _global_', which says where its keys belong; add it"
+                f"{found}: begins without the line '# @package _global_', which sets where its keys belong; add it"
             )
 
 
@@ -198,8 +198,8 @@ def _missing_option(group: str, name: str, known: list[str]) -> str:
             f"data.sources.en.path={name} data.sources.zh=null"
         )
     return (
-        f"names a configuration of conf/{group} ({', '.join(known)}), not a file; put yours into the folder "
-        f"conf/{group} of the directory where you start, and name it without .yaml"
+        f"names a configuration of conf/{group} ({', '.join(known)}), not a file; put your file into "
+        f"conf/{group} of the working directory and name it without .yaml"
     )
 
 
@@ -212,7 +212,7 @@ def _check_bounds(key: str, value: str) -> None:
         depth += (character in "[{(") - (character in ")}]")
         deepest = max(deepest, depth)
     if deepest > MAX_DEPTH:
-        raise UserError(f"{key}: {deepest} brackets inside each other, at most {MAX_DEPTH} are read")
+        raise UserError(f"{key}: {deepest} nested brackets, at most {MAX_DEPTH} are read")
     if len(value) > MAX_CHARACTERS:
         raise UserError(
             f"{key}: a list or mapping of {len(value)} characters, at most {MAX_CHARACTERS} are read; write it in a "

@@ -154,7 +154,7 @@ def _clean(task: tuple[Settings, SourceShard]) -> None:
                 bad[problem] += 1
                 if bad[problem] <= NAMED:
                     named.append((row.place, problem))
-            elif _is_wanted(row, settings.config.filters):
+            elif _passes_filters(row, settings.config.filters):
                 shard_writer.add(row)
             else:
                 filtered += 1
@@ -212,7 +212,7 @@ def _problem(row: RawDocument, settings: Settings) -> str | None:
     return None if split is None or split in SPLITS else "unknown_split"
 
 
-def _is_wanted(row: RawDocument, filters: FiltersConfig) -> bool:
+def _passes_filters(row: RawDocument, filters: FiltersConfig) -> bool:
     assert row.text is not None
     within = filters.min_bytes <= len(row.text) and (filters.max_bytes is None or len(row.text) <= filters.max_bytes)
     return within and all(row.values.get(name) in allowed for name, allowed in filters.columns.items())
@@ -291,7 +291,7 @@ def _named(reports: list[Report]) -> list[dict[str, str]]:
     for place, problem in (entry for report in reports for entry in report.named):
         seen[problem] += 1
         if seen[problem] <= NAMED:
-            found.append({"document": reading.spoken(place), "problem": PROBLEMS[problem]})
+            found.append({"document": reading.describe(place), "problem": PROBLEMS[problem]})
     return found
 
 

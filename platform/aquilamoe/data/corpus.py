@@ -227,7 +227,7 @@ def source_files(source: str, config: SourceConfig) -> list[Path]:
 def path_inside(folder: Path, name: str, where: str) -> Path:
     """A path, or glob, below a folder of a package; refused if it leads out of it."""
     if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise UserError(f"{where}: '{name}' leads out of the package; name a file in it, or give a path without ://")
+        raise UserError(f"{where}: '{name}' is outside the package; name a file in it, or give a path without ://")
     return folder / name
 
 
@@ -290,9 +290,9 @@ def _read_parquet(path: Path) -> Iterator[Document]:
             raise UserError(f"{path}: corrupt after row {row} ({first_line(error)}); copy it again") from None
 
 
-def check_columns(path: Path | str, names: Sequence[str], wanted: Iterable[str]) -> None:
+def check_columns(path: Path | str, names: Sequence[str], required: Iterable[str]) -> None:
     """Refuse a table with several columns of a name that is read."""
-    for name in wanted:
+    for name in required:
         if (count := names.count(name)) > 1:
             raise UserError(f"{path}: {count} columns '{name}'; remove or rename all but one")
 

@@ -33,7 +33,9 @@ def tables(config: HubConfig, where: str, start: int, stop: int) -> "Iterator[pa
         shard = data.shard(data.num_shards, start) if config.streaming else data.select(range(start, stop))
         yield from shard.with_format("arrow").iter(batch_size=BATCH_ROWS)
     except Exception as error:  # the network's, the file format's, the library's own
-        raise UserError(f"{where}: '{config.name}' cannot be read to its end ({_said(error)}); run again") from None
+        raise UserError(
+            f"{where}: '{config.name}' cannot be read completely ({_first_line(error)}); run again"
+        ) from None
 
 
 def _open(config: HubConfig, where: str) -> Any:
@@ -56,9 +58,9 @@ def _open(config: HubConfig, where: str) -> Any:
     except Exception as error:  # the library's, the hub's and the network's: a hundred kinds
         from huggingface_hub.constants import is_offline_mode
 
-        remedy = "unset HF_HUB_OFFLINE to ask the hub" if is_offline_mode() else "check its name, subset and split"
-        raise UserError(f"{where}: '{config.name}' cannot be opened ({_said(error)}); {remedy}") from None
+        remedy = "unset HF_HUB_OFFLINE to reach the hub" if is_offline_mode() else "check its name, subset and split"
+        raise UserError(f"{where}: '{config.name}' cannot be opened ({_first_line(error)}); {remedy}") from None
 
 
-def _said(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

@@ -42,7 +42,7 @@ def share_out(function: Callable[[Task], Result], tasks: Sequence[Task], process
                 yield future.result()
         except BrokenProcessPool:
             raise UserError(
-                "a process that prepares data was killed, perhaps for want of memory; run again, finished shards stay "
+                "a process that prepares data was killed, perhaps for lack of memory; run again, finished shards stay "
                 "(with fewer processes: cluster.data_processes)"
             ) from None
         finally:

@@ -88,21 +88,21 @@ def shards(source: str, config: SourceConfig, shard_bytes: int) -> list[SourceSh
 
 def read(shard: SourceShard, config: SourceConfig, max_document_bytes: int) -> Iterator[RawDocument]:
     """The rows of a shard in order; UserError for a file that cannot be read, or has no column for the text."""
-    wanted = [config.text, config.split, *config.filters.columns]
+    columns_read = [config.text, config.split, *config.filters.columns]
     for part in shard.parts:
         if part.kind == HUB:
             assert config.hub is not None
             tables = hub.tables(config.hub, f"sources.{shard.source}.hub", part.start, part.stop)
-            yield from _table_rows(tables, wanted, f"{part.file}[{config.hub.split}] from {part.start}", 0)
+            yield from _table_rows(tables, columns_read, f"{part.file}[{config.hub.split}] from {part.start}", 0)
         elif part.kind == ".parquet":
-            yield from _parquet_rows(part, wanted)
+            yield from _parquet_rows(part, columns_read)
         elif part.kind == ".jsonl":
-            yield from _json_rows(part, wanted, max_document_bytes * ESCAPED + AROUND_TEXT)
+            yield from _json_rows(part, columns_read, max_document_bytes * ESCAPED + AROUND_TEXT)
         else:
             yield _text_row(part, max_document_bytes)
 
 
-def spoken(place: Place) -> str:
+def describe(place: Place) -> str:
     """A place for people: the line number of a byte, which takes reading the file up to there."""
     if place.unit != "byte":
         return f"{place.file}, {place.unit} {place.number}" if place.unit else place.file
@@ -129,44 +129,44 @@ def _parts(path: Path, shard_bytes: int) -> Iterator[FileRange]:
         yield FileRange(path.suffix, str(path), 0, status.st_size, status.st_size, status.st_mtime_ns)
 
 
-def _parquet_rows(part: FileRange, wanted: list[str]) -> Iterator[RawDocument]:
+def _parquet_rows(part: FileRange, columns_read: list[str]) -> Iterator[RawDocument]:
     import pyarrow as pa
 
     with open_parquet(Path(part.file)) as file:
         names = file.schema_arrow.names
-        check_columns(part.file, names, wanted)
+        check_columns(part.file, names, columns_read)
         metadata = file.metadata
         before = sum(metadata.row_group(group).num_rows for group in range(part.start))
         group = metadata.row_group(part.start)
         # A batch holds documents of a few bytes or of megabytes: as many as are about a row group of ours.
         rows = max(1, min(INPUT_ROWS, ROW_GROUP_BYTES * group.num_rows // max(1, group.total_byte_size)))
-        columns = [name for name in dict.fromkeys(wanted) if name in names]
+        columns = [name for name in dict.fromkeys(columns_read) if name in names]
         batches = file.iter_batches(rows, row_groups=list(range(part.start, part.stop)), columns=columns)
         try:
             tables = (pa.Table.from_batches([batch]) for batch in batches)
-            yield from _table_rows(tables, wanted, part.file, before, names)
+            yield from _table_rows(tables, columns_read, part.file, before, names)
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{part.file}: corrupt ({first_line(error)}); copy it again") from None
 
 
 def _table_rows(
-    tables: "Iterator[pa.Table]", wanted: list[str], file: str, before: int, names: list[str] | None = None
+    tables: "Iterator[pa.Table]", columns_read: list[str], file: str, before: int, names: list[str] | None = None
 ) -> Iterator[RawDocument]:
     """The rows of tables; `before` rows of the file come before them. names: all columns, for a message."""
-    text, split, *others = wanted
+    text, split, *others = columns_read
     row = before
     for table in tables:
-        check_columns(file, table.column_names, wanted)
+        check_columns(file, table.column_names, columns_read)
         for name in (text, *others):
             if name not in table.column_names:
                 known = ", ".join(names or table.column_names)
                 raise UserError(f"{file}: no column '{name}', only {known}; name the right one in the source's text")
         texts = _as_bytes(table, text, file)
-        said = [name for name in dict.fromkeys([split, *others]) if name in table.column_names]
-        values = [_plain(table, name) for name in said]
+        present = [name for name in dict.fromkeys([split, *others]) if name in table.column_names]
+        values = [_plain(table, name) for name in present]
         for index, found in enumerate(texts):
             row += 1
-            more = {name: column[index] for name, column in zip(said, values, strict=True)}
+            more = {name: column[index] for name, column in zip(present, values, strict=True)}
             yield RawDocument(found, more, Place(file, "row", row), "empty" if found is None else None)
 
 
@@ -193,7 +193,7 @@ def _plain(table: "pa.Table", name: str) -> list[Any]:
     return list(column.to_pylist())
 
 
-def _json_rows(part: FileRange, wanted: list[str], line_limit: int) -> Iterator[RawDocument]:
+def _json_rows(part: FileRange, columns_read: list[str], line_limit: int) -> Iterator[RawDocument]:
     """The lines that begin in the part's bytes."""
     with Path(part.file).open("rb") as file:
         if part.start:
@@ -205,7 +205,7 @@ def _json_rows(part: FileRange, wanted: list[str], line_limit: int) -> Iterator[
                 _skip_line(line, file)
                 yield RawDocument(None, {}, place, "too_long")
             elif line.strip():
-                yield _json_row(line, wanted, place)
+                yield _json_row(line, columns_read, place)
 
 
 def _skip_line(begun: bytes, file: Any) -> None:
@@ -213,7 +213,7 @@ def _skip_line(begun: bytes, file: Any) -> None:
         begun = file.readline(SKIPPED_BYTES)
 
 
-def _json_row(line: bytes, wanted: list[str], place: Place) -> RawDocument:
+def _json_row(line: bytes, columns_read: list[str], place: Place) -> RawDocument:
     try:
         values = json.loads(line.decode("utf-8" if place.number else "utf-8-sig"))
     except UnicodeDecodeError:
@@ -222,8 +222,8 @@ def _json_row(line: bytes, wanted: list[str], place: Place) -> RawDocument:
         return RawDocument(None, {}, place, "not_json")
     if not isinstance(values, dict):
         return RawDocument(None, {}, place, "no_text")
-    text = values.get(wanted[0], 0)
-    more = {name: values[name] for name in wanted[1:] if name in values}
+    text = values.get(columns_read[0], 0)
+    more = {name: values[name] for name in columns_read[1:] if name in values}
     if not isinstance(text, str):
         return RawDocument(None, more, place, "empty" if text is None else "no_text")
     try:

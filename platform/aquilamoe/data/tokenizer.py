@@ -53,8 +53,8 @@ def train_tokenizer(corpus: Path, vocab_size: int, out: Path) -> dict[str, float
     reached = tokenizer.get_vocab_size()
     if reached < vocab_size:
         raise UserError(
-            f"vocab_size: {vocab_size} tokens wanted, but {seen['bytes']} bytes of training text give only {reached}; "
-            f"set vocab_size to at most {reached}, or use a larger corpus"
+            f"vocab_size: {vocab_size} tokens requested, but {seen['bytes']} bytes of training text give only "
+            f"{reached}; set vocab_size to at most {reached}, or use a larger corpus"
         )
     save_tokenizer(tokenizer, out)
     return {"vocab_size": reached, "train_documents": seen["documents"], "train_bytes": seen["bytes"]}

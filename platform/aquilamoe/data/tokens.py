@@ -77,7 +77,7 @@ class TokenFile:
         dtype, sequences, boundaries = self._read_header(index)
         starts = np.cumsum([HEADER.size, 4 * sequences, 8 * sequences, 8 * boundaries])
         if index.size != starts[3]:
-            raise self._corrupt(f"{self._idx}: {index.size} bytes, but its header speaks of {starts[3]}")
+            raise self._corrupt(f"{self._idx}: {index.size} bytes, but its header declares {starts[3]}")
         self.lengths_d = index[starts[0] : starts[1]].view("<i4")
         self.offsets_d = index[starts[1] : starts[2]].view("<i8")
         boundaries_d = index[starts[2] : starts[3]].view("<i8")
@@ -85,7 +85,7 @@ class TokenFile:
             raise self._corrupt(f"{self._idx}: its documents do not end at its {sequences} sequences")
         size = int(self.offsets_d[-1]) + int(self.lengths_d[-1]) * dtype.itemsize if sequences else 0
         if self._bin.stat().st_size != size:
-            raise self._corrupt(f"{self._bin}: {self._bin.stat().st_size} bytes, but its index speaks of {size}")
+            raise self._corrupt(f"{self._bin}: {self._bin.stat().st_size} bytes, but its index declares {size}")
         self.tokens_n = _map(self._bin, dtype, in_random_order)
 
     def __len__(self) -> int:

@@ -87,7 +87,7 @@ def read_ranks(path: Path) -> dict[bytes, int]:
     if sorted(ranks.values()) != list(range(len(ranks))):
         raise UserError(f"{path}: its ranks are not 0 to {len(ranks) - 1}, one each; restore the file")
     if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
-        raise UserError(f"{path}: byte {missing[0]} is no token, so that not every text can be written; restore it")
+        raise UserError(f"{path}: byte {missing[0]} is not a token, so not every text can be encoded; restore it")
     return ranks
 
 

@@ -41,7 +41,7 @@ def check_model(node: Node) -> int:
     if found != config.num_params:
         raise UserError(
             f"stages.{node.name}: the network has {found:,} parameters, the plan counts {config.num_params:,}; "
-            "this is a mistake of the platform, please report it with the configuration"
+            "this is a bug in the platform, please report it with the configuration"
         )
     return len(parameters)
 
@@ -106,9 +106,9 @@ class _Info:
         self.dtype, self.num_bytes = "F32", num_bytes
 
 
-def _check_shape(node: Node, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
-    if tuple(found) != tuple(expected):
-        raise _mistake(node, f"{name} has shape {tuple(found)}, the target's is {tuple(expected)}")
+def _check_shape(node: Node, name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    if tuple(shape) != tuple(expected):
+        raise _mistake(node, f"{name} has shape {tuple(shape)}, the target's is {tuple(expected)}")
 
 
 def _mistake(node: Node, what: str) -> UserError:

@@ -110,7 +110,7 @@ def _candidates(cluster: ClusterConfig) -> Iterator[Changes]:
         yield dict(zip(KEYS, (parallel, size, expert, checkpointing, tokens), strict=True))
 
 
-def _price(found: Choice) -> tuple[float, ...]:
-    shards = memory.Layout.of(found.cluster).shards
-    recomputed = "activation_checkpointing" in found.changes
-    return (len(found.changes), recomputed, shards, -found.cluster.micro_batch_tokens, found.cluster.expert_parallel)
+def _price(choice: Choice) -> tuple[float, ...]:
+    shards = memory.Layout.of(choice.cluster).shards
+    recomputed = "activation_checkpointing" in choice.changes
+    return (len(choice.changes), recomputed, shards, -choice.cluster.micro_batch_tokens, choice.cluster.expert_parallel)

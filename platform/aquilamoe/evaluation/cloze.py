@@ -47,7 +47,7 @@ metadata: {{version: 1.0}}
 
 
 def write_tasks(corpus: Path, folder: Path, items: int) -> list[str]:
-    """Write the tasks of a prepared corpus, `items` questions each at most; return their names.
+    """Write the tasks of a prepared corpus, at most `items` items each; return their names.
 
     corpus: output folder of a corpus stage. UserError if a source's held-out text is too short for a choice.
     """
@@ -63,7 +63,7 @@ def write_tasks(corpus: Path, folder: Path, items: int) -> list[str]:
             )
         texts = [{"text": context + ending} for context, ending in passages]
         names += [
-            _write(folder, f"cloze_{source}", CLOZE, _questions(passages, source)),
+            _write(folder, f"cloze_{source}", CLOZE, _items(passages, source)),
             _write(folder, f"bits_{source}", BITS, texts),
         ]
     return names
@@ -76,15 +76,15 @@ def _write(folder: Path, name: str, task: str, lines: list[dict[str, object]] | 
     return name
 
 
-def _questions(passages: list[tuple[str, str]], seed: str) -> list[dict[str, object]]:
-    """The endings of each question in a random order of its own."""
-    draw, questions = random.Random(seed), []
+def _items(passages: list[tuple[str, str]], seed: str) -> list[dict[str, object]]:
+    """The endings of each item in a random order."""
+    draw, choices = random.Random(seed), []
     for index, (context, ending) in enumerate(passages):
         others = draw.sample([other for at, other in enumerate(passages) if at != index], CHOICES - 1)
         endings = [ending, *(other for _, other in others)]
         draw.shuffle(endings)
-        questions.append({"context": context, "endings": endings, "answer": endings.index(ending)})
-    return questions
+        choices.append({"context": context, "endings": endings, "answer": endings.index(ending)})
+    return choices
 
 
 def _passages(corpus: Path, source: str, items: int) -> Iterator[tuple[str, str]]:

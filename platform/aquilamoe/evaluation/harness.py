@@ -82,12 +82,12 @@ class Harness(TemplateLM):
     def _loglikelihood_tokens(self, requests: list[Request], **_: Any) -> list[tuple[float, bool]]:
         """Sum of log-probabilities of each continuation, and whether it is what greedy decoding gives."""
         order = sorted(range(len(requests)), key=lambda index: -len(requests[index][1]) - len(requests[index][2]))
-        answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        scores: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         for start in range(0, len(order), ROWS):
             part = order[start : start + ROWS]
-            for index, answer in zip(part, self._score([requests[index] for index in part]), strict=True):
-                answers[index] = answer
-        return answers
+            for index, score in zip(part, self._score([requests[index] for index in part]), strict=True):
+                scores[index] = score
+        return scores
 
     @torch.no_grad()
     def _score(self, requests: list[Request]) -> list[tuple[float, bool]]:
@@ -95,13 +95,13 @@ class Harness(TemplateLM):
         longest = max(map(len, rows)) - 1
         tokens_bt = torch.tensor([row[:-1] + [0] * (longest - len(row) + 1) for row in rows])
         logits_btv, _ = self.writer.model(tokens_bt)
-        answers = []
+        scores = []
         for logits_tv, row, (_, _, continuation) in zip(logits_btv, rows, requests, strict=True):
             targets_c = torch.tensor(continuation[-(len(row) - 1) :])
             logits_cv = logits_tv[len(row) - 1 - len(targets_c) : len(row) - 1].float()
             logs_c = logits_cv.log_softmax(dim=-1).gather(1, targets_c[:, None])
-            answers.append((float(logs_c.sum()), bool((logits_cv.argmax(dim=-1) == targets_c).all())))
-        return answers
+            scores.append((float(logs_c.sum()), bool((logits_cv.argmax(dim=-1) == targets_c).all())))
+        return scores
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-probability of each whole text, in windows that do not overlap in what they score."""

@@ -5,7 +5,7 @@ from aquilamoe.config.schema import ModelConfig
 # What a growth keeps to beside its largest tensor; see the measured table in the documentation.
 _FIXED = 256 * 2**20
 # Activations are made for so many tokens at once: enough that products run at full speed, few enough that those of the
-# widest feed-forward are smaller than its weights. Sequences are not torn apart.
+# widest feed-forward are smaller than its weights. Sequences are not split.
 TOKENS_AT_ONCE = 1024
 # Logits are made for so many tokens, and so many of the vocabulary, at once: they are read many times, and fit into a
 # processor's cache.
@@ -29,7 +29,7 @@ _AROUND = 2**16
 _STREAMS = 8
 # Of the activations inside a feed-forward or an attention, the same.
 _ACTIVATIONS = 5
-# Allocators keep some of what was given back; libraries for products bring their code and rooms of their own.
+# Allocators keep some freed memory; matrix libraries load their code and allocate workspaces.
 _ALLOCATOR, _LIBRARIES = 1.5, 2**26
 # Blocks of rows that are computed again, to be compared with files that are rounded.
 _COMPUTED_AGAIN = 2**23

@@ -1,11 +1,11 @@
 """What a growth did to the function, measured on real tokens: the certificate of every growth (METHODS section 6).
 
 Both networks run a layer at a time (see `growth.forward`), in step. Where a growth claims to keep the function, every
-layer of the target is also given the stream of the *source*, and has to add what the source's layer adds. What is found
-there is the fault of that layer alone, however deep it is, and rounding does not pile up over the layers.
+layer of the target is also given the stream of the *source*, and has to add what the source's layer adds. A
+difference is then the fault of that layer alone, however deep it is, and rounding does not accumulate over the layers.
 
 Fields of a certificate: `max_abs_dlogit`; `logit_spread`; `kl`, the mean of KL(source || target) in nats/token;
-`source_loss` and `target_loss` in nats/token; `tokens` (predicted); `preserving` and `tolerance` as given; `passed`:
+`source_loss` and `target_loss` in nats/token; `tokens` (predicted); `preserving` and `tolerance` as passed; `passed`:
 true, also of a growth that claims nothing; `layers`: of a claim with its growth, the relative difference behind the
 embedding and behind each layer of the target; `ties`: whether logits differ by more than the tolerance, and only
 because tokens chose between experts with equal scores: a Mixture of Experts is not continuous there; `rounding`: where
@@ -81,13 +81,13 @@ def certify(
             walk.together(align(before.config, after.config, growth, seed, before.weights.dtype))
         else:
             walk.apart()
-        found = walk.compare()
-        fault, ties = walk.judge(found, tolerance) if preserving else (None, False)
+        difference = walk.compare()
+        fault, ties = walk.judge(difference, tolerance) if preserving else (None, False)
         if fault is not None:
-            raise _broken(fault, found, tolerance, growth is not None)
+            raise _broken(fault, difference, tolerance, growth is not None)
         rounding = walk.round(exact) if exact is not None else None
     certificate = {
-        **_measures(found),
+        **_measures(difference),
         "preserving": preserving,
         "tolerance": tolerance,
         "passed": True,
@@ -99,35 +99,35 @@ def certify(
     return certificate
 
 
-def _measures(found: LogitDifference) -> dict[str, Any]:
+def _measures(difference: LogitDifference) -> dict[str, Any]:
     return {
-        "max_abs_dlogit": found.max_abs_dlogit,
-        "logit_spread": found.spread,
-        "kl": found.kl,
-        "source_loss": found.source_loss,
-        "target_loss": found.target_loss,
-        "tokens": found.tokens,
+        "max_abs_dlogit": difference.max_abs_dlogit,
+        "logit_spread": difference.spread,
+        "kl": difference.kl,
+        "source_loss": difference.source_loss,
+        "target_loss": difference.target_loss,
+        "tokens": difference.tokens,
     }
 
 
-def _broken(fault: str, found: LogitDifference, tolerance: float, is_known: bool) -> UserError:
+def _broken(fault: str, difference: LogitDifference, tolerance: float, is_known: bool) -> UserError:
     remedy = "grow it again" if is_known else "raise the tolerance if the files' dtype rounds that much"
-    if not math.isfinite(found.relative):
+    if not math.isfinite(difference.relative):
         remedy = "choose less noise, or a source with smaller weights"
     return UserError(
         f"certificate: the growth claims to keep the function, but {fault}; logits differ by up to "
-        f"{found.max_abs_dlogit:.3g} over {found.tokens} tokens, {found.relative:.3g} of their spread (tolerance "
-        f"{tolerance:.3g}); {remedy}"
+        f"{difference.max_abs_dlogit:.3g} over {difference.tokens} tokens, {difference.relative:.3g} of their spread "
+        f"(tolerance {tolerance:.3g}); {remedy}"
     )
 
 
 def _check_finite(certificate: Mapping[str, Any]) -> None:
     """Refuse predictions that are infinite or no numbers: nothing is known of them, whatever was claimed."""
-    for whose in ("source", "target"):
-        if not math.isfinite(loss := certificate[f"{whose}_loss"]):
+    for side in ("source", "target"):
+        if not math.isfinite(loss := certificate[f"{side}_loss"]):
             raise UserError(
-                f"certificate: the {whose}'s loss is {loss} nats/token, so its weights are too large to compute with; "
-                f"{'choose another source' if whose == 'source' else 'grow it with smaller numbers, e.g. less noise'}"
+                f"certificate: the {side}'s loss is {loss} nats/token, so its weights are too large to compute with; "
+                f"{'choose another source' if side == 'source' else 'grow it with smaller numbers, e.g. less noise'}"
             )
     rounding = certificate["rounding"] or {}
     measures = {**certificate, **{f"rounding.{key}": value for key, value in rounding.items()}}
@@ -198,8 +198,12 @@ class _Walk:
         again = StreamedDecoder(RoundedAgain(source.weights, file_dtype), source.config, source.positions)
         for name, decoder in (("target", StreamedDecoder(*target)), ("source", again)):
             x_btd = self._run(decoder, decoder.embed(self._inputs_bt[: self.compared]))
-            found = compare((self.source, self._sample()), (decoder, x_btd), self.labels_bt[: self.compared])
-            measured |= {"tokens": found.tokens, f"{name}_relative": found.relative, f"{name}_kl": found.kl}
+            difference = compare((self.source, self._sample()), (decoder, x_btd), self.labels_bt[: self.compared])
+            measured |= {
+                "tokens": difference.tokens,
+                f"{name}_relative": difference.relative,
+                f"{name}_kl": difference.kl,
+            }
         return measured
 
     def together(self, alignment: Alignment) -> None:
@@ -229,37 +233,37 @@ class _Walk:
     def compare(self) -> LogitDifference:
         return compare((self.source, self.source_btd), (self.target, self.target_btd), self.labels_bt)
 
-    def judge(self, found: LogitDifference, tolerance: float) -> tuple[str | None, bool]:
+    def judge(self, logits: LogitDifference, tolerance: float) -> tuple[str | None, bool]:
         """What breaks the claim, if anything; and whether logits are as far off as they are because of ties."""
         for place, difference in enumerate(self.differences):
             if not difference <= LAYER_SHARE * tolerance:
                 return self._describe(place - 1, difference, LAYER_SHARE * tolerance), False
-        if found.relative <= tolerance:
+        if logits.relative <= tolerance:
             return None, False
         if self.alignment is None:
-            return "its predictions are others", False
+            return "its predictions differ", False
         aligned_btd = self.alignment.to_target(self._sample())
         labels_bt = self.labels_bt[: self.compared]
         head = compare((self.source, self._sample()), (self.target, aligned_btd), labels_bt).relative
         if not head <= tolerance:
-            return "the two part in the final norm or the head", False
+            return "they diverge in the final norm or the head", False
         if self.source.config.is_moe:
             return None, True
-        return "small differences of all layers add up", False
+        return "small differences accumulate over all layers", False
 
     def _describe(self, layer: int, difference: float, tolerance: float) -> str:
-        """Where the two part: in a layer of the target, or before the first (-1)."""
+        """Where the two diverge: in a layer of the target, or before the first (-1)."""
         assert self.alignment is not None
         if layer < 0:
-            return f"the two part in the embedding, by {difference:.3g} of its size (tolerance {tolerance:.3g})"
+            return f"they diverge in the embedding, by {difference:.3g} of its size (tolerance {tolerance:.3g})"
         origin = self.alignment.layers[layer]
         if origin is None:
             return (
-                f"the two part in layer {layer} of the target, a further copy that should be silent and changes the "
+                f"they diverge in layer {layer} of the target, a further copy that should be silent and changes the "
                 f"stream by {LEAST_UPDATE * difference:.3g} of its size"
             )
         return (
-            f"the two part in layer {layer} of the target, which differs from layer {origin} of the source by "
+            f"they diverge in layer {layer} of the target, which differs from layer {origin} of the source by "
             f"{difference:.3g} of what that adds (tolerance {tolerance:.3g})"
         )
 
@@ -281,6 +285,6 @@ def _check_vocabulary(source: ModelConfig, target: ModelConfig, tokens_bt: Tenso
         )
     if int(tokens_bt.max()) >= known:
         raise UserError(
-            f"tokens: {int(tokens_bt.max())} among those to compare on, the source knows {known}; "
+            f"tokens: id {int(tokens_bt.max())} is among the tokens to compare on, the source has {known} tokens;  "
             "encode them with its tokenizer"
         )

@@ -195,7 +195,7 @@ def as_rows(tensor: LazyTensor | Tensor) -> LazyTensor:
     return tensor if isinstance(tensor, LazyTensor) else LazyTensor(tuple(tensor.shape), lambda index: tensor[index])
 
 
-def given(values: np.ndarray) -> LazyTensor:
+def from_array(values: np.ndarray) -> LazyTensor:
     """A tensor that was made without torch, in float32 or wider."""
 
     def read(index: Index) -> Tensor:

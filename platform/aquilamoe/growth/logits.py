@@ -37,7 +37,7 @@ class LogitDifference:
 def compare(
     source: tuple[StreamedDecoder, Tensor], target: tuple[StreamedDecoder, Tensor], labels_bt: Tensor
 ) -> LogitDifference:
-    """Compare predictions, given each model with the stream behind its last layer (b, t, d).
+    """Compare predictions; each model comes with the stream behind its last layer (b, t, d).
 
     The target's vocabulary is the source's, perhaps with further tokens. Sums are taken in float64.
     """

@@ -113,7 +113,7 @@ def _check_head_dim(source: ModelConfig, target: ModelConfig) -> None:
         )
     if new % old:
         raise UserError(
-            f"head_dim: target {new}, source {old}; rotary frequencies fit into each other at integer ratios only, use "
+            f"head_dim: target {new}, source {old}; rotary frequencies match at integer ratios only, use "
             f"{new // old * old} or {(new // old + 1) * old}"
         )
 
@@ -134,7 +134,7 @@ def _check_layers(source: ModelConfig, target: ModelConfig, growth: GrowthConfig
 
 
 def _check_experts_of_layers(source: ModelConfig, target: ModelConfig, growth: GrowthConfig) -> None:
-    """A copy of a layer has experts where the layer has them; a shared expert does not come out of nothing."""
+    """A copy of a layer has experts where the layer has them; a scale-up adds no shared expert."""
     dense = dense_layers(source, target, growth)
     if target.mlp_only_layers != dense:
         raise UserError(
@@ -144,8 +144,8 @@ def _check_experts_of_layers(source: ModelConfig, target: ModelConfig, growth: G
     old, new = source.shared_expert_intermediate_size, target.shared_expert_intermediate_size
     if new and not old:
         raise UserError(
-            f"shared_expert_intermediate_size: target {new}, the source has no shared expert; a scale-up grows what is "
-            "there, leave it out"
+            f"shared_expert_intermediate_size: target {new}, the source has no shared expert; a scale-up adds "
+            "none, remove the field"
         )
 
 
@@ -215,7 +215,8 @@ def _check_shards(source: ModelConfig, target: ModelConfig, upcycling: Upcycling
     if shards > 1 and no_order and target.num_experts_per_tok < target.num_experts:
         raise UserError(
             f"upcycling.router_init: {upcycling.router_init} with std {upcycling.router_std} scores all experts alike, "
-            f"so that the {shards} parts of a feed-forward are torn apart; use normal or orthogonal with a std above 0"
+            f"so that the {shards} parts of a feed-forward are routed separately; use normal or orthogonal with a std "
+            "above 0"
         )
 
 

@@ -11,7 +11,7 @@ from aquilamoe.checkpoint import hf_config, tensor_names
 from aquilamoe.checkpoint.reader import Reader
 from aquilamoe.config.schema import ModelConfig, UpcyclingConfig
 from aquilamoe.growth import rng, rules
-from aquilamoe.growth.lazy_tensor import LazyTensor, between, given, repeated, scaled, stored
+from aquilamoe.growth.lazy_tensor import LazyTensor, between, from_array, repeated, scaled, stored
 from aquilamoe.growth.stream import Progress, Recipe, compute_dtype, rewrite, silent
 
 # The shared expert is a copy of the dense feed-forward.
@@ -95,7 +95,7 @@ class _Layer:
             if role == tensor_names.ROUTER:
                 yield self._to(self._router(shape), role)
             elif role in fillers or (role == tensor_names.SHARED_ROUTER and not self.source.is_moe):
-                yield self._to(given(np.zeros(shape)), role)
+                yield self._to(from_array(np.zeros(shape)), role)
             else:
                 yield self._to(self._from(role if self.source.is_moe else _SHARED.get(role, role)), role)
         for role in (tensor_names.GATE, tensor_names.UP, tensor_names.DOWN):
@@ -175,4 +175,4 @@ class _Layer:
         else:
             std = {"normal": std, "variance": std**0.5, "zero": 0.0}[self.upcycling.router_init]
             router = std * rng.normal((shape[0] // shards, shape[1]), random, np.float64)
-        return given(router.repeat(shards, axis=0))
+        return from_array(router.repeat(shards, axis=0))

@@ -86,10 +86,10 @@ def _write(
     reader: reading.Reader,
     writer: reading.CheckpointWriter,
     dtype: str,
-    tell: Callable[[int], None],
+    report: Callable[[int], None],
 ) -> None:
     done = 0
-    tell(done)
+    report(done)
     with _computed([recipe for recipe in recipes if _is_computed(recipe.rows)], dtype) as blocks:
         for recipe, following in zip(recipes, [*recipes[1:], None], strict=True):
             if recipe.rows.copies is not None:
@@ -99,12 +99,12 @@ def _write(
                 writer.write(recipe.names, [recipe.rows.values])
             else:
                 writer.write(recipe.names, islice(blocks, len(list(block_slices(recipe.rows.shape)))))
-            # What was read stays in memory until it is given back; the next tensor often is of the same source.
+            # What was read stays in memory until it is released; the next tensor often is of the same source.
             for name in recipe.rows.sources - (following.rows.sources if following else frozenset()):
                 reader.release(name)
             for _ in recipe.names:
                 done += 1
-                tell(done)
+                report(done)
 
 
 def _is_computed(rows: LazyTensor) -> bool:

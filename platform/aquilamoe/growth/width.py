@@ -58,7 +58,7 @@ class Width:
         new_rows: LazyTensor | Tensor | None = None,
         new_columns: LazyTensor | Tensor | None = None,
     ) -> LazyTensor:
-        """Grow one tensor so that the network keeps its function, as long as nothing *new* is given.
+        """Grow one tensor so that the network keeps its function, as long as no *new* units are passed.
 
         tensor: the source's tensor of this role, or what was made of it.
         new_rows, new_columns: tensors of the same shape that the rows and the columns of new units (further copies) are
@@ -83,7 +83,7 @@ class Width:
         else:
             grown = _copy_rows(grown, rows)
         if columns is not None:
-            grown = self._tell_apart(role, grown, tensor, columns)
+            grown = self._with_noise(role, grown, tensor, columns)
         return self._pad(role, self._scale_rows(role, grown))
 
     def draw(self, role: str) -> LazyTensor:
@@ -99,7 +99,7 @@ class Width:
         step = noise.rows_of_stream(self.shapes[role])
         return noise.drawn(shape, 1.0, self.dtype, self.seed, self.place + name, step)
 
-    def _tell_apart(self, role: str, grown: LazyTensor, tensor: LazyTensor, columns: UnitMap) -> LazyTensor:
+    def _with_noise(self, role: str, grown: LazyTensor, tensor: LazyTensor, columns: UnitMap) -> LazyTensor:
         """Add noise that cancels over the copies of an input, and what is read of the padding.
 
         The latter are weights on inputs that are zero: free, so random, and as large as those on copies.

@@ -41,14 +41,14 @@ def made(library: ArtifactGraph, entry: Artifact) -> Side:
     return Side(entry.stage, entry.fingerprint, entry.recipe, inputs, look_up)
 
 
-def configured(stage: str, wanted: Mapping[str, ExpectedStage]) -> Side:
+def configured(stage: str, expected: Mapping[str, ExpectedStage]) -> Side:
     """A stage of the experiment, as it is configured now."""
-    own = wanted[stage]
-    inputs = {role: (name, wanted[name].fingerprint) for role, name in own.inputs.items()}
+    own = expected[stage]
+    inputs = {role: (name, expected[name].fingerprint) for role, name in own.inputs.items()}
     names = {fingerprint: name for name, fingerprint in inputs.values()}
 
     def look_up(fingerprint: str) -> Side | None:
-        return configured(names[fingerprint], wanted) if fingerprint in names else None
+        return configured(names[fingerprint], expected) if fingerprint in names else None
 
     return Side(stage, own.fingerprint, own.recipe, inputs, look_up)
 

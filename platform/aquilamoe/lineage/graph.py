@@ -76,7 +76,7 @@ class ArtifactGraph:
         fingerprint, name = reference["fingerprint"], reference["directory"]
         found = self.by_fingerprint(fingerprint)
         damage = next((reason for path, reason in self.damaged.items() if path.name == name), None)
-        problem = "" if found else damage or f"{name} is not in the store any more"
+        problem = "" if found else damage or f"{name} is no longer in the store"
         return Parent(role, reference["stage"], fingerprint, found, problem)
 
     def _grown_from(self, entry: Artifact) -> Parent:

@@ -29,13 +29,13 @@ SHOWN_CHANGES = 3
 class Rebuild:
     """What has to run to rebuild an output.
 
-    plan: the output, last, after those of its ancestors that are not in the store as recorded (`anew`).
+    plan: the output, last, after those of its ancestors that are not in the store as recorded (`rebuilt`).
     taken: ancestors that are used as they are. store: in the scratch root.
     """
 
     entry: Artifact
     plan: list[Planned]
-    anew: list[str]
+    rebuilt: list[str]
     taken: list[Artifact]
     store: Store
 
@@ -57,13 +57,13 @@ def prepare(
     experiment: ExperimentConfig,
     entry: Artifact,
     library: ArtifactGraph,
-    wanted: Mapping[str, ExpectedStage],
+    expected: Mapping[str, ExpectedStage],
     root: Path,
     speed: TrainingSpeed,
 ) -> Rebuild:
     """Plan it, and put ancestors that are whole where the plan finds them; UserError if it cannot be made by this code.
 
-    wanted: the experiment's stages, for recipes that no record has any more. root: the scratch root lies in it.
+    expected: the experiment's stages, for recipes that no record has any more. root: the scratch root lies in it.
     speed: of training, for expected times.
     """
     if not entry.is_stage:
@@ -71,7 +71,7 @@ def prepare(
             f"{entry.directory}: is a growth by workflows/grow.py; run the command in its README.md with another "
             "target, then action=why with both as checkpoint and other"
         )
-    known = _recipes(entry, library, wanted)
+    known = _recipes(entry, library, expected)
     names = _names(known)
     store = Store(root / FOLDER / f"{entry.stage}-{entry.fingerprint}")
     taken: list[Artifact] = []
@@ -83,13 +83,13 @@ def prepare(
     plan = planning.make(nodes, store, speed)
     _check_code(entry, known, names, plan)
     plan = [planned for planned in plan if planned.fingerprint in needed]
-    anew = [planned.name for planned in plan if planned.state != "cached"]
-    return Rebuild(entry, plan, anew, taken, store)
+    rebuilt = [planned.name for planned in plan if planned.state != "cached"]
+    return Rebuild(entry, plan, rebuilt, taken, store)
 
 
-def _recipes(entry: Artifact, library: ArtifactGraph, wanted: Mapping[str, ExpectedStage]) -> dict[str, _Known]:
+def _recipes(entry: Artifact, library: ArtifactGraph, expected: Mapping[str, ExpectedStage]) -> dict[str, _Known]:
     """The recipes of an output and of all that it was made from, by fingerprint, inputs first."""
-    configured = {each.fingerprint: _Known(name, each.recipe) for name, each in wanted.items()}
+    configured = {each.fingerprint: _Known(name, each.recipe) for name, each in expected.items()}
     found: dict[str, _Known] = {}
 
     def visit(fingerprint: str, own: _Known) -> None:
@@ -100,7 +100,7 @@ def _recipes(entry: Artifact, library: ArtifactGraph, wanted: Mapping[str, Expec
             known = _Known(other.stage, other.recipe) if other else configured.get(source)
             if known is None:
                 raise UserError(
-                    f"{entry.stage} {entry.fingerprint}: cannot be rebuilt, nothing knows the recipe of {source} "
+                    f"{entry.stage} {entry.fingerprint}: cannot be rebuilt, no record has the recipe of {source} "
                     f"({role} of {own.stage}) any more; restore its record, or choose the experiment that describes it"
                 )
             visit(source, known)

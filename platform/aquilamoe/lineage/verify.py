@@ -35,13 +35,13 @@ class Verified:
 def verify(entry: Artifact, library: ArtifactGraph | None = None) -> Verified:
     """Hash every file of an output and compare it with its record.
 
-    library: if given, what the output was made from has to be in it.
+    library: if set, what the output was made from has to be in it.
     """
     with ThreadPoolExecutor() as pool:
         found = pool.map(lambda item: _file_problem(entry.directory, item[0], *item[1]), entry.files.items())
         problems = [*_record_problems(entry), *filter(None, found)]
         problems += _tensor_problems(entry, pool)
-    problems += [f"{name}: its record does not know it" for name in _strangers(entry)]
+    problems += [f"{name}: is not in its record" for name in _strangers(entry)]
     if library and entry.is_stage:
         problems += _parent_problems(entry, library)
     return Verified(entry, len(entry.files), sum(size for size, _ in entry.files.values()), problems)
@@ -63,7 +63,7 @@ def _record_problems(entry: Artifact) -> Iterator[str]:
     """Whether the record agrees with itself: recipe, fingerprint, name and inputs."""
     computed = fingerprint(entry.recipe)
     if computed != entry.fingerprint:
-        yield f"{RECORD}: its recipe has the fingerprint {computed}, it says {entry.fingerprint}"
+        yield f"{RECORD}: its recipe has the fingerprint {computed}, the record states {entry.fingerprint}"
     if entry.is_stage:
         if entry.directory.name.rpartition("-")[2] != entry.fingerprint:
             yield f"{RECORD}: is of {entry.fingerprint}, the directory is {entry.directory.name}"
@@ -90,7 +90,7 @@ def _file_problem(directory: Path, name: str, size: int, digest: str | None) -> 
     try:
         actual = (directory / name).stat().st_size
         if actual != size:
-            return f"{name}: has {actual:,} bytes, its record says {size:,}"
+            return f"{name}: has {actual:,} bytes, its record states {size:,}"
         found = None if digest is None else sha256(directory / name)
     except FileNotFoundError:
         return f"{name}: is missing"
@@ -99,8 +99,8 @@ def _file_problem(directory: Path, name: str, size: int, digest: str | None) -> 
     return None if found == digest else _other_bytes(name, found, digest)
 
 
-def _other_bytes(name: str, found: str | None, noted: str | None) -> str:
-    return f"{name}: has SHA-256 {str(found)[:SHOWN_DIGITS]}, its record says {str(noted)[:SHOWN_DIGITS]}"
+def _other_bytes(name: str, digest: str | None, noted: str | None) -> str:
+    return f"{name}: has SHA-256 {str(digest)[:SHOWN_DIGITS]}, its record states {str(noted)[:SHOWN_DIGITS]}"
 
 
 def _tensor_problems(entry: Artifact, pool: ThreadPoolExecutor) -> list[str]:

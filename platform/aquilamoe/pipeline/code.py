@@ -33,7 +33,7 @@ SHIPPED: Mapping[str, str] = {
     "growth/methods/lemon.py": "2a48cecdaa10",
     "growth/methods/random.py": "4f6a7c6607a0",
     "growth/depth.py": "9b3413e9aa50",
-    "growth/scale_out.py": "8f708fd46e82",
+    "growth/scale_out.py": "c72c199c65ad",
     "training/schedules.py": "68c8d7f04e05",
 }
 

@@ -161,14 +161,14 @@ def _resume_point(partial: Path, node: Node) -> str:
     return "interrupted at its start"
 
 
-def foreseen(planned: Planned, cluster: ClusterConfig) -> Cost:
+def estimated(planned: Planned, cluster: ClusterConfig) -> Cost:
     """Of a stage that will run, what its expected time costs; of a cached one, what it did cost."""
     if planned.record is not None:
         return own(planned.record)
     return rates(planned.node, cluster).cost(planned.seconds or 0.0, planned.node.flops)
 
 
-def foreseen_total(plan: Iterable[Planned], cluster: ClusterConfig) -> Cost:
+def estimated_total(plan: Iterable[Planned], cluster: ClusterConfig) -> Cost:
     """Of stages together; two names for one recipe are computed once."""
     unique: Mapping[str, Planned] = {planned.fingerprint: planned for planned in reversed(list(plan))}
-    return sum((foreseen(planned, cluster) for planned in unique.values()), Cost())
+    return sum((estimated(planned, cluster) for planned in unique.values()), Cost())

@@ -25,7 +25,7 @@ READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
 _ROOM = "make room there, or write to another disk, and run again"
 _RIGHTS = "allow this user to write there, or name another place, and run again"
 _ANOTHER = "move what is there, or name another place"
-_DISK = "see whether the disk and its server are well (`dmesg`), and run again"
+_DISK = "check the disk and its server (`dmesg`), then run again"
 _LIMIT = "raise the limit (`ulimit -n 65536`), and run again"
 _MEMORY = "end other programs, or reduce the sizes, and run again"
 REMEDIES = {
@@ -63,8 +63,8 @@ def described(error: BaseException) -> str | None:
     """`<path>: <what is wrong>; <what to do>` for an error of the system, None for any other."""
     found = of_system(error)
     if found is None:
-        return "memory: this process gets no more of it; " + _MEMORY if isinstance(error, MemoryError) else None
-    remedy = REMEDIES.get(found.errno or 0, "see to it, and run again")
+        return "memory: this process cannot allocate more; " + _MEMORY if isinstance(error, MemoryError) else None
+    remedy = REMEDIES.get(found.errno or 0, "fix the cause, then run again")
     paths = [str(path) for path in (found.filename, found.filename2) if path is not None]
     return f"{': '.join([*paths[:1], _reason(found)])}; {remedy}"
 

@@ -8,11 +8,11 @@ from typing import Any, TextIO
 
 from aquilamoe.config.passwords import without_passwords
 
-GOES_ON = "the command goes on without it"
+GOES_ON = "the command continues without it"
 
 
 class Masked:
-    """A stream on which no password of the configuration appears, whoever writes it."""
+    """A stream on which no password of the configuration appears, whichever library writes it."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
@@ -50,7 +50,7 @@ class Output(Masked):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self.stream.fileno())  # also what the stream still holds
         os.close(nowhere)
-        reason = "its reader has gone" if isinstance(error, BrokenPipeError) else error.strerror
+        reason = "its reader has closed it" if isinstance(error, BrokenPipeError) else error.strerror
         print(f"error: standard output: {reason}; {GOES_ON}", file=sys.stderr)
 
 

@@ -95,13 +95,13 @@ def _box(index: int, name: str, record: Record, place: tuple[int, int], colour: 
         Markup('<text class="fact" x="{}" y="{}">{}</text>').format(x + WIDTH / 2, y + 35 + 15 * row, line)
         for row, line in enumerate(lines)
     )
-    said = ", ".join(each for each in (name, size, tokens, loss) if each)
+    label = ", ".join(each for each in (name, size, tokens, loss) if each)
     return Markup(
         '<a href="#stage-{}" class="node" aria-label="{}">'
         '<rect x="{}" y="{}" width="{}" height="{}" rx="6" stroke="{}"/>'
         '<text class="name" x="{}" y="{}" fill="{}">{}</text>{}</a>'
     ).format(
-        index, said, x, y, WIDTH, HEIGHT, colour or "#D1D5DB",
+        index, label, x, y, WIDTH, HEIGHT, colour or "#D1D5DB",
         x + WIDTH / 2, y + 18, colour or "#1F2937", short, text,
     )  # fmt: skip
 

@@ -169,6 +169,6 @@ def themed(text: str) -> str:
     """Let the page choose the colours of a drawing: `#1F2937` becomes `var(--ink, #1F2937)`."""
     return re.sub(
         r"#[0-9a-fA-F]{6}\b",
-        lambda found: f"var(--{name}, {found[0]})" if (name := VARIABLES.get(found[0].lower())) else found[0],
+        lambda match: f"var(--{name}, {match[0]})" if (name := VARIABLES.get(match[0].lower())) else match[0],
         text,
     )

@@ -88,8 +88,8 @@ def called(entry: Entry) -> str:
     if entry.control is None:
         return entry.name
     what = "scratch" if entry.control.of is None else f"{entry.control.of} continued"
-    whose = f" of {entry.control.stands_for[0]}" if " of " in entry.name else ""
-    return f"{what}, equal {'FLOPs' if entry.control.equal == 'flops' else 'tokens'}{whose}"
+    owner = f" of {entry.control.stands_for[0]}" if " of " in entry.name else ""
+    return f"{what}, equal {'FLOPs' if entry.control.equal == 'flops' else 'tokens'}{owner}"
 
 
 def tokens_figure(study: Study) -> Drawing | None:
@@ -272,8 +272,8 @@ def _name(figure: "Figure", axes: "Axes", lines: Sequence[MeanCurve], narrow: bo
     if narrow:
         _key(figure, ordered)
         return
-    wanted = [min(max((line.mean[-1] - low) / (high - low), 0.0), 1.0) * points - LINE / 2 for line in ordered]
-    for line, place in zip(ordered, spread(wanted, [LINE] * len(ordered), -20.0, points + 8), strict=True):
+    targets = [min(max((line.mean[-1] - low) / (high - low), 0.0), 1.0) * points - LINE / 2 for line in ordered]
+    for line, place in zip(ordered, spread(targets, [LINE] * len(ordered), -20.0, points + 8), strict=True):
         arrow = "\N{UPWARDS ARROW} " if line.mean[-1] > high else ""
         axes.annotate(
             f"{line.mean[-1]:.3f}  {arrow}{line.name}",

@@ -100,14 +100,14 @@ def find(records: Mapping[str, Record], chain: Sequence[str], control: str | Non
     if control is None or control not in records:
         return Finding(
             "open",
-            f"Whether growing paid cannot be said: there is no control at equal FLOPs. {grown} ended at "
+            f"Whether growing paid is unknown: there is no control at equal FLOPs. {grown} ended at "
             f"{decimal(loss, 3)} nats/token.",
             [_one_seed(None)],
             grown,
         )
     comparisons = _comparisons(records, grown, control)
     if not comparisons:
-        headline = f"Whether growing paid cannot be said: {grown} or {control} has no held-out loss."
+        headline = f"Whether growing paid is unknown: {grown} or {control} has no held-out loss."
         return Finding("open", headline, [], grown, control)
     ours = comparisons[0].grown
     theirs = comparisons[0].control
@@ -162,7 +162,7 @@ def _flops(grown: Record, control: Record) -> tuple[str, list[str]]:
 def _one_seed(difference: float | None) -> str:
     text = "One seed, no interval: another seed would give other numbers."
     if difference is not None and abs(difference) < RESOLVABLE:
-        text += f" Differences below {RESOLVABLE} nats/token need several paired seeds to mean anything."
+        text += f" Differences below {RESOLVABLE} nats/token need several paired seeds to be significant."
     return text
 
 
@@ -176,7 +176,7 @@ def parts_note(records: Mapping[str, Record], finding: Finding) -> str:
     part = f"a fixed part of {count(tokens)} tokens" if isinstance(tokens, int) else "a fixed part"
     text = f"The headline is about all held-out text; validation while training, as in the curves, reads {part} of it."
     if validation.difference * finding.comparisons[0].difference < 0:
-        text += " On that part it is the other way round."
+        text += " On that part the order is reversed."
     return text
 
 
@@ -214,7 +214,7 @@ def scale_note(records: Mapping[str, Record], chain: Sequence[str]) -> str:
         return f"This is a demonstration on {corpus}, not a scaling result: {count(tokens)} training tokens{works}."
     return (
         f"This is one run of {count(tokens)} training tokens on {corpus}, at one size; "
-        "how the comparison changes with scale is not in it."
+        "it does not show how the comparison changes with scale."
     )
 
 

@@ -9,8 +9,8 @@ from aquilamoe.format import ABSENT, duration, energy, money, power
 from aquilamoe.pipeline import cost as costing
 from aquilamoe.pipeline.cost import Cost
 from aquilamoe.pipeline.figures import Record
-from aquilamoe.pipeline.plan import Planned, foreseen_total
-from aquilamoe.pipeline.plan import foreseen as plan_foreseen
+from aquilamoe.pipeline.plan import Planned, estimated_total
+from aquilamoe.pipeline.plan import estimated as estimated_stage
 
 FIGURES = ("FLOPs", "device time", "energy", "money")
 
@@ -60,18 +60,18 @@ def spent(records: Mapping[str, Record]) -> CostTable:
     return CostTable(rows, CostRow("pipeline", costing.total(known.values()), None))
 
 
-def foreseen(plan: Sequence[Planned], cluster: ClusterConfig) -> CostTable:
+def estimated(plan: Sequence[Planned], cluster: ClusterConfig) -> CostTable:
     """What a plan will have cost: cached stages what they did cost, the others what is expected of them."""
     by_name = {planned.name: planned for planned in plan}
     rows = [
         CostRow(
             planned.name,
-            plan_foreseen(planned, cluster),
-            foreseen_total(_with_ancestors(planned, by_name), cluster),
+            estimated_stage(planned, cluster),
+            estimated_total(_with_ancestors(planned, by_name), cluster),
         )
         for planned in plan
     ]
-    return CostTable(rows, CostRow("pipeline", foreseen_total(plan, cluster), None))
+    return CostTable(rows, CostRow("pipeline", estimated_total(plan, cluster), None))
 
 
 def _with_ancestors(planned: Planned, by_name: Mapping[str, Planned]) -> list[Planned]:

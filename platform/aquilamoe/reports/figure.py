@@ -113,8 +113,8 @@ def _bands(axes: "Axes", stages: Sequence[TrainingCurve], tints: dict[str, str],
     width, height = _points(axes)
     texts = [(_short(stage.stage), _size(stage), f"{count(stage.tokens)} tokens") for stage in shown]
     widths = [max(6.2 * len(text[0]), *(5.2 * len(line) for line in text[1:])) + 10 for text in texts]
-    wanted = [view.across(max(stage.validation.x[0], view.x_low)) * width for stage in shown]
-    places = spread(wanted, widths, 0.0, width + 74)
+    targets = [view.across(max(stage.validation.x[0], view.x_low)) * width for stage in shown]
+    places = spread(targets, widths, 0.0, width + 74)
     for stage, lines, place in zip(shown, texts, places, strict=True):
         for row, line in enumerate(lines):
             axes.text(
@@ -170,8 +170,8 @@ def _crossing(axes: "Axes", flops: float, control: Series, view: View, taken: Se
     axes.plot([flops], [loss], "D", markersize=8, color=canvas.PAPER, markeredgecolor=canvas.INK, zorder=6)
     lines = ("crosses the control", f"at {power(flops)} FLOPs")
     wide, high = (LETTER * max(map(len, lines)) + 4) / width, 2 * LINE / height
-    wanted = view.up(loss) - high - 12 / height
-    box = labels.place(view.across(flops), wanted, wide, high, 4 / width, taken)
+    target = view.up(loss) - high - 12 / height
+    box = labels.place(view.across(flops), target, wide, high, 4 / width, taken)
     for row, line in enumerate(lines):
         axes.text(
             box.left + 1 / width,
@@ -195,8 +195,8 @@ def _growth_label(
     wide, high = (LETTER * max(map(len, lines)) + 4) / width, 3 * LINE / height
     right = view.along(min(1.0, view.across(jump.flops) + wide))
     highest = max(extent(curves, jump.flops, right)[1], jump.before, jump.after)
-    wanted = view.up(min(highest, view.y_high)) + 7 / height
-    box = labels.place(view.across(jump.flops), wanted, wide, high, 4 / width, taken)
+    target = view.up(min(highest, view.y_high)) + 7 / height
+    box = labels.place(view.across(jump.flops), target, wide, high, 4 / width, taken)
     for row, line in enumerate(lines):
         axes.text(
             box.left + 1 / width,
@@ -217,8 +217,8 @@ def _ends(
     width, height = _points(axes)
     ends = [(stage, tints[stage.stage]) for stage in stages[-1:]] + ([(control, canvas.CONTROL)] if control else [])
     ends.sort(key=lambda end: end[0].validation.y[-1])
-    wanted = [view.up(stage.validation.y[-1]) * height - LINE for stage, _ in ends]
-    for (stage, colour), place in zip(ends, spread(wanted, [2.3 * LINE] * len(ends), -14.0, height), strict=True):
+    targets = [view.up(stage.validation.y[-1]) * height - LINE for stage, _ in ends]
+    for (stage, colour), place in zip(ends, spread(targets, [2.3 * LINE] * len(ends), -14.0, height), strict=True):
         x, y = stage.validation.x[-1], stage.validation.y[-1]
         axes.plot([x], [y], "o", markersize=6, color=colour, markeredgecolor=canvas.PAPER, clip_on=False, zorder=5)
         left = view.across(x) + 8 / width

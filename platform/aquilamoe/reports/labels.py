@@ -21,8 +21,8 @@ def segments(curves: Sequence[Series], view: View) -> list[Segment]:
     return found
 
 
-def place(at: float, wanted: float, width: float, height: float, gap: float, taken: Sequence[Segment | Box]) -> Box:
-    """Return a box of a label beside a line at x = `at`, its lower edge as near to `wanted` as can be.
+def place(at: float, target: float, width: float, height: float, gap: float, taken: Sequence[Segment | Box]) -> Box:
+    """Return a box of a label beside a line at x = `at`, its lower edge as near to `target` as can be.
 
     All are fractions of the axes; `gap` is kept to the line. Where no place is free, it is one that meets least of what
     is taken; the right of the line is preferred to the left.
@@ -31,19 +31,19 @@ def place(at: float, wanted: float, width: float, height: float, gap: float, tak
     around = Box(at - reach, 0.0, 2 * reach, 1.0)  # of a curve with many points few are near
     near = [each for each in taken if meets(around, each)]
     return min(
-        _candidates(at, wanted, width, height, gap),
+        _candidates(at, target, width, height, gap),
         key=lambda candidate: (sum(meets(candidate[0], each) for each in near), candidate[1]),
     )[0]
 
 
-def _candidates(at: float, wanted: float, width: float, height: float, gap: float) -> Iterator[tuple[Box, float]]:
+def _candidates(at: float, target: float, width: float, height: float, gap: float) -> Iterator[tuple[Box, float]]:
     """Boxes inside the axes, and how far each is from its target height."""
     highest = 1.0 - height
-    heights = [min(max(wanted, 0.0), highest), *(step * STEP for step in range(int(highest / STEP) + 1))]
+    heights = [min(max(target, 0.0), highest), *(step * STEP for step in range(int(highest / STEP) + 1))]
     sides = [(left, cost) for left, cost in ((at + gap, 0.0), (at - gap - width, OTHER_SIDE)) if 0 <= left <= 1 - width]
     for left, cost in sides or [(max(0.0, min(at + gap, 1 - width)), 0.0)]:
         for bottom in heights:
-            yield Box(left, bottom, width, height), abs(bottom - wanted) + cost
+            yield Box(left, bottom, width, height), abs(bottom - target) + cost
 
 
 def meets(box: Box, other: Segment | Box) -> bool:

@@ -1,4 +1,4 @@
-"""The report of an experiment: one HTML file without other files, with what was found and how far it carries."""
+"""The report of an experiment: one HTML file without other files, with the conclusions and their limits."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

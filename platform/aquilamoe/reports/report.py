@@ -58,7 +58,7 @@ def _links(addresses: Sequence[str], here: str) -> list[Link]:
 
 
 def _routing(done: Mapping[str, Input]) -> dict[str, Any]:
-    """By stage, what evaluations saw routers do; the last evaluation counts."""
+    """Routing tables of the evaluations, by stage; the last evaluation counts."""
     found: dict[str, Any] = {}
     for output in done.values():
         path = output.directory / ROUTING

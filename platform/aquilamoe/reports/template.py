@@ -18,7 +18,7 @@ def write(target: Path, template: str, context: Mapping[str, Any], pages: list[L
 
 
 def fill(template: str, context: Mapping[str, Any], pages: list[Link] | None = None) -> str:
-    """The text of a page. `pages` are the pages beside it, for its head; every name in a template must be given."""
+    """The text of a page. `pages` are the pages beside it, for its head; every name in a template must be passed."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(

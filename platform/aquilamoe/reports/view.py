@@ -24,7 +24,7 @@ class Box:
         return self.left, self.bottom, self.width, self.height
 
     def part(self, left: float, bottom: float, width: float, height: float) -> "Box":
-        """Return a rectangle inside this one, given in fractions of it."""
+        """Return a rectangle inside this one, in fractions of it."""
         return Box(
             self.left + left * self.width, self.bottom + bottom * self.height, width * self.width, height * self.height
         )
@@ -116,10 +116,10 @@ def _at(curve: Series, x: float) -> float | None:
     return curve.y[i - 1] + share * (curve.y[i] - curve.y[i - 1])
 
 
-def spread(wanted: Sequence[float], sizes: Sequence[float], low: float, high: float) -> list[float]:
+def spread(targets: Sequence[float], sizes: Sequence[float], low: float, high: float) -> list[float]:
     """Move ascending starts of labels so that none overlaps the next and all lie in [low, high], if they fit."""
     places: list[float] = []
-    for start, size in zip(wanted, sizes, strict=True):
+    for start, size in zip(targets, sizes, strict=True):
         end_of_last = places[-1] + sizes[len(places) - 1] if places else low
         places.append(max(start, end_of_last))
         assert size >= 0

@@ -144,9 +144,9 @@ def _defect(path: Path) -> str | None:
         return "is empty"
     try:
         with closing(open_file(path)) as database:
-            answer = database.execute("PRAGMA quick_check(1)").fetchone()[0]
-        if answer != "ok":
-            return f"is damaged ({' '.join(str(answer).split())[:80]})"
+            result = database.execute("PRAGMA quick_check(1)").fetchone()[0]
+        if result != "ok":
+            return f"is damaged ({' '.join(str(result).split())[:80]})"
         engine = _engine(path)
         if not utils._all_tables_exist(engine):
             return "lacks tables of MLflow"

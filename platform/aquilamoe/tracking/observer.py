@@ -105,7 +105,7 @@ class Tracker:
         waited_s = self._wait(self._thread)
         if self._thread.is_alive():
             self._abandoned = True
-            self._problem = f"{shown(self.uri)} is slow: it was waited for {waited_s:.0f} s"
+            self._problem = f"{shown(self.uri)} is slow: waited {waited_s:.0f} s"
         self._thread = None
         return self._note()
 
@@ -270,7 +270,7 @@ class Tracker:
                 stage.points, stage.reread = [], True
             away = is_away(error)
             first_line = next(iter(without_passwords(str(error)).splitlines()), type(error).__name__)[:200]
-            problem = f"{shown(self.uri)} does not answer" if away else f"{what}: {first_line}"
+            problem = f"{shown(self.uri)} does not respond" if away else f"{what}: {first_line}"
             self._problem = self._problem or problem
             return not away
         return True

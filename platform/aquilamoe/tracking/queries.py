@@ -1,4 +1,4 @@
-"""Questions to MLflow: where a checkpoint comes from, and where to look at it all."""
+"""Queries to MLflow: where a checkpoint comes from, and where to look at it all."""
 
 import os
 import re
@@ -35,7 +35,7 @@ def lineage(uri: str, checkpoint: str) -> list[LoggedCheckpoint]:
     model = _find(client, checkpoint)
     if model is None:
         raise UserError(
-            f"{checkpoint}: {shown(uri)} knows no such checkpoint; give the fingerprint of a stage's directory"
+            f"{checkpoint}: {shown(uri)} has no such checkpoint; give the fingerprint of a stage's directory"
         )
     found: dict[str, LoggedCheckpoint] = {}
     waiting = [str(model.model_id)]

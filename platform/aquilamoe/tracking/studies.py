@@ -60,8 +60,8 @@ class TrackedStudy:
     @property
     def digest(self) -> str:
         """Of all that is sent to MLflow, but for files, which are made from the same numbers."""
-        told = json.dumps({key: value for key, value in asdict(self).items() if key != "files"}, sort_keys=True)
-        return hashlib.sha256(told.encode()).hexdigest()[:16]
+        content = json.dumps({key: value for key, value in asdict(self).items() if key != "files"}, sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -91,9 +91,9 @@ def publish(uri: str | None, root: Path, comparison: TrackedStudy) -> PublishRes
         experiment_id, run_id = _Delivery(client, Experiments(client, address, root, repairs)).bring(comparison)
     except Exception as error:  # nothing that MLflow raises is the end of an ablation
         first_line = next(iter(without_passwords(str(error)).splitlines()), type(error).__name__)[:200]
-        problem = f"{shown(address)} does not answer" if is_away(error) else first_line
+        problem = f"{shown(address)} does not respond" if is_away(error) else first_line
         return PublishResult(
-            None, (*repairs.lines(), f"tracking: MLflow did not get this study ({problem}); the next run sends it")
+            None, (*repairs.lines(), f"tracking: MLflow did not receive this study ({problem}); the next run sends it")
         )
     receipt.update(digest=comparison.digest, run_id=run_id, experiment_id=experiment_id)
     return PublishResult(experiment_id, tuple(repairs.lines()))
@@ -140,12 +140,12 @@ class _Delivery:
         runs = self.client.search_runs(
             [experiment_id], "tags.kind = 'ablation'", ViewType.ALL, order_by=["start_time DESC"]
         )
-        wanted = {trial.name: trial.fingerprint for trial in comparison.trials}
+        expected = {trial.name: trial.fingerprint for trial in comparison.trials}
         for run in runs:
             children = self._children(experiment_id, run.info.run_id)
             names = {child.info.run_name: fingerprint for fingerprint, child in children.items()}
             if run.data.params == dict(comparison.params) and all(
-                wanted.get(name, fingerprint) == fingerprint for name, fingerprint in names.items()
+                expected.get(name, fingerprint) == fingerprint for name, fingerprint in names.items()
             ):
                 self.experiments.restore(run)
                 return run.info.run_id, children

@@ -408,7 +408,7 @@ def test_a_damaged_target_is_not_taken_for_a_complete_one(
     shutil.copytree(after, damaged)
     (damaged / "tokenizer.json").unlink()
     assert refusal(grow, before, damaged, *FPI).startswith(
-        f"{damaged / 'tokenizer.json'}: is missing, its record says "
+        f"{damaged / 'tokenizer.json'}: is missing, its record states "
     )
 
 
@@ -522,7 +522,7 @@ def damage_header(directory: Path) -> str:
 def damage_config(directory: Path) -> str:
     values = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps({**values, "intermediate_size": 64}))
-    return "tensor 'model.layers.0.mlp.gate_proj.weight' has shape (48, 32), config.json says (64, 32)"
+    return "tensor 'model.layers.0.mlp.gate_proj.weight' has shape (48, 32), config.json declares (64, 32)"
 
 
 def damage_layer(directory: Path) -> str:
@@ -562,7 +562,7 @@ def test_a_preserving_growth_that_misses_its_tolerance_is_not_published(
     source: Callable[[str], Path], grow: Grow, tmp_path: Path
 ) -> None:
     line = refusal(grow, source("llama"), tmp_path / "target", *FPI, "certificate.tolerance=1e-12")
-    assert line.startswith("certificate: the growth claims to keep the function, but the two part in ")
+    assert line.startswith("certificate: the growth claims to keep the function, but they diverge in ")
     assert list(tmp_path.iterdir()) == []
 
 

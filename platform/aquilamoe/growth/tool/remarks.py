@@ -62,7 +62,6 @@ def _head(source: CheckpointFiles) -> list[str]:
     if source.model.tie_word_embeddings or not source.config.values.get("tie_word_embeddings"):
         return []
     return [
-        f"The source's {hf_config.CONFIG_FILE} says tie_word_embeddings, its {tensor_names.HEAD} has other numbers "
-        "than "
-        "the embedding: it is read as untied, as transformers does."
+        f"The source's {hf_config.CONFIG_FILE} declares tie_word_embeddings, but {tensor_names.HEAD} differs from the "
+        "embedding: it is read as untied, as transformers does."
     ]

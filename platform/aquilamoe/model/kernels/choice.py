@@ -37,5 +37,5 @@ class Kernels:
         return text
 
 
-def _source(asked: str) -> str:
-    return "measured default" if asked == "auto" else "configured"
+def _source(setting: str) -> str:
+    return "measured default" if setting == "auto" else "configured"

@@ -1,6 +1,6 @@
 """Run every query of Grafana's dashboards on a real Prometheus while a training runs; report those without data.
 
-python tools/ask_boards.py [FOLDER]
+python tools/query_boards.py [FOLDER]
 
 An experiment is trained for some minutes, under a Ray session with a temporary folder of its own, which
 Prometheus reads with the configuration of dashboards/. Afterwards every query of every board, and of every variable, is
@@ -50,7 +50,7 @@ WORDS = (
 
 
 @dataclass(frozen=True)
-class Question:
+class BoardQuery:
     """A query of a panel or of a variable."""
 
     board: str
@@ -67,17 +67,19 @@ def plain(query: str) -> str:
     return re.sub(r"\$\w+", ".*", query.replace("$__rate_interval", INTERVAL))
 
 
-def questions() -> list[Question]:
+def board_queries() -> list[BoardQuery]:
     """All queries of the boards, in their order; of a variable, the metric that it lists a label of."""
-    found = []
+    response_json = []
     for path in sorted((DASHBOARDS / "grafana" / "boards").glob("*.json")):
         board = json.loads(path.read_text(encoding="utf-8"))
         for variable in board["templating"]["list"]:
             metric = re.sub(r"label_values\((.*), \w+\)", r"\1", variable["query"]["query"])
-            found.append(Question(path.stem, f"${variable['name']}", plain(metric)))
+            response_json.append(BoardQuery(path.stem, f"${variable['name']}", plain(metric)))
         for panel in board["panels"]:
-            found += [Question(path.stem, panel["title"], plain(each["expr"])) for each in panel.get("targets", [])]
-    return found
+            response_json += [
+                BoardQuery(path.stem, panel["title"], plain(each["expr"])) for each in panel.get("targets", [])
+            ]
+    return response_json
 
 
 def free_port() -> int:
@@ -98,14 +100,14 @@ def prometheus(folder: Path, temporary: Path) -> Iterator[str]:
     with (folder / "prometheus.log").open("w") as log:
         process = subprocess.Popen(["prometheus", *words], stdout=log, stderr=log)
         try:
-            _answers(f"http://{address}", process, log.name)
+            _wait_until_ready(f"http://{address}", process, log.name)
             yield f"http://{address}"
         finally:
             process.terminate()
             process.wait()
 
 
-def _answers(address: str, process: "subprocess.Popen[bytes]", log: str) -> None:
+def _wait_until_ready(address: str, process: "subprocess.Popen[bytes]", log: str) -> None:
     end = time.monotonic() + START_S
     while time.monotonic() < end and process.poll() is None:
         try:
@@ -113,7 +115,7 @@ def _answers(address: str, process: "subprocess.Popen[bytes]", log: str) -> None
             return
         except OSError:
             time.sleep(0.5)
-    raise SystemExit(f"error: {address}: Prometheus does not answer; see {log}")
+    raise SystemExit(f"error: {address}: Prometheus does not respond; see {log}")
 
 
 def train(folder: Path, temporary: Path) -> None:
@@ -131,27 +133,27 @@ def train(folder: Path, temporary: Path) -> None:
         raise SystemExit(f"error: the training ended with status {status}")
 
 
-def answers(address: str, query: str, start: float, end: float) -> int:
+def series_count(address: str, query: str, start: float, end: float) -> int:
     """In how many series a query has points between two times."""
-    asked = urllib.parse.urlencode({"query": query, "start": start, "end": end, "step": STEP_S})
-    with urllib.request.urlopen(f"{address}/api/v1/query_range?{asked}", timeout=60) as response:
-        found: dict[str, Any] = json.load(response)
+    parameters = urllib.parse.urlencode({"query": query, "start": start, "end": end, "step": STEP_S})
+    with urllib.request.urlopen(f"{address}/api/v1/query_range?{parameters}", timeout=60) as response:
+        response_json: dict[str, Any] = json.load(response)
     # A division by zero is no result.
-    series = found["data"]["result"]
+    series = response_json["data"]["result"]
     return sum(any(value not in ("NaN", "+Inf", "-Inf") for _, value in each["values"]) for each in series)
 
 
-def ask(address: str, start: float, end: float) -> list[Question]:
+def run_queries(address: str, start: float, end: float) -> list[BoardQuery]:
     """Print every query with the number of its series; return those without a result that need no GPU."""
-    missing, asked = [], questions()
-    for question in asked:
-        count = answers(address, question.query, start, end)
-        answer = f"{count} series" if count else "needs a GPU" if question.needs_gpu else "NO ANSWER"
-        print(f"{question.board:<9} {question.title:<40} {answer}")
-        if not count and not question.needs_gpu:
-            missing.append(question)
-    gpus = sum(question.needs_gpu for question in asked)
-    print(f"\n{len(asked) - gpus - len(missing)} of {len(asked) - gpus} queries are answered; {gpus} more need a GPU")
+    missing, queries = [], board_queries()
+    for each in queries:
+        count = series_count(address, each.query, start, end)
+        result = f"{count} series" if count else "needs a GPU" if each.needs_gpu else "NO DATA"
+        print(f"{each.board:<9} {each.title:<40} {result}")
+        if not count and not each.needs_gpu:
+            missing.append(each)
+    gpus = sum(each.needs_gpu for each in queries)
+    print(f"\n{len(queries) - gpus - len(missing)} of {len(queries) - gpus} queries have data; {gpus} more need a GPU")
     return missing
 
 
@@ -165,9 +167,9 @@ def main() -> None:
         with prometheus(folder, Path(temporary)) as address:
             start = time.time()
             train(folder, Path(temporary))
-            missing = ask(address, start, time.time())
-    for question in missing:
-        print(f"no answer: {question.board}, {question.title}: {question.query}", file=sys.stderr)
+            missing = run_queries(address, start, time.time())
+    for each in missing:
+        print(f"no data: {each.board}, {each.title}: {each.query}", file=sys.stderr)
     sys.exit(1 if missing else 0)
 
 

@@ -1,4 +1,4 @@
-"""Health check of a container: status 0 if every URL answers with 200 within three seconds, else 1 and one line."""
+"""Health check of a container: status 0 if every URL responds with 200 within three seconds, else 1 and one line."""
 
 import sys
 import urllib.request
@@ -7,7 +7,7 @@ TIMEOUT_S = 3.0
 
 
 def check(url: str) -> str | None:
-    """What is wrong, None if the URL answers."""
+    """What is wrong, None if the URL responds with 200."""
     try:
         with urllib.request.urlopen(url, timeout=TIMEOUT_S):
             return None
