@@ -234,7 +234,7 @@ def test_an_interrupted_training_resumes_and_says_how_far_it_came(plan: Callable
 
 def test_an_interrupted_stage_that_cannot_resume_starts_anew(plan: Callable[..., Plan], store: Store) -> None:
     store.partial("tokenizer", plan()["tokenizer"].fingerprint).mkdir(parents=True)
-    assert (plan()["tokenizer"].state, plan()["tokenizer"].reason) == ("runs", "interrupted, starts anew")
+    assert (plan()["tokenizer"].state, plan()["tokenizer"].reason) == ("runs", "interrupted, starts over")
 
 
 def test_a_stage_that_was_interrupted_when_it_was_complete_takes_no_time(

@@ -60,9 +60,9 @@ def unused(store: Store, graph: ArtifactGraph, planned: Set[str]) -> list[Unused
     return sorted(found, key=lambda each: (-each.bytes, each.path))
 
 
-def remove(found: Unused) -> None:
+def remove(output: Unused) -> None:
     """Remove a directory. An interruption leaves nothing that could be taken for an output."""
-    path = found.path
+    path = output.path
     if not path.name.endswith(REMOVED):
         path = path.rename(path.with_name(path.name.removesuffix(".partial") + REMOVED))
     shutil.rmtree(path)

@@ -92,14 +92,14 @@ def _problem(path: Path, noted: dict[str, Any], whole: bool) -> str | None:
     if found == expected:
         return None
     what = "SHA-256 of a sample" if sampled else "SHA-256"
-    return f"has changed (its {what} is {found[:SHOWN_DIGITS]}, its record says {expected[:SHOWN_DIGITS]})"
+    return f"has changed (its {what} is {found[:SHOWN_DIGITS]}, its record states {expected[:SHOWN_DIGITS]})"
 
 
 def _size_problem(path: Path, expected: int) -> str | None:
     try:
         actual = path.stat().st_size
     except FileNotFoundError:
-        return f"is missing, its record says {expected} bytes"
+        return f"is missing, its record states {expected} bytes"
     except OSError as error:
         return f"cannot be read ({error.strerror})"
-    return None if actual == expected else f"has {actual} bytes, its record says {expected} bytes"
+    return None if actual == expected else f"has {actual} bytes, its record states {expected} bytes"

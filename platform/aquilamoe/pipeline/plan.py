@@ -122,7 +122,7 @@ def _planned(
     if resumes and node.tokens and store.remote and (saved := checkpoint_sync.newest(store.remote, digest)):
         reason = f"from {saved} of {store.remote}"
         return Planned(node, recipe, digest, "resumes", reason, estimate, seconds, directory, None)
-    reason = "interrupted, starts anew" if partial.exists() else _why(recipe, history, node, done)
+    reason = "interrupted, starts over" if partial.exists() else _why(recipe, history, node, done)
     return Planned(node, recipe, digest, "runs", reason, estimate, seconds, directory, None)
 
 

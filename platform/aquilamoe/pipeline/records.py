@@ -59,9 +59,7 @@ def read(directory: Path) -> Record:
     try:
         return parse(path.read_bytes())
     except FileNotFoundError:
-        raise UserError(
-            f"{path}: is missing, and without its record nobody knows how {directory.name} was made; {remedy}"
-        ) from None
+        raise UserError(f"{path}: is missing; without it, how {directory.name} was made is unknown; {remedy}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); {remedy}") from None
     except ValueError as error:
@@ -87,7 +85,7 @@ def _seal_problem(record: Record, text: bytes) -> str | None:
     if not isinstance(noted, str):
         return "has no sha256"
     found = hashlib.sha256(text.replace(noted.encode(), BLANK.encode(), 1)).hexdigest()
-    return None if found == noted else f"has SHA-256 {found[:12]} without its own, it says {noted[:12]}"
+    return None if found == noted else f"has SHA-256 {found[:12]} without its own, it states {noted[:12]}"
 
 
 def problems(record: Any) -> Iterator[str]:

@@ -135,8 +135,8 @@ class Remote:
         for name, digest in zip(names, digests, strict=True):
             if digest != record["files"][name]["sha256"]:
                 raise UserError(
-                    f"{self}: {source}/{name} has SHA-256 {digest}, its record says {record['files'][name]['sha256']}; "
-                    f"remove {source} there, and run again to compute it"
+                    f"{self}: {source}/{name} has SHA-256 {digest}, its record states "
+                    f"{record['files'][name]['sha256']}; remove {source} there, and run again to compute it"
                 )
 
     def find(self, fingerprint: str) -> tuple[str, Record] | None:

@@ -621,7 +621,7 @@ def test_ctrl_c_during_the_growth_leaves_nothing(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(making.Making, "_grow_tensors", interrupt)
-    with pytest.raises(KeyboardInterrupt, match="nothing is left behind; the same command starts anew"):
+    with pytest.raises(KeyboardInterrupt, match="nothing was kept; the same command starts over"):
         grow(source("llama"), tmp_path / "target", *FPI)
     assert list(tmp_path.iterdir()) == []
 

@@ -396,7 +396,7 @@ def test_ctrl_c_is_one_line_and_leaves_nothing(
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert stderr == "\ninterrupted; nothing is left behind; the same command starts anew\n"
+    assert stderr == "\ninterrupted; nothing was kept; the same command starts over\n"
     assert [path.name for path in workplace.iterdir()] == ["source"]
 
 

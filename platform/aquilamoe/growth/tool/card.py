@@ -209,7 +209,7 @@ def _licence(source: Path, name: str) -> list[str]:
         return []
     parts = ["The terms of the source hold for what is grown from it"]
     if stated:
-        parts.append(f"its card says `{stated[0]}`")
+        parts.append(f"its card states `{stated[0]}`")
     if files:
         parts.append(f"{', '.join(f'`{file}`' for file in files)} of `{name}` is here")
     return ["## Licence", "", f"{': '.join([parts[0], ', '.join(parts[1:])])}."]

@@ -21,7 +21,7 @@ from aquilamoe.process import errors, interruption
 
 # Card, record, tokenizer and what file systems keep for themselves.
 SLACK_BYTES = 64 * 10**6
-STARTS_ANEW = "nothing is left behind; the same command starts anew"
+STARTS_OVER = "nothing was kept; the same command starts over"
 CONTINUES = "the weights are kept beside the target; the same command continues with the certificate"
 
 
@@ -52,7 +52,7 @@ class Making:
         except KeyboardInterrupt:
             if not self._is_grown:
                 self.place.discard()
-            raise KeyboardInterrupt(CONTINUES if self._is_grown else STARTS_ANEW) from None
+            raise KeyboardInterrupt(CONTINUES if self._is_grown else STARTS_OVER) from None
         except BaseException:
             self.place.discard()
             raise
@@ -63,7 +63,7 @@ class Making:
         text = self._held_out()  # errors in it are reported before anything is written
         note = self.place.grown()
         if note is not None and not identity.changes(self.request, note):
-            self.reporter.note("grow", "done by an earlier run, which was cut off")
+            self.reporter.note("grow", "done by an earlier, interrupted run")
         else:
             self.place.discard()
             note = self._grow()

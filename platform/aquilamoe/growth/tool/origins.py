@@ -21,7 +21,7 @@ from aquilamoe.growth.units import UnitMap, Units, map_units
 OWN, ABOVE = "own", "above"
 ABOVE_TEXT = "layer above"
 SILENT = "zeros: a new layer is silent"
-FILLER = "zeros: the format asks for it"
+FILLER = "zeros: the format requires it"
 _NORMS = (tensor_names.INPUT_NORM, tensor_names.POST_ATTENTION_NORM, tensor_names.FINAL_NORM)
 
 

@@ -145,7 +145,7 @@ def _lock(partial: Path) -> TextIO:
         if _is_at(lock, partial / LOCK):
             return lock
         lock.close()
-    raise UserError(f"{partial}: another run comes and goes there; try again, or name another target")
+    raise UserError(f"{partial}: another run keeps starting and ending there; try again, or name another target")
 
 
 def _is_at(lock: TextIO, path: Path) -> bool:
@@ -187,7 +187,7 @@ def published(target: Path) -> dict[str, Any] | None:
         if actual != expected:
             what = "is missing" if actual is None else f"has {actual} bytes"
             raise UserError(
-                f"{file}: {what}, its record says {expected} bytes; remove {target} and run again to make it anew"
+                f"{file}: {what}, its record states {expected} bytes; remove {target} and run again to rebuild it"
             )
     (target / LOCK).unlink(missing_ok=True)
     return found

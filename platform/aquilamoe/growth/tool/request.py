@@ -155,8 +155,8 @@ def _changes(config: GrowConfig, source: ModelConfig) -> dict[str, Any]:
         return changes
     if "mlp_only_layers" in changes:
         raise UserError(
-            f"upcycling.layers: {config.upcycling.layers}, and model.mlp_only_layers {changes['mlp_only_layers']} says "
-            "it too; name one of them"
+            f"upcycling.layers: {config.upcycling.layers}, and model.mlp_only_layers {changes['mlp_only_layers']} "
+            "both set it; keep one of them"
         )
     return {**changes, "mlp_only_layers": dense}
 

@@ -27,6 +27,6 @@ def check(source: Path) -> None:
         for name, found in zip(names, pool.map(opened.digest, names), strict=True):
             if found != noted[name]:
                 raise UserError(
-                    f"{source}: tensor '{name}' has SHA-256 {found[:12]}, its record says {noted[name][:12]}, and "
+                    f"{source}: tensor '{name}' has SHA-256 {found[:12]}, its record states {noted[name][:12]}, and "
                     f"{READER} does not read it; restore it or grow it again, or remove {RECORD} if you changed it"
                 )
