@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: run smoke plan mlflow test test-all check rehearse rehearse-cluster audit prove-smollm2 clean
+.PHONY: run smoke plan mlflow test test-all check docs rehearse rehearse-cluster audit prove-smollm2 clean
 
 run: $(INSTALLED)
 	$(BIN)/python workflows/efficientscale.py
@@ -27,6 +27,11 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/codespell
+
+# docs/ as a website in site/, without dead links.
+docs: $(INSTALLED)
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[docs]'
+	$(BIN)/python tools/docs_site.py
 
 # The MLflow UI for runs/, at http://127.0.0.1:5000.
 mlflow: $(INSTALLED)
