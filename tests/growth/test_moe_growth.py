@@ -135,14 +135,14 @@ def test_the_certificate_of_a_grown_mixture_passes_and_catches_an_expert_in_anot
 
 @pytest.mark.parametrize("kind", SOURCES)
 def test_gradients_of_copies_add_up_to_those_of_the_source(tmp_path: Path, kind: str) -> None:
-    """What a growth of the optimizer's state rests on, for every parameter that has a past."""
+    """What a growth of the optimizer's state rests on, for every parameter that has a gradient map."""
     how = growth(noise=0.0, new_layers="zero")
     target = grown(tmp_path, kind, how, 2, "twice", torch.float64)
     gradients = [gradients_of(tmp_path / name) for name in ("source", "target")]
-    for name, pasts in gradients_module.gradient_maps(source_of(kind), target, how, 3):
-        for past in pasts:
-            expected = mapped(gradients[0][past.name], past)
-            found = gradients[1][name] if past.expert is None else gradients[1][name][past.expert]
+    for name, maps in gradients_module.gradient_maps(source_of(kind), target, how, 3):
+        for gradient_map in maps:
+            expected = mapped(gradients[0][gradient_map.name], gradient_map)
+            found = gradients[1][name] if gradient_map.expert is None else gradients[1][name][gradient_map.expert]
             assert (expected - found).abs().max() < 1e-10 * found.abs().max(), name
 
 
@@ -190,15 +190,15 @@ def gradients_of(directory: Path) -> dict[str, Tensor]:
     return {name: parameter.grad for name, parameter in decoder.named_parameters() if parameter.grad is not None}
 
 
-def mapped(gradient: Tensor, past: GradientMap) -> Tensor:
+def mapped(gradient: Tensor, gradient_map: GradientMap) -> Tensor:
     """The gradient of the source where the target has it."""
-    gradient = gradient if past.expert is None else gradient[past.expert]
-    for dim, axis in enumerate((past.rows, past.columns)[: gradient.dim()]):
+    gradient = gradient if gradient_map.expert is None else gradient[gradient_map.expert]
+    for dim, axis in enumerate((gradient_map.rows, gradient_map.columns)[: gradient.dim()]):
         if axis.index is not None:
             gradient = gradient.index_select(dim, axis.index)
         if axis.share is not None:
             gradient = gradient * axis.share.view(*(-1 if at == dim else 1 for at in range(gradient.dim())))
-    return gradient * past.share
+    return gradient * gradient_map.share
 
 
 def test_a_stage_grows_what_a_mixture_has_learned_and_training_continues_with_its_optimizer_state(

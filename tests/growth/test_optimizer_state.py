@@ -89,7 +89,7 @@ class Grown:
         write_state(folder / "before.safetensors", self.before)
         grow_moments(folder / "before.safetensors", folder / "after.safetensors", (source, target), how, seed, silent)
         self.state = load_file(folder / "after.safetensors")
-        self.pasts = dict(gradient_maps.gradient_maps(source, target, how, seed))
+        self.maps = dict(gradient_maps.gradient_maps(source, target, how, seed))
 
     def first(self, name: str) -> Tensor:
         return self.state[f"{name}/{FIRST}"]
@@ -100,7 +100,8 @@ class Grown:
     def known(self, name: str) -> Tensor:
         """Where the gradient of a parameter follows from the source's."""
         found = [
-            optimizer_state.first(torch.ones_like(part(self.before, past)), past) != 0 for past in self.pasts[name]
+            optimizer_state.first(torch.ones_like(part(self.before, gradient_map)), gradient_map) != 0
+            for gradient_map in self.maps[name]
         ]
         if not found:
             return torch.zeros_like(self.after[name], dtype=torch.bool)
@@ -119,8 +120,12 @@ def relative(difference: Tensor, values: Tensor) -> float:
     return (difference.abs().max() / values.abs().max()).item() if difference.numel() else 0.0
 
 
-def part(gradients: Gradients, past: GradientMap) -> Tensor:
-    return gradients[past.name] if past.expert is None else gradients[past.name][past.expert]
+def part(gradients: Gradients, gradient_map: GradientMap) -> Tensor:
+    return (
+        gradients[gradient_map.name]
+        if gradient_map.expert is None
+        else gradients[gradient_map.name][gradient_map.expert]
+    )
 
 
 @st.composite
@@ -391,11 +396,11 @@ def test_experts_have_the_gradient_of_the_feed_forward_in_the_sum_and_all_else_h
             assert not grown.first(name).any()
             assert (found.abs().max() < 1e-12) == (sizes is EXPERTS)  # whole ones are equal, whichever is chosen
         elif "experts" in name:
-            back = [torch.zeros_like(part(grown.before, past)) for past in grown.pasts[name]]
+            back = [torch.zeros_like(part(grown.before, gradient_map)) for gradient_map in grown.maps[name]]
             sums = [0, 0]
             for index, tensors in enumerate((grown.first(name), found)):
-                for expert, past in enumerate(grown.pasts[name]):
-                    axis, dim = (past.columns, 1) if "down" in name else (past.rows, 0)
+                for expert, gradient_map in enumerate(grown.maps[name]):
+                    axis, dim = (gradient_map.columns, 1) if "down" in name else (gradient_map.rows, 0)
                     assert axis.index is not None
                     sums[index] = sums[index] + back[expert].index_add(dim, axis.index, tensors[expert])
             assert relative(sums[0] - sums[1], sums[1]) < EXACT, name
@@ -503,10 +508,12 @@ def test_muons_momentum_is_mapped_as_a_first_moment(how: How, tmp_path: Path) ->
     training_state.load_moments(tmp_path / "new", new, optimizer)
     found, state = load_file(after), load_file(before)
     assert set(optimizers.read_state(new, optimizer)) == set(found)
-    for name, pasts in gradient_maps.gradient_maps(source, target, how, 0):
+    for name, maps in gradient_maps.gradient_maps(source, target, how, 0):
         momentum = found.get(f"{name}/{MOMENTUM}")
         if momentum is not None:
-            mapped = [optimizer_state.first(state[f"{past.name}/{MOMENTUM}"], past) for past in pasts]
+            mapped = [
+                optimizer_state.first(state[f"{gradient_map.name}/{MOMENTUM}"], gradient_map) for gradient_map in maps
+            ]
             expected = torch.stack(mapped) if len(mapped) > 1 else mapped[0] if mapped else torch.zeros_like(momentum)
             assert torch.equal(momentum, expected)
 

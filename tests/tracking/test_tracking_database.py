@@ -280,7 +280,7 @@ def test_receipts_with_absolute_places_of_before_count_after_a_move(delivered: P
     driver = Driver(delivered)
     driver.notify_cached()
     assert driver.end() is None
-    assert driver.tracker._delivery is None  # there was nothing to send
+    assert driver.tracker._writer is None  # there was nothing to send
 
 
 NAMES = ["q?x", "a#b 50%", "p%20q", "it's 结果", 'x;y&z=1[a]{b}(c),d\\e"f']

@@ -65,7 +65,7 @@ class GradientMap:
     spread: float = 1.0
 
 
-GradientMaps = Iterator[tuple[str, list[GradientMap]]]  # by parameter of the target; without a past: initialized
+GradientMaps = Iterator[tuple[str, list[GradientMap]]]  # by parameter of the target; without one: initialized
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -77,7 +77,7 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def gradient_maps(
     source: ModelConfig, target: ModelConfig, growth: GrowthConfig | UpcyclingConfig, seed: int
 ) -> GradientMaps:
-    """Yield every parameter of the target with its pasts: one, or one for each expert of a stack, or none."""
+    """Yield every parameter of the target with its gradient maps: one, or one for each expert of a stack, or none."""
     if isinstance(growth, GrowthConfig):
         return _scale_up(source, target, growth, seed)
     return _scale_out(source, target, growth, seed)
@@ -95,15 +95,17 @@ def _scale_up(source: ModelConfig, target: ModelConfig, growth: GrowthConfig, se
             continue
         layer, role = split(name)
         if layer is None:
-            yield name, [width.past(name, name)]
+            yield name, [width.gradient_map(name, name)]
             continue
         origin = layers.sources[layer]
         on_disk = f"{role}.weight" if role.startswith("mlp.experts.") else role
-        past = width.past(on_disk, f"{_LAYERS}{origin}.{role}", has_upper=origin + 1 < source.num_hidden_layers)
+        gradient_map = width.gradient_map(
+            on_disk, f"{_LAYERS}{origin}.{role}", has_upper=origin + 1 < source.num_hidden_layers
+        )
         # A further copy of a layer has another input, or is silent.
-        past = replace(past, known=not layers.is_new[layer])
+        gradient_map = replace(gradient_map, known=not layers.is_new[layer])
         experts = range(target.num_experts) if on_disk != role else (None,)
-        yield name, [replace(past, expert=expert) for expert in experts]
+        yield name, [replace(gradient_map, expert=expert) for expert in experts]
 
 
 def split(name: str) -> tuple[int | None, str]:
@@ -124,8 +126,8 @@ class _Width:
         self.method = plugins.load("growth/methods", growth.method)
         self.units = map_units(source, target, growth, seed)
 
-    def past(self, role: str, name: str, has_upper: bool = False) -> GradientMap:
-        """The past of a tensor that copies `name`; `has_upper`: whether new units can be of a layer above it."""
+    def gradient_map(self, role: str, name: str, has_upper: bool = False) -> GradientMap:
+        """The gradient map of a tensor that copies `name`; `has_upper`: whether new units can be of the layer above."""
         if role in _NORMS:
             return GradientMap(name, rows=self._gain(role))
         if role in (tensor_names.EMBEDDING, tensor_names.HEAD):
@@ -292,13 +294,19 @@ def _experts(
     if not source.is_moe and target.shared_expert_intermediate_size and dense_role != tensor_names.DOWN:
         share /= 2  # what reads them is halved
     chosen = target.num_experts_per_tok / ((source.num_experts_per_tok or 1) * shards)
-    past = GradientMap(name if source.is_moe else f"{_LAYERS}{layer}.{dense_role}", share=share, spread=copies / chosen)
+    gradient_map = GradientMap(
+        name if source.is_moe else f"{_LAYERS}{layer}.{dense_role}", share=share, spread=copies / chosen
+    )
     found = []
     for expert in range(target.num_experts):
         copy, shard = divmod(expert, shards)
         order = neuron_order(target.moe_intermediate_size * shards, seed, f"{_LAYERS}{layer}.", copy)
         neurons = _neurons(order, shards, shard, upcycling)
-        own = replace(past, columns=neurons) if dense_role == tensor_names.DOWN else replace(past, rows=neurons)
+        own = (
+            replace(gradient_map, columns=neurons)
+            if dense_role == tensor_names.DOWN
+            else replace(gradient_map, rows=neurons)
+        )
         found.append(replace(own, expert=expert // copies if source.is_moe else None))
     return found
 

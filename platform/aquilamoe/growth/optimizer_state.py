@@ -63,10 +63,10 @@ def grow_moments(
             for key in _keys(name, shape, muon)
         }
         with CheckpointWriter(workplace, contents, dtype, max_shard_bytes=ONE_FILE) as writer:
-            for done, (name, pasts) in enumerate(gradient_maps.gradient_maps(*configs, growth, seed)):
+            for done, (name, maps) in enumerate(gradient_maps.gradient_maps(*configs, growth, seed)):
                 progress(done, len(shapes))
                 for key in _keys(name, shapes[name], muon):
-                    blocks = [_step(file, pasts)] if key == STEP else _blocks(file, pasts, key, shapes[name], dtype)
+                    blocks = [_step(file, maps)] if key == STEP else _blocks(file, maps, key, shapes[name], dtype)
                     writer.write(f"{name}/{key}", blocks)
     (workplace / SINGLE_FILE).replace(target)
     workplace.rmdir()
@@ -107,46 +107,46 @@ def _check(path: Path, file: Any, config: ModelConfig, muon: bool) -> None:
                 )
 
 
-def _step(file: Any, pasts: list[GradientMap]) -> Tensor:
-    return file.get_tensor(f"{pasts[0].name}/{STEP}") if pasts else torch.zeros(())
+def _step(file: Any, maps: list[GradientMap]) -> Tensor:
+    return file.get_tensor(f"{maps[0].name}/{STEP}") if maps else torch.zeros(())
 
 
 def _blocks(
-    file: Any, pasts: list[GradientMap], key: str, shape: tuple[int, ...], dtype: torch.dtype
+    file: Any, maps: list[GradientMap], key: str, shape: tuple[int, ...], dtype: torch.dtype
 ) -> Iterator[Tensor]:
     """The rows of a moment: whole, or an expert at a time."""
-    if not pasts:
+    if not maps:
         yield from (torch.zeros(1, *shape[1:], dtype=dtype).expand(shape),)
-    for past in pasts:
-        grown = _second(file, past) if key == SECOND else first(_read(file, past, key), past)
+    for gradient_map in maps:
+        grown = _second(file, gradient_map) if key == SECOND else first(_read(file, gradient_map, key), gradient_map)
         yield grown[None] if len(shape) > grown.dim() else grown
 
 
-def _read(file: Any, past: GradientMap, key: str) -> Tensor:
-    if past.expert is None:
-        return file.get_tensor(f"{past.name}/{key}")
-    return file.get_slice(f"{past.name}/{key}")[past.expert]
+def _read(file: Any, gradient_map: GradientMap, key: str) -> Tensor:
+    if gradient_map.expert is None:
+        return file.get_tensor(f"{gradient_map.name}/{key}")
+    return file.get_slice(f"{gradient_map.name}/{key}")[gradient_map.expert]
 
 
-def _second(file: Any, past: GradientMap) -> Tensor:
+def _second(file: Any, gradient_map: GradientMap) -> Tensor:
     """The second moment; of experts with the deviation of fewer tokens."""
-    squares = _read(file, past, SECOND)
-    if past.spread != 1:
+    squares = _read(file, gradient_map, SECOND)
+    if gradient_map.spread != 1:
         # The square of the mean is passed on by the share, what is above it by more.
-        mean = _read(file, past, FIRST).square()
-        squares = torch.minimum(mean, squares) + past.spread * (squares - mean).clamp(min=0)
-    return second(squares, past)
+        mean = _read(file, gradient_map, FIRST).square()
+        squares = torch.minimum(mean, squares) + gradient_map.spread * (squares - mean).clamp(min=0)
+    return second(squares, gradient_map)
 
 
-def first(moment: Tensor, past: GradientMap) -> Tensor:
+def first(moment: Tensor, gradient_map: GradientMap) -> Tensor:
     """Map a first moment, or a gradient; zero where it is unknown."""
-    grown = _map(_map(moment, 0, past.rows, power=1), 1, past.columns, power=1)
-    return grown * past.share if past.known else torch.zeros_like(grown)
+    grown = _map(_map(moment, 0, gradient_map.rows, power=1), 1, gradient_map.columns, power=1)
+    return grown * gradient_map.share if gradient_map.known else torch.zeros_like(grown)
 
 
-def second(moment: Tensor, past: GradientMap) -> Tensor:
+def second(moment: Tensor, gradient_map: GradientMap) -> Tensor:
     """Map a second moment, or the square of a gradient; a scale where that is unknown."""
-    return _map(_map(moment, 0, past.rows, power=2), 1, past.columns, power=2) * past.share**2
+    return _map(_map(moment, 0, gradient_map.rows, power=2), 1, gradient_map.columns, power=2) * gradient_map.share**2
 
 
 def _map(moment: Tensor, dim: int, axis: Axis, power: int) -> Tensor:

@@ -58,7 +58,7 @@ class MlflowWriter:
         self.parents: dict[str, Any] = {}  # pipeline's recipe -> run
         self.sent: dict[str, dict[str, int]] = {}  # stage's key -> metric -> last step
 
-    def bring(self, stage: Stage) -> None:
+    def sync_stage(self, stage: Stage) -> None:
         """Let MLflow have all there is of a stage."""
         if stage.key not in self.sent:
             if stage.assumed and self._exists(stage.receipt["run_id"]):
@@ -72,7 +72,7 @@ class MlflowWriter:
             self.client.set_tag(run_id, "failure", stage.message[:MAX_TAG])
             self.client.set_terminated(run_id, stage.status)
 
-    def conclude(self, pipeline: Pipeline) -> None:
+    def finish_pipeline(self, pipeline: Pipeline) -> None:
         """Describe a pipeline on its run: a table of its stages, their last losses, status and report."""
         from mlflow.entities import Metric, RunTag
 
@@ -221,7 +221,7 @@ class MlflowWriter:
         if model is None:
             receipt = self._receipt(directory)
             receipt.update(delivered=False)
-            self.bring(
+            self.sync_stage(
                 finished_stage(directory, read_json(directory / RECORD), entry["stage"], stage.pipeline, receipt)
             )
             model = self.models.find(entry["fingerprint"])

@@ -55,7 +55,7 @@ class Tracker:
         self._current: dict[str, Stage] = {}  # by the name that this pipeline gives it
         self._pipelines: dict[str, Pipeline] = {}
         self._pipeline: Pipeline | None = None
-        self._delivery: Any = None
+        self._writer: Any = None
         self._problem = ""  # why the last attempt did not succeed
         self._broken = ""  # an error of our own: not everything was taken note of
         self._closing = False
@@ -243,29 +243,29 @@ class Tracker:
             if self._abandoned or not self._attempt("connection", lambda: None):
                 return
             stages = [stage for stage in self._stages.values() if stage.dirty or stage.assumed]
-            steps = [(stage.name, partial(self._bring, stage)) for stage in stages]
+            steps = [(stage.name, partial(self._sync_stage, stage)) for stage in stages]
             steps += [("pipeline", partial(self._conclude, each)) for each in self._pipelines.values() if each.dirty]
             for what, step in steps:
                 if self._abandoned or not self._attempt(what, step):
                     return
 
-    def _bring(self, stage: Stage) -> None:
-        self._delivery.bring(stage)
+    def _sync_stage(self, stage: Stage) -> None:
+        self._writer.sync_stage(stage)
         stage.dirty = stage.assumed = False
 
     def _conclude(self, pipeline: Pipeline) -> None:
-        self._delivery.conclude(pipeline)
+        self._writer.finish_pipeline(pipeline)
         pipeline.dirty = False
 
     def _attempt(self, what: str, action: Callable[[], None]) -> bool:
         """Do one thing with MLflow; return whether the next is worth trying. Nothing that MLflow raises is our end."""
         try:
-            if self._delivery is None:
+            if self._writer is None:
                 self._connect()
             action()
         except Exception as error:
             # What the server has may differ from what we thought: query it again, and read all points again.
-            self._delivery = None
+            self._writer = None
             for stage in self._stages.values():
                 stage.points, stage.reread = [], True
             away = is_away(error)
@@ -283,7 +283,7 @@ class Tracker:
         from aquilamoe.tracking.mlflow_writer import MlflowWriter
 
         replaced = len(self._repairs.replaced)
-        self._delivery = MlflowWriter(self.uri, self.root, self._watch, self._repairs)
+        self._writer = MlflowWriter(self.uri, self.root, self._watch, self._repairs)
         if len(self._repairs.replaced) > replaced:
             self._send_all_again()
 

@@ -88,7 +88,7 @@ def publish(uri: str | None, root: Path, comparison: TrackedStudy) -> PublishRes
         if not is_reachable(address):
             raise ConnectionError(address)
         client = connect(address, repairs=repairs)
-        experiment_id, run_id = _Delivery(client, Experiments(client, address, root, repairs)).bring(comparison)
+        experiment_id, run_id = _StudyWriter(client, Experiments(client, address, root, repairs)).sync(comparison)
     except Exception as error:  # nothing that MLflow raises is the end of an ablation
         first_line = next(iter(without_passwords(str(error)).splitlines()), type(error).__name__)[:200]
         problem = f"{shown(address)} does not respond" if is_away(error) else first_line
@@ -99,13 +99,13 @@ def publish(uri: str | None, root: Path, comparison: TrackedStudy) -> PublishRes
     return PublishResult(experiment_id, tuple(repairs.lines()))
 
 
-class _Delivery:
+class _StudyWriter:
     """One study on its way into MLflow."""
 
     def __init__(self, client: Any, experiments: Experiments) -> None:
         self.client, self.experiments = client, experiments
 
-    def bring(self, comparison: TrackedStudy) -> tuple[str, str]:
+    def sync(self, comparison: TrackedStudy) -> tuple[str, str]:
         """Returns MLflow's names of the experiment and of the parent run."""
         experiment_id = self._experiment(comparison)
         parent, children = self._parent(comparison, experiment_id)
