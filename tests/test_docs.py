@@ -1,9 +1,11 @@
-"""Every link and anchor of a page leads somewhere, no page is lost, and the words are those of technical prose."""
+"""Every link of a page leads somewhere, no page is lost, and pages and code use the words of technical prose."""
 
 import re
 from pathlib import Path
 
 import pytest
+
+from wording import FOLDERS, foreign, foreign_code
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -12,19 +14,6 @@ LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 GENERATED = ("docs/studies/", "docs/benchmarks/", "docs/growth-exactness.md")
 WRITTEN = [page for page in PAGES if not str(page.relative_to(ROOT)).startswith(GENERATED)]
 BOARDS = ROOT / "dashboards" / "README.md"
-
-# A word that technical prose does not use, and the one that it uses instead.
-WORDS = {
-    r"foret(ell|old)\w*|forese\w*": "estimate",
-    r"tell(s|ing)?|told|says?|said|saying|speaks?|spoken": "report, print, show, state",
-    r"wanted": "expected",
-    r"anew": "again, rebuild",
-    r"asks?|asked|asking": "request, query",
-    r"somebody|whoever|nobody|everybody": "anyone, no one, users",
-    r"weakness(es)?": "vulnerability",
-    r"troubles?": "bug, failure",
-    r"currency of yours": "any currency",
-}
 
 
 def prose(page: Path) -> str:
@@ -57,13 +46,6 @@ def test_the_index_of_the_documentation_has_every_page() -> None:
     assert {page.name for page in pages - linked} == set()
 
 
-def foreign(text: str) -> list[str]:
-    """Words of a text that `WORDS` replaces; code in backquotes and targets of links are no prose."""
-    plain = re.sub(r"`[^`]*`|\]\([^)]*\)", " ", text)
-    found = ((word, re.search(rf"\b({word})\b", plain, re.IGNORECASE)) for word in WORDS)
-    return [f"{match.group()}: write {WORDS[word]}" for word, match in found if match]
-
-
 @pytest.mark.parametrize("page", [*WRITTEN, BOARDS], ids=lambda page: str(page.relative_to(ROOT)))
 def test_a_page_uses_the_words_of_technical_prose(page: Path) -> None:
     assert foreign(prose(page)) == []
@@ -80,3 +62,49 @@ def test_comments_of_the_configuration_and_the_makefile_use_the_words_of_technic
 def test_a_word_in_code_or_in_the_target_of_a_link_is_no_prose() -> None:
     assert foreign("What was foretold, see [there](page.md#told)") == ["foretold: write estimate"]
     assert foreign("`foretold` and a [link](benchmarks/tracking.md#telling) to troubleshooting") == []
+
+
+# Files that hold these words to search for them.
+HOLDERS = {"tests/support/wording.py", "tests/test_docs.py"}
+# Rooms whose names follow.
+LATER = re.compile(r"(platform/aquilamoe|tests)/(config|training|pipeline|growth/tool)/|benchmarks/gauges.py")
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_code_uses_the_words_of_technical_prose(folder: str) -> None:
+    hits = {}
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        name = str(path.relative_to(ROOT))
+        if name not in HOLDERS and not LATER.match(name):
+            hits[name] = list(foreign_code(path.read_text(encoding="utf-8")))
+    assert {name: lines for name, lines in hits.items() if lines} == {}
+
+
+def test_a_word_of_a_name_a_message_a_comment_and_an_argument_is_found() -> None:
+    code = 'def was_told(found: int) -> str:  # nobody\n    return f"{found} is wanted" + tell\n'
+    code += 'class Query:\n    rest: int\n\n    def answer(self) -> None:\n        self.said = "told"\n'
+    assert [hit.partition(": write")[0] for hit in foreign_code(code)] == [
+        "line 1: told",
+        "line 1: nobody",
+        "line 2: wanted",
+        "line 6: answer",
+        "line 7: said",
+        "line 1: found as an argument or a field",
+        "line 4: rest as an argument or a field",
+        "line 7: said as an argument or a field",
+    ]
+
+
+def test_what_a_newcomer_looks_for_is_where_the_contributors_page_has_it() -> None:
+    package = ROOT / "platform" / "aquilamoe"
+    table = prose(ROOT / "CONTRIBUTING.md").partition("| you look for | it is |")[2].partition("\n\n")[0]
+    rows = [re.findall(r"`([^`]+)`", row) for row in table.splitlines() if "`" in row]
+    assert len(rows) > 10
+    for row in rows:
+        text = ""
+        for place in row:
+            path, _, name = place.rpartition(": ") if ".py" in place and ": " in place else ("", "", place)
+            if ".py" in (path or place):
+                text = (package / (path or place)).read_text(encoding="utf-8")
+            if ".py" not in name:
+                assert re.search(rf"^(def|class) {name}\b", text, re.MULTILINE), place

@@ -39,10 +39,10 @@ class Rehearsal:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.given = {name: secrets.token_hex(16) for name in compose_file.read_env(ROOT / ".env.example")}
-        values = compose_file.load(self.given)
+        self.variables = {name: secrets.token_hex(16) for name in compose_file.read_env(ROOT / ".env.example")}
+        values = compose_file.load(self.variables)
         self.services = compose_file.services(values)
-        self.secrets = compose_file.secrets(values, self.given)
+        self.secrets = compose_file.secrets(values, self.variables)
         self.image = _image_environment()
         self.network = Network(folder, self._shown(), [name for name in self.services if name not in NOT_HERE])
         self.containers: dict[str, Container] = {}

@@ -116,7 +116,7 @@ def test_the_json_of_advice_has_every_statement_with_its_evidence(
 ) -> None:
     experiment = compose(f"paths.root={tmp_path}") | {"json": True}
     query = {"source": "0.04M", "source_tokens": "2.6M", "target": "0.16M", "budget": "900k"}
-    advise.answer(query, experiment, STUDIES)
+    advise.run(query, experiment, STUDIES)
     document = json.loads(capsys.readouterr().out)
     assert (document["source"]["parameters"], document["budget_tokens"]) == (4e4, 9e5)
     assert {line["topic"] for line in document["advice"]} == {"whether", "how", "start", "rate"}
