@@ -1,5 +1,7 @@
 """How numbers with a unit are written, wherever a person reads them."""
 
+from collections.abc import Callable
+
 
 def size(num_bytes: float) -> str:
     """Bytes with three digits and the unit that fits: 0 B, 8.5 MB, 999 GB, 1,300 TB."""
@@ -12,6 +14,7 @@ def size(num_bytes: float) -> str:
 
 
 ABSENT = "-"
+UNKNOWN = "unknown"
 
 
 def count(value: float | None) -> str:
@@ -32,6 +35,11 @@ def power(value: float | None) -> str:
         return ABSENT
     mantissa, exponent = f"{value:.2e}".split("e")
     return "0" if value == 0 else f"{float(mantissa):g}e{int(exponent)}"
+
+
+def stated(value: float | None, write: Callable[[float], str]) -> str:
+    """What a user states of a checkpoint from elsewhere: `write(value)`, or that it is unknown."""
+    return UNKNOWN if value is None else write(value)
 
 
 def decimal(value: float | None, places: int) -> str:

@@ -137,12 +137,12 @@ def keys(model: type[Config]) -> str:
         (
             ("stages.prepare.kind", "pretrian"),
             "stages.prepare.kind: 'pretrian' is not a choice; did you mean 'pretrain'? "
-            "(valid: corpus, evaluate, export, pretrain, scale_out, scale_up, tokenize, tokenizer)",
+            "(valid: checkpoint, corpus, evaluate, export, pretrain, scale_out, scale_up, tokenize, tokenizer)",
         ),
         (
             ("stages.new", {}),
             "stages.new.kind: required but not set; "
-            "valid: corpus, evaluate, export, pretrain, scale_out, scale_up, tokenize, tokenizer",
+            "valid: checkpoint, corpus, evaluate, export, pretrain, scale_out, scale_up, tokenize, tokenizer",
         ),
         (
             ("stages.new", {"kind": "export", "inputs": {"source": "moe"}}),

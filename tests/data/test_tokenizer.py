@@ -77,7 +77,7 @@ def test_transformers_encodes_identically_beside_the_config_of_any_architecture(
     for text in [*HARD_TEXTS, ENGLISH, CHINESE]:
         assert theirs.encode(text) == ours.encode(text, add_special_tokens=False).ids
         assert theirs.decode(theirs.encode(text)) == unicodedata.normalize("NFC", text)
-    assert theirs.eos_token_id == theirs.bos_token_id == theirs.pad_token_id == end_of_text_id(ours)
+    assert theirs.eos_token_id == theirs.bos_token_id == theirs.pad_token_id == end_of_text_id(ours, trained)
     assert len(theirs) == VOCAB_SIZE
 
 
@@ -120,7 +120,7 @@ def test_a_corpus_above_the_limit_is_thinned_evenly(
 def test_the_end_of_text_inside_a_document_is_ordinary_text(trained: Path) -> None:
     tokenizer = load_tokenizer(trained)
     ids = tokenizer.encode(f"before {END_OF_TEXT} after").ids
-    assert end_of_text_id(tokenizer) not in ids
+    assert end_of_text_id(tokenizer, trained) not in ids
     assert tokenizer.decode(ids) == f"before {END_OF_TEXT} after"
 
 
@@ -136,4 +136,4 @@ def test_a_tokenizer_without_an_end_of_text_is_refused(trained: Path, tmp_path: 
     text = (trained / "tokenizer.json").read_text().replace(END_OF_TEXT, "<|other|>")
     (tmp_path / "tokenizer.json").write_text(text)
     with pytest.raises(UserError, match="it has no token"):
-        end_of_text_id(load_tokenizer(tmp_path))
+        end_of_text_id(load_tokenizer(tmp_path), tmp_path)

@@ -52,22 +52,27 @@ def line(nodes: Mapping[str, Node], objective: str) -> list[Node]:
 def controls(
     nodes: Mapping[str, Node], objective: str, config: ControlsConfig, from_scratch: bool = True
 ) -> Iterator[ControlStage]:
-    """The controls of an objective, but for those that would train no batch; without scratch if it has none."""
+    """The controls of an objective, but for those that would train no batch; without scratch if it has none.
+
+    Nothing trained from scratch stands beside a checkpoint from elsewhere: what that had cost before is not equalled.
+    """
     chain = line(nodes, objective)
+    from_scratch = from_scratch and chain[0].before is None
     target = chain[-1]
     grown = [index for index, node in enumerate(chain) if isinstance(node.stage, GrowthStage)]
     for ratio in config.scratch_learning_rate_ratios if from_scratch else ():
         for equal in EQUAL:
             yield from _control(chain[0], None, target, equal, ratio)
-    for source, trainer in ((chain[index - 1], _trainer(chain[:index])) for index in grown):
+    for source, trainer in ((chain[index - 1], _trainer(chain, index)) for index in grown):
         for ratio in config.continued_learning_rate_ratios:
             for equal in EQUAL:
                 yield from _control(trainer, source, target, equal, ratio)
 
 
-def _trainer(chain: list[Node]) -> Node:
-    """What trained a checkpoint last, or what it was grown from."""
-    return next(node for node in reversed(chain) if isinstance(node.stage, PretrainStage))
+def _trainer(chain: list[Node], grown: int) -> Node:
+    """What trained a checkpoint last before it was grown; of one from elsewhere what trains it first after."""
+    before_and_after = [*reversed(chain[:grown]), *chain[grown:]]
+    return next(node for node in before_and_after if isinstance(node.stage, PretrainStage))
 
 
 def _control(template: Node, of: Node | None, target: Node, equal: Equal, ratio: float) -> Iterator[ControlStage]:

@@ -7,7 +7,7 @@ from aquilamoe.ablation.plan import Task
 from aquilamoe.ablation.study_graph import Leaf, StudyGraph
 from aquilamoe.config.schema import ClusterConfig
 from aquilamoe.pipeline.plan import Planned, estimated_total
-from aquilamoe.reports.costs import CostRow, CostTable
+from aquilamoe.reports.costs import CostRow, CostTable, first_statement
 
 
 def table(union: StudyGraph, tasks: Sequence[Task], cluster: ClusterConfig) -> CostTable:
@@ -26,6 +26,7 @@ def table(union: StudyGraph, tasks: Sequence[Task], cluster: ClusterConfig) -> C
             title,
             estimated_total([stage for stage in need.values() if users[stage.fingerprint] == 1], cluster),
             estimated_total(need.values(), cluster),
+            first_statement(stage.node.before for stage in need.values()),
         )
         for title, need in needs.items()
     ]

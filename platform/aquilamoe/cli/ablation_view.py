@@ -15,6 +15,7 @@ from aquilamoe.ablation.study_graph import Leaf, StudyGraph
 from aquilamoe.ablation.trial import Failure, Stopped
 from aquilamoe.cli.tables import make_table
 from aquilamoe.config.ablation import AblationConfig
+from aquilamoe.config.graph import Node
 from aquilamoe.format import duration, size_or_absent
 
 
@@ -49,7 +50,7 @@ def _row(table: Table, kind: str, names: Sequence[str], leaves: Sequence[Leaf], 
         format.count(node.model.num_params),
         format.count(node.tokens),
         format.power(node.flops),
-        format.power(node.lineage_flops),
+        _with_ancestors(node),
         f"{there} of {len(leaves)}",
     )
 
@@ -81,6 +82,12 @@ def plan_document(name: str, union: StudyGraph, tasks: Sequence[Task]) -> dict[s
         "disk_bytes": totals.disk_bytes,
         "seconds": totals.seconds,
     }
+
+
+def _with_ancestors(node: Node) -> str:
+    """FLOPs of the line; of one that begins with a checkpoint from elsewhere after what is stated of that."""
+    here = format.power(node.lineage_flops)
+    return here if node.before is None else f"{format.stated(node.before.flops, format.power)} + {here}"
 
 
 def plan_summary(union: StudyGraph, totals: Totals, concurrency: int) -> str:

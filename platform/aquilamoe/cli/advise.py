@@ -69,6 +69,9 @@ def _find(text: str, experiment: Mapping[str, Any], store: Store) -> GrowthSourc
     entry = find(read_graph(store.stages), expected, text, latest=True)
     model = read_config(entry.directory / "model" if entry.is_stage else entry.directory)
     tokens = entry.metrics.get("lineage_tokens")
+    if "before_tokens" in entry.metrics:  # of a line that begins with a checkpoint from elsewhere
+        known = entry.metrics["before_tokens"]
+        tokens = None if known is None else known + (tokens or 0)
     return GrowthSource(model.num_params, float(tokens) if tokens is not None else None, model)
 
 

@@ -56,6 +56,7 @@ def _stage(planned: Planned) -> dict[str, Any]:
         "active_parameters": model.num_active_params if model else None,
         "tokens": node.tokens or None,
         "flops": node.flops or None,
+        **(node.before.metrics if node.before else {}),
         "disk_bytes": planned.estimate.disk_bytes,
         "seconds": planned.seconds,
         "metrics": planned.record.get("metrics") if planned.record else None,

@@ -6,6 +6,7 @@ from rich.table import Table
 from rich.text import Text
 
 from aquilamoe import format
+from aquilamoe.config.graph import Node
 from aquilamoe.lineage.artifacts import Artifact
 from aquilamoe.lineage.unused import Unused
 from aquilamoe.pipeline.figures import metric as figures_metric
@@ -36,8 +37,8 @@ def plan_table(plan: Sequence[Planned], width: int) -> Table:
                 "why": planned.reason,
                 "parameters": format.count(model.num_params if model else None),
                 "active": format.count(model.num_active_params if model else None),
-                "tokens": format.count(node.tokens or None),
-                "FLOPs": format.power(node.flops or None),
+                "tokens": _tokens(node),
+                "FLOPs": _flops(node),
                 "disk": format.size_or_absent(planned.estimate.disk_bytes),
                 "time": format.duration(planned.seconds),
             }
@@ -54,6 +55,19 @@ def plan_table(plan: Sequence[Planned], width: int) -> Table:
         "time": _total_time(pending),
     }
     return _fitting(lines, total, width, left=("stage", "status", "why"), shrinks="why")
+
+
+def _tokens(node: Node) -> str:
+    """Trained in a stage, or stated of a checkpoint from elsewhere."""
+    if node.is_external and node.before is not None:
+        return format.stated(node.before.tokens, format.count)
+    return format.count(node.tokens or None)
+
+
+def _flops(node: Node) -> str:
+    if node.is_external and node.before is not None:
+        return format.stated(node.before.flops, format.power)
+    return format.power(node.flops or None)
 
 
 def _total_time(pending: Sequence[Planned]) -> str:

@@ -7,10 +7,14 @@ from typing import Any
 from pydantic import ValidationError
 
 from aquilamoe.ancestors import ancestors
-from aquilamoe.config import passwords
+from aquilamoe.config import passwords, plugins
+from aquilamoe.config.external import TOKENIZER, Before, ExternalCheckpoint
 from aquilamoe.config.messages import UserError, first_problem, nearest
+from aquilamoe.config.paths import local
+from aquilamoe.config.relative import absolute_sizes
 from aquilamoe.config.scaling import scaled
 from aquilamoe.config.schema import (
+    CheckpointStage,
     CorpusStage,
     EvaluateStage,
     ExperimentConfig,
@@ -24,7 +28,8 @@ from aquilamoe.config.schema import (
 )
 
 KIND_READ = {"corpus": "corpus", "tokenizer": "tokenizer", "tokens": "tokenize"}  # by role; all others read checkpoints
-MAKE_CHECKPOINTS = ("pretrain", "scale_up", "scale_out", "export")
+ABOUT_OUTPUTS = ("lineage", "why", "verify", "rebuild", "generate", "evaluate")  # actions that `checkpoint` is for
+MAKE_CHECKPOINTS = ("checkpoint", "pretrain", "scale_up", "scale_out", "export")
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,8 @@ class Node:
     model: what its checkpoint is, None for stages that make none.
     source_model: what its source checkpoint is, None without one.
     tokens, flops: trained in this stage (model FLOPs, see `ModelConfig.flops_per_token`).
-    ancestor_tokens, ancestor_flops: of everything before it on its line of checkpoints.
+    ancestor_tokens, ancestor_flops: of everything before it on its line of checkpoints, as far as it was trained here.
+    before: of a line that begins with a checkpoint from elsewhere, what that had cost before; None for other lines.
     """
 
     name: str
@@ -47,6 +53,12 @@ class Node:
     flops: int = 0
     ancestor_tokens: int = 0
     ancestor_flops: int = 0
+    before: Before | None = None
+
+    @property
+    def is_external(self) -> bool:
+        """Whether it is a checkpoint from elsewhere itself."""
+        return self.before is not None and self.source_model is None
 
     @property
     def lineage_tokens(self) -> int:
@@ -69,7 +81,7 @@ def parse(values: Mapping[str, Any]) -> ExperimentConfig:
 
 def build(experiment: ExperimentConfig) -> dict[str, Node]:
     """Return the nodes in an order in which every stage comes after what it reads."""
-    builder = _Builder(experiment.stages)
+    builder = _Builder(experiment)
     for name in experiment.stages:
         builder.resolve(name)
     for name in experiment.report.chain:
@@ -97,9 +109,10 @@ def until(nodes: Mapping[str, Node], last: str | None) -> dict[str, Node]:
 class _Builder:
     """Depth-first over inputs and `equal_flops`, so that a stage's facts are known before they are needed."""
 
-    def __init__(self, stages: Mapping[str, Stage]) -> None:
-        self.stages = stages
+    def __init__(self, experiment: ExperimentConfig) -> None:
+        self.experiment, self.stages = experiment, experiment.stages
         self.nodes: dict[str, Node] = {}
+        self.external: dict[str, ExternalCheckpoint] = {}
         self.path: list[str] = []
 
     def resolve(self, name: str) -> Node:
@@ -144,6 +157,10 @@ class _Builder:
         source = self.nodes[stage.inputs["source"]] if "source" in stage.inputs else None
         if isinstance(stage, PretrainStage):
             return self._pretrain(name, stage, source)
+        if isinstance(stage, CheckpointStage):
+            return self._external(name, stage)
+        if isinstance(stage, TokenizerStage) and "checkpoint" in stage.inputs:
+            return Node(name, self._tokenizer_of(name, stage, stage.inputs["checkpoint"]))
         if isinstance(stage, EvaluateStage):
             self._check_evaluation(name, stage)
             return Node(name, stage)
@@ -152,18 +169,76 @@ class _Builder:
         model = source.model
         assert model is not None, "an input `source` makes a checkpoint"
         if isinstance(stage, GrowthStage):
+            self._check_tokenizer(name, stage, source.name)
             if stage.optimizer_state == "grow":
                 self._moments_of(source, f"stages.{name}.optimizer_state", "grow")
             growth = stage.growth if isinstance(stage, ScaleUpStage) else None
             model = grown_model(model, stage.model, f"stages.{name}.model", growth)
             stage = stage.model_copy(update={"model": model.model_dump()})
-        return Node(name, stage, model, source.model, 0, 0, source.lineage_tokens, source.lineage_flops)
+        spent = (source.lineage_tokens, source.lineage_flops)
+        return Node(name, stage, model, source.model, 0, 0, *spent, source.before)
+
+    def _external(self, name: str, stage: CheckpointStage) -> Node:
+        """Read what a checkpoint from elsewhere is; a run may download it."""
+        experiment, where = self.experiment, f"stages.{name}"
+        if experiment.action in ABOUT_OUTPUTS and stage.path is not None and stage.path == experiment.checkpoint:
+            raise UserError(
+                f"{where}.path: '{stage.path}' is what action={experiment.action} is about, by checkpoint; name the "
+                "directory of the checkpoint from elsewhere in source=DIR"
+            )
+        root, downloads = local(experiment.paths.root).absolute(), experiment.action == "run"
+        found: ExternalCheckpoint = plugins.load("stages", stage.kind).inspect(stage, where, root, downloads)
+        self.external[name] = found
+        stage = stage.model_copy(update={"model": found.model, "files": dict(found.files)})
+        return Node(name, stage, found.model, before=stage.before)
+
+    def _tokenizer_of(self, name: str, stage: TokenizerStage, checkpoint: str) -> TokenizerStage:
+        """The stage with the size of the checkpoint's tokenizer, where it states none."""
+        where = f"stages.{name}.inputs.checkpoint"
+        if checkpoint not in self.external:
+            remedy = nearest(checkpoint, self.external)
+            raise UserError(
+                f"{where}: '{checkpoint}' is no stage of kind checkpoint, whose tokenizer it takes; {remedy}"
+            )
+        found = self.external[checkpoint].vocabulary
+        if found is None and stage.vocab_size is None:
+            raise UserError(
+                f"{where}: the checkpoint of '{checkpoint}' has no {TOKENIZER}; write one with transformers "
+                "(AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)), or set path to a tokenizer"
+            )
+        return stage if stage.vocab_size is not None else stage.model_copy(update={"vocab_size": found})
+
+    def _check_tokenizer(self, name: str, stage: Stage, checkpoint: str) -> None:
+        """Refuse tokens for a line of checkpoints that another tokenizer has made than the one of its beginning."""
+        own = next((each for each in self._line(checkpoint) if each in self.external), None)
+        files = self.external[own].files if own else {}
+        if own is None or TOKENIZER not in files or "tokens" not in stage.inputs:
+            return
+        tokens = stage.inputs["tokens"]
+        for each in ancestors(tokens, lambda of: self.stages[of].inputs.values()):
+            upstream = self.stages[each]
+            if isinstance(upstream, TokenizerStage):
+                other = self.external.get(upstream.inputs.get("checkpoint", ""))
+                if other is None or other.files.get(TOKENIZER) != files[TOKENIZER]:
+                    raise UserError(
+                        f"stages.{name}.inputs.tokens: '{tokens}' has the ids of tokenizer '{each}', '{checkpoint}' "
+                        f"those of '{own}'; set stages.{each}.inputs.checkpoint to {own}, and its vocab_size to null"
+                    )
+
+    def _line(self, name: str) -> list[str]:
+        """A checkpoint and the checkpoints that it comes from, nearest first."""
+        found = [name]
+        while (source := self.stages[found[-1]].inputs.get("source")) is not None:
+            found.append(source)
+        return found
 
     def _pretrain(self, name: str, stage: PretrainStage, source: Node | None) -> Node:
         model = source.model if source else stage.model
         assert model is not None, "the schema asks for a model or a source"
         _check_length(f"stages.{name}.sequence_length", stage.sequence_length, model)
         self._check_corpus(name, stage, model)
+        if source:
+            self._check_tokenizer(name, stage, source.name)
         if stage.optimizer_state == "keep" and source:
             self._check_moments(f"stages.{name}.optimizer_state", source, stage.optimizer.name)
         tokens_before, flops_before = (source.lineage_tokens, source.lineage_flops) if source else (0, 0)
@@ -171,8 +246,9 @@ class _Builder:
         if stage.equal_flops is not None:
             stage = self._equalized(name, stage, flops_before, per_token)
         tokens = stage.num_steps * stage.batch_tokens
-        source_model = source.model if source else None
-        return Node(name, stage, model, source_model, tokens, tokens * per_token, tokens_before, flops_before)
+        source_model, before = (source.model, source.before) if source else (None, None)
+        spent = (tokens, tokens * per_token, tokens_before, flops_before)
+        return Node(name, stage, model, source_model, *spent, before)
 
     def _check_moments(self, where: str, source: Node, optimizer: str) -> None:
         found = self._moments_of(source, where, "keep")
@@ -215,14 +291,15 @@ class _Builder:
         for role, checkpoint in stage.inputs.items():
             model = self.nodes[checkpoint].model
             if role not in KIND_READ and model is not None:
+                self._check_tokenizer(name, stage, checkpoint)
                 _check_length(f"stages.{name}.sequence_length", stage.sequence_length, model)
 
     def _check_corpus(self, name: str, stage: PretrainStage, model: ModelConfig) -> None:
         """The tokenizer's ids must be in the model's vocabulary, the mixture's languages in the corpus."""
         tokens = stage.inputs["tokens"]
         for name_of in [tokens, *ancestors(tokens, lambda each: self.stages[each].inputs.values())]:
-            upstream = self.stages[name_of]
-            if isinstance(upstream, TokenizerStage) and upstream.vocab_size > model.vocab_size:
+            upstream = self.nodes[name_of].stage
+            if isinstance(upstream, TokenizerStage) and (upstream.vocab_size or 0) > model.vocab_size:
                 raise UserError(
                     f"stages.{name}: the model's vocab_size {model.vocab_size} is smaller than the tokenizer's "
                     f"{upstream.vocab_size}; raise model.vocab_size"
@@ -250,7 +327,7 @@ def grown_model(
     What is not named stays, but for what follows: the number of heads from hidden_size at constant head_dim (made up to
     whole groups), rms_norm_eps from the growth's norm, and the size of the first experts from the feed-forward.
     """
-    changes = {field: value for field, value in changes.items() if value is not None}
+    changes = absolute_sizes(source, changes, where)
     values = {**source.model_dump(), **({} if source.is_moe else {"moe_intermediate_size": None}), **changes}
     hidden_size, head_dim = values["hidden_size"], values["head_dim"]
     if isinstance(hidden_size, int) and isinstance(head_dim, int) and hidden_size > 0 and head_dim > 0:

@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args
 from pydantic import Field, ValidationError, field_validator
 
 from aquilamoe.config import passwords
+from aquilamoe.config.external import NAME
 from aquilamoe.config.messages import UserError, first_problem, nearest
 from aquilamoe.config.network import Config, Int, NonNegativeInt, PositiveFloat, Seed
 from aquilamoe.config.schema import GrowthConfig, UpcyclingConfig
@@ -105,6 +106,11 @@ class GrowConfig(Config):
     )
     disk_bytes_per_s: PositiveFloat = Field(
         description="Disk rate that action=plan assumes, for reading and writing [bytes/s]"
+    )
+    push: str | None = Field(
+        default=None,
+        pattern=rf"^{NAME}$",
+        description="Repository of the Hugging Face hub, ORG/NAME, as which the target is published; null: none",
     )
     as_json: bool = Field(
         default=False,

@@ -24,6 +24,7 @@ from aquilamoe.config.inheritance import inherited, without_null
 from aquilamoe.config.keys import AsTyped
 from aquilamoe.config.network import Config, ModelConfig, PositiveFloat, Seed
 from aquilamoe.config.stages import PRECISIONS, Precision, Stage
+from aquilamoe.config.stages import CheckpointStage as CheckpointStage
 from aquilamoe.config.stages import CorpusStage as CorpusStage
 from aquilamoe.config.stages import EvaluateStage as EvaluateStage
 from aquilamoe.config.stages import ExportStage as ExportStage
@@ -132,6 +133,11 @@ class ExperimentConfig(Config):
     )
     evaluation: EvaluationConfig = Field(
         default=EvaluationConfig(), description="action=evaluate: size of the tasks, and further ones"
+    )
+    source: str | None = Field(
+        default=None,
+        description="experiment=from_checkpoint: directory of a Hugging Face checkpoint, or hf://ORG/NAME@REVISION; "
+        "null: checkpoint [path]",
     )
     other: str | None = Field(
         default=None,

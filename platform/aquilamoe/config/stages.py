@@ -14,9 +14,19 @@ from aquilamoe.config.corpus import (
     check_cleaned,
 )
 from aquilamoe.config.evaluation import GenerationConfig
+from aquilamoe.config.external import Before
 from aquilamoe.config.growth import GrowthConfig, UpcyclingConfig
 from aquilamoe.config.inheritance import without_null
-from aquilamoe.config.network import Config, Int, ModelConfig, PositiveFloat, PositiveInt, Seed
+from aquilamoe.config.network import (
+    Config,
+    Int,
+    ModelConfig,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Seed,
+)
 from aquilamoe.config.steps import OptimizerConfig, RouterConfig, ScheduleConfig, SpikesConfig
 
 KIND = "Kind of the stage: what it computes"
@@ -29,13 +39,17 @@ SequenceLength = Annotated[Int, Field(ge=2, description="Length of a sequence [t
 
 
 class StageConfig(Config):
-    """A node of the graph. `inputs` names the stages it reads, by role."""
+    """A node of the graph. `inputs` names the stages it reads, by role.
+
+    `places` are fields of where something is, not of what it is: they are part of no recipe.
+    """
 
     kind: str = Field(description="Kind of the stage: what it computes")
     inputs: dict[str, str] = Field(description="Stages that it reads, by role; null takes one of the template away")
     roles: ClassVar[tuple[str, ...]] = ()
     optional_roles: ClassVar[tuple[str, ...]] = ()
     any_role: ClassVar[bool] = False
+    places: ClassVar[tuple[str, ...]] = ()
 
     @field_validator("inputs", mode="before")
     @classmethod
@@ -76,10 +90,15 @@ class CorpusStage(Extended, StageConfig):
 
 
 class TokenizerStage(Extended, StageConfig):
-    """A vocabulary that is learned from the corpus, or one from elsewhere (`path`), which reads no corpus."""
+    """A vocabulary that is learned from the corpus, or one from elsewhere, which reads no corpus.
+
+    That is `path`, or the one of a checkpoint (`inputs.checkpoint`).
+    """
 
     kind: Literal["tokenizer"] = Field(description=KIND)
-    vocab_size: Int = Field(ge=300, description="Size of the byte-level BPE, special tokens included [tokens]")
+    vocab_size: Annotated[Int, Field(ge=300)] | None = Field(
+        description="Size of the byte-level BPE, special tokens included; null: as inputs.checkpoint has it [tokens]"
+    )
     path: str | None = Field(
         default=None,
         description="Tokenizer from elsewhere: a folder with tokenizer.json, or a vocabulary in tiktoken's format; "
@@ -87,20 +106,28 @@ class TokenizerStage(Extended, StageConfig):
     )
     sha256: str | None = Field(default=None, description="SHA-256 of that file, hexadecimal; null: not checked")
     added = ("path", "sha256")
-    optional_roles = ("corpus",)
+    optional_roles = ("corpus", "checkpoint")
 
     @model_validator(mode="before")
     @classmethod
     def _read_no_corpus(cls, values: Any) -> Any:
         """The corpus that a template names is no input of a vocabulary from elsewhere."""
-        if not isinstance(values, dict) or values.get("path") is None or not isinstance(values.get("inputs"), dict):
+        inputs = values.get("inputs") if isinstance(values, dict) else None
+        if not isinstance(inputs, dict) or (values.get("path") is None and inputs.get("checkpoint") is None):
             return values
-        return {**values, "inputs": {role: name for role, name in values["inputs"].items() if role != "corpus"}}
+        return {**values, "inputs": {role: name for role, name in inputs.items() if role != "corpus"}}
 
     @model_validator(mode="after")
-    def _check_corpus(self) -> Self:
-        if self.path is None and "corpus" not in self.inputs:
+    def _check_origin(self) -> Self:
+        checkpoint = self.inputs.get("checkpoint")
+        if self.path is not None and checkpoint is not None:
+            raise ValueError(
+                f"path {self.path} and inputs.checkpoint {checkpoint}; set one of them, and the other to null"
+            )
+        if self.path is None and checkpoint is None and "corpus" not in self.inputs:
             raise ValueError("inputs: 'corpus' is missing; a tokenizer stage reads corpus, or has a path")
+        if self.vocab_size is None and checkpoint is None:
+            raise ValueError("vocab_size null takes the size of inputs.checkpoint, which is not set; set either")
         return self
 
 
@@ -181,6 +208,46 @@ class PretrainStage(StageConfig):
         return self.total_tokens // self.batch_tokens
 
 
+# What a stage of this kind has that takes the place of one that trains in a template.
+TRAINING_KEYS = frozenset(PretrainStage.model_fields) - {"kind"}
+
+
+class CheckpointStage(StageConfig):
+    """A checkpoint from elsewhere. Its recipe is the SHA-256 of its files, wherever they are, and what is stated."""
+
+    kind: Literal["checkpoint"] = Field(description=KIND)
+    inputs: dict[str, str] = Field(default_factory=dict, description="Stages that it reads: none")
+    path: str | None = Field(
+        default=None,
+        exclude=True,
+        description="Directory with a Hugging Face checkpoint, or hf://ORG/NAME@REVISION; no part of the recipe [path]",
+    )
+    tokens_seen: NonNegativeInt | None = Field(
+        default=None, description="Tokens that it was trained on; null: unknown [tokens]"
+    )
+    flops: NonNegativeFloat | None = Field(
+        default=None, description="Model FLOPs of that training; null: unknown [FLOPs]"
+    )
+    files: dict[str, Annotated[str, Field(pattern="^[0-9a-f]{64}$")]] = Field(
+        default_factory=dict, description="SHA-256 of its files by name, hexadecimal; read from them, never set"
+    )
+    model: ModelConfig | None = Field(default=None, description="Network; read from config.json, never set")
+    places = ("path",)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_template(cls, values: Any) -> Any:
+        """`stages.prepare={kind: checkpoint, path: DIR}` is merged with the keys of the stage that it replaces."""
+        if not isinstance(values, dict) or values.get("files"):
+            return values
+        return {key: value for key, value in values.items() if key not in TRAINING_KEYS}
+
+    @property
+    def before(self) -> Before:
+        """What is behind it."""
+        return Before(self.tokens_seen, self.flops)
+
+
 class GrowthStage(StageConfig):
     """What both growths share: a source, and the sizes that change (all others stay the source's)."""
 
@@ -245,6 +312,7 @@ Stage = Annotated[
     | ScaleUpStage
     | ScaleOutStage
     | EvaluateStage
-    | ExportStage,
+    | ExportStage
+    | CheckpointStage,
     Field(discriminator="kind"),
 ]

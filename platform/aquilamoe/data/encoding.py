@@ -20,7 +20,7 @@ import numpy as np
 
 from aquilamoe.data.corpus import SPLITS, group_sizes, read_groups, source_names, split_file, split_parts
 from aquilamoe.data.processes import available, share_out
-from aquilamoe.data.tokenizer import TOKENIZER_FILES, encode, end_of_text_id, load_tokenizer
+from aquilamoe.data.tokenizer import TOKENIZER_FILES, encode, end_of_text_id, load_tokenizer, vocabulary_size
 from aquilamoe.data.tokens import (
     TokenCounts,
     TokensRecord,
@@ -86,7 +86,7 @@ def tokenize_corpus(
         with tempfile.TemporaryDirectory(dir=out) as folder:
             return tokenize_corpus(corpus, tokenizer, out, progress, Path(folder), processes)
     encoder = load_tokenizer(tokenizer)
-    vocab_size, end = encoder.get_vocab_size(), end_of_text_id(encoder)
+    vocab_size, end = vocabulary_size(encoder), end_of_text_id(encoder, tokenizer)
     cut = _shards(corpus, scratch)
     _encode_all([shard for shards in cut.values() for shard in shards], tokenizer, progress, processes)
     sources: dict[str, dict[str, TokenCounts]] = {}
@@ -161,7 +161,7 @@ def _encode(task: tuple[RowGroups, Path]) -> int:
 def _opened(directory: Path) -> "tuple[Tokenizer, int, int]":
     """A tokenizer, once in a process: its vocabulary's size, and the id that ends a document."""
     tokenizer = load_tokenizer(directory)
-    return tokenizer, tokenizer.get_vocab_size(), end_of_text_id(tokenizer)
+    return tokenizer, vocabulary_size(tokenizer), end_of_text_id(tokenizer, directory)
 
 
 def _encoded(shard: RowGroups, tokenizer: "Tokenizer", end: int, sizes: list[int]) -> Iterator[np.ndarray]:

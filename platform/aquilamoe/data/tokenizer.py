@@ -161,14 +161,41 @@ def _expansion(part: Any) -> float:
     return 1.0
 
 
-def end_of_text_id(tokenizer: "Tokenizer") -> int:
-    """The id of the token that ends a document; UserError if the tokenizer has none."""
-    token_id = tokenizer.token_to_id(END_OF_TEXT)
+def end_of_text_id(tokenizer: "Tokenizer", directory: Path) -> int:
+    """The id of the token that ends a document: `<|endoftext|>`, or the eos_token of a tokenizer without one.
+
+    Args:
+        tokenizer: opened.
+        directory: that it is from, with a tokenizer_config.json.
+
+    Raises:
+        UserError: it has neither.
+    """
+    stated = _eos_token(directory / "tokenizer_config.json")
+    found = [tokenizer.token_to_id(token) for token in (END_OF_TEXT, stated) if token is not None]
+    token_id = next((each for each in found if each is not None), None)
     if token_id is None:
         raise UserError(
-            f"tokenizer: it has no token {END_OF_TEXT}, which ends every document; add it as a special token"
+            f"tokenizer: it has no token {END_OF_TEXT}, which ends every document, and its tokenizer_config.json names "
+            "no eos_token that it has; add one as a special token"
         )
     return token_id
+
+
+def _eos_token(path: Path) -> str | None:
+    """The eos_token of a tokenizer_config.json, as it is spelled; None where there is none."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    token = values.get("eos_token") if isinstance(values, dict) else None
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else None
+
+
+def vocabulary_size(tokenizer: "Tokenizer") -> int:
+    """Ids that a tokenizer may give, 0 to the largest; some may be of no token."""
+    return 1 + max(tokenizer.get_vocab().values(), default=-1)
 
 
 def _train_bytes(corpus: Path) -> int:

@@ -26,6 +26,7 @@ from aquilamoe.data.tokenizer import (
     load_tokenizer,
     save_tokenizer,
     tokenizer_of,
+    vocabulary_size,
 )
 
 if TYPE_CHECKING:
@@ -54,6 +55,30 @@ def adopt_tokenizer(path: str, sha256: str | None, vocab_size: int, out: Path) -
         save_tokenizer(from_ranks(read_ranks(file), QWEN_SPECIALS), out)
     else:
         _copy(file, out)
+    return _check_adopted(out, file, vocab_size)
+
+
+def adopt_checkpoint_tokenizer(checkpoint: Path, vocab_size: int, out: Path) -> dict[str, float]:
+    """Write the tokenizer of a checkpoint into `out`.
+
+    Args:
+        checkpoint: a Hugging Face directory.
+        vocab_size: ids of the tokenizer: the largest plus one, as some ids may be of no token.
+        out: directory for the files that `transformers.AutoTokenizer` opens.
+
+    Raises:
+        UserError: as `adopt_tokenizer`.
+    """
+    file = checkpoint / "tokenizer.json"
+    _copy(file, out)
+    size = vocabulary_size(load_tokenizer(out))
+    if size != vocab_size:
+        raise UserError(f"tokenizer.vocab_size: {vocab_size}, but {file} has ids 0 to {size - 1}; set it to null")
+    return _usable(out, file, vocab_size)
+
+
+def _check_adopted(out: Path, file: Path, vocab_size: int) -> dict[str, float]:
+    """Refuse a tokenizer of another size; see `_usable`."""
     tokenizer = load_tokenizer(out)
     if tokenizer.get_vocab_size() != vocab_size:
         raise UserError(
@@ -65,7 +90,13 @@ def adopt_tokenizer(path: str, sha256: str | None, vocab_size: int, out: Path) -
             f"tokenizer.path: {file} has {vocab_size} tokens, and one with the id {largest}; take a tokenizer whose "
             f"ids are 0 to {vocab_size - 1}"
         )
-    end_of_text_id(tokenizer)
+    return _usable(out, file, vocab_size)
+
+
+def _usable(out: Path, file: Path, vocab_size: int) -> dict[str, float]:
+    """Refuse a tokenizer that cannot end a document, or not write every text."""
+    tokenizer = load_tokenizer(out)
+    end_of_text_id(tokenizer, out)
     try:
         encode(tokenizer, [ANY_TEXT])
     except UserError as error:

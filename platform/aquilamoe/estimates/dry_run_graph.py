@@ -52,7 +52,8 @@ def shrunk(values: Mapping[str, Any], scratch: Path) -> tuple[Values, int]:
 
     UserError, that of the experiment at its own size, if no division of it can be built.
     """
-    one_batch = _one_batch(scaling.scaled(values), _invent(values, scratch), scratch)
+    whole = _trained_instead(scaling.scaled(values))
+    one_batch = _one_batch(whole, _invent(values, scratch), scratch)
     for width in WIDTHS:
         small = {**one_batch, scaling.KEY: {"width": width}}
         try:
@@ -77,6 +78,31 @@ def _one_batch(values: Values, sources: Values, scratch: Path) -> Values:
         "paths": {"root": str(scratch)},
         "tracking": {**values["tracking"], "enabled": False},
     }
+
+
+def _trained_instead(values: Values) -> Values:
+    """A network of the same sizes, trained from scratch, in the place of every checkpoint from elsewhere.
+
+    UserError where no stage trains that it could be trained as, and no corpus is there to learn a tokenizer from.
+    """
+    stages: Values = {name: stage for name, stage in values["stages"].items() if isinstance(stage, Mapping)}
+    external = [name for name, stage in stages.items() if stage["kind"] == "checkpoint"]
+    if not external:
+        return values
+    nodes = graph.build(graph.parse(values))
+    trained = next((stage for stage in stages.values() if stage["kind"] == "pretrain"), None)
+    corpus = next((name for name, stage in stages.items() if stage["kind"] == "corpus"), None)
+    if trained is None or corpus is None:
+        raise UserError("action: dryrun of an experiment that trains nothing; action=plan checks its growths")
+    tokens = {"inputs": {"tokens": trained["inputs"]["tokens"]}}
+    for name in external:
+        model = nodes[name].model
+        assert model is not None
+        stages[name] = {**trained, **tokens, "model": model.model_dump(mode="json"), "optimizer_state": "reset"}
+    for name, stage in stages.items():
+        if stage["kind"] == "tokenizer":
+            stages[name] = {**stage, "inputs": {"corpus": corpus}}
+    return {**values, "stages": stages}
 
 
 def _stage(stage: Any, sources: Values) -> Any:

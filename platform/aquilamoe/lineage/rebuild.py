@@ -149,6 +149,7 @@ def _experiment(
             "kind": each.recipe["kind"],
             "inputs": {role: names[source] for role, source in each.recipe["inputs"].items()},
             **each.recipe["config"],
+            **_places(experiment, each),
         }
         for fingerprint, each in known.items()
     }
@@ -159,6 +160,14 @@ def _experiment(
         where = ".".join(map(str, problem["loc"]))
         raise UserError(f"{_cannot(entry)}: {where}: {problem['msg']}; {_checkout(entry)}") from None
     return experiment.model_copy(update={"stages": parsed, "report": ReportConfig(chain=[], control=None)})
+
+
+def _places(experiment: ExperimentConfig, known: _Known) -> dict[str, Any]:
+    """Where the experiment finds what a recipe does not say the place of."""
+    stage = experiment.stages.get(known.stage)
+    if stage is None or stage.kind != known.recipe["kind"]:
+        return {}
+    return {place: getattr(stage, place) for place in stage.places}
 
 
 def _check_code(entry: Artifact, known: Mapping[str, _Known], names: Mapping[str, str], plan: list[Planned]) -> None:

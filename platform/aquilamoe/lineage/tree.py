@@ -63,8 +63,8 @@ def figures(entry: Artifact) -> dict[str, str]:
     metrics = entry.metrics
     parts = {
         "parameters": _parameters(metrics),
-        "tokens": _own_and_all(metrics, "tokens", "lineage_tokens", "{:,}"),
-        "FLOPs": _own_and_all(metrics, "flops", "lineage_flops", "{:.3g}"),
+        "tokens": _own_and_all(metrics, "tokens", "{:,}"),
+        "FLOPs": _own_and_all(metrics, "flops", "{:.3g}"),
         "cost": _cost(entry.record.get("cost")) if metrics.get("params_total") else "",
         "loss": _loss(metrics),
         "certificate": _certificate(metrics),
@@ -114,10 +114,15 @@ def _parameters(metrics: Mapping[str, Any]) -> str:
     return f"{total:,}" + (f", {active:,} of them active" if active not in (None, total) else "")
 
 
-def _own_and_all(metrics: Mapping[str, Any], own: str, lineage: str, form: str) -> str:
+def _own_and_all(metrics: Mapping[str, Any], own: str, form: str) -> str:
+    """Of a stage itself, with its ancestors, and of a checkpoint from elsewhere before it came here."""
+    lineage, before = f"lineage_{own}", f"before_{own}"
+    is_external = before in metrics
+    behind = "unknown" if metrics.get(before) is None else form.format(metrics[before])
     if metrics.get(lineage) is None:
-        return ""
-    text = f"{form.format(metrics.get(own) or 0)} own, {form.format(metrics[lineage])} with its ancestors"
+        return f"{behind}, before it came here" if is_external else ""
+    everything = f"{behind} + {form.format(metrics[lineage])}" if is_external else form.format(metrics[lineage])
+    text = f"{form.format(metrics.get(own) or 0)} own, {everything} with its ancestors"
     return re.sub(r"e\+0*", "e", text)  # 3.68e11, as tables and pages have it
 
 

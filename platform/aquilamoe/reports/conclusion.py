@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any, Literal
 
-from aquilamoe.format import count, decimal, power
-from aquilamoe.pipeline.figures import Record, input_stages, metric
+from aquilamoe.format import UNKNOWN, count, decimal, power, stated
+from aquilamoe.pipeline.figures import Record, before, input_stages, metric
 from aquilamoe.reports.curves import Series, crossing
 
 SMALL_RUN_TOKENS = 1e9
@@ -152,7 +152,8 @@ def _flops(grown: Record, control: Record) -> tuple[str, list[str]]:
     if not ours or not theirs:
         return "", ["The cumulative FLOPs of the two are not known, so they may not be equal."]
     if abs(theirs / ours - 1) <= EQUAL_FLOPS:
-        return f"at equal cumulative FLOPs ({power(ours)})", []
+        since = " since the checkpoint from elsewhere" if before(grown) else ""
+        return f"at equal cumulative FLOPs{since} ({power(ours)})", []
     return (
         f"at {power(ours)} against {power(theirs)} cumulative FLOPs",
         [f"The FLOPs are not equal: the control used {theirs / ours:.2f} times those of the chain."],
@@ -256,7 +257,12 @@ def story(records: Mapping[str, Record], chain: Sequence[str]) -> str:
         params, active = metric(record, "params_total"), metric(record, "params_active")
         size = "unknown size" if params is None else f"{count(params)} parameters"
         kind = record.get("kind")
-        if kind == "pretrain":
+        if kind == "checkpoint":
+            behind = before(record)
+            tokens = stated(behind.tokens if behind else None, count)
+            seen = "an unknown number of tokens" if tokens == UNKNOWN else f"{tokens} tokens"
+            parts.append(f"A checkpoint from elsewhere of {size}, trained on {seen} before, was taken")
+        elif kind == "pretrain":
             tokens = f"{count(metric(record, 'tokens'))} tokens"
             parts.append(f"trained on {tokens}" if parts else f"A model of {size} was trained on {tokens}")
         elif kind == "scale_up":

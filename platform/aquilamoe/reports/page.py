@@ -1,12 +1,13 @@
 """The report of an experiment: one HTML file without other files, with the conclusions and their limits."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from aquilamoe.config.external import Before
 from aquilamoe.config.growth import GROWTH_KINDS
-from aquilamoe.format import ABSENT, count, decimal, power, seconds
-from aquilamoe.pipeline.figures import Record, input_stages, metric, number
+from aquilamoe.format import ABSENT, count, decimal, power, seconds, stated
+from aquilamoe.pipeline.figures import Record, before, input_stages, metric, number
 from aquilamoe.reports import conclusion, costs, figure, paper, paper_figure, template
 from aquilamoe.reports.canvas import Drawing
 from aquilamoe.reports.curves import Points, chain_of, line_of, trained
@@ -97,14 +98,20 @@ def _facts(records: Mapping[str, Record], chain: Sequence[str]) -> list[tuple[st
         return []
     record = records[last]
     total, active = metric(record, "params_total"), metric(record, "params_active")
+    known = before(record)
     times = [spent for record in records.values() if (spent := number(record.get("seconds"))) is not None]
     facts = [
         (count(total), "parameters at the end" + (f", {count(active)} active" if active != total else "")),
-        (count(conclusion.trained_tokens(records, chain)), "tokens along the chain"),
-        (power(metric(record, "lineage_flops")), "model FLOPs along the chain"),
+        (_along(known, "tokens", conclusion.trained_tokens(records, chain), count), "tokens along the chain"),
+        (_along(known, "flops", metric(record, "lineage_flops"), power), "model FLOPs along the chain"),
         (f"{seconds(sum(times))} s", "for all stages" if len(times) > 1 else "in all"),
     ]
     return [(value, what) for value, what in facts if not value.startswith(ABSENT)]
+
+
+def _along(known: Before | None, figure: str, here: float | None, write: Callable[[float | None], str]) -> str:
+    """What was spent here, after what is stated of a checkpoint from elsewhere, if there is one."""
+    return write(here) if known is None else f"{stated(getattr(known, figure), write)} + {write(here)}"
 
 
 def _best(points: Sequence[conclusion.HeldOutLosses]) -> dict[str, float]:

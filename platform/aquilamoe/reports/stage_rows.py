@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from aquilamoe.config.growth import GROWTH_KINDS
-from aquilamoe.format import ABSENT, count, decimal, power, seconds
-from aquilamoe.pipeline.figures import Record, input_stages, metric, number
+from aquilamoe.format import ABSENT, count, decimal, power, seconds, stated
+from aquilamoe.pipeline.figures import Record, before, input_stages, metric, number
 
 NOT_REACHED = "not reached"
 HEADER = (
@@ -44,6 +44,7 @@ class StageRow:
     recovery_tokens: float | None
     seconds: float | None
     tokens_per_s: float | None
+    is_external: bool = False  # a checkpoint from elsewhere: tokens and flops are as stated, None is unknown
 
     def cells(self) -> tuple[str, ...]:
         """Return the row as text, in the order of `HEADER`."""
@@ -51,8 +52,8 @@ class StageRow:
             self.stage,
             count(self.params_total),
             count(self.params_active),
-            count(self.tokens),
-            power(self.flops),
+            stated(self.tokens, count) if self.is_external else count(self.tokens),
+            stated(self.flops, power) if self.is_external else power(self.flops),
             decimal(self.loss_start, 2),
             decimal(self.loss_end, 2),
             self.recovery(),
@@ -79,6 +80,7 @@ def stage_rows(records: Mapping[str, Record], status: Mapping[str, str] | None =
 def _row(name: str, record: Record, records: Mapping[str, Record], status: str) -> StageRow:
     kind = str(record.get("kind", ""))
     grows, trains = kind in GROWTH_KINDS, kind == "pretrain"
+    stated_of = before(record) if not record.get("inputs") else None
     return StageRow(
         stage=name,
         kind=kind,
@@ -86,14 +88,15 @@ def _row(name: str, record: Record, records: Mapping[str, Record], status: str) 
         params_total=metric(record, "params_total"),
         params_active=metric(record, "params_active"),
         # A growth's `tokens` are those of its certificate: nothing was trained on them.
-        tokens=metric(record, "tokens") if trains else None,
-        flops=metric(record, "flops") if trains else None,
+        tokens=metric(record, "tokens") if trains else stated_of.tokens if stated_of else None,
+        flops=metric(record, "flops") if trains else stated_of.flops if stated_of else None,
         loss_start=metric(record, "source_final_loss" if grows else "loss_start"),
         loss_end=_loss_after(name, records) if grows else metric(record, "loss_end"),
         recovers=trains and _continues_growth(record, records),
         recovery_tokens=metric(record, "recovery_tokens"),
         seconds=number(record.get("seconds")),
         tokens_per_s=metric(record, "tokens_per_s") if trains else None,
+        is_external=stated_of is not None,
     )
 
 

@@ -68,6 +68,7 @@ def run(context: Context, growth: GrowthConfig | UpcyclingConfig, grow: Callable
         "params_active": node.model.num_active_params,
         "lineage_tokens": node.lineage_tokens,
         "lineage_flops": node.lineage_flops,
+        **(node.before.metrics if node.before else {}),
         "source_final_loss": source.metrics.get("loss_end"),
         "certificate_tokens": certificate.pop("tokens"),
         **certificate,

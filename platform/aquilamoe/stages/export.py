@@ -22,7 +22,7 @@ def estimate(node: Node) -> Estimate:
 def run(context: Context) -> Metrics:
     import torch
 
-    from aquilamoe.checkpoint.companions import copy_companions
+    from aquilamoe.checkpoint.continuing import carry
     from aquilamoe.checkpoint.hf_config import read_eos_token_id
     from aquilamoe.checkpoint.state_dict import load_model, save_model
 
@@ -31,5 +31,5 @@ def run(context: Context) -> Metrics:
     source, target = context.inputs["source"].directory / "model", context.out / "model"
     dtype = getattr(torch, stage.dtype)
     save_model(load_model(source), target, dtype=dtype, eos_token_id=read_eos_token_id(source))
-    copy_companions(source, target)
+    carry(source, target, node.model, stage.dtype)
     return {"params_total": node.model.num_params, "params_active": node.model.num_active_params}

@@ -23,6 +23,7 @@ def estimate(node: Node) -> Estimate:
 
 def run(context: Context) -> Metrics:
     from aquilamoe.checkpoint.companions import copy_companions
+    from aquilamoe.checkpoint.continuing import carry
     from aquilamoe.checkpoint.hf_config import write_config
     from aquilamoe.data.tokens import read_record
     from aquilamoe.training.job import Job
@@ -48,9 +49,13 @@ def run(context: Context) -> Metrics:
         "params_total": node.model.num_params,
         "params_active": node.model.num_active_params,
         **launch(job, context.root),
+        **(node.before.metrics if node.before else {}),
     }
-    copy_companions(tokens.directory / "tokenizer", context.out / "model")
-    write_config(context.out / "model", node.model, "float32", read_record(tokens.directory).eos_token_id)
+    if source:
+        carry(source.directory / "model", context.out / "model", node.model, "float32")
+    else:
+        copy_companions(tokens.directory / "tokenizer", context.out / "model")
+        write_config(context.out / "model", node.model, "float32", read_record(tokens.directory).eos_token_id)
     goal = source.metrics.get("source_final_loss") if source else None
     if goal is not None:
         assert source is not None

@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer, trained on the training split, or one from elsewhere."""
+"""A byte-level BPE tokenizer, trained on the training split, one from elsewhere, or a checkpoint's."""
 
 from typing import cast
 
@@ -16,6 +16,12 @@ def estimate(node: Node) -> Estimate:
 
 def run(context: Context) -> Metrics:
     stage = cast(TokenizerStage, context.node.stage)
+    assert stage.vocab_size is not None, "a checkpoint's size is known before a stage runs"
+    if "checkpoint" in context.inputs:
+        from aquilamoe.data.vocabulary import adopt_checkpoint_tokenizer
+
+        checkpoint = context.inputs["checkpoint"].directory / "model"
+        return dict(adopt_checkpoint_tokenizer(checkpoint, stage.vocab_size, context.out))
     if stage.path is not None:
         from aquilamoe.data.vocabulary import adopt_tokenizer
 
