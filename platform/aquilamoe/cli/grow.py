@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from aquilamoe import format
+from aquilamoe.checkpoint import hub
 from aquilamoe.cli import grow_view
 from aquilamoe.cli.console import console
 from aquilamoe.config import grow
@@ -14,6 +15,7 @@ from aquilamoe.config.messages import UserError
 from aquilamoe.growth.tool import comparison, output, plan
 from aquilamoe.growth.tool.grow import certify, make
 from aquilamoe.growth.tool.request import Request, resolve
+from aquilamoe.pipeline.store import RECORD
 
 
 def execute(values: Mapping[str, Any], command: str) -> None:
@@ -45,10 +47,18 @@ def _plan(request: Request, config: GrowConfig) -> None:
     grow_view.show_plan(console(), request, config, state, tolerance)
 
 
+def _push(out: Any, request: Request, record: Mapping[str, Any], name: str) -> None:
+    """Publish the target: weights, config.json, tokenizer, card and record."""
+    address = hub.push("push", request.target, name, [*record["files"], RECORD])
+    out.print(f"\npublished  {address}", soft_wrap=True)
+
+
 def _run(request: Request, config: GrowConfig, command: str) -> None:
     out, began = console(), time.monotonic()
     record = make(request, config, command, grow_view.TerminalReporter(out))
     out.print()
     grow_view.show_result(out, request, record)
+    if config.push is not None:
+        _push(out, request, record, config.push)
     seconds = format.duration(time.monotonic() - began)
     out.print(f"\nDone in {seconds}: {grow_view.relative(request.target)}", soft_wrap=True)

@@ -9,12 +9,12 @@ from aquilamoe.growth.tool.comparison import Claim
 from aquilamoe.growth.tool.making import Making
 from aquilamoe.growth.tool.output import TargetFolder
 from aquilamoe.growth.tool.reporter import Reporter
-from aquilamoe.growth.tool.request import Request, directory, open_checkpoint
+from aquilamoe.growth.tool.request import Request, directory, open_checkpoint, source_directory
 
 
 def certify(config: GrowConfig, reporter: Reporter) -> dict[str, Any]:
     """Compare two checkpoints as they are; one by this tool is held to what its record claims."""
-    source = open_checkpoint("source", directory("source", config.source))
+    source = open_checkpoint("source", source_directory(config))
     target = open_checkpoint("target", directory("target", config.target))
     text = held_out.read(source.directory, source.model, config.certificate, config.seed)
     reporter.comparing(source, target)

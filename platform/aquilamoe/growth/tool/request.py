@@ -1,7 +1,6 @@
 """What a call requests: source and target with all sizes, which of them follow, and what the growth claims."""
 
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 from aquilamoe.checkpoint import carrying, companions, fit, hf_config, links, packed, safetensors_header, tensor_names
 from aquilamoe.checkpoint.hf_config import CheckpointConfig
+from aquilamoe.config.external import ADDRESS, HUB
 from aquilamoe.config.graph import grown_model
 from aquilamoe.config.grow import GrowConfig, SparseUpcycling
 from aquilamoe.config.messages import UserError
@@ -19,8 +19,6 @@ from aquilamoe.growth import rules
 from aquilamoe.growth.depth import map_layers
 
 CARD = "README.md"
-
-HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # OWNER/NAME: also a path, but of no directory
 
 
 @dataclass(frozen=True)
@@ -83,12 +81,28 @@ def directory(key: str, value: str) -> Path:
     return Path(os.path.realpath(local(value)))
 
 
+def source_directory(config: GrowConfig) -> Path:
+    """Where the source is: a directory, or a checkpoint of the hub, `ORG/NAME` or `hf://ORG/NAME@REVISION`.
+
+    What is not on this machine is downloaded, but not for a plan.
+
+    Raises:
+        UserError: there is no such checkpoint, or it cannot be downloaded; with the command that downloads it.
+    """
+    typed = config.source if config.source.startswith(HUB) else f"{HUB}{config.source}"
+    is_hub = config.source.startswith(HUB) or (ADDRESS.fullmatch(typed) and not local(config.source).exists())
+    if not is_hub:
+        return directory("source", config.source)
+    from aquilamoe.checkpoint import hub
+
+    found = hub.find("source", hub.HubAddress.parse("source", typed), downloads=config.action != "plan")
+    return Path(os.path.realpath(found))
+
+
 def open_checkpoint(key: str, path: Path) -> CheckpointFiles:
     """Read config.json and the headers; UserError unless they are of one model that can be computed."""
     if not path.is_dir():
         what = "is a file" if path.exists() else "no such directory"
-        if HUB_NAME.fullmatch(typed := os.path.relpath(path)):
-            what += f" (from the Hugging Face hub: hf download {typed} --local-dir {path.name}, then {key}={path.name})"
         raise UserError(f"{key}: {path}: {what}; name a directory with a Hugging Face checkpoint")
     config = hf_config.read_checkpoint_config(path)
     tensors = packed.read(path)
@@ -101,7 +115,7 @@ def open_checkpoint(key: str, path: Path) -> CheckpointFiles:
 
 def resolve(config: GrowConfig) -> Request:
     """Fill in all sizes and check the growth; UserError with one line for what cannot be done."""
-    source_path, target = directory("source", config.source), directory("target", config.target)
+    source_path, target = source_directory(config), directory("target", config.target)
     _check_apart(source_path, target)
     source = open_checkpoint("source", source_path)
     growth = config.upcycling.plain if config.upcycling else config.growth
