@@ -11,14 +11,19 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from aquilamoe.checkpoint.hf_config import read_checkpoint_config, read_config
+from aquilamoe.checkpoint.state_dict import load_model
+from aquilamoe.config.graph import grown_model
 from aquilamoe.config.messages import UserError
 from aquilamoe.config.network import ModelConfig
+from aquilamoe.config.rope import STRETCHED
+from aquilamoe.growth import rules
 from aquilamoe.growth.forward import StreamedDecoder, opened
 from aquilamoe.growth.scale_out import scale_out
 from aquilamoe.growth.scale_up import scale_up
-from small_checkpoints import growth, upcycling
+from small_checkpoints import growth, model, upcycling
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -108,13 +113,13 @@ def new_spelling(rope: dict[str, Any]) -> dict[str, Any]:
 
 
 def grow(source: Path, target: Path, **sizes: Any) -> Path:
-    model = ModelConfig.model_validate(read_checkpoint_config(source).model.model_dump() | sizes)
-    scale_up(source, target, model, growth(new_layers="zero"), 0)
+    method = growth(new_layers="zero")
+    scale_up(source, target, grown_model(read_checkpoint_config(source).model, sizes, "model", method), method, 0)
     return target
 
 
 def upcycle(source: Path, target: Path, **sizes: Any) -> Path:
-    model = ModelConfig.model_validate(read_checkpoint_config(source).model.model_dump() | EXPERTS | sizes)
+    model = grown_model(read_checkpoint_config(source).model, EXPERTS | sizes, "model")
     scale_out(source, target, model, upcycling(), 0)
     return target
 
@@ -142,6 +147,12 @@ def certified(directory: Path, length: int = 40) -> Tensor:
         return logits.view(2, length, -1)
 
 
+@torch.no_grad()
+def computed(directory: Path, length: int = 40) -> Tensor:
+    """What the network that trains computes."""
+    return load_model(directory)(tokens(length))[0]
+
+
 def off(first: Tensor, second: Tensor) -> float:
     return ((first - second).abs().max() / second.std()).item()
 
@@ -165,8 +176,11 @@ def test_every_scaled_rotary_embedding_is_kept_by_growth_and_upcycling(
         assert values["rope_scaling"].items() >= ROPES[name].items()
         assert "rope_theta" not in values["rope_scaling"]
         assert values["dtype"] == values["torch_dtype"] == "float32"
-    with pytest.raises(UserError, match=r"scaled by rope_type .* is grown and upcycled .* not computed by training"):
-        read_config(source)
+    if ROPES[name]["rope_type"] in ("dynamic", "longrope"):
+        with pytest.raises(UserError, match=r"rope_scaling of rope_type .* is grown and upcycled .* not computed by"):
+            read_config(source)
+    else:
+        assert off(computed(source), expected) < 1e-5
 
 
 @pytest.mark.parametrize("name", WINDOWS)
@@ -178,10 +192,9 @@ def test_every_sliding_window_is_kept_layer_by_layer(name: str, make: Make, tmp_
     target = grow(source, tmp_path / "grown", **LARGER)
     assert off(judged(target), expected) < 1e-4
     assert off(certified(target), judged(target)) < 1e-5
-    with pytest.raises(UserError, match=r"sliding_window \d is smaller .* is grown and upcycled"):
-        read_config(source)
+    assert off(computed(source), expected) < 1e-5
     if name == "qwen3 by list":  # its sparse sibling has one window for all layers
-        with pytest.raises(UserError, match=r"sliding_window 5 in 2 of 3 layers would become Qwen3MoeForCausalLM"):
+        with pytest.raises(UserError, match=r"2 of 3 layers with sliding_window 5, with num_experts 4 and qk_norm"):
             upcycle(source, tmp_path / "upcycled")
     else:
         assert off(judged(upcycle(source, tmp_path / "upcycled")), expected) < 1e-4
@@ -204,11 +217,56 @@ def test_a_larger_head_turns_as_before_or_is_refused_under_every_scaling(name: s
         target = grow(source, tmp_path / "grown", head_dim=16)
     except UserError as error:
         assert str(error).startswith(f"head_dim: target 16, source 8; with rope_type '{rope['rope_type']}' other ")
-        assert rope["rope_type"] in ("dynamic", "yarn", "longrope")
-        assert not (tmp_path / "grown").exists() or not list((tmp_path / "grown").glob("*.safetensors"))
+        assert rope["rope_type"] in ("dynamic", "yarn")
+        assert not (tmp_path / "grown").exists()
         return
     for length in (10, 70):
         assert off(judged(target, length), judged(source, length)) < 1e-4
+
+
+MORE_ROPES = [
+    {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 0.5, "high_freq_factor": 9.0},
+    {"rope_type": "linear", "factor": 8.0},
+    {"rope_type": "dynamic", "factor": 2.0},
+    *({"rope_type": "yarn", "factor": 4.0, "truncate": truncate} for truncate in (True, False)),
+    {"rope_type": "yarn", "factor": 4.0, "beta_fast": 4.0, "beta_slow": 2.0, "truncate": False},
+    {"rope_type": "longrope", "factor": 4.0, "short_factor": [1.0, 1.5, 2.0, 3.0], "long_factor": [4.0] * 4},
+]
+
+
+@pytest.mark.parametrize("rope", MORE_ROPES, ids=str)
+@pytest.mark.parametrize("ratio", [2, 3])
+def test_a_larger_head_is_refused_where_transformers_would_turn_it_otherwise(rope: dict[str, Any], ratio: int) -> None:
+    sizes = {"head_dim": 8, "max_position_embeddings": 4096, "rope_theta": 1e4, "original_max_position_embeddings": 256}
+    trained = {"original_max_position_embeddings": sizes.pop("original_max_position_embeddings")}
+    scaling = rope | (trained if rope["rope_type"] in STRETCHED else {})
+    source = model(**sizes, rope_scaling=scaling)
+    values = {"model_type": "llama", "num_attention_heads": 8, "hidden_size": 64}
+
+    def turns(config: ModelConfig, length: int) -> tuple[Tensor, float]:
+        """Frequencies and attention factor, of transformers alone."""
+        parameters = {"rope_theta": config.rope_theta, **config.rope_scaling.model_dump(mode="json")}
+        made = AutoConfig.for_model(
+            **values,
+            head_dim=config.head_dim,
+            max_position_embeddings=config.max_position_embeddings,
+            rope_parameters=parameters,
+        )
+        found, factor = ROPE_INIT_FUNCTIONS[rope["rope_type"]](made, torch.device("cpu"), seq_len=length)
+        return found, float(factor)
+
+    target = grown_model(source, {"head_dim": 8 * ratio}, "model", growth())
+    is_same = True
+    for length in (10, 9000):
+        (old, old_factor), (new, new_factor) = turns(source, length), turns(target, length)
+        is_same &= torch.allclose(old, new[::ratio], rtol=1e-5, atol=0) and old_factor == new_factor
+    if is_same:
+        rules.check(source, target, growth())
+    else:
+        with pytest.raises(UserError, match=f"head_dim: target {8 * ratio}, source 8; with rope_type"):
+            rules.check(source, target, growth())
+    assert is_same or rope["rope_type"] in ("dynamic", "yarn")
 
 
 def test_a_longer_context_is_refused_where_frequencies_follow_from_it(make: Make, tmp_path: Path) -> None:

@@ -14,10 +14,10 @@ from aquilamoe.checkpoint import tensor_names
 from aquilamoe.checkpoint.hf_config import read_config, read_eos_token_id
 from aquilamoe.checkpoint.reader import SINGLE_FILE, Reader
 from aquilamoe.config import plugins
+from aquilamoe.config.depth import RULES
 from aquilamoe.config.messages import UserError
 from aquilamoe.config.schema import GrowthConfig, ModelConfig
 from aquilamoe.growth import rules
-from aquilamoe.growth.depth import RULES
 from aquilamoe.growth.methods import hypercloning
 from aquilamoe.growth.scale_up import scale_up
 from effort import examples

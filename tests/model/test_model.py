@@ -1,6 +1,5 @@
 """The network: parity with transformers through files, the mixture of experts against a plain loop, arithmetic."""
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,25 +13,11 @@ from aquilamoe.checkpoint import tensor_names
 from aquilamoe.checkpoint.state_dict import load_model, save_model
 from aquilamoe.config.network import ABSENT_SHARED_EXPERT_SIZE, ModelConfig
 from aquilamoe.model.transformer import Decoder, MixtureOfExperts
+from judge import open_with_transformers, randomize
 
 transformers.utils.logging.disable_progress_bar()
 
 Network = Callable[..., ModelConfig]
-
-
-@torch.no_grad()
-def randomize(model: torch.nn.Module, seed: int = 0) -> None:
-    """Random matrices, and gains and biases that are far from one and zero, where errors would hide."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-        if name.endswith("norm.weight"):
-            noise = 1 + 0.3 * noise
-        elif ".shared_expert" in name and parameter.shape[0 if "down" not in name else 1] == ABSENT_SHARED_EXPERT_SIZE:
-            noise = 0 * noise
-        elif not name.endswith(".bias"):
-            noise = 0.25 * noise
-        parameter.copy_(noise)
 
 
 def random_decoder(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Decoder:
@@ -43,22 +28,6 @@ def random_decoder(config: ModelConfig, dtype: torch.dtype = torch.float32) -> D
 
 def random_tokens(config: ModelConfig, length: int = 24) -> Tensor:
     return torch.randint(config.vocab_size, (2, length), generator=torch.Generator().manual_seed(1))
-
-
-def open_with_transformers(directory: Path, **options: object) -> transformers.PreTrainedModel:
-    """Load as any user would, and insist that transformers warns of nothing."""
-    warnings: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("transformers")
-    logger.addHandler(handler)
-    try:
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True, **options)
-    finally:
-        logger.removeHandler(handler)
-    assert warnings == []
-    assert not any(info.values()), info
-    return model
 
 
 def transformers_model(config: ModelConfig) -> transformers.PreTrainedModel:

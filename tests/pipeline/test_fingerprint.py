@@ -237,7 +237,7 @@ def test_the_code_of_a_growth_method_is_part_of_the_identity_of_its_growth_and_o
             "growth method aki_pro",
         ),
         (
-            "growth/depth.py",
+            "config/depth.py",
             "layer * num_sources //",
             "layer * num_sources // 1 //",
             "scale_up",

@@ -20,7 +20,7 @@ from aquilamoe.ablation.conclusions import horizon, listed, shown
 from aquilamoe.ablation.intervals import mean_interval
 from aquilamoe.ablation.statistics import mean_curve, value_at
 from aquilamoe.ablation.study import Control, Entry, Interval, Study
-from aquilamoe.config.network import Config
+from aquilamoe.config.numbers import Config
 from aquilamoe.format import count
 
 LIKE = 2.0  # within this factor something is like what was recorded

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationError, field_validator
 
 from aquilamoe.config.messages import UserError, first_problem
-from aquilamoe.config.network import Config
+from aquilamoe.config.numbers import Config
 
 SUMMARY = "summary.json"
 

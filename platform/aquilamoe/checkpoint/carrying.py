@@ -9,9 +9,8 @@ from typing import Any
 
 from aquilamoe.checkpoint import hf_config, positions, tensor_names
 from aquilamoe.checkpoint.hf_config import CheckpointConfig
-from aquilamoe.checkpoint.positions import ALL_LAYERS, EACH_LAYER, FULL, SLIDING, SWITCHED, Positions
-from aquilamoe.config.messages import UserError
-from aquilamoe.config.network import ModelConfig
+from aquilamoe.checkpoint.positions import EACH_LAYER, SWITCHED
+from aquilamoe.config.network import FULL, ModelConfig
 
 # About the source's files, its code or the program that wrote it. So is whatever begins with an underscore.
 ABOUT_SOURCE = (
@@ -37,17 +36,15 @@ def carried(source: CheckpointConfig, target: ModelConfig, layers: Sequence[int]
     """Contents of the config.json of a target that was grown from `source`.
 
     layers: of the source, for every layer of the target. dtype: of the weights, e.g. `bfloat16`.
-    Raises UserError, beginning with the field, where the target would compute something else than the source.
     """
     architecture = target_architecture(source, target)
     computed = hf_config.config_to_dict(target, dtype=dtype, architecture=architecture)
     kept = {key: value for key, value in source.values.items() if _is_kept(key)}
-    grown = source.positions.on(layers)
     settings = {key: value for key, value in computed.items() if key not in TOKENS}
     tokens = _assumed_tokens(source.architecture, architecture)
-    values = {**settings, **tokens, **_mapped(kept, source.model, layers), **_rope(source)}
-    values |= _windows(grown, source, architecture, layers)
-    _check(source, grown, values, architecture, target)
+    values = {**settings, **tokens, **_mapped(kept, source.model, layers), **_rope(source, target)}
+    values |= _unused_windows(source, target, architecture, layers)
+    assert hf_config.parse(values, "target").model == target, "what was written is read back"
     return values
 
 
@@ -82,43 +79,28 @@ def _mapped(kept: Mapping[str, Any], source: ModelConfig, layers: Sequence[int])
     }
 
 
-def _rope(source: CheckpointConfig) -> dict[str, Any]:
-    """The rotary embedding for transformers 4 (theta outside of the scaling) and for 5 (all in one)."""
-    parameters = positions.rope_parameters(source.values, source.architecture)
-    if parameters["rope_type"] == "default":
+def _rope(source: CheckpointConfig, target: ModelConfig) -> dict[str, Any]:
+    """The scaling with all that the source states of it, also what nothing here reads."""
+    if target.rope_scaling is None:
         return {}
+    stated = positions.rope_parameters(source.values, source.architecture)
+    parameters = {**stated, **target.rope_scaling.model_dump(mode="json")}
     scaling = {key: value for key, value in parameters.items() if key != "rope_theta"}
     return {"rope_scaling": scaling, "rope_parameters": parameters}
 
 
-def _windows(grown: Positions, source: CheckpointConfig, architecture: str, layers: Sequence[int]) -> dict[str, Any]:
-    """How far layers look back, as the architecture spells it; a source's fields of windows that are off stay too."""
-    kinds = [FULL if window is None else SLIDING for window in grown.windows]
-    stated = architecture in EACH_LAYER and source.values.get("layer_types") is not None
-    if SLIDING not in kinds:
-        values: dict[str, Any] = {"layer_types": kinds} if stated else {}
-        if architecture in SWITCHED and source.architecture in SWITCHED:
-            values |= {key: source.values[key] for key in ("sliding_window",) if key in source.values}
-            values |= {"use_sliding_window": False, "max_window_layers": _first_window(source, layers)}
-        return values
-    size = next(window for window in grown.windows if window is not None)
-    if architecture in EACH_LAYER:
-        of_layers = {"layer_types": kinds, "max_window_layers": _leading(kinds)}
-        return {"use_sliding_window": True, "sliding_window": size, **of_layers}
-    if architecture not in ALL_LAYERS or FULL in kinds:
-        raise UserError(
-            f"architecture: {source.architecture} with sliding_window {size} in {kinds.count(SLIDING)} of {len(kinds)} "
-            f"layers would become {architecture}, which computes "
-            f"{'one window for all layers' if architecture in ALL_LAYERS else 'no windows'}; a growth in width or "
-            "depth keeps them"
-        )
-    switch = {"use_sliding_window": True, "max_window_layers": 0} if architecture in SWITCHED else {}
-    return {"sliding_window": size, **switch}
-
-
-def _leading(kinds: Sequence[str]) -> int:
-    """How many layers are full before the first window: what versions before `layer_types` look at."""
-    return next((layer for layer, kind in enumerate(kinds) if kind == SLIDING), len(kinds))
+def _unused_windows(
+    source: CheckpointConfig, target: ModelConfig, architecture: str, layers: Sequence[int]
+) -> dict[str, Any]:
+    """A source's fields of windows that are off stay, too."""
+    if target.sliding_window is not None or architecture not in SWITCHED:
+        return {}
+    is_listed = architecture in EACH_LAYER and source.values.get("layer_types") is not None
+    values: dict[str, Any] = {"layer_types": [FULL] * target.num_hidden_layers} if is_listed else {}
+    if source.architecture in SWITCHED:
+        values |= {key: source.values[key] for key in ("sliding_window",) if key in source.values}
+        values |= {"use_sliding_window": False, "max_window_layers": _first_window(source, layers)}
+    return values
 
 
 def _first_window(source: CheckpointConfig, layers: Sequence[int]) -> int:
@@ -129,15 +111,3 @@ def _first_window(source: CheckpointConfig, layers: Sequence[int]) -> int:
         return first
     below = sum(layer < first for layer in layers)
     return below if first < source.model.num_hidden_layers else max(first, len(layers))
-
-
-def _check(
-    source: CheckpointConfig, grown: Positions, values: Mapping[str, Any], architecture: str, target: ModelConfig
-) -> None:
-    """What was written is read back: it must be the target, and treat positions as the source does."""
-    rope_type = source.positions.rope.rope_type
-    if rope_type == "longrope" and target.head_dim != source.model.head_dim:  # it has a factor for each pair
-        raise positions.refuse("head_dim", source.model, target, rope_type)
-    found = positions.read(values, architecture, target, "target")
-    assert found.windows == grown.windows
-    positions.check_same((source.positions, source.model), (found, target))

@@ -13,7 +13,6 @@ from typing import Any
 from pydantic import ValidationError
 
 from aquilamoe.checkpoint import jsonfile, positions, spelling, tensor_names, tying
-from aquilamoe.checkpoint.positions import Positions
 from aquilamoe.config.messages import UserError, first_problem
 from aquilamoe.config.network import ABSENT_SHARED_EXPERT_SIZE
 from aquilamoe.config.schema import ModelConfig
@@ -31,7 +30,6 @@ MODEL_TYPES = {
     "Qwen3MoeForCausalLM": "qwen3_moe",
     "OlmoeForCausalLM": "olmoe",
 }
-QWEN = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM")
 MOE = ("MixtralForCausalLM", "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM", "OlmoeForCausalLM")
 QK_NORM = {"Qwen3ForCausalLM": "head", "Qwen3MoeForCausalLM": "head", "OlmoeForCausalLM": "projection"}
 # Where layers may be dense and experts have a size of their own.
@@ -57,7 +55,6 @@ class CheckpointConfig:
     values: Mapping[str, Any]
     architecture: str
     model: ModelConfig
-    positions: Positions
 
 
 def config_to_dict(
@@ -73,8 +70,7 @@ def config_to_dict(
         "num_key_value_heads": config.num_key_value_heads,
         "head_dim": config.head_dim,
         "hidden_act": "silu",
-        "rope_theta": config.rope_theta,  # where transformers 4 looks
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},  # where transformers 5 does
+        **positions.spelled(config, architecture),
         "attention_dropout": 0.0,
         "initializer_range": config.initializer_range,
         "tie_word_embeddings": config.tie_word_embeddings,
@@ -92,10 +88,6 @@ def config_to_dict(
 def _particulars(config: ModelConfig, architecture: str) -> dict[str, Any]:
     """Keys that only some architectures have, set to what our network computes."""
     values: dict[str, Any] = {}
-    if architecture in QWEN:
-        values |= {"use_sliding_window": False, "sliding_window": None, "max_window_layers": config.num_hidden_layers}
-    elif architecture in ("MistralForCausalLM", "MixtralForCausalLM"):
-        values["sliding_window"] = None
     if architecture == "LlamaForCausalLM":
         values["mlp_bias"] = False
     if architecture in ("LlamaForCausalLM", *QK_NORM):
@@ -135,12 +127,8 @@ def config_from_dict(values: Mapping[str, Any], where: str = CONFIG_FILE) -> Mod
 
 def _computed(checkpoint: CheckpointConfig, where: str) -> ModelConfig:
     """The model, unless only growth supports it."""
-    problem = next(checkpoint.positions.differences(checkpoint.model), None)
-    if problem is not None:
-        raise UserError(
-            f"{where}: {problem}, which is grown and upcycled (efficientscale grow), but not computed by training, "
-            "evaluation and generation; choose another checkpoint for these"
-        )
+    if checkpoint.model.uncomputed:
+        raise UserError(f"{where}: {checkpoint.model.uncomputed}; choose another checkpoint for these")
     return checkpoint.model
 
 
@@ -157,7 +145,7 @@ def parse(values: Mapping[str, Any], where: str = CONFIG_FILE) -> CheckpointConf
     spelling.check(values, where)
     architecture = _architecture_of(values, where)
     model = _model(values, architecture, where)
-    return CheckpointConfig(values, architecture, model, positions.read(values, architecture, model, where))
+    return CheckpointConfig(values, architecture, model)
 
 
 def _model(values: Mapping[str, Any], architecture: str, where: str) -> ModelConfig:
@@ -178,7 +166,7 @@ def _model(values: Mapping[str, Any], architecture: str, where: str) -> ModelCon
         "num_key_value_heads": values.get("num_key_value_heads") or values["num_attention_heads"],
         **{field: values[key] for field, key in keys.items()},
         "head_dim": values.get("head_dim") or DEFAULT_HEAD_DIM.get(architecture),
-        "rope_theta": positions.rope_parameters(values, architecture)["rope_theta"],
+        **positions.read(values, architecture, where),
         "initializer_range": _stated(values, "initializer_range", 0.02),
         "tie_word_embeddings": _stated(values, "tie_word_embeddings", False),
         "qkv_bias": _has_qkv_bias(values, architecture),

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from aquilamoe.config.messages import first_problem
-from aquilamoe.config.network import (
+from aquilamoe.config.numbers import (
     Epsilon,
     Experts,
     HeadDim,

@@ -41,14 +41,16 @@ def architecture(config: ModelConfig) -> str:
     if config.is_moe:
         if config.qk_norm != "none":
             return "Qwen3MoeForCausalLM" if config.qk_norm == "head" else "OlmoeForCausalLM"
-        is_mixtral = not (config.qkv_bias or config.shared_expert_intermediate_size or config.mlp_only_layers)
+        further = config.qkv_bias, config.shared_expert_intermediate_size, config.mlp_only_layers, config.layer_types
+        is_mixtral = not any(further)
         return "MixtralForCausalLM" if is_mixtral and config.norm_topk_prob else "Qwen2MoeForCausalLM"
     if config.qk_norm == "head":
         return "Qwen3ForCausalLM"
     if config.qkv_bias:
         return "Qwen2ForCausalLM"
-    # The same network as Llama, but Llama's config class refuses heads that do not divide the hidden size.
-    return "MistralForCausalLM" if config.hidden_size % config.num_attention_heads else "LlamaForCausalLM"
+    # The same network as Llama, but with windows, and heads that do not divide the hidden size.
+    is_mistral = config.sliding_window is not None or config.hidden_size % config.num_attention_heads
+    return "MistralForCausalLM" if is_mistral else "LlamaForCausalLM"
 
 
 def expert_role(expert: int, role: str) -> str:

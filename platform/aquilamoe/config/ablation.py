@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from aquilamoe.config.messages import nearest
-from aquilamoe.config.network import Config, Int, PositiveFloat, PositiveInt, Seed
+from aquilamoe.config.numbers import Config, Int, PositiveFloat, PositiveInt, Seed
 from aquilamoe.config.schema import Name
 
 RECOVERY = ("recovery_tokens", "recovery_flops")  # of a stage that continues what was grown

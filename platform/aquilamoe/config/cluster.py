@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from aquilamoe.config.network import Config, Float, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from aquilamoe.config.numbers import Config, Float, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from aquilamoe.config.passwords import masked
 
 

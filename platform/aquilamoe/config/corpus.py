@@ -1,10 +1,10 @@
 """What a corpus is made of: files or data sets of a hub, which of their documents, and how these are cleaned."""
 
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, Self
 
-from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from aquilamoe.config.network import Config, Float, NonNegativeInt, PositiveInt
+from aquilamoe.config.numbers import Config, Extended, Float, NonNegativeInt, PositiveInt
 
 VALIDATION_FRACTION = 0.05  # held out where a corpus sets none
 ValidationFraction = Annotated[
@@ -21,23 +21,6 @@ CLEANING = (
     "read in order, in one process, and the first that cannot be used is an error"
 )
 Scalar = bool | int | float | str
-
-
-class Extended(Config):
-    """A configuration that got keys after outputs had been made with it.
-
-    The keys in `added` enter a recipe only where they are set: outputs made before they existed are still found.
-    """
-
-    added: ClassVar[tuple[str, ...]] = ()
-
-    @model_serializer(mode="wrap")
-    def _leave_out_defaults(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        if not isinstance(self, Extended):  # pydantic calls this for whatever is in its place, unchecked
-            return dump(self)
-        fields = type(self).model_fields
-        silent = {key for key in self.added if getattr(self, key) == fields[key].get_default(call_default_factory=True)}
-        return {key: value for key, value in dump(self).items() if key not in silent}
 
 
 class HubConfig(Config):

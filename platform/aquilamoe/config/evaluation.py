@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from aquilamoe.config.network import Config, NonNegativeFloat, PositiveInt, Seed
+from aquilamoe.config.numbers import Config, NonNegativeFloat, PositiveInt, Seed
 
 
 class GenerationConfig(Config):

@@ -10,6 +10,7 @@ from aquilamoe.ancestors import ancestors
 from aquilamoe.config import passwords, plugins
 from aquilamoe.config.external import TOKENIZER, Before, ExternalCheckpoint
 from aquilamoe.config.messages import UserError, first_problem, nearest
+from aquilamoe.config.numbers import MAX_LAYERS
 from aquilamoe.config.paths import local
 from aquilamoe.config.relative import absolute_sizes
 from aquilamoe.config.scaling import scaled
@@ -235,6 +236,7 @@ class _Builder:
     def _pretrain(self, name: str, stage: PretrainStage, source: Node | None) -> Node:
         model = source.model if source else stage.model
         assert model is not None, "the schema asks for a model or a source"
+        self._check_computed(f"stages.{name}{'.model' if stage.model else ''}", model)
         _check_length(f"stages.{name}.sequence_length", stage.sequence_length, model)
         self._check_corpus(name, stage, model)
         if source:
@@ -291,8 +293,13 @@ class _Builder:
         for role, checkpoint in stage.inputs.items():
             model = self.nodes[checkpoint].model
             if role not in KIND_READ and model is not None:
+                self._check_computed(f"stages.{name}.inputs.{role}", model)
                 self._check_tokenizer(name, stage, checkpoint)
                 _check_length(f"stages.{name}.sequence_length", stage.sequence_length, model)
+
+    def _check_computed(self, where: str, model: ModelConfig) -> None:
+        if model.uncomputed:
+            raise UserError(f"{where}: {model.uncomputed}; choose linear, yarn or llama3, or another checkpoint")
 
     def _check_corpus(self, name: str, stage: PretrainStage, model: ModelConfig) -> None:
         """The tokenizer's ids must be in the model's vocabulary, the mixture's languages in the corpus."""
@@ -335,8 +342,12 @@ def grown_model(
             channels = source.num_attention_heads * source.head_dim  # of all queries: Qwen3 has more than hidden_size
             heads, groups = channels * hidden_size // source.hidden_size // head_dim, values["num_key_value_heads"]
             values["num_attention_heads"] = heads + (-heads % groups if isinstance(groups, int) and groups > 0 else 0)
+        if source.rope_scaling is not None and not head_dim % source.head_dim and "rope_scaling" not in changes:
+            values["rope_scaling"] = source.rope_scaling.for_larger_heads(head_dim // source.head_dim).model_dump()
         if growth is not None and "rms_norm_eps" not in changes:
             values["rms_norm_eps"] = growth.grown_eps(source, hidden_size)
+    if growth is not None:
+        values |= _of_layers(source, values["num_hidden_layers"], growth, changes)
     try:
         grown = ModelConfig.model_validate(values)
     except ValidationError as error:
@@ -348,3 +359,17 @@ def grown_model(
             "neurons; set moe_intermediate_size"
         )
     return grown
+
+
+def _of_layers(
+    source: ModelConfig, num_layers: Any, growth: GrowthConfig, changes: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Fields that describe layers, for those of the target; what is named stays as it is."""
+    if type(num_layers) is not int or not 0 < num_layers <= MAX_LAYERS:
+        return {}  # refused by the schema
+    layers = growth.layer_sources(source.num_hidden_layers, num_layers)
+    if len(layers) != num_layers or max(layers) >= source.num_hidden_layers:  # refused by the rules of growth
+        layers = tuple(min(layer, source.num_hidden_layers - 1) for layer in range(num_layers))
+    types = [source.layer_types[layer] for layer in layers] if source.layer_types else []
+    dense = [layer for layer, origin in enumerate(layers) if origin in source.mlp_only_layers]
+    return {key: value for key, value in (("layer_types", types), ("mlp_only_layers", dense)) if key not in changes}

@@ -8,7 +8,7 @@ from pydantic import Field, ValidationError, field_validator
 from aquilamoe.config import passwords
 from aquilamoe.config.external import NAME
 from aquilamoe.config.messages import UserError, first_problem, nearest
-from aquilamoe.config.network import Config, Int, NonNegativeInt, PositiveFloat, Seed
+from aquilamoe.config.numbers import Config, Int, NonNegativeInt, PositiveFloat, Seed
 from aquilamoe.config.schema import GrowthConfig, UpcyclingConfig
 
 EXAMPLES = {"growth": "fpi", "upcycling": "copy"}

@@ -5,8 +5,10 @@ from typing import Any, Literal, Self, get_args
 from pydantic import Field, field_validator, model_validator
 
 from aquilamoe.config import plugins
+from aquilamoe.config.depth import RULES
 from aquilamoe.config.messages import nearest
-from aquilamoe.config.network import Config, Fraction, ModelConfig, NonNegativeFloat, NonNegativeInt
+from aquilamoe.config.network import ModelConfig
+from aquilamoe.config.numbers import Config, Fraction, NonNegativeFloat, NonNegativeInt
 
 DepthRule = Literal["interpolate", "stack", "stack_top"]
 
@@ -55,6 +57,10 @@ class GrowthConfig(Config):
         ):
             raise ValueError(f"{depth!r} is not a list of layers counted from 0; write e.g. [0, 0, 1, 2]")
         return depth
+
+    def layer_sources(self, num_sources: int, num_targets: int) -> tuple[int, ...]:
+        """Return the source's layer of every layer of a target with `num_targets`, by rule or as listed."""
+        return RULES[self.depth](num_sources, num_targets) if isinstance(self.depth, str) else self.depth
 
     def grown_eps(self, source: ModelConfig, hidden_size: int) -> float:
         """`rms_norm_eps` of the target: a norm over padded channels divides by a smaller mean square (METHODS 2)."""

@@ -1,52 +1,36 @@
 """The shape of a network, and its arithmetic: parameters and FLOPs, without torch."""
 
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Mapping
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from aquilamoe.config.numbers import (
+    MAX_TENSORS,
+    Epsilon,
+    Experts,
+    Extended,
+    HeadDim,
+    Heads,
+    InitialStd,
+    Layer,
+    Layers,
+    Length,
+    Neurons,
+    PositiveNeurons,
+    RopeTheta,
+    Vocabulary,
+    Width,
+)
+from aquilamoe.config.rope import STRETCHED, TRAINED, RopeScaling
 
-def _refuse_bool(value: Any) -> Any:
-    """Python counts with true and false; a configuration that does is mistaken."""
-    if isinstance(value, bool):
-        raise ValueError(f"{str(value).lower()} is not a number; give it one")
-    return value
-
-
-# More than any network that will fit on a disk; what is larger is a mistake, and would keep every loop busy for hours.
-MAX_LAYERS = 2**12
-MAX_EXPERTS = 2**15
-MAX_HEADS = 2**14
-MAX_WIDTH = 2**18
-MAX_NEURONS = 2**21
-MAX_VOCABULARY = 2**24
-MAX_HEAD_DIM = 2**13
-MAX_POSITIONS = 2**40
-MAX_TENSORS = 200_000  # of one checkpoint
-
-Int = Annotated[int, BeforeValidator(_refuse_bool)]
-Float = Annotated[float, BeforeValidator(_refuse_bool)]
-PositiveInt = Annotated[Int, Field(gt=0)]
-NonNegativeInt = Annotated[Int, Field(ge=0)]
-PositiveFloat = Annotated[Float, Field(gt=0.0)]
-NonNegativeFloat = Annotated[Float, Field(ge=0.0)]
-Seed = Annotated[Int, Field(ge=0, lt=10**18)]  # what every generator takes
-Divisor = Annotated[Int, Field(gt=0, le=10**15)]
-Fraction = Annotated[Float, Field(ge=0.0, le=1.0)]
-# Numbers that float32 computes something with: a frequency that rises or is 0, a norm that is all epsilon, and weights
-# that overflow in the first product are mistakes.
-RopeTheta = Annotated[Float, Field(ge=1.0, le=1e15)]
-Epsilon = Annotated[Float, Field(gt=0.0, le=1.0)]
-InitialStd = Annotated[Float, Field(gt=0.0, le=1e3)]
-Layers = Annotated[Int, Field(gt=0, le=MAX_LAYERS)]
-Layer = Annotated[Int, Field(ge=0, lt=MAX_LAYERS)]
-Experts = Annotated[Int, Field(ge=0, le=MAX_EXPERTS)]
-Heads = Annotated[Int, Field(gt=0, le=MAX_HEADS)]
-HeadDim = Annotated[Int, Field(gt=0, le=MAX_HEAD_DIM)]
-Width = Annotated[Int, Field(gt=0, le=MAX_WIDTH)]
-Neurons = Annotated[Int, Field(ge=0, le=MAX_NEURONS)]
-PositiveNeurons = Annotated[Int, Field(gt=0, le=MAX_NEURONS)]
-Vocabulary = Annotated[Int, Field(gt=0, le=MAX_VOCABULARY)]
-Length = Annotated[Int, Field(gt=0, le=MAX_POSITIONS)]
+LayerType = Literal["full_attention", "sliding_attention"]
+FULL: LayerType = "full_attention"
+SLIDING: LayerType = "sliding_attention"
+# What transformers computes and training does not: the remedy of messages.
+ONLY_GROWN = (
+    "which is grown and upcycled (efficientscale grow), but not computed by training, evaluation and generation"
+)
 
 # Qwen2-MoE, the architecture that transformers and vLLM both open for experts beside a QKV bias, always has a shared
 # expert. One that is all zeros adds nothing to the output, gets no gradient, and is no part of our model. Size 0 does
@@ -55,13 +39,7 @@ Length = Annotated[Int, Field(gt=0, le=MAX_POSITIONS)]
 ABSENT_SHARED_EXPERT_SIZE = 8
 
 
-class Config(BaseModel):
-    """Base of all configuration: immutable, and a key that is not read is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class ModelConfig(Config):
+class ModelConfig(Extended):
     """A Llama-style decoder, dense (`num_experts: 0`) or Mixture of Experts, in Hugging Face's spelling."""
 
     vocab_size: Vocabulary = Field(description="Size of the vocabulary; at least the tokenizer's [tokens]")
@@ -98,6 +76,39 @@ class ModelConfig(Config):
     mlp_only_layers: tuple[Layer, ...] = Field(
         default=(), description="Layers of a Mixture of Experts that stay dense, counted from 0 [list of layers]"
     )
+    rope_scaling: RopeScaling | None = Field(
+        default=None,
+        description="Stretched rotary embedding, e.g. {rope_type: yarn, factor: 4.0}; training computes linear, yarn "
+        "and llama3, with the fields of transformers; null: none",
+    )
+    sliding_window: Length | None = Field(
+        default=None, description="Positions that a position attends to, itself included; null: all before it [tokens]"
+    )
+    layer_types: tuple[LayerType, ...] = Field(
+        default=(),
+        description="full_attention or sliding_attention for each layer; []: sliding_window in all [list of layers]",
+    )
+    added = ("rope_scaling", "sliding_window", "layer_types")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _derive_positions(cls, values: Any) -> Any:
+        """One form of each network: the context before it was stretched, and layer types only where layers differ."""
+        if not isinstance(values, dict):
+            return values
+        scaling, types = values.get("rope_scaling"), values.get("layer_types")
+        if isinstance(scaling, Mapping) and scaling.get("rope_type") in STRETCHED:
+            most = values.get("max_position_embeddings")
+            trained = scaling.get("original_max_position_embeddings") or most
+            scaling = {**scaling, "original_max_position_embeddings": trained}
+            if scaling["rope_type"] == "yarn" and isinstance(most, int) and isinstance(trained, int) and trained > 0:
+                scaling = {**scaling, "factor": scaling.get("factor") or most / trained}
+            values = {**values, "rope_scaling": scaling}
+        if types is None or (types and all(each == SLIDING for each in types)):
+            values = {**values, "layer_types": ()}
+        elif types and all(each == FULL for each in types):
+            values = {**values, "layer_types": (), "sliding_window": None}
+        return values
 
     @model_validator(mode="before")
     @classmethod
@@ -149,6 +160,7 @@ class ModelConfig(Config):
         else:
             self._check_dense()
         self._check_norms()
+        self._check_positions()
         tensors = self.num_hidden_layers * 9 + self.num_sparse_layers * 3 * self.num_experts
         if tensors > MAX_TENSORS:
             raise ValueError(
@@ -172,6 +184,29 @@ class ModelConfig(Config):
             raise ValueError(
                 f"qk_norm projection is OLMoE's, where {self.num_attention_heads} heads of {self.head_dim} channels "
                 f"make the hidden_size {self.hidden_size}; use head or none"
+            )
+
+    def _check_positions(self) -> None:
+        """Refuse a rotary embedding without frequencies, and windows that no architecture of transformers computes."""
+        if self.rope_scaling is not None:
+            self.rope_scaling.check(self.rope_theta, self.head_dim)
+        types = self.layer_types
+        if types and self.sliding_window is None:
+            raise ValueError(f"layer_types has '{SLIDING}' without sliding_window; set that, in tokens")
+        if types and len(types) != self.num_hidden_layers:
+            raise ValueError(
+                f"layer_types has {len(types)} entries, num_hidden_layers is {self.num_hidden_layers}; name a type for "
+                "each layer"
+            )
+        if self.sliding_window is None:
+            return
+        if self.qk_norm == "projection":
+            raise ValueError(f"qk_norm projection with sliding_window {self.sliding_window} is no known architecture")
+        if types and (self.qk_norm == "head" if self.is_moe else self.qk_norm == "none" and not self.qkv_bias):
+            of = f"num_experts {self.num_experts} and qk_norm head" if self.is_moe else "neither qkv_bias nor qk_norm"
+            raise ValueError(
+                f"layer_types has {types.count(SLIDING)} of {len(types)} layers with sliding_window "
+                f"{self.sliding_window}, with {of} that is no known architecture; use one window for all layers"
             )
 
     def _check_experts(self) -> None:
@@ -228,6 +263,17 @@ class ModelConfig(Config):
     def num_sparse_layers(self) -> int:
         return self.num_hidden_layers - len(self.mlp_only_layers) if self.is_moe else 0
 
+    def window(self, layer: int) -> int | None:
+        """Tokens that a position sees in a layer, its own included; None is all before it."""
+        return self.sliding_window if not self.layer_types or self.layer_types[layer] == SLIDING else None
+
+    @property
+    def uncomputed(self) -> str | None:
+        """What growth supports and training, evaluation and generation do not; None where they compute the model."""
+        if self.rope_scaling is None or self.rope_scaling.rope_type in TRAINED:
+            return None
+        return f"rope_scaling of rope_type '{self.rope_scaling.rope_type}', {ONLY_GROWN}"
+
     def _ffn_matrices(self, experts: int) -> int:
         """Parameters of all feed-forwards, routers left out, when a sparse layer has so many experts."""
         shared = self.shared_expert_intermediate_size
@@ -264,9 +310,17 @@ class ModelConfig(Config):
         """Model FLOPs of one training token (forward and backward) at `sequence_length`.
 
         6 per matrix parameter that the token meets (the embedding look-up multiplies nothing, the head does) plus the
-        causal attention products: 6 * layers * heads * head_dim * sequence_length.
+        causal attention products: 6 * heads * head_dim * sequence_length in each layer. A layer with a window has the
+        share of them that it sees: of w < sequence_length positions, w * (2 - w / sequence_length) in the place of
+        sequence_length.
         """
         matrices = self._ffn_matrices(self.num_experts_per_tok) + self._router_matrices
-        attention = self._attention_matrices + self.num_attention_heads * self.head_dim * sequence_length
+        seen = sum(_seen(self.window(layer), sequence_length) for layer in range(self.num_hidden_layers))
+        attention = self.num_hidden_layers * self._attention_matrices + self.num_attention_heads * self.head_dim * seen
         head = self.vocab_size * self.hidden_size
-        return 6 * (matrices + self.num_hidden_layers * attention + head)
+        return 6 * (matrices + attention + head)
+
+
+def _seen(window: int | None, length: int) -> int:
+    """Twice the mean number of keys of a query in a sequence: `length` without a window, or with a wider one."""
+    return length if window is None or window >= length else window * (2 * length - window) // length

@@ -12,13 +12,14 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from aquilamoe.config.messages import UserError, first_problem
-from aquilamoe.config.network import Config, Divisor, PositiveFloat
+from aquilamoe.config.numbers import Config, Divisor, PositiveFloat
 
 Values = Mapping[str, Any]
 KEY = "scale"
 FEWEST_GROUPS = 2  # key-value heads that are left, so that attention still has groups
 _WIDTHS = ("hidden_size", "intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size")
 _HEADS = ("num_attention_heads", "num_key_value_heads")
+_LENGTHS = ("max_position_embeddings", "sliding_window")
 _BUDGETS = ("total_tokens", "validate_every_tokens")
 _RAMPS = ("warmup_tokens", "decay_tokens")
 
@@ -32,7 +33,7 @@ class ScaleConfig(Config):
         "channels of a head by the rest [divisor]",
     )
     layers: Divisor = Field(default=1, description="Layers [divisor]")
-    sequence: Divisor = Field(default=1, description="Context and sequence lengths [divisor]")
+    sequence: Divisor = Field(default=1, description="Context, windows and sequence lengths [divisor]")
     batch: Divisor = Field(default=1, description="Tokens of a step and of a validation [divisor]")
     tokens: Divisor = Field(
         default=1, description="Budgets, intervals, warm-up and decay, rounded to whole tokens [divisor]"
@@ -98,15 +99,22 @@ class _Scaling:
 
     def _model(self, model: Values, where: str) -> dict[str, Any]:
         scale = self.scale
-        if model.get("mlp_only_layers") and scale.layers > 1:
-            raise UserError(f"{where}mlp_only_layers: names layers, which scale.layers would divide; set that to 1")
+        for field in ("mlp_only_layers", "layer_types"):
+            if model.get(field) and scale.layers > 1:
+                raise UserError(f"{where}{field}: names layers, which scale.layers would divide; set that to 1")
+        scaling, further = model.get("rope_scaling"), {}
+        if isinstance(scaling, Mapping):
+            trained = ("original_max_position_embeddings",)
+            divided = self._divided(scaling, trained, "sequence", scale.sequence, f"{where}rope_scaling.")
+            further["rope_scaling"] = {**scaling, **divided}
         return {
             **model,
+            **further,
             **self._divided(model, _WIDTHS, "width", scale.width, where),
             **self._divided(model, _HEADS, "width", self.heads, where),
             **self._divided(model, ("head_dim",), "width", scale.width // self.heads, where),
             **self._divided(model, ("num_hidden_layers",), "layers", scale.layers, where),
-            **self._divided(model, ("max_position_embeddings",), "sequence", scale.sequence, where),
+            **self._divided(model, _LENGTHS, "sequence", scale.sequence, where),
         }
 
     def _heads_divisor(self) -> int:

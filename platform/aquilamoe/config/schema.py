@@ -22,7 +22,8 @@ from aquilamoe.config.evaluation import EvaluationConfig, GenerationConfig
 from aquilamoe.config.growth import GrowthConfig, UpcyclingConfig
 from aquilamoe.config.inheritance import inherited, without_null
 from aquilamoe.config.keys import AsTyped
-from aquilamoe.config.network import Config, ModelConfig, PositiveFloat, Seed
+from aquilamoe.config.network import ModelConfig
+from aquilamoe.config.numbers import Config, PositiveFloat, Seed
 from aquilamoe.config.stages import PRECISIONS, Precision, Stage
 from aquilamoe.config.stages import CheckpointStage as CheckpointStage
 from aquilamoe.config.stages import CorpusStage as CorpusStage

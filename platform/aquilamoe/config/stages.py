@@ -8,7 +8,6 @@ from aquilamoe.config.corpus import (
     CLEANING,
     VALIDATION_FRACTION,
     CleaningConfig,
-    Extended,
     SourceConfig,
     ValidationFraction,
     check_cleaned,
@@ -17,10 +16,11 @@ from aquilamoe.config.evaluation import GenerationConfig
 from aquilamoe.config.external import Before
 from aquilamoe.config.growth import GrowthConfig, UpcyclingConfig
 from aquilamoe.config.inheritance import without_null
-from aquilamoe.config.network import (
+from aquilamoe.config.network import ModelConfig
+from aquilamoe.config.numbers import (
     Config,
+    Extended,
     Int,
-    ModelConfig,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,

@@ -4,7 +4,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from aquilamoe.config.network import (
+from aquilamoe.config.numbers import (
     Config,
     Float,
     Fraction,

@@ -3,7 +3,7 @@
 from pydantic import Field, field_validator
 
 from aquilamoe.config.messages import nearest
-from aquilamoe.config.network import Config
+from aquilamoe.config.numbers import Config
 
 SERVERS = ("databricks", "http", "https", "mssql", "mysql", "postgresql", "sqlite")
 

@@ -53,29 +53,34 @@ def layer_bytes(model: ModelConfig, layer: int, run: Pass) -> int:
     stream, compute = run.precision.stream, run.precision.compute
     # Both norms keep their inputs, which are the residual stream before and after attention, and a scale a token.
     norms = 2 * (stream * model.hidden_size + FLOAT)
-    kept = norms + _attention(model, run) + compute * model.hidden_size  # the first norm's output, which q, k, v read
+    kept = (
+        norms + _attention(model, layer, run) + compute * model.hidden_size
+    )  # the first norm's output, which q, k, v read
     kept += _experts(model, run) if model.is_sparse(layer) else _feed_forward(model, model.intermediate_size, compute)
     return run.tokens * kept + cast_bytes(model, layer, run)
 
 
-def _attention(model: ModelConfig, run: Pass) -> int:
+def _attention(model: ModelConfig, layer: int, run: Pass) -> int:
     """Bytes a token: queries, keys, values, the mixed values that o_proj reads, and what the softmax needs."""
-    compute, heads = run.precision.compute, model.num_attention_heads
+    compute, window = run.precision.compute, model.window(layer)
+    heads = model.num_attention_heads
     q, kv = heads * model.head_dim, model.num_key_value_heads * model.head_dim
     kept = compute * 2 * (q + kv)
     if model.qk_norm != "none":  # norms keep their inputs, and a scale for each head or for all
         scales = 2 if model.qk_norm == "projection" else heads + model.num_key_value_heads
         kept += compute * (q + kv) + FLOAT * scales
     if run.kernels.attention_on(run.device, run.length) == "sdpa":
-        return kept + FLOAT * heads  # the logarithm of the sum
-    return kept + compute * heads * _keys_seen(run.length) // run.length
+        # Blocks of a window have copies of their keys and values, and those of the block before; the result is joined.
+        copies = compute * (q + 2 * kv) if window is not None and window < run.length else 0
+        return kept + copies + FLOAT * heads  # the logarithm of the sum
+    return kept + compute * heads * _keys_seen(run.length, window or run.length) // run.length
 
 
-def _keys_seen(length: int) -> int:
+def _keys_seen(length: int, window: int) -> int:
     """Pairs of a query and a key in the softmax that the explicit attention keeps: a block sees keys up to its end."""
     block = SHORT_BLOCK if length <= LONG else LONG_BLOCK
-    starts = range(0, length, block)
-    return sum((min(start + block, length) - start) * min(start + block, length) for start in starts)
+    ends = [(start, min(start + block, length)) for start in range(0, length, block)]
+    return sum((end - start) * (end - max(0, start - window + 1)) for start, end in ends)
 
 
 def _feed_forward(model: ModelConfig, neurons: int, compute: int) -> int:

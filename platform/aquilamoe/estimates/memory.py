@@ -223,10 +223,11 @@ def _params(model: ModelConfig, layer: int) -> dict[str, int]:
 
 
 def kinds(model: ModelConfig) -> dict[int, int]:
-    """One layer of each kind, dense and sparse, and how many there are of it."""
-    sparse = [layer for layer in range(model.num_hidden_layers) if model.is_sparse(layer)]
-    dense = [layer for layer in range(model.num_hidden_layers) if not model.is_sparse(layer)]
-    return {layers[0]: len(layers) for layers in (sparse, dense) if layers}
+    """One layer of each kind, dense and sparse, with a window and without, and how many there are of it."""
+    found: dict[tuple[bool, int | None], list[int]] = {}
+    for layer in range(model.num_hidden_layers):
+        found.setdefault((model.is_sparse(layer), model.window(layer)), []).append(layer)
+    return {layers[0]: len(layers) for layers in found.values()}
 
 
 def _hidden_matrices(model: ModelConfig) -> int:

@@ -156,7 +156,7 @@ class _Walk:
     ) -> None:
         self._opened = source, target
         self.source = StreamedDecoder(*source)
-        self.target = StreamedDecoder(unrounded or target.weights, target.config, target.positions)
+        self.target = StreamedDecoder(unrounded or target.weights, target.config)
         inputs_bt, self.labels_bt = tokens_bt[:, :-1], tokens_bt[:, 1:]
         self._inputs_bt = inputs_bt
         self.source_btd, self.target_btd = self.source.embed(inputs_bt), self.target.embed(inputs_bt)
@@ -195,7 +195,7 @@ class _Walk:
         source, target = self._opened
         file_dtype = target.weights.file_dtype
         measured: dict[str, Any] = {"dtype": str(file_dtype).removeprefix("torch.")}
-        again = StreamedDecoder(RoundedAgain(source.weights, file_dtype), source.config, source.positions)
+        again = StreamedDecoder(RoundedAgain(source.weights, file_dtype), source.config)
         for name, decoder in (("target", StreamedDecoder(*target)), ("source", again)):
             x_btd = self._run(decoder, decoder.embed(self._inputs_bt[: self.compared]))
             difference = compare((self.source, self._sample()), (decoder, x_btd), self.labels_bt[: self.compared])

@@ -17,7 +17,6 @@ from torch.func import functional_call
 
 from aquilamoe.checkpoint import tensor_names
 from aquilamoe.checkpoint.hf_config import read_checkpoint_config
-from aquilamoe.checkpoint.positions import Positions, plain
 from aquilamoe.checkpoint.reader import Reader
 from aquilamoe.checkpoint.state_dict import check
 from aquilamoe.config.schema import ModelConfig
@@ -78,21 +77,18 @@ class Opened(NamedTuple):
 
     weights: Stored
     config: ModelConfig
-    positions: Positions
 
 
 class StreamedDecoder:
     """The network of a checkpoint, a step at a time: `embed`, `run_layer` for each layer, `normalize`, `head_rows`.
 
     weights: the tensors of `config`, in the dtype of the computation.
-    positions: how heads turn and how far layers look back, where that is not plain.
     """
 
-    def __init__(self, weights: Weights, config: ModelConfig, positions: Positions | None = None) -> None:
+    def __init__(self, weights: Weights, config: ModelConfig) -> None:
         self.config = config
         self.weights = weights
         self.dtype = weights.dtype
-        self.positions = positions or plain(config)
 
     def embed(self, tokens_bt: Tensor) -> Tensor:
         """The residual stream that enters the first layer (b, t, d); only the rows of these tokens are read."""
@@ -108,7 +104,6 @@ class StreamedDecoder:
             block = Block(self.config, layer)
         # The other one keeps the softmax, and is of a kind that imports torch's compiler when it is first called.
         block.self_attn.kernels = Kernels(attention="sdpa")
-        block.self_attn.window = self.positions.windows[layer]
         read = partial(self._read, layer)
         block.set_submodule("self_attn", _Streamed(block.self_attn, partial(read, "self_attn."), flat=False))
         resident = [role for role in roles if not role.startswith(("self_attn.", "mlp."))]
@@ -123,21 +118,9 @@ class StreamedDecoder:
                 resident.append(tensor_names.SHARED_ROUTER)
         else:
             block.set_submodule("mlp", _Streamed(block.mlp, partial(read, "mlp."), flat=True))
-        table = self._rotary_table(x_btd.shape[1])
+        table = rotary_table(self.config, x_btd.shape[1], torch.device("cpu"), self.dtype)
         weights = {role: self.weights.get(tensor_names.layer_name(self.config, layer, role)) for role in resident}
         return functional_call(block, weights, (x_btd, *table))
-
-    def _rotary_table(self, length: int) -> tuple[Tensor, Tensor]:
-        """Cos and sin (t, head_dim) of a rotary embedding of any type, for sequences of this length."""
-        if self.positions.rope.rope_type == "default":
-            return rotary_table(self.config, length, torch.device("cpu"), self.dtype)
-        head_dim, most = self.config.head_dim, self.config.max_position_embeddings
-        frequencies, scale = self.positions.rope.frequencies(head_dim, most, length)
-        turns_tp = torch.outer(
-            torch.arange(length, dtype=torch.float64), torch.tensor(frequencies, dtype=torch.float64)
-        )
-        angles_tc = turns_tp.repeat(1, 2)
-        return (angles_tc.cos() * scale).to(self.dtype), (angles_tc.sin() * scale).to(self.dtype)
 
     def normalize(self, x_btd: Tensor) -> Tensor:
         """What the head reads (n, d), of the stream behind the last layer."""
@@ -219,6 +202,5 @@ def opened(*directories: Path) -> Iterator[tuple[Opened, ...]]:
             check(config.model, reader)
             dtype = torch.promote_types(dtype, reader.dtype(tensor_names.EMBEDDING))
         yield tuple(
-            Opened(Stored(reader, dtype), config.model, config.positions)
-            for reader, config in zip(readers, configs, strict=True)
+            Opened(Stored(reader, dtype), config.model) for reader, config in zip(readers, configs, strict=True)
         )

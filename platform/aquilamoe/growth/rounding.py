@@ -25,7 +25,7 @@ def unrounded(
     seed: int,
 ) -> "Unrounded":
     """What `growth` makes of the source, before it is rounded to what is in the target's files."""
-    (before, old, _), (after, new, _) = source, target
+    (before, old), (after, new) = source, target
     if isinstance(growth, GrowthConfig):
         recipes = scale_up.recipes(before.reader, old, new, growth, seed)
     else:

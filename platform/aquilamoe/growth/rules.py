@@ -5,6 +5,7 @@ import math
 from aquilamoe.config import plugins
 from aquilamoe.config.messages import UserError
 from aquilamoe.config.schema import GrowthConfig, ModelConfig, UpcyclingConfig
+from aquilamoe.growth import rotary
 from aquilamoe.growth.depth import map_layers
 from aquilamoe.growth.units import map_units
 
@@ -21,6 +22,7 @@ _FEED_FORWARDS = (
 )
 # Neither is part of the function that is grown: how long a context may be, and what a fresh start would draw.
 _FREE = ("max_position_embeddings", "initializer_range")
+_ROTARY = ("rope_theta", "rope_scaling")  # checked by what follows from them
 
 
 def check(source: ModelConfig, target: ModelConfig, growth: GrowthConfig | UpcyclingConfig) -> None:
@@ -80,11 +82,14 @@ def _check_scale_up(source: ModelConfig, target: ModelConfig, growth: GrowthConf
         if field != "intermediate_size" or source.num_sparse_layers < source.num_hidden_layers:  # else no layer has it
             _check_not_smaller(field, source, target, "scale-up")
     for field in ModelConfig.model_fields:
-        if field not in (*grows, "rms_norm_eps", "mlp_only_layers") and field not in _FREE:
+        further = ("rms_norm_eps", "mlp_only_layers", "layer_types", *_FREE, *_ROTARY)
+        if field not in (*grows, *further):
             _check_kept(field, source, target, "a scale-up cannot change it, keep the source's")
     _check_eps(source, target, growth)
     _check_head_dim(source, target)
+    rotary.check(source, target)
     _check_layers(source, target, growth)
+    _check_windows(source, target, growth)
     _check_experts_of_layers(source, target, growth)
     if not map_units(source, target, growth).q_heads.is_surjective:
         _refuse_heads(source, target)
@@ -133,6 +138,23 @@ def _check_layers(source: ModelConfig, target: ModelConfig, growth: GrowthConfig
         )
 
 
+def _check_windows(source: ModelConfig, target: ModelConfig, growth: GrowthConfig) -> None:
+    """A copy of a layer looks back as far as the layer."""
+    layers = map_layers(source, target, growth).sources
+    expected = [source.window(layer) for layer in layers]
+    found = [target.window(layer) for layer in range(target.num_hidden_layers)]
+    if found != expected:
+        layer = next(layer for layer, (one, other) in enumerate(zip(found, expected, strict=True)) if one != other)
+        raise UserError(
+            f"layer_types: window {_tokens(found[layer])} in layer {layer}, which copies layer {layers[layer]} with "
+            f"{_tokens(expected[layer])}; leave layer_types and sliding_window out, they follow the source's"
+        )
+
+
+def _tokens(window: int | None) -> str:
+    return "none" if window is None else f"{window} tokens"
+
+
 def _check_experts_of_layers(source: ModelConfig, target: ModelConfig, growth: GrowthConfig) -> None:
     """A copy of a layer has experts where the layer has them; a scale-up adds no shared expert."""
     dense = dense_layers(source, target, growth)
@@ -167,8 +189,9 @@ def _check_scale_out(source: ModelConfig, target: ModelConfig, upcycling: Upcycl
     for field in ModelConfig.model_fields:
         if field in (*_WIDTHS, "num_hidden_layers") and field != "intermediate_size":
             _check_kept(field, source, target, "a scale-out keeps the sizes, change them in a scale_up stage before it")
-        elif field not in (*_EXPERTS, *_FEED_FORWARDS) and field not in _FREE:
+        elif field not in (*_EXPERTS, *_FEED_FORWARDS, *_FREE, *_ROTARY):
             _check_kept(field, source, target, "a scale-out cannot change it, keep the source's")
+    rotary.check(source, target)
     if source.is_moe:
         _check_more_experts(source, target)
     else:

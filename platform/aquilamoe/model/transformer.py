@@ -44,11 +44,28 @@ class RMSNorm(nn.Module):
 
 
 def rotary_table(config: ModelConfig, length: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return cos and sin of shape (length, head_dim), computed in float64 and then rounded to `dtype`."""
-    pairs = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float64)
-    frequencies = config.rope_theta ** (-pairs / config.head_dim)
+    """Compute how far the pairs of a head are turned at every position.
+
+    Args:
+        config: of the model; its rope_scaling may be of any type.
+        length: tokens of the sequences.
+        device: of the tables.
+        dtype: that they are rounded to; they are computed in float64.
+
+    Returns:
+        cos and sin of shape (length, head_dim), multiplied by the attention factor of the scaling.
+    """
+    scale = 1.0
+    if config.rope_scaling is None:
+        pairs = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float64)
+        frequencies = config.rope_theta ** (-pairs / config.head_dim)
+    else:
+        sizes = config.rope_theta, config.head_dim, config.max_position_embeddings
+        scaled, scale = config.rope_scaling.frequencies(*sizes, length)
+        frequencies = torch.tensor(scaled, device=device, dtype=torch.float64)
     angles = torch.outer(torch.arange(length, device=device, dtype=torch.float64), frequencies).repeat(1, 2)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    cos, sin = angles.cos(), angles.sin()
+    return (cos.mul_(scale).to(dtype), sin.mul_(scale).to(dtype)) if scale != 1 else (cos.to(dtype), sin.to(dtype))
 
 
 def rotate(x_bhtc: Tensor, cos_tc: Tensor, sin_tc: Tensor) -> Tensor:
@@ -58,13 +75,12 @@ def rotate(x_bhtc: Tensor, cos_tc: Tensor, sin_tc: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention."""
+    """Causal grouped-query attention, over the window that the layer has, if it has one."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.head_dim = config.head_dim
+        self.head_dim, self.window = config.head_dim, config.window(layer)
         self.kernels = Kernels()
-        self.window: int | None = None  # positions that a query sees, its own included; None sees all before it
         q_size = config.num_attention_heads * config.head_dim
         kv_size = config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, q_size, bias=config.qkv_bias)
@@ -182,7 +198,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config)
+        self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp: nn.Module = (
             MixtureOfExperts(config)

@@ -19,7 +19,7 @@ DIGITS = 12
 # By the field that names it, the files with what may be named. `{}` stands for the name: of a plugin.
 NAMED: Mapping[str, tuple[str, ...]] = {
     "growth.method": ("growth/methods/{}.py",),
-    "growth.depth": ("growth/depth.py",),
+    "growth.depth": ("config/depth.py",),
     "upcycling.method": ("growth/scale_out.py", "growth/expert_diversity.py"),
     "schedule.name": ("training/schedules.py",),
 }
@@ -32,7 +32,7 @@ SHIPPED: Mapping[str, str] = {
     "growth/methods/hypercloning.py": "f9e3d971c2e6",
     "growth/methods/lemon.py": "2a48cecdaa10",
     "growth/methods/random.py": "4f6a7c6607a0",
-    "growth/depth.py": "9b3413e9aa50",
+    "config/depth.py": "0d919ed00eaf",
     "growth/scale_out.py": "c72c199c65ad",
     "training/schedules.py": "68c8d7f04e05",
 }

@@ -10,6 +10,7 @@ from typing import Any
 from aquilamoe.checkpoint import hf_config, links
 from aquilamoe.checkpoint.companions import companions
 from aquilamoe.config.messages import UserError
+from aquilamoe.config.network import ModelConfig
 from aquilamoe.growth.tool.request import Request
 from aquilamoe.pipeline import code
 from aquilamoe.pipeline.fingerprint import Recipe, differences, fingerprint
@@ -54,7 +55,9 @@ def _digest(path: Path, stop: Event) -> str:
 def recipe(request: Request, source: Mapping[str, str]) -> Recipe:
     """All that the bytes of the weights depend on; `source` are the digests of its files."""
     name = "growth" if request.kind == "scale_up" else "upcycling"
-    model, growth = request.model.model_dump(mode="json"), request.growth.model_dump(mode="json")
+    # What a growth only carries follows from the source's config.json.
+    model = request.model.model_dump(mode="json", exclude=set(ModelConfig.added))
+    growth = request.growth.model_dump(mode="json")
     config = {name: growth, "model": model, "dtype": request.source.dtype_name, "seed": request.seed}
     changed = {"code": own} if (own := code.of(config)) else {}
     inputs = {"source": dict(sorted(source.items()))}

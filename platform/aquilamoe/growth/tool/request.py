@@ -182,7 +182,9 @@ def _derived(source: ModelConfig, model: ModelConfig, config: GrowConfig) -> dic
         "head_dim": "follows hidden_size and num_attention_heads",
         "rms_norm_eps": "follows hidden_size by growth.norm zero_pad",
         "moe_intermediate_size": "follows the source's feed-forward",
-        "mlp_only_layers": "follows upcycling.layers",
+        "mlp_only_layers": "follows growth.depth" if config.growth else "follows upcycling.layers",
+        "layer_types": "follows growth.depth",
+        "rope_scaling": "follows head_dim",
         "intermediate_size": "follows moe_intermediate_size, no layer is dense",
     }
     named = {field for field, value in config.model.items() if value is not None}
