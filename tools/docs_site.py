@@ -18,6 +18,7 @@ from urllib.parse import unquote, urlsplit
 ROOT = Path(__file__).resolve().parent.parent
 DOCS, PAGES, SITE = ROOT / "docs", ROOT / ".site", ROOT / "site"
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
+TABLES = "td:first-child code { white-space: nowrap; }\n"  # names of keys in one piece
 FENCE = re.compile(r"(^```.*?^```)", re.MULTILINE | re.DOTALL)
 
 
@@ -31,6 +32,7 @@ def prepare(source: Path, target: Path, repository: str | None = None) -> None:
     """
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(source, target)
+    (target / "tables.css").write_text(TABLES, encoding="utf-8")
     for page in target.rglob("*.md"):
         original = source / page.relative_to(target)
         page.write_text(rewritten(original, source, repository), encoding="utf-8")

@@ -264,6 +264,7 @@ def test_every_program_has_a_help_of_its_own(typed: Callable[..., Any], main: Ca
     others = {"efficientscale", "grow", "ablations"} - {name}
     assert f"python workflows/{name}.py" in out
     assert not any(f"python workflows/{other}.py" in out for other in others)
+    assert " ".join(out.split()).count("Seed of ") == 1
 
 
 @pytest.mark.parametrize(

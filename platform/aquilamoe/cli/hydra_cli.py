@@ -21,6 +21,7 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from aquilamoe.cli import key_help
 from aquilamoe.cli import words as words_of
 from aquilamoe.cli.shipped import CONF, config_folders
 from aquilamoe.cli.words import Program, Words
@@ -58,6 +59,10 @@ def composed(program: Program, arguments: Sequence[str]) -> list[dict[str, Any]]
     """The configurations that a command line composes: one, or with --multirun one for every job."""
     logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
     words = words_of.read(program, arguments)
+    if words.topics:
+        values = _composed_once(program.config_name, words.overrides)
+        print(key_help.described(program.schema, values, words.topics))
+        return []
     if (words.options and not words.multirun) or any(word.startswith("hydra") for word in words.overrides):
         return _compose_as_hydra(program, words)
     jobs = _jobs(words.overrides) if words.multirun else [words.overrides]
@@ -77,6 +82,10 @@ def _compose_as_hydra(program: Program, words: Words) -> list[dict[str, Any]]:
     try:
         keep()
         return [_plain(config) for config in configs]
+    except SystemExit:  # after what was to be printed
+        if {"--help", "-h"} & set(words.options):
+            print(key_help.overview(program.schema))
+        raise
     except COMPOSITION_ERRORS as error:
         raise UserError(_explain(error)) from None
 

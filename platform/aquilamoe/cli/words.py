@@ -44,12 +44,16 @@ class Program:
 
 @dataclass
 class Words:
-    """A command line taken apart: Hydra's options, which groups are chosen, and all other arguments."""
+    """A command line taken apart: Hydra's options, which groups are chosen, and all other arguments.
+
+    topics: keys that `--help` is to describe.
+    """
 
     options: list[str] = field(default_factory=list)
     multirun: bool = False
     config_folder: str | None = None
     overrides: list[str] = field(default_factory=list)
+    topics: list[str] = field(default_factory=list)
 
 
 def read(program: Program, arguments: Sequence[str]) -> Words:
@@ -100,7 +104,9 @@ def _options(program: Program, arguments: Sequence[str]) -> Words:
     rest = list(arguments)
     for word in overrides:
         rest.remove(word)
-    return Words(rest, known.multirun, known.config_dir, overrides)
+    topics = [word for word in overrides if known.help and "=" not in word and not word.startswith("~")]
+    overrides = [word for word in overrides if word not in topics]
+    return Words(rest, known.multirun, known.config_dir, overrides, topics)
 
 
 def _explained(program: Program, message: str, arguments: Sequence[str]) -> str:
