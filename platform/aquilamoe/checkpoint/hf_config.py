@@ -70,7 +70,7 @@ def config_to_dict(
         "num_key_value_heads": config.num_key_value_heads,
         "head_dim": config.head_dim,
         "hidden_act": "silu",
-        **positions.spelled(config, architecture),
+        **positions.spelled_rope(config),
         "attention_dropout": 0.0,
         "initializer_range": config.initializer_range,
         "tie_word_embeddings": config.tie_word_embeddings,
@@ -87,7 +87,7 @@ def config_to_dict(
 
 def _particulars(config: ModelConfig, architecture: str) -> dict[str, Any]:
     """Keys that only some architectures have, set to what our network computes."""
-    values: dict[str, Any] = {}
+    values = positions.spelled_windows(config, architecture)
     if architecture == "LlamaForCausalLM":
         values["mlp_bias"] = False
     if architecture in ("LlamaForCausalLM", *QK_NORM):

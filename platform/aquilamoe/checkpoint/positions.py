@@ -126,26 +126,21 @@ def _derived_types(values: Mapping[str, Any], architecture: str, layers: int) ->
     return [SLIDING if on and each else FULL for each in slides]
 
 
-def spelled(model: ModelConfig, architecture: str) -> dict[str, Any]:
-    """Spell what concerns positions for transformers 4 (theta outside of the scaling) and for 5 (all in one).
-
-    Args:
-        model: to be written.
-        architecture: in transformers, one that computes the model (see `tensor_names.architecture`).
-    """
-    scaling = model.rope_scaling.model_dump(mode="json") if model.rope_scaling else None
+def spelled_rope(model: ModelConfig) -> dict[str, Any]:
+    """Spell the rotary embedding for transformers 4 (theta outside of the scaling) and for 5 (all in one)."""
+    scaling = model.rope_scaling.model_dump(mode="json") if model.rope_scaling else {}
     theta = {"rope_theta": model.rope_theta}
-    values: dict[str, Any] = {**theta, "rope_parameters": {"rope_type": "default", **(scaling or {}), **theta}}
-    if scaling:
-        values["rope_scaling"] = scaling
+    parameters = {"rope_parameters": {"rope_type": "default", **scaling, **theta}}
+    return {**theta, **parameters, **({"rope_scaling": scaling} if scaling else {})}
+
+
+def spelled_windows(model: ModelConfig, architecture: str) -> dict[str, Any]:
+    """Spell how far layers look back, for an architecture of transformers that computes the model."""
     window, layers = model.sliding_window, model.num_hidden_layers
     if architecture in SWITCHED:
         types = [FULL if model.window(layer) is None else SLIDING for layer in range(layers)]
         # How many layers are full before the first window: what versions before `layer_types` read.
         leading = types.index(SLIDING) if window else layers
-        values |= {"use_sliding_window": window is not None, "sliding_window": window, "max_window_layers": leading}
-        if window is not None and architecture in EACH_LAYER:
-            values["layer_types"] = types
-    elif architecture in ALL_LAYERS:
-        values["sliding_window"] = window
-    return values
+        values = {"use_sliding_window": window is not None, "sliding_window": window, "max_window_layers": leading}
+        return values | ({"layer_types": types} if window is not None and architecture in EACH_LAYER else {})
+    return {"sliding_window": window} if architecture in ALL_LAYERS else {}

@@ -73,7 +73,7 @@ def _read(directory: Path, key: str, known: "DigestCache") -> ExternalCheckpoint
     if not directory.is_dir():
         what = "is a file" if directory.exists() else "no such directory"
         raise UserError(f"{key}: {directory}: {what}; name a directory with a Hugging Face checkpoint")
-    model = hf_config.read_config(directory)
+    model = hf_config.read_checkpoint_config(directory).model  # what only growth supports is refused where it trains
     fit.check(directory, model, packed.read(directory))
     vocabulary, found = _vocabulary(directory), known.look(directory, parts(directory))
     known.note(directory, replace(found, facts={"model": model.model_dump(mode="json"), "vocabulary": vocabulary}))
