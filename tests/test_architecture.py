@@ -241,7 +241,14 @@ def test_importing_the_commands_and_every_stage_imports_nothing_heavy() -> None:
     stages = [f"aquilamoe.stages.{name}" for name in plugins.names("stages")]
     modules = (
         *(f"data.{name}" for name in ("corpus", "cleaning", "tokenizer", "tokens", "encoding", "vocabulary")),
-        *("growth.rules", "cli.grow", "growth.tool.grow", "growth.tool.held_out"),
+        *(
+            "growth.rules",
+            "growth.scale_up",
+            "growth.scale_out",
+            "cli.grow",
+            "growth.tool.grow",
+            "growth.tool.held_out",
+        ),
     )
     light = [f"aquilamoe.{module}" for module in modules]
     code = f"import sys, aquilamoe.cli.commands, {', '.join([*stages, *light])}; print(*sys.modules)"

@@ -121,7 +121,7 @@ def test_noise_is_relative_to_the_weights_and_leaves_units_without_copies_alone(
 def test_noise_is_added_to_rows_of_new_tokens_alone_which_are_wider_than_what_is_drawn(copies: int) -> None:
     """A block without old tokens holds the mean of all rows in float64, whatever the computation is in."""
     columns = UnitMap((0, 1, 2, *(0, 2) * (copies - 1)), 3)
-    noise = Cancelling(columns, torch.float32)
+    noise = Cancelling(columns, "F32")
     block = torch.zeros(4, len(columns.sources), dtype=torch.float64)
     noise.add(block, torch.randn(4, noise.size), 1.0)
     assert block.any()

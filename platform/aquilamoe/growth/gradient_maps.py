@@ -300,7 +300,7 @@ def _experts(
     found = []
     for expert in range(target.num_experts):
         copy, shard = divmod(expert, shards)
-        order = neuron_order(target.moe_intermediate_size * shards, seed, f"{_LAYERS}{layer}.", copy)
+        order = torch.from_numpy(neuron_order(target.moe_intermediate_size * shards, seed, f"{_LAYERS}{layer}.", copy))
         neurons = _neurons(order, shards, shard, upcycling)
         own = (
             replace(gradient_map, columns=neurons)

@@ -2,17 +2,18 @@
 
 What is made of such a tensor is such a tensor again. Nothing is read or computed until rows of it are taken, and
 then only these. Arithmetic is done in float32 or wider, and rounded once, when the rows are written. torch is imported
-when the first row is made: a growth that only copies does without.
+when the first row is made: a growth that only copies does without, and so does a plan, which prints what tensors are
+made of and how.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from functools import cached_property, reduce
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property, reduce
 from math import frexp, prod
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -28,24 +29,44 @@ Number = int | float
 BLOCK = 2**19
 
 
+class Part(NamedTuple):
+    """A tensor of the source: its name on disk, and what plans print of it."""
+
+    name: str
+    label: str
+
+
 @dataclass(frozen=True, eq=False)
 class LazyTensor:
     """A tensor of one or two dimensions by its rows: `rows[10:20]`, arithmetic with numbers and equal shapes, `map`.
 
     shape: of the whole.
     read: makes rows; they may be a view of a file, and must not be changed in place.
-    sources: on-disk names of the source's tensors that it is made of.
+    parts: the source's tensors that it is made of, as they were added.
+    notes: what was done to them, for plans.
     copies: name of the source's tensor that it is, bit for bit.
-    values: all of it, where it is small and in memory anyway.
+    make: makes all of it without torch, where it is small; float32 or wider.
+    in_memory: whether a part of it was computed elsewhere, out of tensors that are not known.
     is_random: whether it has random numbers of its place in the target; others are the same wherever they go.
     """
 
     shape: tuple[int, ...]
     read: Callable[[Index], Tensor]
-    sources: frozenset[str] = field(default=frozenset(), kw_only=True)
+    parts: tuple[Part, ...] = field(default=(), kw_only=True)
+    notes: tuple[str, ...] = field(default=(), kw_only=True)
     copies: str | None = field(default=None, kw_only=True)
-    values: np.ndarray | None = field(default=None, kw_only=True)
+    make: Callable[[], np.ndarray] | None = field(default=None, kw_only=True)
+    in_memory: bool = field(default=False, kw_only=True)
     is_random: bool = field(default=False, kw_only=True)
+
+    @property
+    def sources(self) -> frozenset[str]:
+        """On-disk names of the source's tensors that it is made of."""
+        return frozenset(part.name for part in self.parts)
+
+    def noted(self, *notes: str) -> LazyTensor:
+        """The same tensor with further notes on how it was made."""
+        return replace(self, notes=(*self.notes, *notes))
 
     def __getitem__(self, index: Index) -> Tensor:
         return self.read(index)
@@ -66,7 +87,9 @@ class LazyTensor:
         return LazyTensor(
             self.shape if shape is None else shape,
             read,
-            sources=frozenset().union(*(part.sources for part in parts)),
+            parts=tuple(dict.fromkeys(each for part in parts for each in part.parts)),
+            notes=tuple(dict.fromkeys(note for part in parts for note in part.notes)),
+            in_memory=any(part.in_memory for part in parts),
             is_random=any(part.is_random for part in parts),
         )
 
@@ -174,8 +197,11 @@ def narrow(index: Tensor) -> Index:
     return slice(start, start + size) if is_run else index
 
 
-def stored(reader: Reader, name: str) -> LazyTensor:
-    """A tensor of the source. UserError, naming file and tensor, for rows that are infinite or no numbers."""
+def stored(reader: Reader, name: str, label: str = "") -> LazyTensor:
+    """A tensor of the source. UserError, naming file and tensor, for rows that are infinite or no numbers.
+
+    label: what plans print of it; its name if left out.
+    """
 
     def read(index: Index) -> Tensor:
         if isinstance(index, slice):
@@ -187,23 +213,27 @@ def stored(reader: Reader, name: str) -> LazyTensor:
             reader.check(name, reader.get(name))
         return block
 
-    return LazyTensor(reader.shape(name), read, sources=frozenset([name]), copies=name)
+    return LazyTensor(reader.shape(name), read, parts=(Part(name, label or name),), copies=name)
 
 
 def as_rows(tensor: LazyTensor | Tensor) -> LazyTensor:
     """A tensor that may be in memory already."""
-    return tensor if isinstance(tensor, LazyTensor) else LazyTensor(tuple(tensor.shape), lambda index: tensor[index])
+    if isinstance(tensor, LazyTensor):
+        return tensor
+    return LazyTensor(tuple(tensor.shape), lambda index: tensor[index], in_memory=True)
 
 
-def from_array(values: np.ndarray) -> LazyTensor:
-    """A tensor that was made without torch, in float32 or wider."""
+def tensor_of(values: np.ndarray) -> Tensor:
+    """An array as a tensor, of the same memory."""
+    import torch
 
-    def read(index: Index) -> Tensor:
-        import torch
+    return torch.from_numpy(values)
 
-        return torch.from_numpy(values)[index]
 
-    return LazyTensor(values.shape, read, values=values)
+def from_function(shape: tuple[int, ...], make: Callable[[], np.ndarray]) -> LazyTensor:
+    """A tensor that is made without torch, when it is written, in float32 or wider."""
+    make = cache(make)
+    return LazyTensor(shape, lambda index: tensor_of(make())[index], make=make)
 
 
 def filled(shape: tuple[int, ...], value: float) -> LazyTensor:
@@ -234,9 +264,9 @@ def between(rows: LazyTensor, start: int, stop: int) -> LazyTensor:
     return rows.derive(read, (stop - start, *rows.shape[1:]))
 
 
-def gathered(rows: LazyTensor, sources: Tensor) -> LazyTensor:
-    """Row `sources[i]` of a tensor as row i."""
-    return rows.derive(lambda index: rows[narrow(sources[index])], (len(sources), *rows.shape[1:]))
+def gathered(rows: LazyTensor, size: int, sources: Callable[[], np.ndarray]) -> LazyTensor:
+    """Row `sources()[i]` of a tensor as row i, of `size` rows."""
+    return rows.derive(lambda index: rows[narrow(tensor_of(sources())[index])], (size, *rows.shape[1:]))
 
 
 def extended(rows: LazyTensor, size: int, row: Callable[[], Tensor]) -> LazyTensor:
@@ -261,15 +291,15 @@ def extended(rows: LazyTensor, size: int, row: Callable[[], Tensor]) -> LazyTens
     return rows.derive(read, (size, *rows.shape[1:]))
 
 
-def is_exact(factor: Tensor) -> bool:
+def is_exact(factor: np.ndarray) -> bool:
     """Whether multiplying by it rounds nothing, in any type: zeros and powers of two."""
-    mantissa = factor.frexp().mantissa.abs()
+    mantissa, _ = np.frexp(np.abs(factor))
     return bool(((mantissa == 0.5) | (factor == 0)).all())
 
 
 def multiply(block: Tensor, factor: Tensor) -> Tensor:
     """A block times a factor, in its own type where nothing is rounded."""
-    block = block if is_exact(factor) else wide(block)
+    block = block if is_exact(factor.numpy()) else wide(block)
     return block * factor.to(block.dtype)
 
 

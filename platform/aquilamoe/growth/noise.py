@@ -1,16 +1,24 @@
-"""Noise: normal numbers as tensors of which any block can be made, and sums that cancel over copies of a unit."""
+"""Noise: normal numbers as tensors of which any block can be made, and sums that cancel over copies of a unit.
+
+torch is imported by the first block.
+"""
+
+from __future__ import annotations
 
 from functools import lru_cache
 from itertools import pairwise
 from math import prod
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from aquilamoe.checkpoint.dtypes import torch_dtype
 from aquilamoe.growth import rng
-from aquilamoe.growth.lazy_tensor import Index, LazyTensor
+from aquilamoe.growth.lazy_tensor import Index, LazyTensor, tensor_of
 from aquilamoe.growth.units import UnitMap
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 STREAM = 2**18  # elements drawn from one stream; other numbers come of another size
 MEAN_RUN = 16  # a map with shorter runs is followed entry by entry
@@ -21,16 +29,16 @@ def rows_of_stream(shape: tuple[int, ...]) -> int:
     return max(1, STREAM // max(1, prod(shape[1:])))
 
 
-def drawn(shape: tuple[int, ...], std: float, dtype: torch.dtype, seed: int, name: str, step: int = 0) -> LazyTensor:
+def drawn(shape: tuple[int, ...], std: float, dtype: str, seed: int, name: str, step: int = 0) -> LazyTensor:
     """Normal numbers with mean 0, of which every `step` rows have a stream: any thread can make any of them.
 
-    step: `rows_of_stream` of what they become a part of; left out, their own.
+    dtype: F32 or F64. step: `rows_of_stream` of what they become a part of; left out, their own.
     """
     step = step or rows_of_stream(shape)
-    kind = np.float64 if dtype == torch.float64 else np.float32
+    kind = np.float64 if dtype == "F64" else np.float32
 
     def read(index: Index) -> Tensor:
-        if isinstance(index, Tensor):
+        if not isinstance(index, slice):
             first = int(index.min())
             return read(slice(first, int(index.max()) + 1))[index - first]
         begin, end = index.start // step * step, min(-(-index.stop // step) * step, shape[0])
@@ -39,7 +47,7 @@ def drawn(shape: tuple[int, ...], std: float, dtype: torch.dtype, seed: int, nam
             rng.fill(values[start - begin :][:step], rng.stream(seed, f"{name}/{start // step}"))
         if std != 1:
             values *= std
-        return torch.from_numpy(values[index.start - begin : index.stop - begin])
+        return tensor_of(values[index.start - begin : index.stop - begin])
 
     return LazyTensor(shape, read, is_random=True)
 
@@ -48,6 +56,8 @@ class Columns:
     """Some columns of a tensor, in an order; taken and added to run by run where they are neighbours."""
 
     def __init__(self, columns: list[int]) -> None:
+        import torch
+
         self.index = torch.tensor(columns, dtype=torch.int64)
         ends = (self.index.diff() != 1).nonzero().flatten() + 1
         edges = [0, *ends.tolist(), len(columns)]
@@ -56,6 +66,8 @@ class Columns:
 
     def take(self, block: Tensor) -> Tensor:
         """These columns, as a tensor of their own."""
+        import torch
+
         if self.runs is None:
             return block.index_select(1, self.index)
         return torch.cat([block[:, first : first + stop - start] for first, start, stop in self.runs], dim=1)
@@ -70,8 +82,8 @@ class Columns:
 
 
 @lru_cache(maxsize=16)
-def cancelling(columns: UnitMap, dtype: torch.dtype) -> "Cancelling":
-    """The noise over a map, which many tensors share."""
+def cancelling(columns: UnitMap, dtype: str) -> Cancelling:
+    """The noise over a map, which many tensors share; in F32 or F64."""
     return Cancelling(columns, dtype)
 
 
@@ -85,8 +97,10 @@ class Cancelling:
     of c numbers minus their mean for b = (1 - 1 / sqrt(c)) / (c - 1). Of two copies, one gets z and the other -z.
     """
 
-    def __init__(self, columns: UnitMap, dtype: torch.dtype) -> None:
-        copied = [unit for unit, count in enumerate(columns.counts) if count > 1]
+    def __init__(self, columns: UnitMap, dtype: str) -> None:
+        import torch
+
+        kind, copied = torch_dtype(dtype), [unit for unit, count in enumerate(columns.counts) if count > 1]
         place = {unit: number for number, unit in enumerate(copied)}
         new = [column for column, is_new in enumerate(columns.is_new) if is_new]
         firsts = {columns.sources[column]: column for column, is_new in enumerate(columns.is_new) if not is_new}
@@ -97,9 +111,9 @@ class Cancelling:
         self._units = Columns([place[columns.sources[column]] for column in new])
         counts = torch.tensor([columns.counts[unit] for unit in copied], dtype=torch.float64)
         scale = (1 - 1 / counts).rsqrt()
-        self._of_first = (-scale * counts.rsqrt()).to(dtype)
-        self._of_sum = ((1 - counts.rsqrt()) / (counts - 1)).to(dtype)
-        self._of_new = scale[self._units.index].to(dtype)
+        self._of_first = (-scale * counts.rsqrt()).to(kind)
+        self._of_sum = ((1 - counts.rsqrt()) / (counts - 1)).to(kind)
+        self._of_new = scale[self._units.index].to(kind)
 
     def add(self, block: Tensor, drawn: Tensor, size: float) -> None:
         """Add noise of a size to a block, in place. drawn: (rows, `size` of this) normal numbers; used up."""
@@ -107,6 +121,8 @@ class Cancelling:
             self._new.add(block, drawn.mul_(size))
             self._partners.add(block, drawn.neg_())
             return
+        import torch
+
         sums = torch.zeros(len(block), self.num_units, dtype=block.dtype)
         self._units.add(sums, drawn)
         drawn.sub_(self._units.take(sums * self._of_sum)).mul_(self._of_new * size)

@@ -11,8 +11,9 @@ from aquilamoe.checkpoint import hf_config, tensor_names
 from aquilamoe.checkpoint.reader import Reader
 from aquilamoe.config.schema import ModelConfig, UpcyclingConfig
 from aquilamoe.growth import rng, rules
-from aquilamoe.growth.lazy_tensor import LazyTensor, between, from_array, repeated, scaled, stored
-from aquilamoe.growth.stream import Progress, Recipe, compute_dtype, rewrite, silent
+from aquilamoe.growth.expert_diversity import Variety
+from aquilamoe.growth.lazy_tensor import LazyTensor, between, from_function, repeated, scaled, stored
+from aquilamoe.growth.stream import FILLER, Progress, Recipe, compute_dtype, rewrite, silent
 
 # The shared expert is a copy of the dense feed-forward.
 _SHARED = {
@@ -94,15 +95,19 @@ class _Layer:
                 continue
             if role == tensor_names.ROUTER:
                 yield self._to(self._router(shape), role)
-            elif role in fillers or (role == tensor_names.SHARED_ROUTER and not self.source.is_moe):
-                yield self._to(from_array(np.zeros(shape)), role)
+            elif role in fillers:
+                yield self._to(_zeros(shape, FILLER), role)
+            elif self.source.is_moe or role not in (*_SHARED, tensor_names.SHARED_ROUTER):
+                yield self._to(self._from(role), role)
+            elif role in _SHARED:
+                yield self._to(self._from(_SHARED[role]).noted("copied: the shared expert"), role)
             else:
-                yield self._to(self._from(role if self.source.is_moe else _SHARED.get(role, role)), role)
+                yield self._to(_zeros(shape, "zeros: every token goes through the shared expert by one half"), role)
         for role in (tensor_names.GATE, tensor_names.UP, tensor_names.DOWN):
             yield from self._experts(role)
 
     def _from(self, role: str) -> LazyTensor:
-        return stored(self.reader, tensor_names.layer_name(self.source, self.index, role))
+        return stored(self.reader, tensor_names.layer_name(self.source, self.index, role), role)
 
     def _to(self, rows: LazyTensor, *roles: str) -> Recipe:
         return Recipe([tensor_names.layer_name(self.target, self.index, role) for role in roles], rows)
@@ -124,8 +129,6 @@ class _Layer:
 
     def _varied(self, tensor: LazyTensor, role: str, copies: range, shards: int) -> Iterator[Recipe]:
         """Copies that random numbers make differ, each a tensor of its own."""
-        from aquilamoe.growth.expert_diversity import Variety
-
         place = f"model.layers.{self.index}."
         variety = Variety(self.upcycling, self.seed, place, compute_dtype(self.reader))
         for copy in copies:
@@ -133,28 +136,36 @@ class _Layer:
             for shard in range(shards):
                 expert = tensor_names.expert_role(copy * shards + shard, role)
                 part = self._cut(varied, role, shard, shards)
-                yield self._to(variety.add_noise(part, tensor, expert, self._factor(role, shards)), expert)
+                varied_part = variety.add_noise(part, tensor, expert, self._factor(role, shards))
+                yield self._to(varied_part.noted(variety.note), expert)
 
     def _cut(self, tensor: LazyTensor, role: str, shard: int, shards: int) -> LazyTensor:
         """One part of a feed-forward, times what keeps the sum over all of them."""
+        note = f"one of {self.target.num_experts // (max(1, self.source.num_experts) * shards)} copies"
         if shards == 1:
-            return scaled(tensor, self._factor(role, shards))
+            return self._scale(tensor, role, shards, note)
         neurons = self.target.moe_intermediate_size
         part = slice(shard * neurons, (shard + 1) * neurons)
         if role == tensor_names.DOWN:
             cut = tensor.derive(lambda index: tensor[index][:, part], (tensor.shape[0], neurons))
         else:
             cut = between(tensor, part.start, part.stop)
-        return scaled(cut, self._factor(role, shards))
+        return self._scale(cut, role, shards, f"{note}, part {shard} of {shards}")
+
+    def _scale(self, tensor: LazyTensor, role: str, shards: int, note: str) -> LazyTensor:
+        factors = {"x 1/2": self._is_halved(role), f"x sqrt({shards})": shards > 1 and role != tensor_names.GATE}
+        notes = [factor for factor, is_used in factors.items() if is_used]
+        return scaled(tensor, self._factor(role, shards)).noted(note, *notes)
 
     def _factor(self, role: str, shards: int) -> float:
-        """Gates share a weight of 1 over the parts, so that each counts for 1 / shards; up and down compensate.
-
-        Beside a shared expert, which has a half, the others have the other half.
-        """
+        """Gates share a weight of 1 over the parts, so that each counts for 1 / shards; up and down compensate."""
         factor = 1.0 if role == tensor_names.GATE else shards**0.5
-        is_halved = role == tensor_names.DOWN and not self.source.is_moe and self.target.shared_expert_intermediate_size
-        return factor / 2 if is_halved else factor
+        return factor / 2 if self._is_halved(role) else factor
+
+    def _is_halved(self, role: str) -> bool:
+        """Beside a shared expert, which has a half, the others have the other half."""
+        is_shared = not self.source.is_moe and self.target.shared_expert_intermediate_size > 0
+        return is_shared and role == tensor_names.DOWN
 
     def _router(self, shape: tuple[int, ...]) -> LazyTensor:
         """Scores of the copies: those of their originals, or of a dense source drawn for each feed-forward.
@@ -164,15 +175,30 @@ class _Layer:
         `normal` are on average.
         """
         if self.source.is_moe:
-            return repeated(self._from(tensor_names.ROUTER), self.target.num_experts // self.source.num_experts)
+            times = self.target.num_experts // self.source.num_experts
+            return repeated(self._from(tensor_names.ROUTER), times).noted(f"every row {times} times")
         shards = rules.num_shards(self.source, self.target)
-        random, std = (
-            rng.stream(self.seed, f"model.layers.{self.index}.{tensor_names.ROUTER}"),
-            self.upcycling.router_std,
+        name, std = f"model.layers.{self.index}.{tensor_names.ROUTER}", self.upcycling.router_std
+
+        def make() -> np.ndarray:
+            random = rng.stream(self.seed, name)
+            if self.upcycling.router_init == "orthogonal":
+                router = std * rng.orthogonal(shape[0] // shards, shape[1], random)
+            else:
+                deviation = {"normal": std, "variance": std**0.5, "zero": 0.0}[self.upcycling.router_init]
+                router = deviation * rng.normal((shape[0] // shards, shape[1]), random, np.float64)
+            return router.repeat(shards, axis=0)
+
+        note = {
+            "normal": f"drawn, normal with std {std:g}",
+            "variance": f"drawn, normal with variance {std:g}",
+            "orthogonal": f"drawn, orthogonal rows with std {std:g}",
+            "zero": "zeros",
+        }[self.upcycling.router_init]
+        return from_function(shape, make).noted(
+            note + (f"; one row for the {shards} parts of a copy" if shards > 1 else "")
         )
-        if self.upcycling.router_init == "orthogonal":
-            router = std * rng.orthogonal(shape[0] // shards, shape[1], random)
-        else:
-            std = {"normal": std, "variance": std**0.5, "zero": 0.0}[self.upcycling.router_init]
-            router = std * rng.normal((shape[0] // shards, shape[1]), random, np.float64)
-        return from_array(router.repeat(shards, axis=0))
+
+
+def _zeros(shape: tuple[int, ...], why: str) -> LazyTensor:
+    return from_function(shape, partial(np.zeros, shape)).noted(why)

@@ -4,10 +4,13 @@ Of a Mixture of Experts the router is one more reader of the residual stream, an
 neurons of its own: choices, shares and balance stay what they were.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from aquilamoe.checkpoint import hf_config, tensor_names
 from aquilamoe.checkpoint.reader import Reader
@@ -15,9 +18,14 @@ from aquilamoe.config import plugins
 from aquilamoe.config.schema import GrowthConfig, ModelConfig
 from aquilamoe.growth import depth, rules
 from aquilamoe.growth.lazy_tensor import LazyTensor, as_rows, filled, scaled, stored
-from aquilamoe.growth.stream import Progress, Recipe, compute_dtype, rewrite, silent
+from aquilamoe.growth.stream import FILLER, Progress, Recipe, compute_dtype, rewrite, silent
 from aquilamoe.growth.units import UnitMap, map_units
 from aquilamoe.growth.width import Width
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ABOVE = " of the layer above"  # behind the labels of its tensors
 
 
 def scale_up(
@@ -72,36 +80,47 @@ def recipes(
     )
     for name in outer:
         alone = {name: stored(reader, name)}
-        yield Recipe([name], as_rows(method.grow(alone, alone, width)[name]))
+        yield Recipe([name], _traced(method.grow(alone, alone, width)[name], growth, alone[name]))
     for origin in range(source.num_hidden_layers):
         copies = [index for index, layer in enumerate(layers.sources) if layer == origin]
         upper = min(origin + 1, source.num_hidden_layers - 1)
-        layer, above = (_layer(reader, source, index) for index in (origin, upper))
+        layer = _layer(reader, source, origin)
         # Beside a layer without experts one with experts has no namesakes: its own stand for them.
-        upper_layer = {role: above.get(role, tensor) for role, tensor in layer.items()}
+        above = _layer(reader, source, origin, ABOVE) | _layer(reader, source, upper, ABOVE)
+        upper_layer = {role: above[role] for role in layer}
         shapes = tensor_names.role_shapes(target, copies[0]) | outer if copies else outer
         grown = {
             index: method.grow(layer, upper_layer, replace(width, shapes=shapes, place=f"model.layers.{index}."))
             for index in copies
         }
         for role in tensor_names.filler_roles(target) if copies and target.is_sparse(copies[0]) else ():
-            yield Recipe([tensor_names.layer_name(target, index, role) for index in copies], filled(shapes[role], 0.0))
+            names = [tensor_names.layer_name(target, index, role) for index in copies]
+            yield Recipe(names, filled(shapes[role], 0.0).noted(FILLER))
         for role in layer:
             yield from _share(
                 (
                     tensor_names.layer_name(target, index, role),
-                    as_rows(tensors[role]),
+                    _traced(tensors[role], growth, layer[role], upper_layer[role]),
                     _softening(role, index, layers, growth),
                 )
                 for index, tensors in grown.items()
             )
 
 
-def _layer(reader: Reader, config: ModelConfig, index: int) -> dict[str, LazyTensor]:
-    """Tensors of one source layer by role, without those that only the format demands."""
+def _traced(tensor: LazyTensor | Tensor, growth: GrowthConfig, *namesakes: LazyTensor) -> LazyTensor:
+    """What a method returned; where it computed in memory, out of its namesakes as far as is known."""
+    rows = as_rows(tensor)
+    if not rows.in_memory:
+        return rows
+    parts = (*rows.parts, *(part for namesake in namesakes for part in namesake.parts))
+    return replace(rows, parts=tuple(dict.fromkeys(parts))).noted(f"by method {growth.method}")
+
+
+def _layer(reader: Reader, config: ModelConfig, index: int, where: str = "") -> dict[str, LazyTensor]:
+    """Tensors of one source layer by role, without those that only the format demands. where: behind their labels."""
     fillers = tensor_names.filler_roles(config) if config.is_sparse(index) else []
     on_disk = tensor_names.layer_names(config, index)
-    return {role: stored(reader, name) for role, name in on_disk.items() if role not in fillers}
+    return {role: stored(reader, name, role + where) for role, name in on_disk.items() if role not in fillers}
 
 
 def _softening(role: str, index: int, layers: UnitMap, growth: GrowthConfig) -> float:
@@ -121,7 +140,12 @@ def _share(copies: Iterable[tuple[str, LazyTensor, float]]) -> Iterator[Recipe]:
     equal: dict[float, list[str]] = {}
     tensors: dict[float, LazyTensor] = {}
     for name, tensor, factor in copies:
-        soft = scaled(tensor, factor) if factor else filled(tensor.shape, 0.0)
+        if factor == 0:
+            soft = filled(tensor.shape, 0.0).noted("zeros: a new layer is silent")
+        elif factor == 1:
+            soft = tensor
+        else:
+            soft = scaled(tensor, factor).noted(f"divided by {1 / factor:g}")
         if soft.is_random:
             yield Recipe([name], soft)
         else:

@@ -23,10 +23,10 @@ from aquilamoe.config.schema import ModelConfig
 from aquilamoe.growth.lazy_tensor import LazyTensor, block_slices
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 Progress = Callable[[int, int], None]  # (tensors written, tensors of the target)
+FILLER = "zeros: the format requires it"
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,9 @@ def rewrite(
     return {name: writer.digests[name] for name in shapes}
 
 
-def compute_dtype(reader: reading.Reader) -> torch.dtype:
-    """Sums of weights are taken in float32 or wider, and rounded once, when they are written."""
-    return torch_dtype("F64" if reader.info(names.EMBEDDING).dtype == "F64" else "F32")
+def compute_dtype(reader: reading.Reader) -> str:
+    """Sums of weights are taken in float32 or wider (F32, F64), and rounded once, when they are written."""
+    return "F64" if reader.info(names.EMBEDDING).dtype == "F64" else "F32"
 
 
 def _write(
@@ -94,9 +94,10 @@ def _write(
         for recipe, following in zip(recipes, [*recipes[1:], None], strict=True):
             if recipe.rows.copies is not None:
                 writer.copy(recipe.names, reader, recipe.rows.copies)
-            elif recipe.rows.values is not None:
-                check_representable(recipe.rows.values, dtype, recipe.names[0])
-                writer.write(recipe.names, [recipe.rows.values])
+            elif recipe.rows.make is not None:
+                values = recipe.rows.make()
+                check_representable(values, dtype, recipe.names[0])
+                writer.write(recipe.names, [values])
             else:
                 writer.write(recipe.names, islice(blocks, len(list(block_slices(recipe.rows.shape)))))
             # What was read stays in memory until it is released; the next tensor often is of the same source.
@@ -108,7 +109,7 @@ def _write(
 
 
 def _is_computed(rows: LazyTensor) -> bool:
-    return rows.copies is None and rows.values is None
+    return rows.copies is None and rows.make is None
 
 
 @contextmanager

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from random import Random
 
+import numpy as np
+
 from aquilamoe.checkpoint import tensor_names
 from aquilamoe.config.schema import GrowthConfig, ModelConfig
 
@@ -43,6 +45,16 @@ class UnitMap:
         return tuple(self.counts[source] for source in self.sources)
 
     @cached_property
+    def index(self) -> np.ndarray:
+        """`sources` as an array, int64."""
+        return np.array(self.sources, np.int64)
+
+    @cached_property
+    def multiplicity(self) -> np.ndarray:
+        """`copies` as an array, float64."""
+        return np.array(self.copies, np.float64)
+
+    @cached_property
     def is_new(self) -> tuple[bool, ...]:
         """Of each copy: whether an earlier one already copies the same source unit."""
         seen: set[int] = set()
@@ -51,6 +63,11 @@ class UnitMap:
             fresh.append(source in seen)
             seen.add(source)
         return tuple(fresh)
+
+    @cached_property
+    def further(self) -> np.ndarray:
+        """`is_new` as an array."""
+        return np.array(self.is_new, bool)
 
     @property
     def has_new(self) -> bool:
@@ -212,10 +229,37 @@ class Units:
         return self.ffn, self.expert_ffn, self.shared_ffn
 
     @property
+    def named(self) -> dict[str, UnitMap]:
+        """The spaces by what a reader calls them."""
+        return {
+            "channels": self.residual,
+            "neurons": self.ffn,
+            "experts' neurons": self.expert_ffn,
+            "shared neurons": self.shared_ffn,
+            "query heads": self.q_heads,
+            "KV heads": self.kv_heads,
+            "channels of a head": self.rotary,
+        }
+
+    def describe(self, space: UnitMap) -> str:
+        """How one of these spaces grows: `channels 8 -> 12`. Others may have its sizes, so it is known by identity."""
+        inside = "" if self.rotary.is_identity else f" of {self.rotary.num_sources} -> {self.rotary.size}"
+        if space is self.q_channels or space is self.mixed_channels:
+            return f"query heads {_sizes(self.q_heads)}{inside}"
+        if space is self.k_channels or space is self.v_channels:
+            return f"KV heads {_sizes(self.kv_heads)}{inside}"
+        name = next(name for name, named in self.named.items() if named is space)
+        return f"{name} {_sizes(space)}" + (f", {space.padding} of them zero" if space.padding else "")
+
+    @property
     def is_identity(self) -> bool:
         """Whether nothing grows in width."""
         spaces = (self.residual, *self.feed_forwards, self.q_heads, self.kv_heads, self.rotary)
         return all(space.is_identity for space in spaces)
+
+
+def _sizes(space: UnitMap) -> str:
+    return f"{space.num_sources} -> {space.size}"
 
 
 def map_units(source: ModelConfig, target: ModelConfig, growth: GrowthConfig, seed: int = 0) -> Units:

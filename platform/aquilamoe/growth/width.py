@@ -1,11 +1,16 @@
-"""Growing the tensors of a layer in width, by the maps of their units: what methods are written in (METHODS 2)."""
+"""Growing the tensors of a layer in width, by the maps of their units: what methods are written in (METHODS 2).
 
-from collections.abc import Mapping
+torch is imported by the first block of rows: a plan reads of a grown tensor only its parts and notes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property, partial
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from aquilamoe.checkpoint import tensor_names
 from aquilamoe.config.schema import GrowthConfig
@@ -20,9 +25,13 @@ from aquilamoe.growth.lazy_tensor import (
     is_exact,
     multiply,
     narrow,
+    tensor_of,
     wide,
 )
 from aquilamoe.growth.units import UnitMap, Units
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Tensors = Mapping[str, LazyTensor]  # by role
 _NORMS = (tensor_names.INPUT_NORM, tensor_names.POST_ATTENTION_NORM, tensor_names.FINAL_NORM)
@@ -39,7 +48,7 @@ class Width:
     initializer_range: standard deviation of freshly drawn matrices.
     seed, place: `place` is where the tensors go (`model.layers.3.`, or empty outside the layers); with the role it
         names a stream of random numbers.
-    dtype: of the computation, float32 or wider.
+    dtype: of the computation, F32 or F64.
     """
 
     units: Units
@@ -49,7 +58,7 @@ class Width:
     initializer_range: float
     seed: int
     place: str
-    dtype: torch.dtype
+    dtype: str
 
     def copy(
         self,
@@ -65,6 +74,16 @@ class Width:
             taken from instead. Ignored where they are no units: in embedding, head and norms.
         """
         tensor = as_rows(tensor)
+        grown = self._copy(role, tensor, new_rows, new_columns)
+        return grown.noted(*self._notes(role, tensor, new_rows is not None, new_columns is not None))
+
+    def _copy(
+        self,
+        role: str,
+        tensor: LazyTensor,
+        new_rows: LazyTensor | Tensor | None,
+        new_columns: LazyTensor | Tensor | None,
+    ) -> LazyTensor:
         if role in _NORMS:
             return self._copy_gain(role, tensor)
         if role in (tensor_names.Q_NORM, tensor_names.K_NORM):
@@ -86,13 +105,40 @@ class Width:
             grown = self._with_noise(role, grown, tensor, columns)
         return self._pad(role, self._scale_rows(role, grown))
 
+    def _notes(self, role: str, tensor: LazyTensor, has_new_rows: bool, has_new_columns: bool) -> Iterator[str]:
+        """What `_copy` did to a tensor: to its rows, then to its columns, then noise and new tokens."""
+        residual, rows, columns = self.units.residual, self.units.rows(role), self.units.columns(role)
+        if role in (tensor_names.EMBEDDING, *_NORMS):
+            spaces: list[UnitMap | None] = [residual]
+        elif role in (tensor_names.Q_NORM, tensor_names.K_NORM):
+            spaces = [self._gain_channels(role)] if tensor.shape != self.shapes[role] else []
+        else:
+            spaces = [rows, columns]
+        is_scaled = role in (tensor_names.EMBEDDING, *_NORMS) or tensor_names.writes_residual(role)
+        is_rescaled = self.growth.norm == "exact" and is_scaled
+        for space in spaces:
+            if space is not None and not space.is_identity:
+                rescaled = " (rescaled, norm exact)" if is_rescaled and space is residual else ""
+                yield self.units.describe(space) + rescaled
+        if has_new_rows and rows is not None and rows.has_new:
+            yield "new rows from the layer above"
+        if columns is not None and columns.has_new:
+            if has_new_columns:
+                yield "new columns from the layer above"
+            if self.growth.noise > 0:
+                yield f"noise {self.growth.noise:g}"
+        if role in (tensor_names.EMBEDDING, tensor_names.HEAD) and self.shapes[role][0] != tensor.shape[0]:
+            yield f"tokens {tensor.shape[0]} -> {self.shapes[role][0]}, new ones as the mean"
+
     def draw(self, role: str) -> LazyTensor:
         """A fresh tensor as a model starts with: matrices normal with `initializer_range`, biases zero, gains one."""
+        shape, std = self.shapes[role], self.initializer_range
         if role.endswith("norm.weight"):
-            return filled(self.shapes[role], 1.0)
+            return filled(shape, 1.0).noted("ones")
         if role.endswith(".bias"):
-            return filled(self.shapes[role], 0.0)
-        return noise.drawn(self.shapes[role], self.initializer_range, self.dtype, self.seed, self.place + role)
+            return filled(shape, 0.0).noted("zeros")
+        drawn = noise.drawn(shape, std, self.dtype, self.seed, self.place + role)
+        return drawn.noted(f"drawn, normal with std {std:g}")
 
     def _drawn(self, role: str, name: str, shape: tuple[int, ...]) -> LazyTensor:
         """Normal numbers for some columns of a tensor."""
@@ -105,12 +151,12 @@ class Width:
         The latter are weights on inputs that are zero: free, so random, and as large as those on copies.
         """
         if self.growth.noise > 0 and columns.has_new:
-            cancelling = noise.cancelling(columns, self.dtype)
-            drawn, copies = self._drawn(role, role, (grown.shape[0], cancelling.size)), grown
+            drawn, copies = self._drawn(role, role, (grown.shape[0], sum(columns.is_new))), grown
+            cancelling = cache(partial(noise.cancelling, columns, self.dtype))
 
             def read(index: Index) -> Tensor:
                 block = wide(copies[index])
-                cancelling.add(block, drawn[index], self.growth.noise * tensor.rms)
+                cancelling().add(block, drawn[index], self.growth.noise * tensor.rms)
                 return block
 
             grown = copies.derive(read, None, drawn)
@@ -118,11 +164,13 @@ class Width:
             return grown
         free = self._drawn(role, f"{role}/padding", (grown.shape[0], columns.padding))
         share, known = columns.num_sources / len(columns.sources), grown
-        return known.derive(
-            lambda index: torch.cat([wide(known[index]), free[index] * (tensor.rms * share)], dim=1),
-            (known.shape[0], columns.size),
-            free,
-        )
+
+        def read_padded(index: Index) -> Tensor:
+            import torch
+
+            return torch.cat([wide(known[index]), free[index] * (tensor.rms * share)], dim=1)
+
+        return known.derive(read_padded, (known.shape[0], columns.size), free)
 
     def _scale_rows(self, role: str, grown: LazyTensor) -> LazyTensor:
         """What is written to the residual stream carries alpha; queries compensate the root of a wider head_dim.
@@ -138,34 +186,31 @@ class Width:
             factor = self._query_factor
         else:
             return grown
-        if (factor == 1).all():
-            return grown
-        shape = (-1, *(1 for _ in grown.shape[1:]))
-        return grown.derive(lambda index: multiply(grown[index], factor[index].view(shape)))
+        return _multiply_rows(grown, factor)
 
-    def _head_factor(self, role: str) -> Tensor:
+    def _gain_channels(self, role: str) -> UnitMap:
+        """The channels that a norm on queries or keys is over, where it is over those of all heads."""
+        is_query = role in (tensor_names.Q_WEIGHT, tensor_names.Q_NORM)
+        return self.units.q_channels if is_query else self.units.k_channels
+
+    def _head_factor(self, role: str) -> np.ndarray:
         """beta of every query or key channel, where one norm is over the channels of all heads (OLMoE).
 
         Copies of a head carry beta times its channels, so that the mean square over all heads stays at uneven counts.
         A norm over each head (Qwen3) sees whole heads: 1.
         """
-        heads = self.units.q_heads if role in (tensor_names.Q_WEIGHT, tensor_names.Q_NORM) else self.units.kv_heads
-        channels = self.units.q_channels if heads is self.units.q_heads else self.units.k_channels
-        gains = self.shapes[tensor_names.Q_NORM if heads is self.units.q_heads else tensor_names.K_NORM][0]
-        if gains != channels.size:
-            return torch.ones(channels.size, dtype=torch.float64)
-        copies = torch.tensor(channels.copies, dtype=torch.float64)
-        return (channels.size / channels.num_sources / copies).sqrt()
+        channels = self._gain_channels(role)
+        is_query = role in (tensor_names.Q_WEIGHT, tensor_names.Q_NORM)
+        if self.shapes[tensor_names.Q_NORM if is_query else tensor_names.K_NORM][0] != channels.size:
+            return np.ones(channels.size)
+        factor: np.ndarray = np.sqrt(channels.size / channels.num_sources / channels.multiplicity)
+        return factor
 
     def _copy_head_gain(self, role: str, gain: LazyTensor) -> LazyTensor:
         """Gains of the norm on queries or keys: of one head, shared by all, or of all heads together."""
         if gain.shape == self.shapes[role]:
             return gain
-        copied = _copy_rows(gain, self.units.q_channels if role == tensor_names.Q_NORM else self.units.k_channels)
-        factor = 1 / self._head_factor(role)
-        if (factor == 1).all():
-            return copied
-        return copied.derive(lambda index: multiply(copied[index], factor[index]))
+        return _multiply_rows(_copy_rows(gain, self._gain_channels(role)), 1 / self._head_factor(role))
 
     def _copy_gain(self, role: str, gain: LazyTensor) -> LazyTensor:
         """Gains of a norm, changed so that readers see equal copies; the gain of padding multiplies zeros.
@@ -178,63 +223,84 @@ class Width:
         share = (len(residual.sources) / residual.size) ** 0.5
         factor = share / self._residual_factor
         if role == tensor_names.FINAL_NORM and self.tied:
-            factor = share / (self._residual_factor.square() * torch.tensor(residual.copies, dtype=torch.float64))
-        grown = _copy_rows(gain, residual)
-        if not (factor == 1).all():
-            copied = grown
-            grown = copied.derive(lambda index: multiply(copied[index], factor[index]))
-        return extended(grown, residual.size, lambda: torch.ones(()))
+            factor = share / (np.square(self._residual_factor) * residual.multiplicity)
+        return extended(_multiply_rows(_copy_rows(gain, residual), factor), residual.size, _number(1.0))
 
     def _pad(self, role: str, grown: LazyTensor) -> LazyTensor:
         """Zeros where padding is written: behind the rows, or behind the columns of the embedding."""
         rows, *columns = self.shapes[role]
         if columns and columns[0] != grown.shape[1]:
             narrower, more = grown, columns[0] - grown.shape[1]
-            grown = narrower.derive(lambda index: torch.nn.functional.pad(narrower[index], (0, more)), (rows, *columns))
-        return extended(grown, rows, lambda: torch.zeros(()))
+
+            def read(index: Index) -> Tensor:
+                from torch.nn.functional import pad
+
+                return pad(narrower[index], (0, more))
+
+            grown = narrower.derive(read, (rows, *columns))
+        return extended(grown, rows, _number(0.0))
 
     @cached_property
-    def _residual_factor(self) -> Tensor:
+    def _residual_factor(self) -> np.ndarray:
         """alpha of every copied channel: copy i of channel j carries alpha_i * x_j, for the sake of the mean square."""
         residual = self.units.residual
-        copies = torch.tensor(residual.copies, dtype=torch.float64)
         if self.growth.norm != "exact":
-            return torch.ones_like(copies)
-        return (len(residual.sources) / residual.num_sources / copies).sqrt()
+            return np.ones(len(residual.sources))
+        factor: np.ndarray = np.sqrt(len(residual.sources) / residual.num_sources / residual.multiplicity)
+        return factor
 
     @cached_property
-    def _query_factor(self) -> Tensor:
+    def _query_factor(self) -> np.ndarray:
         """Of every query channel: attention divides by the root of head_dim, and pairs between the old are silent."""
         inside = self.units.rotary
         factor = (len(inside.sources) / inside.num_sources) ** 0.5
-        of_head = torch.tensor([0.0 if new else factor for new in inside.is_new], dtype=torch.float64)
-        return of_head.repeat(len(self.units.q_heads.sources))
+        of_head = np.array([0.0 if new else factor for new in inside.is_new])
+        return np.tile(of_head, len(self.units.q_heads.sources))
+
+
+def _number(value: float) -> Callable[[], Tensor]:
+    """What further rows are filled with."""
+    return lambda: tensor_of(np.array(value, np.float32))
+
+
+def _multiply_rows(tensor: LazyTensor, factor: np.ndarray) -> LazyTensor:
+    """Every row times its factor."""
+    if (factor == 1).all():
+        return tensor
+    shape = (-1, *(1 for _ in tensor.shape[1:]))
+    return tensor.derive(lambda index: multiply(tensor[index], tensor_of(factor)[index].view(shape)))
 
 
 def _read_copies(tensor: LazyTensor, columns: UnitMap | None, new_columns: LazyTensor | None = None) -> LazyTensor:
     """Grow the input side: every copy of a unit reads its share, so that their sum is what the unit was read with."""
     if columns is None:
         return tensor
-    share = 1 / torch.tensor(columns.copies, dtype=torch.float64)
+    share = 1 / columns.multiplicity
     own = _copy_columns(tensor, columns, share)
     if new_columns is None or not columns.has_new:
         return own
-    other, is_new = _copy_columns(new_columns, columns, share), torch.tensor(columns.is_new)
-    return own.derive(lambda index: torch.where(is_new, other[index], own[index]), None, other)
+    other = _copy_columns(new_columns, columns, share)
+
+    def read(index: Index) -> Tensor:
+        import torch
+
+        return torch.where(tensor_of(columns.further), other[index], own[index])
+
+    return own.derive(read, None, other)
 
 
-def _copy_columns(tensor: LazyTensor, columns: UnitMap, factor: Tensor) -> LazyTensor:
+def _copy_columns(tensor: LazyTensor, columns: UnitMap, factor: np.ndarray) -> LazyTensor:
     """Copies of columns, without padding, each times its factor."""
     if columns.sources == tuple(range(columns.num_sources)):
         if (factor == 1).all():
             return tensor
-        return tensor.derive(lambda index: multiply(tensor[index], factor))
-    places, exact = noise.Columns(list(columns.sources)), is_exact(factor)
+        return tensor.derive(lambda index: multiply(tensor[index], tensor_of(factor)))
+    places, exact = cache(lambda: noise.Columns(list(columns.sources))), is_exact(factor)
 
     def read(index: Index) -> Tensor:
-        block = places.take(tensor[index])
+        block = places().take(tensor[index])
         block = block if exact else wide(block)
-        return block.mul_(factor.to(block.dtype))
+        return block.mul_(tensor_of(factor).to(block.dtype))
 
     return tensor.derive(read, (tensor.shape[0], len(columns.sources)))
 
@@ -243,15 +309,16 @@ def _copy_rows(tensor: LazyTensor, units: UnitMap | None) -> LazyTensor:
     """Copies of rows, without padding."""
     if units is None or units.sources == tuple(range(units.num_sources)):
         return tensor
-    return gathered(tensor, torch.tensor(units.sources))
+    return gathered(tensor, len(units.sources), lambda: units.index)
 
 
 def _mix_rows(old: LazyTensor, new: LazyTensor, units: UnitMap) -> LazyTensor:
     """Copies of rows, the first of each unit from `old` and further ones from `new`."""
-    sources, is_new = torch.tensor(units.sources), torch.tensor(units.is_new)
 
     def read(index: Index) -> Tensor:
-        at, further = sources[index], is_new[index]
+        import torch
+
+        at, further = tensor_of(units.index)[index], tensor_of(units.further)[index]
         if further.all() or not further.any():
             return (new if further.all() else old)[narrow(at)]
         parts = wide(old[narrow(at[~further])]), wide(new[narrow(at[further])])
@@ -259,4 +326,4 @@ def _mix_rows(old: LazyTensor, new: LazyTensor, units: UnitMap) -> LazyTensor:
         block[~further], block[further] = parts
         return block
 
-    return old.derive(read, (len(sources), *old.shape[1:]), new)
+    return old.derive(read, (len(units.sources), *old.shape[1:]), new)

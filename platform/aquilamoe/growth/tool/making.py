@@ -10,6 +10,8 @@ from typing import Any
 from aquilamoe import format
 from aquilamoe.config.grow import GrowConfig
 from aquilamoe.files import write_atomically
+from aquilamoe.growth.scale_out import scale_out
+from aquilamoe.growth.scale_up import scale_up
 from aquilamoe.growth.tool import card, comparison, held_out, identity, output, plan, unchanged
 from aquilamoe.growth.tool.comparison import Claim
 from aquilamoe.growth.tool.held_out import HeldOut
@@ -99,7 +101,7 @@ class Making:
     def _grow_tensors(self) -> dict[str, str]:
         """SHA-256 of every tensor that the engine wrote."""
         request = self.request
-        grow = _engine(request.kind)
+        grow: Any = scale_up if request.kind == "scale_up" else scale_out
         with self.reporter.step("grow", "tensors", plan.target_bytes(request)) as bar:
             source, target = request.source.directory, self.place.partial
             tensors = grow(source, target, request.model, request.growth, request.seed, bar.update)
@@ -137,14 +139,3 @@ class Making:
             "tensors": note["tensors"],
             "versions": {package: version(package) for package in ("aquilamoe", "torch")},
         }
-
-
-def _engine(kind: str) -> Any:
-    """What grows by `scale_up` or by `scale_out`. Only one is imported: the latter may do without torch."""
-    if kind == "scale_up":
-        from aquilamoe.growth.scale_up import scale_up
-
-        return scale_up
-    from aquilamoe.growth.scale_out import scale_out
-
-    return scale_out

@@ -1,18 +1,55 @@
-"""What a growth would do and take, from headers only: rows for the plan's tables."""
+"""What a growth would do and take, from headers only: rows for the plan's tables.
 
-from collections.abc import Iterable, Mapping, Sequence
+Where a tensor comes from is read off the recipe by which it would be written, of which no row is made.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from aquilamoe.checkpoint import sharding
+from aquilamoe.checkpoint import sharding, tensor_names
+from aquilamoe.checkpoint.reader import Reader
 from aquilamoe.config.network import ModelConfig
 from aquilamoe.config.schema import GrowthConfig
 from aquilamoe.files import free_bytes
 from aquilamoe.growth.bounds import growth_bytes
 from aquilamoe.growth.depth import map_layers
-from aquilamoe.growth.tool.origins import Origin, space_names, trace
+from aquilamoe.growth.lazy_tensor import LazyTensor
+from aquilamoe.growth.scale_out import recipes as scale_out_recipes
+from aquilamoe.growth.scale_up import ABOVE
+from aquilamoe.growth.scale_up import recipes as scale_up_recipes
+from aquilamoe.growth.stream import Recipe
 from aquilamoe.growth.tool.request import Request
 from aquilamoe.growth.units import UnitMap, map_units
+
+
+@dataclass(frozen=True)
+class Origin:
+    """One tensor of the target.
+
+    name: on disk.
+    layer: that it is in, None outside the layers.
+    role: in its layer; outside the layers its name.
+    family: what it is called on a line that it shares with its equals in other layers and among other experts.
+    rows: what it would be written of.
+    """
+
+    name: str
+    layer: int | None
+    role: str
+    family: str
+    rows: LazyTensor
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The source's tensors that it would be made of, on disk."""
+        return tuple(dict.fromkeys(part.name for part in self.rows.parts))
+
+    @property
+    def how(self) -> str:
+        """What would be done with them."""
+        return "; ".join(self.rows.notes) or "copied"
 
 
 @dataclass(frozen=True)
@@ -68,17 +105,52 @@ def document(request: Request, disk_bytes_per_s: float) -> dict[str, Any]:
 
 def lines(request: Request, full: bool) -> list[TensorLine]:
     """Where every tensor of the target comes from, in the order of its files; `full` has a line for each."""
-    origins = trace(request)
+    found = origins(request)
     if full:
-        return [TensorLine(o.name, "", o.shape, " + ".join(o.sources), o.how) for o in origins]
+        return [TensorLine(o.name, "", o.rows.shape, " + ".join(o.sources), o.how) for o in found]
     groups: dict[tuple[object, ...], list[Origin]] = {}
-    for origin in origins:
-        key = (origin.family, origin.shape, origin.pattern, origin.layer is None)
+    for origin in found:
+        key = (origin.family, origin.rows.shape, _pattern(origin, request), origin.layer is None)
         groups.setdefault(key, []).append(origin)
-    in_layers = {o.family: place for place, o in reversed(list(enumerate(origins)))}
+    in_layers = {o.family: place for place, o in reversed(list(enumerate(found)))}
     rows = sorted(groups.values(), key=lambda group: in_layers[group[0].family])
     kinds = _layer_kinds(request)
-    return [_line(group, kinds) for group in rows]
+    return [_line(group, _pattern(group[0], request), kinds) for group in rows]
+
+
+def origins(request: Request) -> list[Origin]:
+    """What every tensor of the target would be made of, in the order of its files. A method may read what it needs."""
+    with Reader(request.source.directory) as reader:
+        rows = {name: recipe.rows for recipe in _recipes(reader, request) for name in recipe.names}
+    places = dict(_places(request.model))
+    assert rows.keys() == places.keys()
+    return [Origin(name, *places[name], rows[name]) for name in request.shapes]
+
+
+def _recipes(reader: Reader, request: Request) -> Iterator[Recipe]:
+    source, model = request.source.model, request.model
+    if isinstance(request.growth, GrowthConfig):
+        return scale_up_recipes(reader, source, model, request.growth, request.seed)
+    return scale_out_recipes(reader, source, model, request.growth, request.seed)
+
+
+def _places(model: ModelConfig) -> Iterator[tuple[str, tuple[int | None, str, str]]]:
+    """Layer, role and family of every tensor, by name."""
+    for name in tensor_names.outer_shapes(model):
+        yield name, (None, name, name)
+    for layer in range(model.num_hidden_layers):
+        for role, name in tensor_names.layer_names(model, layer).items():
+            family = name.removeprefix(f"model.layers.{layer}.")
+            yield name, (layer, role, re.sub(r"\.experts\.\d+\.", ".experts.*.", family))
+
+
+def _pattern(origin: Origin, request: Request) -> tuple[str, str]:
+    """Sources as seen from their layer, and what is done with them, as a line prints them that many tensors share."""
+    how = re.sub(r"part \d+ of (\d+)", r"part e % \1 of \1", origin.how)
+    if request.kind == "scale_out" and request.source.model.is_moe and ".experts." in origin.role:
+        return f"expert e // {request.model.num_experts // request.source.model.num_experts}", how
+    named = {origin.role: "same", origin.role + ABOVE: ABOVE.removeprefix(" of the ")}
+    return " + ".join(named.get(part.label, part.label) for part in origin.rows.parts), how
 
 
 def _layer_kinds(request: Request) -> dict[frozenset[int], str]:
@@ -92,17 +164,16 @@ def _layer_kinds(request: Request) -> dict[frozenset[int], str]:
     return kinds
 
 
-def _line(group: Sequence[Origin], kinds: Mapping[frozenset[int], str]) -> TensorLine:
+def _line(group: Sequence[Origin], pattern: tuple[str, str], kinds: Mapping[frozenset[int], str]) -> TensorLine:
     first = group[0]
-    source, how = first.pattern
     if first.layer is None:
-        return TensorLine(first.name, "", first.shape, source, how)
+        return TensorLine(first.name, "", first.rows.shape, *pattern)
     layers = sorted({origin.layer for origin in group if origin.layer is not None})
     tensor = first.family
     if ".experts.*." in tensor:
         experts = sorted({int(origin.name.partition(".experts.")[2].split(".")[0]) for origin in group})
         tensor = tensor.replace("*", ranges(experts))
-    return TensorLine(tensor, kinds.get(frozenset(layers)) or ranges(layers), first.shape, source, how)
+    return TensorLine(tensor, kinds.get(frozenset(layers)) or ranges(layers), first.rows.shape, *pattern)
 
 
 def ranges(numbers: Iterable[int]) -> str:
@@ -138,7 +209,7 @@ def copies(request: Request) -> list[str]:
     if not isinstance(request.growth, GrowthConfig):
         return []
     units = map_units(source, model, request.growth, request.seed)
-    return [f"{name} {_times(space)}" for name, space in space_names(units).items() if not space.is_identity]
+    return [f"{name} {_times(space)}" for name, space in units.named.items() if not space.is_identity]
 
 
 def _times(space: UnitMap) -> str:
