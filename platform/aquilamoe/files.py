@@ -1,9 +1,13 @@
-"""Files that are whole or absent: written atomically, made durable, hashed; and room for them."""
+"""Files that are whole or absent: written atomically, made durable, hashed, locked; and room for them."""
 
 import hashlib
 import os
 import shutil
+import time
 from pathlib import Path
+from typing import IO, Any, TextIO
+
+POLL_S = 0.05
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -38,6 +42,53 @@ def sha256(path: Path) -> str:
     """The SHA-256 of a file's bytes, as hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def take_lock(file: IO[Any], wait_s: float) -> bool:
+    """Lock an open file for its holder alone; the kernel releases it when the file is closed or the process ends.
+
+    Args:
+        file: an open file. Only over NFS it has to be open for writing.
+        wait_s: seconds to wait for another holder; `math.inf` waits without end.
+
+    Returns:
+        Whether the file is locked; False where another process, or another open file of this one, still holds it.
+
+    Raises:
+        OSError: the file system has no locks.
+    """
+    from filelock import lock_descriptor  # as slow to import as a plan is to print
+
+    deadline = time.monotonic() + wait_s
+    while not lock_descriptor(file.fileno(), blocking=False):
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(POLL_S)
+    return True
+
+
+def sign_lock(file: TextIO, more: str = "") -> None:
+    """Write into a locked file which process holds it, for the message of another that finds it locked."""
+    file.truncate(0)
+    file.write(f"process {os.getpid()} since {time.strftime('%Y-%m-%d %H:%M:%S')}{more}")
+    file.flush()
+
+
+def lock_holder(path: Path) -> str | None:
+    """What the holder of a lock file wrote into it; None if nobody holds it, or if locks are unknown there.
+
+    The lock is taken for a moment to find out, since locks that can be shared are not portable: who locks waits for
+    `POLL_S` at least.
+    """
+    try:
+        file = path.open("r+" if os.access(path, os.W_OK) else "r")
+    except FileNotFoundError:
+        return None
+    with file:
+        try:
+            return None if take_lock(file, POLL_S) else file.read() or "another run"
+        except OSError:  # a file system without locks
+            return None
 
 
 def free_bytes(path: Path) -> int:

@@ -1,28 +1,27 @@
 """The store of outputs: `<stage>-<fingerprint>/`, complete or absent, each with a record of how it was made."""
 
-import fcntl
+import math
 import os
 import shutil
 import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self, TextIO
+from typing import Any, Self
 
 from aquilamoe.config.messages import UserError, without_passwords
 from aquilamoe.config.paths import contents, local
 from aquilamoe.config.points import METRICS, note, read_points
 from aquilamoe.config.schema import PathsConfig
-from aquilamoe.files import sync_directory, temporary, write_atomically
+from aquilamoe.files import lock_holder, sign_lock, sync_directory, take_lock, temporary, write_atomically
 from aquilamoe.pipeline import integrity, records
 from aquilamoe.pipeline.records import RECORD, Record, to_json
 from aquilamoe.pipeline.remote import Remote
 
 __all__ = ["METRICS", "RECORD", "SCRATCH", "Record", "Store", "read_points", "temporary", "to_json", "write_atomically"]
 SCRATCH = "checkpoints"  # what only an unfinished stage needs: no part of its output
-LOCK_ATTEMPTS, LOCK_WAIT_S = 4, 0.05
+LOCK_WAIT_S = 0.15  # the moments in which other processes look for its holder
 
 
 class Store:
@@ -177,16 +176,13 @@ class Store:
         """
         self.stages.mkdir(parents=True, exist_ok=True)
         with (self.root / ".lock").open("a+") as file:
-            if not _locked(file):
+            if not take_lock(file, LOCK_WAIT_S):
                 raise UserError(
                     f"{self.root}: in use by {self.holder() or 'another run'}; wait for it, "
                     "or give this run a directory of its own with paths.root=DIR"
                 )
-            file.truncate(0)
-            started = time.strftime("%Y-%m-%d %H:%M:%S")
             command = without_passwords(" ".join(" ".join(sys.argv).split()))
-            file.write(f"process {os.getpid()} since {started} ({command[:200]})")
-            file.flush()
+            sign_lock(file, f" ({command[:200]})")
             yield
             file.truncate(0)
 
@@ -196,34 +192,12 @@ class Store:
         path = self.root / "locks" / fingerprint
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            take_lock(file, math.inf)
             yield
 
     def holder(self) -> str | None:
         """The holder of the lock, as text; None if it is free."""
-        path = self.root / ".lock"
-        if not path.exists():
-            return None
-        with path.open() as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return file.read() or "another run"
-            except OSError:  # a file system without locks knows of no holder
-                return None
-        return None
-
-
-def _locked(file: TextIO) -> bool:
-    """Take the lock unless another run has it. `holder` takes it for a moment: that is not a run."""
-    for _ in range(LOCK_ATTEMPTS):
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            time.sleep(LOCK_WAIT_S)
-        else:
-            return True
-    return False
+        return lock_holder(self.root / ".lock")
 
 
 def _digest_and_sync(path: Path) -> dict[str, Any]:

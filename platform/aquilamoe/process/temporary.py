@@ -5,8 +5,8 @@ folder to the next one, which removes those whose lock is free.
 """
 
 import atexit
-import fcntl
 import getpass
+import math
 import os
 import pwd
 import shutil
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TextIO
 
 from aquilamoe.config.messages import UserError
+from aquilamoe.files import take_lock
 
 PREFIX, LOCK = "efficientscale-", ".lock-of-efficientscale"
 # Sockets have paths of 107 bytes at most. Longest are those of Ray's sessions and those of multiprocessing in a folder
@@ -39,7 +40,7 @@ def use(short: bool = False, keep_compiled: bool = False) -> None:
         _remove_left(left)
     folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=place))
     _lock = (folder / LOCK).open("w")
-    fcntl.flock(_lock, fcntl.LOCK_EX)
+    take_lock(_lock, math.inf)
     atexit.register(_remove, folder, os.getpid())
     os.environ.setdefault("RAY_TMPDIR", str(place))  # where other sessions of Ray are found
     if keep_compiled:
@@ -79,8 +80,8 @@ def name_user() -> None:
 def _remove_left(folder: Path) -> None:
     """Remove a folder that a killed run has left: one that has our lock, which is free."""
     with suppress(OSError), (folder / LOCK).open("r+") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(folder, ignore_errors=True)
+        if take_lock(lock, 0.0):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _remove(folder: Path, owner: int) -> None:

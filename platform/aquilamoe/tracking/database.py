@@ -4,7 +4,7 @@ MLflow itself makes its tables one after the other in place, and opens no databa
 """
 
 import errno
-import fcntl
+import math
 import os
 import re
 import sqlite3
@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
+
+from aquilamoe.files import take_lock
 
 NAME = "mlflow.db"
 # Errors that mean that the disk, or another process, is in the way: nothing is wrong with the file.
@@ -120,7 +122,7 @@ def open_file(path: Path, mode: str = "ro") -> sqlite3.Connection:
 def _alone(path: Path) -> Iterator[None]:
     """Among processes that make the same database."""
     with path.with_name(f".{path.name}.lock").open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        take_lock(file, math.inf)
         yield
 
 

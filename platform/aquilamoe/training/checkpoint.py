@@ -4,11 +4,9 @@ A checkpoint is what a finished stage is, and the hashes of all its bytes: `mode
 `training/`, the optimizer's state. All processes write it together, each what it holds, while training continues.
 """
 
-import fcntl
 import json
 import logging
 import shutil
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
@@ -32,7 +30,7 @@ from aquilamoe.checkpoint.state_dict import load_state, on_disk
 from aquilamoe.config.messages import UserError
 from aquilamoe.config.paths import contents
 from aquilamoe.config.schema import ModelConfig
-from aquilamoe.files import sync_directory
+from aquilamoe.files import sync_directory, take_lock
 from aquilamoe.model.transformer import Decoder
 from aquilamoe.training.dcp_storage import DTYPE, Files, FileSlice, PartsPlanner, SafetensorsWriter, Staged, TensorPart
 from aquilamoe.training.optimizer import AnyOptimizer, read_state, write_state
@@ -366,16 +364,7 @@ def only_writer(out: Path, wait_s: float = 60.0) -> Iterator[None]:
     """
     lock = out / "checkpoints" / "writer.lock"
     lock.parent.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + wait_s
     with lock.open("w") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise UserError(
-                        f"{out}: another process has been training here for {wait_s:.0f} s; end it and run again"
-                    ) from None
-                time.sleep(0.1)
+        if not take_lock(file, wait_s):
+            raise UserError(f"{out}: another process has been training here for {wait_s:.0f} s; end it and run again")
         yield

@@ -1,11 +1,9 @@
 """Where a target grows: `<target>.partial/`, locked, and renamed when it is whole. Nothing in between is ever seen."""
 
 import errno
-import fcntl
 import json
 import os
 import shutil
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import Any, TextIO
 
 from aquilamoe.config.messages import UserError
 from aquilamoe.config.paths import contents
-from aquilamoe.files import free_bytes, sync_directory, temporary, write_atomically
+from aquilamoe.files import free_bytes, sign_lock, sync_directory, take_lock, temporary, write_atomically
 from aquilamoe.format import size
 from aquilamoe.pipeline import records
 from aquilamoe.pipeline.store import RECORD
@@ -107,9 +105,7 @@ def locked(target: Path) -> Iterator[TargetFolder]:
     """
     output = TargetFolder(target)
     with _lock(output.partial) as lock:
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
-        lock.flush()
+        sign_lock(lock)
         try:
             yield output
         finally:
@@ -132,16 +128,16 @@ def _lock(partial: Path) -> TextIO:
         except FileNotFoundError:  # another run removed it meanwhile
             continue
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            holder = lock.read() or "another run"
-            lock.close()
-            raise UserError(f"{partial}: in use by {holder}; wait for it, or name another target") from None
+            is_locked = take_lock(lock, 0.0)
         except OSError:  # a file system without locks
             lock.close()
             _remove_empty(partial)
             raise
+        if not is_locked:
+            lock.seek(0)
+            holder = lock.read() or "another run"
+            lock.close()
+            raise UserError(f"{partial}: in use by {holder}; wait for it, or name another target")
         if _is_at(lock, partial / LOCK):
             return lock
         lock.close()
