@@ -1,9 +1,11 @@
-"""Files that are whole or absent: written atomically, made durable, hashed, locked; and room for them."""
+"""Files and directories that are whole or absent: written atomically, made durable, hashed, locked; and free space."""
 
 import hashlib
 import os
 import shutil
 import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, TextIO
 
@@ -36,6 +38,33 @@ def sync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def complete(directory: Path, content: Iterable[Path], record: Path, text: str) -> None:
+    """Make what is in a directory durable, and only then write the record that states it: from now on it is complete.
+
+    Args:
+        directory: that grows under a name of its own until `give_name`.
+        content: its files and directories.
+        record: file in it.
+        text: of the record.
+    """
+    with ThreadPoolExecutor() as pool:
+        for _ in pool.map(sync_directory, content):
+            pass
+    write_atomically(record, text)
+    sync_directory(directory)
+
+
+def give_name(directory: Path, name: Path) -> None:
+    """Rename what is complete: the name exists from this moment, with all that belongs to it.
+
+    Raises:
+        OSError: something else has the name.
+    """
+    sync_directory(directory)
+    directory.rename(name)
+    sync_directory(name.parent)
 
 
 def sha256(path: Path) -> str:

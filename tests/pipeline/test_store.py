@@ -1,6 +1,7 @@
-import fcntl
+import errno
 import hashlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -13,8 +14,7 @@ from typing import Any
 import pytest
 
 from aquilamoe.config.messages import UserError
-from aquilamoe.files import write_atomically
-from aquilamoe.pipeline import store as store_module
+from aquilamoe.files import take_lock, write_atomically
 from aquilamoe.pipeline.store import METRICS, RECORD, SCRATCH, Store, read_points
 from stage_records import stage_record
 
@@ -79,10 +79,11 @@ def test_a_record_lists_every_other_file_with_its_bytes_and_sha256(store: Store,
     assert {path.name for path in out.rglob("*") if path.is_file()} == {"weights.bin", METRICS, RECORD}
 
 
+@pytest.mark.parametrize("step", ["aquilamoe.pipeline.integrity.entry", "aquilamoe.files.sync_directory"])
 def test_the_record_is_written_after_all_files_are_hashed_and_durable(
-    store: Store, partial: Path, monkeypatch: pytest.MonkeyPatch
+    step: str, store: Store, partial: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store_module, "_digest_and_sync", fail)
+    monkeypatch.setattr(step, fail)
     with pytest.raises(OSError, match="no space"):
         store.publish(partial, record_of())
     assert not (partial / RECORD).exists()
@@ -91,7 +92,7 @@ def test_the_record_is_written_after_all_files_are_hashed_and_durable(
 def test_the_output_has_its_name_only_after_the_record_is_written(
     store: Store, partial: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store_module, "write_atomically", fail)
+    monkeypatch.setattr("aquilamoe.files.write_atomically", fail)
     with pytest.raises(OSError, match="no space"):
         store.publish(partial, record_of())
     assert partial.exists()
@@ -124,7 +125,7 @@ def test_checkpoints_of_a_stage_stay_until_its_record_is_written_and_are_no_part
     checkpoint.parent.mkdir(parents=True)
     checkpoint.write_bytes(b"x")
     with monkeypatch.context() as patches:
-        patches.setattr(store_module, "write_atomically", fail)
+        patches.setattr("aquilamoe.files.write_atomically", fail)
         with pytest.raises(OSError, match="no space"):
             store.publish(partial, record_of())
     assert checkpoint.exists()
@@ -237,9 +238,43 @@ def test_asking_for_the_holder_does_not_turn_a_driver_away(store: Store, monkeyp
     with store.lock():
         pass
     asking = (store.root / ".lock").open()
-    fcntl.flock(asking, fcntl.LOCK_SH)
+    assert take_lock(asking, 0)
     monkeypatch.setattr(time, "sleep", lambda _: asking.close())
     with store.lock():
+        pass
+
+
+def test_two_processes_that_look_for_the_holder_do_not_take_each_other_for_it(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.stages.mkdir(parents=True)
+    (store.root / ".lock").write_text("process 1 since 2026-01-01 00:00:00, which was killed")
+    asking = (store.root / ".lock").open()
+    assert take_lock(asking, 0)
+    monkeypatch.setattr(time, "sleep", lambda _: asking.close())
+    assert store.holder() is None
+
+
+def test_the_holder_is_found_through_a_lock_file_that_cannot_be_written(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with store.lock():
+        monkeypatch.setattr("os.access", lambda *_: False)
+        holder = store.holder()
+        assert holder is not None and holder.startswith("process ")
+    assert store.holder() is None
+
+
+def test_a_file_system_without_locks_has_no_holder_and_no_driver(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    with store.lock():
+        pass
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    assert store.holder() is None
+    with pytest.raises(OSError, match="No locks available"), store.lock():
         pass
 
 

@@ -1,20 +1,19 @@
 """The store of outputs: `<stage>-<fingerprint>/`, complete or absent, each with a record of how it was made."""
 
 import math
-import os
 import shutil
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from aquilamoe.config.messages import UserError, without_passwords
 from aquilamoe.config.paths import contents, local
 from aquilamoe.config.points import METRICS, note, read_points
 from aquilamoe.config.schema import PathsConfig
-from aquilamoe.files import lock_holder, sign_lock, sync_directory, take_lock, temporary, write_atomically
+from aquilamoe.files import complete, give_name, lock_holder, sign_lock, take_lock, temporary, write_atomically
 from aquilamoe.pipeline import integrity, records
 from aquilamoe.pipeline.records import RECORD, Record, to_json
 from aquilamoe.pipeline.remote import Remote
@@ -125,13 +124,10 @@ class Store:
         kept = [path for path in everything if path.relative_to(partial).parts[0] not in not_kept]
         files = [path for path in kept if path.is_file()]
         with ThreadPoolExecutor() as pool:
-            entries = list(pool.map(_digest_and_sync, files))
-        for directory in (path for path in kept if path.is_dir()):
-            sync_directory(directory)
+            entries = list(pool.map(integrity.entry, files))
         names = [str(path.relative_to(partial)) for path in files]
-        write_atomically(
-            partial / RECORD, records.seal({**record, "files": dict(zip(names, entries, strict=True))}, partial.stem)
-        )
+        sealed = records.seal({**record, "files": dict(zip(names, entries, strict=True))}, partial.stem)
+        complete(partial, kept, partial / RECORD, sealed)
         published = records.read(partial)
         self._rename(partial)
         return published
@@ -156,11 +152,9 @@ class Store:
         return True
 
     def _rename(self, partial: Path) -> None:
-        sync_directory(partial)
         # Only now: a run killed while its files were hashed resumes from its checkpoints.
         shutil.rmtree(partial / SCRATCH, ignore_errors=True)
-        partial.rename(partial.with_suffix(""))
-        sync_directory(self.stages)
+        give_name(partial, partial.with_suffix(""))
 
     def discard(self, partial: Path) -> None:
         """Remove what an interrupted stage left, for stages that start from the beginning."""
@@ -198,10 +192,3 @@ class Store:
     def holder(self) -> str | None:
         """The holder of the lock, as text; None if it is free."""
         return lock_holder(self.root / ".lock")
-
-
-def _digest_and_sync(path: Path) -> dict[str, Any]:
-    entry = integrity.entry(path)
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    return entry

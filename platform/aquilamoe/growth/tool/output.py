@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 from aquilamoe.config.messages import UserError
 from aquilamoe.config.paths import contents
-from aquilamoe.files import free_bytes, sign_lock, sync_directory, take_lock, temporary, write_atomically
+from aquilamoe.files import complete, free_bytes, give_name, sign_lock, take_lock, temporary
 from aquilamoe.format import size
 from aquilamoe.pipeline import records
 from aquilamoe.pipeline.store import RECORD
@@ -43,8 +43,7 @@ class TargetFolder:
 
     def note_grown(self, note: dict[str, Any]) -> None:
         """Mark all files but card and record as complete, and note what they are."""
-        sync(self.partial)
-        write_atomically(self.partial / GROWN, records.seal({**note, "files": sizes(self.partial)}, str(self.target)))
+        self._complete(GROWN, note)
 
     def finished(self) -> dict[str, Any] | None:
         """The record of what was complete when its run was killed, between the record and the name."""
@@ -74,23 +73,23 @@ class TargetFolder:
 
     def publish(self, record: dict[str, Any]) -> None:
         """Write the record, make everything durable, rename: the target exists from this moment, whole."""
-        write_atomically(
-            self.partial / RECORD, records.seal({**record, "files": sizes(self.partial)}, str(self.target))
-        )
+        self._complete(RECORD, record)
         self.rename()
+
+    def _complete(self, name: str, content: dict[str, Any]) -> None:
+        text = records.seal({**content, "files": sizes(self.partial)}, str(self.target))
+        complete(self.partial, contents(self.partial), self.partial / name, text)
 
     def rename(self) -> None:
         """Give what is complete its name."""
         (self.partial / GROWN).unlink(missing_ok=True)
-        sync(self.partial)
         try:
-            self.partial.rename(self.target)
+            give_name(self.partial, self.target)
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 raise
             raise _foreign(self.target) from None
         (self.target / LOCK).unlink(missing_ok=True)
-        sync_directory(self.target.parent)
 
 
 def partial_of(target: Path) -> Path:
@@ -221,10 +220,3 @@ def _has_sizes(directory: Path, expected: Any) -> bool:
         return False
     found = sizes(directory)
     return all(found.get(name) == size for name, size in expected.items())
-
-
-def sync(directory: Path) -> None:
-    """Make files and names durable."""
-    for path in contents(directory):
-        sync_directory(path)
-    sync_directory(directory)
