@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from aquilamoe.ablation.plan import Task
+from aquilamoe.config.messages import one_line
 from aquilamoe.config.passwords import learn, without_passwords
 from aquilamoe.config.points import note
 from aquilamoe.config.schema import ClusterConfig
@@ -129,5 +130,5 @@ def compute(task: Task, store: Store, cluster: ClusterConfig, logs: Path, observ
         if stopped.exists():  # its process is being ended: errors of its threads are consequences of that
             return
         logs.mkdir(parents=True, exist_ok=True)
-        message = without_passwords(" ".join(str(error).split()) or type(error).__name__)
+        message = without_passwords(one_line(error))
         log.write_text(f"{message}\n\n{without_passwords(traceback.format_exc())}", encoding="utf-8")

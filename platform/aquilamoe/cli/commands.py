@@ -16,6 +16,7 @@ from aquilamoe.config import graph
 from aquilamoe.config.graph import Node
 from aquilamoe.config.messages import UserError
 from aquilamoe.config.passwords import masked
+from aquilamoe.config.paths import shown
 from aquilamoe.config.schema import ClusterConfig, ExperimentConfig
 from aquilamoe.estimates import layouts
 from aquilamoe.estimates.dry_run_graph import shrunk
@@ -93,7 +94,7 @@ def _list(experiment: ExperimentConfig, store: Store) -> None:
     out.print(tables.output_table(library.newest_first(), out.width))
     for reason in library.damaged.values():
         out.print(f"damaged: {reason}", style="yellow", soft_wrap=True)
-    out.print(f"\n{len(library.entries)} outputs in {_relative(store.stages)}")
+    out.print(f"\n{len(library.entries)} outputs in {shown(store.stages)}")
 
 
 def _clean(experiment: ExperimentConfig, nodes: Mapping[str, Node], store: Store) -> None:
@@ -113,14 +114,14 @@ def _clean(experiment: ExperimentConfig, nodes: Mapping[str, Node], store: Store
 def _show_unused(experiment: ExperimentConfig, outputs: Sequence[Unused], store: Store) -> None:
     out = console.console()
     if not outputs:
-        out.print(f"Everything in {_relative(store.stages)} is needed by a report, an ablation or this experiment.")
+        out.print(f"Everything in {shown(store.stages)} is needed by a report, an ablation or this experiment.")
         return
     out.print(tables.unused_table(outputs, out.width))
     if experiment.confirm:
-        out.print(f"\nRemoving these {len(outputs)} directories of {_relative(store.stages)}.", soft_wrap=True)
+        out.print(f"\nRemoving these {len(outputs)} directories of {shown(store.stages)}.", soft_wrap=True)
     else:
         out.print(
-            f"\nNothing was removed. To remove these {len(outputs)} directories of {_relative(store.stages)}, "
+            f"\nNothing was removed. To remove these {len(outputs)} directories of {shown(store.stages)}, "
             "repeat the command with confirm=true.",
             soft_wrap=True,
         )
@@ -139,7 +140,7 @@ def _write_report(experiment: ExperimentConfig, plan: Sequence[Planned], store: 
             f"report: {', '.join(missing)} of experiment {experiment.name} {'has' if len(missing) == 1 else 'have'} no "
             "output yet; run them first (action=status shows what is complete)"
         )
-    console.console().print(f"report  {_relative(_report(experiment, done, store, command))}", soft_wrap=True)
+    console.console().print(f"report  {shown(_report(experiment, done, store, command))}", soft_wrap=True)
 
 
 @contextmanager
@@ -185,7 +186,7 @@ def _examine(experiment: ExperimentConfig, nodes: Mapping[str, Node], store: Sto
     label, found, path = evaluation.evaluate(experiment, nodes, store)
     out.print(f"{label}\n")
     out.print(tables.task_table(found))
-    out.print(f"\nresults  {_relative(path)}")
+    out.print(f"\nresults  {shown(path)}")
 
 
 def _rehearse(values: Mapping[str, Any], experiment: ExperimentConfig, nodes: Mapping[str, Node]) -> None:
@@ -223,7 +224,7 @@ def _show_plan(experiment: ExperimentConfig, plan: Sequence[Planned], store: Sto
     _show_devices(out, experiment, plan)
     for line in preflight.missing_files(plan):
         out.print(f"\na run would stop: {line}", style="yellow", soft_wrap=True)
-    out.print(f"\nOutputs go to {_relative(store.root)}; nothing was started.")
+    out.print(f"\nOutputs go to {shown(store.root)}; nothing was started.")
 
 
 def _show_devices(out: Any, experiment: ExperimentConfig, plan: Sequence[Planned]) -> None:
@@ -269,7 +270,7 @@ def _show_status(experiment: ExperimentConfig, plan: Sequence[Planned], store: S
         out.print(f"  {planned.name}: {tables.STATES[planned.state]}, {planned.reason}")
     report = _report_path(experiment, store)
     if report.exists():
-        out.print(f"\nreport  {_relative(report)}")
+        out.print(f"\nreport  {shown(report)}")
 
 
 def _kept(plan: Sequence[Planned]) -> dict[str, str]:
@@ -369,7 +370,7 @@ def _where_to_look(
     out: Any, experiment: ExperimentConfig, report: Path | None, store: Store, mlflow_experiment: str | None
 ) -> None:
     if report is not None:
-        out.print(f"\nreport         {_relative(report)}   (open it in a browser)")
+        out.print(f"\nreport         {shown(report)}   (open it in a browser)")
     if experiment.tracking.enabled:
         out.print(f"MLflow         {ui_command(experiment.tracking.uri, store.root)}", soft_wrap=True)
     if mlflow_experiment:
@@ -379,7 +380,3 @@ def _where_to_look(
     if experiment.cluster.executor == "ray":
         ray = "ray start --head --dashboard-host 127.0.0.1, then run with cluster.address=auto"
         out.print(f"Ray dashboard  http://127.0.0.1:8265 during a run; to keep it open: {ray}", soft_wrap=True)
-
-
-def _relative(path: Path) -> str:
-    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)

@@ -12,6 +12,7 @@ from aquilamoe.cli.console import console
 from aquilamoe.config import grow
 from aquilamoe.config.grow import GrowConfig
 from aquilamoe.config.messages import UserError
+from aquilamoe.config.paths import shown
 from aquilamoe.growth.tool import comparison, output, plan
 from aquilamoe.growth.tool.grow import certify, make
 from aquilamoe.growth.tool.request import Request, resolve
@@ -61,4 +62,4 @@ def _run(request: Request, config: GrowConfig, command: str) -> None:
     if config.push is not None:
         _push(out, request, record, config.push)
     seconds = format.duration(time.monotonic() - began)
-    out.print(f"\nDone in {seconds}: {grow_view.relative(request.target)}", soft_wrap=True)
+    out.print(f"\nDone in {seconds}: {shown(request.target)}", soft_wrap=True)

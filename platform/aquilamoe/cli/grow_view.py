@@ -1,6 +1,5 @@
 """What a user of the growth tool sees: the plan, a bar with rates, the certificate, the summary."""
 
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from aquilamoe.checkpoint.safetensors_header import ITEM_BYTES
 from aquilamoe.cli.tables import make_table
 from aquilamoe.config.grow import GrowConfig
 from aquilamoe.config.network import ModelConfig
+from aquilamoe.config.paths import shown
 from aquilamoe.format import duration, size_or_absent
 from aquilamoe.growth.tool import comparison, plan
 from aquilamoe.growth.tool.card import certificate_rows
@@ -86,14 +86,14 @@ class TerminalReporter:
         print_step(self.out, step, text)
 
     def cached(self, target: Path) -> None:
-        self.out.print(f"cached: {relative(target)} is complete, by this very recipe")
+        self.out.print(f"cached: {shown(target)} is complete, by this very recipe")
 
     def comparing(self, source: CheckpointFiles, target: CheckpointFiles) -> None:
         """Which two checkpoints are compared."""
         table = make_table("", "", "", ">parameters", ">active", ">bytes", "")
         for name, found in (("source", source), ("target", target)):
             counts = *_counts(found.model), size_or_absent(found.weight_bytes)
-            table.add_row(name, relative(found.directory), architecture(found), *counts, found.dtype_name)
+            table.add_row(name, shown(found.directory), architecture(found), *counts, found.dtype_name)
         self.out.print(table)
 
 
@@ -126,7 +126,7 @@ def show_plan(out: Console, request: Request, config: GrowConfig, state: str, to
 def _show_heads(out: Console, request: Request, state: str) -> None:
     heads = make_table("", "", "", ">parameters", ">active", ">bytes", "")
     source, dtype = request.source, request.source.dtype_name
-    places = (relative(source.directory), architecture(source)), (relative(request.target), written(request))
+    places = (shown(source.directory), architecture(source)), (shown(request.target), written(request))
     heads.add_row("source", *places[0], *_counts(source.model), size_or_absent(source.weight_bytes), dtype)
     heads.add_row("target", *places[1], *_counts(request.model), size_or_absent(plan.target_bytes(request)), dtype)
     out.print(heads)
@@ -218,8 +218,3 @@ def show_result(out: Console, request: Request, record: Mapping[str, Any]) -> No
     if record["certificate"] is not None:
         out.print()
         show_certificate(out, record["certificate"])
-
-
-def relative(path: Path) -> str:
-    """The shortest spelling of a path, relative to the working directory."""
-    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)

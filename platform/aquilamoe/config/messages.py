@@ -45,6 +45,11 @@ def _escaped(character: str) -> str:
     return character.encode("unicode_escape").decode("ascii")
 
 
+def one_line(error: BaseException) -> str:
+    """The message of an error on one line; its class where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def shortened(text: str) -> str:
     """The beginning and the end of a text that is longer than any message."""
     if len(text) <= LONGEST_MESSAGE:

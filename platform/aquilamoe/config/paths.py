@@ -20,6 +20,11 @@ def local(text: str) -> Path:
         raise UserError(f"{text}: there is no home folder for it; write the whole path, or ./{text}") from None
 
 
+def shown(path: Path) -> str:
+    """A path as messages print it: relative to the working directory where it is inside."""
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+
+
 def contents(directory: Path) -> list[Path]:
     """All files and directories inside, in order; unlike `rglob`, it raises what the system refuses to list."""
 

@@ -90,11 +90,6 @@ def read_groups(path: Path, start: int = 0, stop: int | None = None) -> Iterator
             yield file.read_row_group(group, columns=["text"]).column(0).to_pylist()
 
 
-def count_documents(path: Path) -> int:
-    """The number of documents in a prepared split, from the footers of its files."""
-    return sum(documents for part in split_parts(path) for documents, _ in group_sizes(part))
-
-
 def count_bytes(path: Path) -> int:
     """About the number of bytes of text in a prepared split, from footers: exact but for 4 bytes a document."""
     return sum(size for part in split_parts(path) for _, size in group_sizes(part))

@@ -3,9 +3,9 @@
 import re
 import textwrap
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
+from aquilamoe.config.paths import shown
 from aquilamoe.lineage.artifacts import Artifact
 from aquilamoe.lineage.graph import ArtifactGraph, Parent
 from aquilamoe.pipeline.fingerprint import differences, flatten
@@ -40,9 +40,7 @@ def _is_shown(parent: Parent, shown: set[Any]) -> bool:
 
 
 def _title(entry: Artifact) -> str:
-    here = entry.directory.is_relative_to(Path.cwd())
-    where = entry.directory.relative_to(Path.cwd()) if here else entry.directory
-    return f"{entry.stage} {entry.fingerprint}  {entry.kind}  in {where}"
+    return f"{entry.stage} {entry.fingerprint}  {entry.kind}  in {shown(entry.directory)}"
 
 
 def _parent_title(parent: Parent) -> str:

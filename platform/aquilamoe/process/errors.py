@@ -3,12 +3,12 @@
 import errno
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from aquilamoe.config.messages import UserError
+from aquilamoe.config.messages import UserError, one_line
+from aquilamoe.files import free_bytes
 from aquilamoe.format import size
 
 # The error of a full disk does not name the disk.
@@ -103,7 +103,7 @@ def _number(text: str) -> int | None:
 
 
 def _reason(error: OSError) -> str:
-    reason = error.strerror or " ".join(str(error).split()) or type(error).__name__
+    reason = error.strerror or one_line(error)
     if not isinstance(error.filename, str | bytes):
         return reason
     path = Path(os.fsdecode(error.filename))
@@ -111,6 +111,5 @@ def _reason(error: OSError) -> str:
         if error.errno in (errno.EEXIST, errno.ENOENT) and path.is_symlink():
             return f"is a link to {path.readlink()}, which does not exist"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            existing = next(place for place in [path, *path.parents] if place.exists())
-            return f"{reason}, {size(shutil.disk_usage(existing).free)} are free"
+            return f"{reason}, {size(free_bytes(path))} are free"
     return reason

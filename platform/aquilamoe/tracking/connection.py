@@ -118,6 +118,11 @@ def is_away(error: BaseException | None) -> bool:
     return False
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, without passwords, for a note on what could not be sent."""
+    return next(iter(without_passwords(str(error)).splitlines()), type(error).__name__)[:200]
+
+
 def connect(uri: str, watch: LatencyMonitor | None = None, repairs: Repairs | None = None) -> Any:
     """An MlflowClient, watched if it talks to a server.
 

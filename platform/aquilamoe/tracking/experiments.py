@@ -17,12 +17,13 @@ class Experiments:
         self.database = database_file(uri)
         self.repairs = repairs
 
-    def make(self, name: str, tags: Mapping[str, str], kept: Mapping[str, str]) -> str:
-        """The number of an experiment. tags: of a new one. kept: tags that are corrected where they differ."""
+    def make(self, name: str, description: str, kept: Mapping[str, str]) -> str:
+        """The number of an experiment. description: of a new one. kept: tags that are corrected where they differ."""
         found = self.client.get_experiment_by_name(name)
         if found is None:
             location = artifacts(self.root) if self.database else None
-            return str(self.client.create_experiment(name, artifact_location=location, tags={**tags, **kept}))
+            tags = {"mlflow.note.content": description, "mlflow.experimentKind": "custom_model_development", **kept}
+            return str(self.client.create_experiment(name, artifact_location=location, tags=tags))
         if found.lifecycle_stage == "deleted":
             self._restore_experiment(found)
         if self.database and found.artifact_location != artifacts(self.root):

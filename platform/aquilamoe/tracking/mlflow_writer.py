@@ -109,8 +109,7 @@ class MlflowWriter:
 
     def _experiment(self, pipeline: Pipeline) -> str:
         name, description = pipeline.receipt["experiment"], pipeline.receipt["description"]
-        tags = {"mlflow.note.content": description, "mlflow.experimentKind": "custom_model_development"}
-        return self.experiments.make(name, tags, {VIEW_TAG: saved_view()})
+        return self.experiments.make(name, description, {VIEW_TAG: saved_view()})
 
     def _parent(self, pipeline: Pipeline) -> Any:
         """The run of a pipeline: the latest with this recipe whose stages, as far as both are known, are the same."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from aquilamoe.config.messages import without_passwords
 from aquilamoe.pipeline.store import Record
-from aquilamoe.tracking.connection import LatencyMonitor, is_away, is_reachable, shown, tracking_uri
+from aquilamoe.tracking.connection import LatencyMonitor, first_line, is_away, is_reachable, shown, tracking_uri
 from aquilamoe.tracking.database import Repairs
 from aquilamoe.tracking.sync_state import (
     FOLDER,
@@ -269,8 +269,7 @@ class Tracker:
             for stage in self._stages.values():
                 stage.points, stage.reread = [], True
             away = is_away(error)
-            first_line = next(iter(without_passwords(str(error)).splitlines()), type(error).__name__)[:200]
-            problem = f"{shown(self.uri)} does not respond" if away else f"{what}: {first_line}"
+            problem = f"{shown(self.uri)} does not respond" if away else f"{what}: {first_line(error)}"
             self._problem = self._problem or problem
             return not away
         return True

@@ -13,8 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from aquilamoe.config.messages import without_passwords
-from aquilamoe.tracking.connection import connect, is_away, is_reachable, shown, tracking_uri
+from aquilamoe.tracking.connection import connect, first_line, is_away, is_reachable, shown, tracking_uri
 from aquilamoe.tracking.database import Repairs
 from aquilamoe.tracking.experiments import Experiments
 from aquilamoe.tracking.sync_state import SyncState, still_known
@@ -90,8 +89,7 @@ def publish(uri: str | None, root: Path, comparison: TrackedStudy) -> PublishRes
         client = connect(address, repairs=repairs)
         experiment_id, run_id = _StudyWriter(client, Experiments(client, address, root, repairs)).sync(comparison)
     except Exception as error:  # nothing that MLflow raises is the end of an ablation
-        first_line = next(iter(without_passwords(str(error)).splitlines()), type(error).__name__)[:200]
-        problem = f"{shown(address)} does not respond" if is_away(error) else first_line
+        problem = f"{shown(address)} does not respond" if is_away(error) else first_line(error)
         return PublishResult(
             None, (*repairs.lines(), f"tracking: MLflow did not receive this study ({problem}); the next run sends it")
         )
@@ -130,8 +128,7 @@ class _StudyWriter:
         return experiment_id, parent
 
     def _experiment(self, comparison: TrackedStudy) -> str:
-        tags = {"mlflow.note.content": comparison.description, "mlflow.experimentKind": "custom_model_development"}
-        return self.experiments.make(comparison.name, tags, comparison_views(comparison.axes))
+        return self.experiments.make(comparison.name, comparison.description, comparison_views(comparison.axes))
 
     def _parent(self, comparison: TrackedStudy, experiment_id: str) -> tuple[str, dict[str, Any]]:
         """The newest run of this study, none of whose trials another recipe has computed since; and its children."""

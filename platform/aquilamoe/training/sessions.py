@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from aquilamoe.config.messages import UserError
+from aquilamoe.config.messages import UserError, one_line
 
 LATEST, MACHINES = "session_latest", "prom_metrics_service_discovery.json"  # what Ray keeps beside sessions
 REMOVE_S = 2.0  # for processes of the session that write their last lines
@@ -63,7 +63,7 @@ def gone(process: str) -> UserError:
 
 def _first(error: BaseException) -> str:
     """The message of an error, on one line that is not too long."""
-    return (" ".join(str(error).split()) or type(error).__name__)[:300]
+    return one_line(error)[:300]
 
 
 def _sessions(folder: Path) -> list[Path]:

@@ -75,11 +75,6 @@ def workers_for(cluster: ClusterConfig, root: Path, label: str, will_train: bool
         release()
 
 
-def has_workers() -> bool:
-    """Whether there are workers, or they begin to start."""
-    return _workers is not None
-
-
 def release() -> None:
     """Let the workers go, if there are any: nothing stays reserved."""
     global _workers
