@@ -104,7 +104,7 @@ def sign_lock(file: TextIO, more: str = "") -> None:
 
 
 def lock_holder(path: Path) -> str | None:
-    """What the holder of a lock file wrote into it; None if nobody holds it, or if locks are unknown there.
+    """What the holder of a lock file wrote into it; None if it is free, or if the file system has no locks.
 
     The lock is taken for a moment to find out, since locks that can be shared are not portable: who locks waits for
     `POLL_S` at least.

@@ -21,6 +21,7 @@ from rich.console import Console
 
 from aquilamoe.cli import live, tables, view, watch
 from aquilamoe.cli.console import SPARKS, spark
+from aquilamoe.cli.grow_view import Bar
 from aquilamoe.cli.progress import PipelineProgress, StageProgress
 from aquilamoe.config import graph
 from aquilamoe.estimates.duration import Speed
@@ -138,6 +139,23 @@ def test_the_bar_keeps_its_length_while_its_numbers_change() -> None:
         return line.count("━") + line.count("─")
 
     assert len({bar(0), bar(0, 7), bar(0, 123), bar(0, 999), bar(0, 1000)}) == 1
+
+
+@pytest.mark.parametrize("width", [30, 60, 100])
+def test_a_step_of_a_growth_is_one_line_of_the_same_bar_whatever_is_done(width: int) -> None:
+    out = Console(file=io.StringIO(), width=width, force_terminal=True, highlight=False)
+    step = Bar(out, "certificate", "tokens", total_bytes=10**9)
+    lines = []
+    for done in (0, 7, 123, 1000):
+        step.update(done, 1000)
+        with out.capture() as captured:
+            out.print(step)
+        lines += screen_of(captured.get())[:-1]
+    assert len(lines) == 4
+    assert all(len(line) <= width for line in lines)
+    assert len({line.count("━") + line.count("─") for line in lines}) == 1
+    assert ("123/1000 tokens" in lines[2]) is (width > 30)
+    assert (" 12%" in lines[2]) is (width == 100)
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=500), st.integers(2, 60))

@@ -5,13 +5,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.live import Live
 
 from aquilamoe import format
 from aquilamoe.checkpoint.companions import left_behind
 from aquilamoe.checkpoint.safetensors_header import ITEM_BYTES
 from aquilamoe.cli.tables import make_table
+from aquilamoe.cli.view import bar
 from aquilamoe.config.grow import GrowConfig
 from aquilamoe.config.network import ModelConfig
 from aquilamoe.config.paths import shown
@@ -22,7 +23,8 @@ from aquilamoe.growth.tool.remarks import architecture, remarks, written
 from aquilamoe.growth.tool.request import CheckpointFiles, Request
 from aquilamoe.process import interruption
 
-REFRESH_S = 0.1
+STEPS = 11  # characters of a step's name
+REFRESHES_PER_S = 4
 
 
 class Bar:
@@ -34,11 +36,9 @@ class Bar:
         self.unit = unit
         self.total_bytes = total_bytes
         self._started = time.monotonic()
-        self._drawn = 0.0
+        self._done, self._total = 0, 0
         self._last = ""
-        columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[numbers]}"))
-        self._bars = Progress(*columns, TimeRemainingColumn(compact=True), console=out, transient=True)
-        self._task = self._bars.add_task(f"  {step:<11}", total=None, numbers="")
+        self._live = Live(self, console=out, refresh_per_second=REFRESHES_PER_S, transient=True)
 
     @property
     def seconds(self) -> float:
@@ -47,24 +47,30 @@ class Bar:
     def update(self, done: int, total: int) -> None:
         """Show how far the step is."""
         interruption.check()
-        now = time.monotonic()
-        if self.out.is_terminal and (now - self._drawn > REFRESH_S or done == total):
-            self._drawn = now
-            numbers = self._numbers(done, total)
-            self._bars.update(self._task, completed=done, total=total, numbers=numbers)
+        self._done, self._total = done, total
 
-    def _numbers(self, done: int, total: int) -> str:
-        rate = size_or_absent(int(self.total_bytes * done / total / max(self.seconds, 1e-3)))
-        return f"{done}/{total} {self.unit}" + (f"  {rate}/s" if self.total_bytes else "")
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        done, total = self._done, self._total
+        share = done / total if total else None
+        # As wide at every moment: a bar whose length changes looks as if it went back.
+        ending = f"  {done:>{len(str(total))}}/{total} {self.unit}"
+        if self.total_bytes:
+            rate = size_or_absent(int(self.total_bytes * share / max(self.seconds, 1e-3))) + "/s" if share else ""
+            ending += f"  {rate:<10}"
+        left = round(self.seconds * (1 - share) / share) if share else 0
+        ending += f"  {f'{duration(left)} left' if left else '':<13}"
+        line = bar(self.step, STEPS, share, ending, options.max_width)
+        line.no_wrap, line.overflow = True, "ellipsis"
+        yield line
 
     def __enter__(self) -> "Bar":
         if self.out.is_terminal:
-            self._bars.start()
+            self._live.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         if self.out.is_terminal:
-            self._bars.stop()
+            self._live.stop()
         if self._last:
             print_step(self.out, self.step, self._last)
 
@@ -99,7 +105,7 @@ class TerminalReporter:
 
 def print_step(out: Console, step: str, text: str) -> None:
     """A line about one step of the work."""
-    out.print(f"  {step:<11}  {text}", soft_wrap=True)
+    out.print(f"  {step:<{STEPS}}  {text}", soft_wrap=True)
 
 
 def show_plan(out: Console, request: Request, config: GrowConfig, state: str, tolerance: float) -> None:

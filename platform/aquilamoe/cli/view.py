@@ -103,17 +103,31 @@ def plain(stage: StageProgress, now: float) -> str:
 
 
 def _bar_line(stage: StageProgress, names: int, now: float, width: int) -> Text:
-    line = Text.assemble(("▸ ", "cyan"), f"{stage.name:<{names}}  ")
     if not stage.total:
-        return line
+        return bar(stage.name, names, None, "", width)
     # As wide at every moment: a bar whose length changes looks as if it went back.
     ending = f"  {format.count(stage.done):>5} of {format.count(stage.total)} {stage.unit}"
     if stage.tokens:
         left = stage.seconds_left(now)
         ending += f"  {f'{format.duration(round(left))} left' if left is not None and left >= 1 else '':<13}"
+    return bar(stage.name, names, min(1.0, stage.done / stage.total), ending, width)
+
+
+def bar(name: str, names: int, share: float | None, ending: str, width: int) -> Text:
+    """The line of what runs: its name, a bar where there is room for one, and what follows it.
+
+    Args:
+        name: of what runs.
+        names: characters of the longest name.
+        share: of the work that is done, 0 to 1; None if it is unknown.
+        ending: behind the bar.
+        width: characters of the line.
+    """
+    line = Text.assemble(("▸ ", "cyan"), f"{name:<{names}}  ")
+    if share is None:
+        return line
     length = min(WIDEST_BAR, width - len(line.plain) - len(ending) - len("  100%"))
     if length >= NARROWEST_BAR:
-        share = min(1.0, stage.done / stage.total)
         full = round(share * length)
         line.append("━" * full, style="cyan").append("─" * (length - full), style="dim").append(f"  {share:4.0%}")
     return line.append(ending if length >= NARROWEST_BAR else ending.strip())

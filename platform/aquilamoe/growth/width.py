@@ -107,7 +107,8 @@ class Width:
 
     def _notes(self, role: str, tensor: LazyTensor, has_new_rows: bool, has_new_columns: bool) -> Iterator[str]:
         """What `_copy` did to a tensor: to its rows, then to its columns, then noise and new tokens."""
-        residual, rows, columns = self.units.residual, self.units.rows(role), self.units.columns(role)
+        residual = self.units.residual
+        rows, columns = self.units.rows(role), self.units.columns(role)
         if role in (tensor_names.EMBEDDING, *_NORMS):
             spaces: list[UnitMap | None] = [residual]
         elif role in (tensor_names.Q_NORM, tensor_names.K_NORM):
