@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import random
-import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -111,13 +110,6 @@ def test_a_tokenizer_from_elsewhere_is_that_tokenizer(folder: Path) -> None:
 @pytest.mark.skipif(not importlib.util.find_spec("datasets"), reason="pip install -c constraints.txt -e '.[data]'")
 def test_a_data_set_takes_the_place_of_a_path(folder: Path) -> None:
     assert kept(folder, 3, "en") == 60
-
-
-def test_what_the_table_of_keys_names_is_in_the_configuration() -> None:
-    text = (ROOT / "conf" / "data" / "bilingual.yaml").read_text()
-    named = re.findall(r"^\| `([a-z_.]+)`", PAGE, re.MULTILINE)
-    assert len(named) > 5
-    assert [key for key in named if f"{key.rpartition('.')[2]}:" not in text] == []
 
 
 def test_outputs_of_the_embedded_corpus_from_before_there_were_these_keys_are_found(
