@@ -1,15 +1,12 @@
 import json
-import logging
 import os
 import random
 import re
-import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from copy import deepcopy
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +14,26 @@ import hydra
 import pytest
 from absl import logging as absl_logging
 from hydra.core.global_hydra import GlobalHydra
+from hypothesis import HealthCheck, settings
 from omegaconf import OmegaConf
 
+import ambush as ambushes
 from aquilamoe.config.schema import ModelConfig
-from aquilamoe.process import interruption
 from browser import Browser, missing
+from process_state import ProcessState, begin
 from query_boards import plain
 
 # torch computes on one thread, here and in commands, whatever the machine has: small tensors gain nothing by more, and
 # sums are in one order. Who is the first to import torch reads it.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+# A machine that is busy takes its time over an example, and over drawing it.
+settings.register_profile("patient", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
+
 # grain logs by absl, which closes the stream that it found first when Hydra configures logging: not pytest's.
 absl_logging.get_absl_handler().python_handler.stream = sys.__stderr__
 
-SIGNALS = {number: signal.getsignal(number) for number in interruption.HANDLED}
-PLACES = ("TMPDIR", "RAY_TMPDIR", "TORCHINDUCTOR_CACHE_DIR", "MPLCONFIGDIR")
 REPOSITORY = Path(__file__).resolve().parent.parent
 SYLLABLES = {
     "en": ["the ", "mo", "ther ", "of ", "ri", "ver", "s ", "and ", "gar", "den", "s, ", "walk", "ed ", "home. "],
@@ -70,26 +71,6 @@ NETWORKS: dict[str, dict[str, Any]] = {
 }
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
-
-# Python imports this when it starts: it stops the process, or the Ray worker, that is about to touch a certain file.
-AMBUSH = """
-import os, re, signal, sys, time
-from pathlib import Path
-
-pattern, deed = re.compile(os.environ["AMBUSH_PATH"]), os.environ["AMBUSH"]
-
-def watch(event, arguments):
-    if event in ("open", "os.mkdir", "os.rename"):
-        touched = arguments[1] if event == "os.rename" else arguments[0]
-        if pattern.search(str(touched)):
-            if deed == "kill":
-                os.kill(os.getpid(), signal.SIGKILL)
-            elif not Path(deed).exists():
-                Path(deed).touch()  # the test that waits for this file stops the process
-                time.sleep(300)
-
-sys.addaudithook(watch)
-"""
 
 
 @pytest.fixture(scope="session", params=NETWORKS)
@@ -198,36 +179,25 @@ def finished_store(
     return root
 
 
-def _forget_signals() -> None:
-    """Signals are handled as when pytest started, and none counts as received, whatever ran in this process."""
-    for number, handler in SIGNALS.items():
-        signal.signal(number, handler)
-    interruption._received.clear()
-    interruption._is_ending = False
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol() -> Iterator[Any]:
+    """A test finds this process as the first one found it, whatever programs others have run in it."""
+    state = ProcessState.now()
+    begin()
+    result = yield
+    state.restore()
+    return result
 
 
-@pytest.fixture(autouse=True)
-def _process() -> Iterator[None]:
-    """What a program that a test runs in this process changes of it is as before: streams, logs, temporary files."""
-    _forget_signals()  # before as well: a fixture of a wider scope may have run a program
-    streams, handlers = (sys.stdout, sys.stderr, sys.unraisablehook), list(logging.root.handlers)
-    places = {name: os.environ.get(name) for name in PLACES}, tempfile.tempdir
-    yield
-    sys.stdout, sys.stderr, sys.unraisablehook = streams
-    logging.root.handlers[:] = [handler for handler in logging.root.handlers if handler in handlers]
-    for name, place in places[0].items():
-        os.environ.pop(name, None)
-        os.environ |= {} if place is None else {name: place}
-    tempfile.tempdir = places[1]
-    _forget_signals()
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """What a test sets is gone after it."""
-    yield
-    if "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(1)
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any]) -> Iterator[Any]:
+    """So does a test behind a fixture that has run a program, once, for several tests."""
+    state = ProcessState.now()
+    try:
+        return (yield)
+    finally:
+        if fixturedef.scope != "function":
+            state.restore()
 
 
 @pytest.fixture(scope="session")
@@ -250,19 +220,17 @@ def command() -> Command:
             env=os.environ | changes,
             capture_output=True,
             text=True,
-            timeout=300,
         )
 
     return run
 
 
 @pytest.fixture(scope="session")
-def ambush(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], dict[str, str]]:
-    """Environment in which a process is killed, or waits, when it touches a path that matches."""
+def ambush(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, str]]:
+    """Environment in which a process is killed, or waits, when it touches a path that matches: `ambush.environment`."""
     folder = tmp_path_factory.mktemp("ambush")
-    (folder / "sitecustomize.py").write_text(AMBUSH)
-    python_path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return lambda path, deed: {"PYTHONPATH": python_path, "AMBUSH_PATH": path, "AMBUSH": deed}
+    ambushes.prepare(folder)
+    return partial(ambushes.environment, folder)
 
 
 @pytest.fixture(scope="session")

@@ -324,9 +324,7 @@ def ablate(tmp_path: Path) -> Callable[..., "subprocess.CompletedProcess[str]"]:
 
     def run(*words: str) -> "subprocess.CompletedProcess[str]":
         script = REPOSITORY / "workflows" / "ablations.py"
-        return subprocess.run(
-            [sys.executable, script, *words], cwd=tmp_path, capture_output=True, text=True, timeout=300
-        )
+        return subprocess.run([sys.executable, script, *words], cwd=tmp_path, capture_output=True, text=True)
 
     return run
 

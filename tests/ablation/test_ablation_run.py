@@ -7,14 +7,14 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from processes import command, descendants, left_after
+from processes import command, descendants, left
+from waiting import until
 
 pytestmark = pytest.mark.process
 
@@ -22,6 +22,7 @@ REPOSITORY = Path(__file__).parents[2]
 TWO_METHODS = (
     "ablation.exclude=[{method:random},{method:lemon},{method:aki_pro},{method:hypercloning},{depth:interpolate}]"
 )
+TRIALS = ("dense", "scratch", "continued")  # stages of one trial each
 ONE_RATIO = "ablation.controls.scratch_learning_rate_ratios=[1.0]"
 
 Start = Callable[..., "subprocess.Popen[str]"]
@@ -36,7 +37,7 @@ def start(tiny: list[str], tmp_path: Path) -> Start:
         if not word.startswith(("name=", "stages.moe", "stages.control", "stages.scale_out", "stages.ev"))
     ]
 
-    def started(*runs: list[str]) -> "subprocess.Popen[str]":
+    def started(*runs: list[str], **changes: str) -> "subprocess.Popen[str]":
         script = REPOSITORY / "workflows" / "ablations.py"
         always = ["+ablation=scale_up", TWO_METHODS, ONE_RATIO, "tracking.enabled=false", *kept]
         words: list[str | Path] = [script, *always, *runs[0]]
@@ -45,6 +46,7 @@ def start(tiny: list[str], tmp_path: Path) -> Start:
         return subprocess.Popen(
             [sys.executable, *words],
             cwd=tmp_path,
+            env=os.environ | changes,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -54,7 +56,7 @@ def start(tiny: list[str], tmp_path: Path) -> Start:
 
 
 def finished(process: "subprocess.Popen[str]") -> str:
-    out, error = process.communicate(timeout=900)
+    out, error = process.communicate()
     assert process.returncode == 0, error
     return out
 
@@ -161,7 +163,7 @@ def reserved():
     held = {name: amount - free.get(name, 0.0) for name, amount in kinds.items() if amount != free.get(name, 0.0)}
     return {name: amount for name, amount in held.items() if name != "node:__internal_head__"} | dict.fromkeys(actors())
 
-deadline = time.monotonic() + 120  # Tune polls its workers once a second, through Ray's state API
+deadline = time.monotonic() + 600  # Tune polls its workers once a second, through Ray's state API
 while reserved() and time.monotonic() < deadline:
     time.sleep(0.5)
 print("still reserved:", reserved())
@@ -171,22 +173,22 @@ LAZY = "+ablation.axes.method.values.lazy=['growth=fpi','stages.dense.learning_r
 
 
 def test_under_ray_a_killed_ablation_goes_on_early_stopping_ends_who_falls_behind_and_nothing_stays_reserved(
-    start: Start, tmp_path: Path
+    start: Start, tmp_path: Path, ambush: Callable[..., dict[str, str]]
 ) -> None:
     whole = ("cluster=local", "cluster.cpus_per_worker=1", "seeds=1", "stages.dense.total_tokens=16384")
     stages = tmp_path / "runs" / "stages"
-    process = start([*whole])
-    deadline = time.monotonic() + 600
-    while not (finished_trials(stages) and list(stages.glob("*.partial/checkpoints/step-*"))):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
-        time.sleep(0.005)
+    # One trial is finished, and another in training for a while.
+    trap, ends = tmp_path / "trap", [str(stages / f"{kind}*[0-9a-f]") for kind in TRIALS]
+    process = start([*whole], **ambush(rf"({'|'.join(TRIALS)}).*/\.step-0*([4-9]|\d\d+)\b", str(trap), after=ends))
+    until(trap.exists, process)
     trials = [found for found in descendants(process.pid) if "ImplicitFunc" in command(found)]
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
-    assert not left_after(120, trials)  # a trial outlives its driver for a moment, and may end what it is at
+    assert not left(trials)  # a trial outlives its driver for a moment, and may end what it is at
     before = {path.name: (path / "record.json").read_bytes() for path in finished_trials(stages)}
     partials = {path.parents[1] for path in stages.glob("*.partial/checkpoints/step-*")}
     underway = {path.stem for path in partials if not (path / "record.json").exists()}  # else only its name is missing
+    assert before and underway
     out = finished(start([*whole], [*whole, LAZY, "scheduler=asha"]))
     assert {name: (stages / name / "record.json").read_bytes() for name in before} == before
     assert all(json.loads((stages / name / "record.json").read_text())["resumed"] for name in underway)
@@ -213,4 +215,4 @@ def test_trials_on_several_workers_are_stopped_with_all_that_they_reserved(start
 
 def finished_trials(stages: Path) -> list[Path]:
     """What trials have published: of the stages, those that no other trial needs."""
-    return [path for kind in ("dense", "scratch", "continued") for path in stages.glob(f"{kind}*[0-9a-f]")]
+    return [path for kind in TRIALS for path in stages.glob(f"{kind}*[0-9a-f]")]

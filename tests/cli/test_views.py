@@ -32,11 +32,12 @@ from aquilamoe.pipeline.plan import Planned
 from aquilamoe.pipeline.store import METRICS, Store
 from aquilamoe.reports import costs
 from stage_records import stage_record
+from waiting import PATIENCE_S, until
 
 Compose = Callable[..., dict[str, Any]]
 NOW = 1_000_000.0
 INTERRUPTED = """
-import time
+import itertools, time
 from pathlib import Path
 from types import SimpleNamespace
 from rich.console import Console
@@ -49,8 +50,8 @@ view.stage_started("text", "", Path(), {}, {})
 view.stage_finished("text", Path(), record, cached=False)
 view.stage_started("grown", "", Path(), {}, {})
 try:
-    for done in range(1, 3000):
-        view.stage_progress("grown", [{"done": done, "total": 3000, "unit": "tensors"}])
+    for done in itertools.count(1):
+        view.stage_progress("grown", [{"done": min(done, 2999), "total": 3000, "unit": "tensors"}])
         time.sleep(0.01)
 except KeyboardInterrupt:
     view.stage_failed("grown", "KeyboardInterrupt")
@@ -276,8 +277,9 @@ def _read(parent: int) -> str:
 
 
 @pytest.fixture
-def running(compose: Compose, tmp_path: Path) -> tuple[Store, list[Planned]]:
-    """A store and a plan whose first stage is being run: its files as a driver leaves them."""
+def running(compose: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Store, list[Planned]]:
+    """A store and a plan whose first stage is being run: its files as a driver leaves them, but for signs of life."""
+    monkeypatch.setattr(watch, "SILENT_S", 1800.0)
     store = Store(tmp_path)
     plan = planning.make(graph.build(graph.parse(compose())), store, Speed(1e9))
     (prepare,) = [planned for planned in plan if planned.name == "prepare"]
@@ -327,23 +329,17 @@ def test_where_there_is_no_terminal_a_run_is_followed_in_lines_until_it_ends(
     (prepare,) = [planned for planned in plan if planned.name == "prepare"]
     file = io.StringIO()
 
-    def wait_for(text: str) -> None:
-        end = time.monotonic() + 60
-        while text not in file.getvalue():
-            assert time.monotonic() < end, file.getvalue()
-            time.sleep(0.01)
-
     with store.lock(), watch.announced(store, "demo", plan):
         watched = watch.Watched.find(store)
         assert watched is not None
         follower = threading.Thread(target=watch.follow, args=(Console(file=file, width=100), watched))
         follower.start()
-        wait_for("  prepare    8.19k of 860k tokens  loss 6.000")
+        until(lambda: "  prepare    8.19k of 860k tokens  loss 6.000" in file.getvalue())
         record = stage_record(fingerprint=prepare.fingerprint, seconds=3.0)
         store.publish(store.partial("prepare", prepare.fingerprint), record)
-        wait_for("  prepare    3 s\n")
+        until(lambda: "  prepare    3 s\n" in file.getvalue())
         assert follower.is_alive(), "others wait still"
-    follower.join(60)
+    follower.join(PATIENCE_S)
     assert not follower.is_alive()
     assert file.getvalue().count("  prepare    3 s\n") == 1
     assert all(line == line.rstrip() for line in file.getvalue().splitlines())

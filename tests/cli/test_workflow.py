@@ -8,7 +8,6 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -21,6 +20,7 @@ import pytest
 
 import processes
 from aquilamoe.pipeline.store import RECORD, Store
+from waiting import PATIENCE_S, until
 
 pytestmark = pytest.mark.process
 
@@ -74,14 +74,6 @@ def imported(completed: "subprocess.CompletedProcess[str]") -> set[str]:
     }
     assert "aquilamoe.cli.commands" in modules
     return {module.partition(".")[0] for module in modules}
-
-
-def wait_for(what: Callable[[], bool], driver: "subprocess.Popen[str] | None" = None, limit_s: float = 240) -> None:
-    end = time.monotonic() + limit_s
-    while not what():
-        assert driver is None or driver.poll() is None, "the driver ended before"
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.02)
 
 
 def test_a_run_leaves_every_stage_complete_and_a_report(base: Path) -> None:
@@ -275,9 +267,9 @@ def test_an_interrupted_run_states_that_the_same_command_continues(
         stderr=subprocess.PIPE,
         text=True,
     )
-    wait_for(trap.exists, driver)
+    until(trap.exists, driver)
     driver.send_signal(signal.SIGINT)
-    _, stderr = driver.communicate(timeout=120)
+    _, stderr = driver.communicate(timeout=PATIENCE_S)
     assert driver.returncode == 130
     assert stderr == "\ninterrupted; the same command continues where this stopped\n"
 
@@ -337,7 +329,7 @@ class Driver:
 
     def ending(self) -> tuple[int, list[str]]:
         """Its exit status, when it has ended, and the lines of its standard error."""
-        _, stderr = self.process.communicate(timeout=400)
+        _, stderr = self.process.communicate(timeout=PATIENCE_S)
         lines = [line for line in stderr.splitlines() if not line.startswith("waiting for workers: ")]
         return self.process.returncode, lines
 
@@ -381,16 +373,16 @@ def test_a_run_on_ray_whose_driver_is_terminated_and_killed_ends_with_the_bytes_
         in_training = ambush(r"prepare-\w+\.partial/checkpoints/.*step-0*8\b", str(trap))
         in_training |= {"TMPDIR": str(temporary)}
         with Driver(words, tmp_path, in_training) as driver:
-            wait_for(trap.exists, driver.process)
+            until(trap.exists, driver.process)
             assert driver.processes("ray::RayTrainWorker")
             driver.process.send_signal(signal_sent)
             assert driver.ending() == (status, expected)
-            wait_for(lambda: not driver.processes("ray::RayTrainWorker"), limit_s=120)  # which may write to the stage
+            until(lambda: not driver.processes("ray::RayTrainWorker"))  # which may write to the stage
             assert list((tmp_path / "runs" / "stages").glob("prepare-*.partial"))
             assert signal_sent == signal.SIGKILL or not list(temporary.iterdir())
     with Driver(words, tmp_path) as again:
         assert again.ending() == (0, [])
-        assert not processes.left_after(120, processes.of(again.processes()))
+        assert not processes.left(processes.of(again.processes()))
     ours, theirs = weights_and_metrics(tmp_path), weights_and_metrics(base)
     assert ours == {name: theirs[name] for name in ours}
     (prepare,) = (record for record in outputs(tmp_path).values() if record["stage"] == "prepare")

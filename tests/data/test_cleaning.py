@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import processes
 from aquilamoe.config.messages import UserError
 from aquilamoe.config.schema import CorpusStage
 from aquilamoe.data import duplicates
@@ -23,6 +24,7 @@ from aquilamoe.data.cleaning import clean_corpus
 from aquilamoe.data.corpus import SPLITS, prepare_corpus, read_documents, split_file
 from aquilamoe.data.encoding import tokenize_corpus
 from aquilamoe.data.tokenizer import train_tokenizer
+from waiting import until
 
 TEXTS = [f"Document {number}: 天下大势 {number * number}." for number in range(60)]
 
@@ -206,7 +208,9 @@ if __name__ == "__main__":
 """
 
 
-def test_killed_anywhere_and_run_again_the_bytes_are_those_of_one_process(tmp_path: Path) -> None:
+def test_killed_anywhere_and_run_again_the_bytes_are_those_of_one_process(
+    tmp_path: Path, ambush: Callable[..., dict[str, str]]
+) -> None:
     draw = random.Random(0)
     texts = [" ".join(draw.choices(TEXTS, k=200)) for _ in range(120)]
     path = write_jsonl(tmp_path / "a.jsonl", texts + texts[:50])
@@ -219,25 +223,25 @@ def test_killed_anywhere_and_run_again_the_bytes_are_those_of_one_process(tmp_pa
     (tmp_path / "script.py").write_text(SCRIPT)
     other = tmp_path / "other"
     words = [stage.model_dump_json(), str(other), "2", str(tmp_path / "tokenizer")]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2] / "platform")}
 
-    def start() -> "subprocess.Popen[bytes]":
-        return subprocess.Popen([sys.executable, str(tmp_path / "script.py"), *words], env=environment)
+    def start(**changes: str) -> "subprocess.Popen[bytes]":
+        return subprocess.Popen([sys.executable, str(tmp_path / "script.py"), *words], env=os.environ | changes)
 
     # Killed when some shards of the corpus are there, and again when some of the tokens are.
-    finished = {}
-    for folder in ("corpus/en", "tokens"):
-        process = start()
-        reports = other / "scratch" / folder
-        while not (found := list(reports.glob("report-*.json" if "corpus" in folder else "*.json"))):
-            assert process.poll() is None, "it is killed before it is done"
-            time.sleep(0.005)
+    finished: dict[Path, int] = {}
+    for folder, report in (("corpus/en", "report-*.json"), ("tokens", "*.json")):
+        reports, trap = other / "scratch" / folder, tmp_path / folder.replace("/", "-")
+        process = start(**ambush(rf"scratch/{folder}/", str(trap), after=[str(reports / report)]))
+        until(trap.exists, process)
+        started = processes.descendants(process.pid)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        finished |= {report: report.stat().st_mtime_ns for report in found}
+        assert not processes.left(started)
+        finished |= {path: path.stat().st_mtime_ns for path in reports.glob(report)}
+    assert len(finished) >= 2
     assert start().wait() == 0
     assert [files_of(other / name) for name in ("corpus", "tokens")] == expected
-    assert {report: report.stat().st_mtime_ns for report in finished} == finished
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished
 
 
 def test_hashes_in_turns_find_what_hashes_at_once_find(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

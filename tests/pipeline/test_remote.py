@@ -18,6 +18,7 @@ from aquilamoe.pipeline.records import seal
 from aquilamoe.pipeline.remote import Remote, UnwantedError
 from aquilamoe.pipeline.store import RECORD, Store
 from stage_records import stage_record
+from waiting import until
 
 FILES = {"model/a.safetensors": os.urandom(70_000), "model/config.json": b"{}", "metrics.jsonl": b'{"step": 1}\n'}
 PRINT = "0123456789ab"
@@ -131,15 +132,27 @@ def test_a_byte_that_changed_over_there_is_found_and_nothing_is_served(remote: R
     assert other.history() == []
 
 
+# Copies in blocks of a part of a file, and waits before the n-th one.
 PUSH = """
-import sys
+import sys, threading, time
 from pathlib import Path
 from aquilamoe.pipeline import remote
 from aquilamoe.pipeline.store import Store
 store = Store(Path(sys.argv[1]), remote.Remote(sys.argv[2]))
-remote.CHUNK_BYTES = 4096
 directory, record = store.find("prepare", sys.argv[3])
-print("begins", flush=True)
+left, lock, chunks = int(sys.argv[4]), threading.Lock(), remote._chunks
+
+def held(stream):
+    global left
+    for chunk in chunks(stream):
+        with lock:
+            left -= 1
+            if left == 0:
+                print("waits", flush=True)
+                time.sleep(600)
+        yield chunk
+
+remote.CHUNK_BYTES, remote.COPIES_AT_ONCE, remote._chunks = 4096, 1, held
 store.push(directory, record)
 """
 
@@ -148,16 +161,13 @@ def test_a_push_that_is_killed_leaves_nothing_that_is_served_and_is_done_by_the_
     remote: Remote, tmp_path: Path
 ) -> None:
     store, directory, record = published(tmp_path / "a", remote)
-    words = [sys.executable, "-c", PUSH, str(tmp_path / "a"), remote.address, PRINT]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2] / "platform")}
-    for wait_s in (0.0, 0.02):
-        with subprocess.Popen(words, env=environment, stdout=subprocess.PIPE) as process:
-            assert process.stdout is not None
-            process.stdout.readline()
-            time.sleep(wait_s)
+    blocks = sum(-(-len(data) // 4096) for data in FILES.values())
+    for at in (1, blocks // 2, blocks + 1):  # the last one is the record's
+        words = [sys.executable, "-c", PUSH, str(tmp_path / "a"), remote.address, PRINT, str(at)]
+        with subprocess.Popen(words, stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None and process.stdout.readline() == b"waits\n"
             process.send_signal(signal.SIGKILL)
-        found = Store(tmp_path / f"b{wait_s}", remote).fetch("prepare", PRINT)
-        assert found is None or content(found[0]) == content(directory)  # absent or whole
+        assert Store(tmp_path / f"b{at}", remote).fetch("prepare", PRINT) is None
     store.push(directory, record)
     found = Store(tmp_path / "c", remote).fetch("prepare", PRINT)
     assert found is not None
@@ -210,14 +220,16 @@ def test_storage_that_does_not_answer_and_keys_in_an_address_are_one_line_each(
 def in_progress(root: Path, remote: Remote, *steps: int) -> CheckpointSync:
     """A stage that was started once and has left these checkpoints and its points."""
     partial = Store(root).partial("prepare", PRINT)
-    for step in steps:
-        model = partial / "checkpoints" / f"step-{step:09d}" / "model"
-        model.mkdir(parents=True, exist_ok=True)
-        (model / "a.safetensors").write_bytes(os.urandom(1000 + step))
-    (partial / "checkpoints" / ".step-000000099").mkdir(parents=True, exist_ok=True)  # one that is being written
-    (partial / "metrics.jsonl").write_text(f'{{"step": {steps[-1]}}}\n')
+    folder = partial / "checkpoints"
+    (folder / ".step-000000099").mkdir(parents=True, exist_ok=True)  # one that is being written
     attempts = Attempts(root, f"prepare-{PRINT}")
     attempts.begin(Rates(1, 0.0, 0.0))
+    (partial / "metrics.jsonl").write_text(f'{{"step": {steps[-1]}}}\n')
+    for step in steps:  # last: whoever follows takes what is there when a checkpoint gets its name
+        hidden = folder / f".step-{step:09d}"
+        (hidden / "model").mkdir(parents=True)
+        (hidden / "model" / "a.safetensors").write_bytes(os.urandom(1000 + step))
+        hidden.rename(folder / hidden.name[1:])
     return CheckpointSync(remote, partial, PRINT, attempts)
 
 
@@ -232,19 +244,18 @@ def test_the_newest_checkpoint_is_copied_while_a_stage_runs_and_another_machine_
     here, there = in_progress(tmp_path / "a", remote, 10, 20), empty(tmp_path / "b", remote)
     with here.follow():
         for step in (20, 30):
-            name = f"step-{step:09d}"
-            deadline = time.monotonic() + 30
-            while newest(remote, PRINT) != name and time.monotonic() < deadline:
-                time.sleep(0.05)
+            until(lambda name=f"step-{step:09d}": newest(remote, PRINT) == name)  # type: ignore[misc]
             if step == 20:
                 in_progress(tmp_path / "a", remote, 30)
     assert [name for name, _ in remote.saved(place_of(PRINT))] == ["step-000000030"]  # those before it went
+    before = time.time()
     there.fetch()
     local = content(here.partial)
     kept = {name: data for name, data in local.items() if "/step-00000001" not in name and "/step-00000002" not in name}
     assert content(there.partial) == kept
     assert there.attempts.read() == here.attempts.read()
-    assert abs((there.attempts.last_alive() or 0) - time.time()) < 60
+    # Copied with the checkpoint, which is as old as the time at which it came.
+    assert before - 1 <= (there.attempts.last_alive() or 0) <= time.time() + 1
     there.forget()
     there.forget()
     assert newest(remote, PRINT) is None
@@ -279,8 +290,15 @@ def test_storage_that_fails_does_not_stop_a_stage_and_is_told_once(
     (tmp_path / "shared").write_text("a file where a directory is wanted")
     here = in_progress(tmp_path / "a", Remote(str(tmp_path / "shared")), 10)
     monkeypatch.setattr("aquilamoe.pipeline.checkpoint_sync.POLL_S", 0.01)
+    tried, copy = list[Path](), here.copy
+
+    def counting(checkpoint: Path) -> None:
+        tried.append(checkpoint)
+        copy(checkpoint)
+
+    monkeypatch.setattr(here, "copy", counting)
     with here.follow():
-        time.sleep(0.3)
+        until(lambda: len(tried) > 2)
     assert caplog.text.count("training goes on") == 1
 
 
@@ -324,9 +342,10 @@ def test_a_training_that_was_killed_goes_on_on_another_machine_and_ends_with_the
     # It trains no further than to its second checkpoint, however fast it is: the first has all time to be copied.
     held = os.environ | ambush(r"prepare-\w+\.partial/checkpoints/.*step-0*64\b", str(tmp_path / "held"))
     with subprocess.Popen([sys.executable, workflow, *words], cwd=tmp_path / "a", env=held) as process:
-        while not (saved := progress_of(remote)) and process.poll() is None:
-            time.sleep(0.02)
-        process.kill()
+        try:
+            saved = until(lambda: progress_of(remote), process)
+        finally:
+            process.kill()
     assert saved == ["step-000000032"]
     plan = command(*words, "action=plan", cwd=tmp_path / "b", **keys)
     assert "fetched" in plan.stdout and f"from {saved[0]}" in " ".join(plan.stdout.split())

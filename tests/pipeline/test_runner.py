@@ -1,6 +1,5 @@
 import hashlib
 import json
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,10 +13,12 @@ from aquilamoe.config.schema import ClusterConfig, CorpusStage, ExportStage, Tok
 from aquilamoe.estimates.duration import Speed
 from aquilamoe.pipeline import plan as planning
 from aquilamoe.pipeline import runner
+from aquilamoe.pipeline.attempts import Attempts
 from aquilamoe.pipeline.plan import Planned
 from aquilamoe.pipeline.remote import Remote
 from aquilamoe.pipeline.stage import Context, Estimate, Input, Metrics
 from aquilamoe.pipeline.store import Record, Store
+from waiting import until
 
 CLUSTER = ClusterConfig(
     executor="process",
@@ -286,7 +287,7 @@ def test_an_output_damaged_between_plan_and_run_is_refused(pipeline: Pipeline) -
 def test_points_reach_observers_while_the_stage_runs_and_all_before_its_end(pipeline: Pipeline) -> None:
     def during(context: Context) -> None:
         context.progress(1, 2, "tensors")
-        wait_for(lambda: pipeline.observer.of("progress") != [])
+        until(lambda: pipeline.observer.of("progress") != [])
         context.progress(2, 2, "tensors")
 
     pipeline.stages["text"].during = during
@@ -297,26 +298,29 @@ def test_points_reach_observers_while_the_stage_runs_and_all_before_its_end(pipe
     assert events == ["started", "progress", "progress", "finished"]
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end, "nobody was told"
-        time.sleep(0.005)
-
-
 def test_each_step_is_told_once_though_a_resumed_worker_replaces_the_file_and_repeats_steps(
-    pipeline: Pipeline,
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    read: list[runner._Follower] = []
+    new_points = runner._Follower.new_points
+
+    def counting(follower: runner._Follower) -> list[runner.Point]:
+        read.append(follower)
+        return new_points(follower)
+
+    monkeypatch.setattr(runner._Follower, "new_points", counting)
+
     def told() -> list[int]:
         return [point["step"] for _, points in pipeline.observer.of("progress") for point in points]
 
     def during(context: Context) -> None:
         write(context.metrics_file, range(6))
-        wait_for(lambda: told() == list(range(6)))
+        until(lambda: told() == list(range(6)))
         replacement = context.metrics_file.with_suffix(".tmp")
         write(replacement, range(4))
         replacement.replace(context.metrics_file)
-        time.sleep(0.05)
+        before = len(read)
+        until(lambda: len(read) > before + 1)  # one that began after the replacement
         write(context.metrics_file, range(4, 9))
 
     pipeline.stages["text"].during = during
@@ -329,7 +333,7 @@ def test_a_half_written_point_is_told_when_it_is_whole(pipeline: Pipeline) -> No
         with context.metrics_file.open("a") as file:
             file.write('{"step": 1}\n{"st')
             file.flush()
-            wait_for(lambda: pipeline.observer.of("progress") != [])
+            until(lambda: pipeline.observer.of("progress") != [])
             file.write('ep": 2}\n')
 
     pipeline.stages["text"].during = during
@@ -362,7 +366,12 @@ def test_a_record_carries_what_its_stage_cost_with_what_failed_before_and_with_i
     pipeline: Pipeline,
 ) -> None:
     stage = pipeline.stages["words"]
-    stage.during = lambda _: time.sleep(0.3)
+
+    def alive_for_a_while(context: Context) -> None:
+        attempts = Attempts(context.root, context.out.stem)
+        until(lambda: (attempts.last_alive() or 0.0) > attempts.read()[-1].started + 0.3)
+
+    stage.during = alive_for_a_while
     original, stage.run = stage.run, raising_after(stage.run)  # type: ignore[method-assign]
     pipeline.fail()
     stage.run = original  # type: ignore[method-assign]

@@ -25,7 +25,7 @@ from pathlib import Path
 from aquilamoe.pipeline.store import Store
 with Store(Path(sys.argv[1])).lock():
     print("held", flush=True)
-    time.sleep(60)
+    time.sleep(600)
 """
 
 

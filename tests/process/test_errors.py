@@ -189,7 +189,7 @@ def on_a_small_disk(script: str, folder: Path, *words: str) -> "subprocess.Compl
     if subprocess.run(["unshare", "-rm", "sh", "-c", f"{mount} disk size=1m"], capture_output=True).returncode:
         pytest.skip("a small disk cannot be mounted on this machine")
     command = ["unshare", "-rm", "bash", "-c", mount + script, "bash", *words, f"paths.root={folder}/runs"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True)
 
 
 def test_a_full_disk_is_one_line_and_with_room_the_same_command_completes(data_only: list[str], tmp_path: Path) -> None:
@@ -229,7 +229,7 @@ def test_a_log_that_cannot_be_written_costs_nothing_that_is_computed(
 ) -> None:
     script = f'set -o pipefail; {sys.executable} {WORKFLOW} "$@" {redirection}'
     words = ["bash", "-c", script, "bash", *data_only, f"paths.root={tmp_path}/runs"]
-    completed = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    completed = subprocess.run(words, capture_output=True, text=True)
     assert completed.returncode == 1
     (line,) = completed.stderr.splitlines()
     assert line.startswith("error: standard output: ") and reason in line

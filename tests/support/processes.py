@@ -6,6 +6,8 @@ from contextlib import suppress
 
 from psutil import STATUS_ZOMBIE, NoSuchProcess, Process
 
+from waiting import PATIENCE_S, POLL_S
+
 # Of raylets. They outlive these by a minute, in which their last word to a server that has ended waits for an answer.
 AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 
@@ -24,13 +26,12 @@ def of(pids: Iterable[int]) -> Iterator[Process]:
             yield Process(pid)
 
 
-def left_after(seconds: float, started: Iterable[Process]) -> list[str]:
-    """The command lines of those that are still there so long from now, but for agents; returns when none is."""
-    started = list(started)
-    deadline = time.monotonic() + seconds
-    while (left := [process for process in started if _is_at_work(process)]) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return [line for process in left if (line := command(process))]
+def left(started: Iterable[Process]) -> list[str]:
+    """The command lines of those that do not end, however long one waits, but for agents; returns when all have."""
+    started, deadline_s = list(started), time.monotonic() + PATIENCE_S
+    while (there := [process for process in started if _is_at_work(process)]) and time.monotonic() < deadline_s:
+        time.sleep(POLL_S)
+    return [line for process in there if (line := command(process))]
 
 
 def _is_at_work(process: Process) -> bool:

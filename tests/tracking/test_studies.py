@@ -1,6 +1,5 @@
 """An ablation in MLflow: a parent, a child for every trial, sent once, and never the ablation's end."""
 
-import socket
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from aquilamoe.tracking.connection import connect, tracking_uri
 from aquilamoe.tracking.studies import TrackedStudy, publish
 from aquilamoe.tracking.study_results import compared
 from invented_study import invent
+from ports import free_port
 
 
 @pytest.fixture
@@ -74,11 +74,8 @@ def test_what_is_computed_later_joins_its_study_and_what_another_recipe_computed
 def test_a_server_that_is_away_costs_a_line_and_the_next_run_sends_it(
     tracked: Callable[..., TrackedStudy], tmp_path: Path
 ) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     study = tracked(ends={"fpi": 3.3, "aki": 3.2})
-    found = publish(f"http://127.0.0.1:{port}", tmp_path, study)
+    found = publish(f"http://127.0.0.1:{free_port()}", tmp_path, study)
     assert found.experiment_id is None and "does not respond" in found.notes[0]
     assert len(found.notes) == 1 and "\n" not in found.notes[0]
     assert not list((tmp_path / "tracking").glob("*")), "it does not count as sent"

@@ -1,4 +1,5 @@
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -11,11 +12,12 @@ import textwrap
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from threading import Event, current_thread
 from typing import Any
 
 import pytest
@@ -26,6 +28,8 @@ from aquilamoe.pipeline.store import Store
 from aquilamoe.tracking import connection, observer, view
 from aquilamoe.tracking.observer import Tracker
 from aquilamoe.tracking.queries import comparison_url, lineage, ui_command
+from ports import free_port
+from waiting import PATIENCE_S, until
 
 pytestmark = pytest.mark.process
 
@@ -118,13 +122,24 @@ class Driver:
         self.run("evaluate", "evaluate", tokens="tokens", small="prepare", large="continue")
 
     def notify_cached(self) -> None:
-        for path in sorted(self.store.stages.glob("*/record.json"), key=lambda path: path.stat().st_mtime_ns):
-            record = json.loads(path.read_text())
-            self.tracker.stage_finished(record["stage"], path.parent, record, cached=True)
-            self.remember(path.parent, record)
+        for directory, record in in_order(self.store.stages):
+            self.tracker.stage_finished(record["stage"], directory, record, cached=True)
+            self.remember(directory, record)
 
     def end(self, succeeded: bool = True, report: Path | None = None) -> str | None:
         return self.tracker.pipeline_finished(succeeded, report)
+
+
+def in_order(stages: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """Directories and records of the outputs in a store, inputs before their readers."""
+    left = {path.parent.name: json.loads(path.read_text()) for path in sorted(stages.glob("*/record.json"))}
+    found = []
+    while left:
+        name = next(
+            n for n, r in left.items() if not {each["directory"] for each in r["inputs"].values()} & left.keys()
+        )
+        found.append((stages / name, left.pop(name)))
+    return found
 
 
 def stage_name(partial: Path) -> str:
@@ -327,7 +342,7 @@ def test_a_killed_run_is_continued_without_a_step_sent_twice(root: Path) -> None
     first.run("tokens", "tokenize")
     partial = first.start("prepare", tokens="tokens")
     first.train(partial, range(20))
-    wait_for(lambda: receipt(root, partial)["step"] == 19)  # and then the driver is gone without a word
+    until(lambda: receipt(root, partial)["step"] == 19)  # and then the driver is gone without a word
 
     second = Driver(root)
     second.notify_cached()
@@ -368,7 +383,7 @@ def test_a_killed_run_that_is_not_continued_is_ended_by_the_next(root: Path) -> 
     first = Driver(root)
     partial = first.start("prepare")
     first.train(partial, range(5))
-    wait_for(lambda: receipt(root, partial)["step"] == 4)
+    until(lambda: receipt(root, partial)["step"] == 4)
 
     second = Driver(root, config={**CONFIG, "stages": {"something": "else"}})
     assert second.end() is None
@@ -424,6 +439,7 @@ def test_a_cached_run_does_not_import_mlflow_unless_the_database_lost_it(root: P
     driver.run_all()
     assert driver.end() is None
     before = everything(driver.tracker.uri)
+    outputs = json.dumps([str(directory) for directory, _ in in_order(root / "stages")])
     script = f"""
         import json, shutil, sys
         from pathlib import Path
@@ -432,9 +448,9 @@ def test_a_cached_run_does_not_import_mlflow_unless_the_database_lost_it(root: P
         for known in (True, False):
             tracker = Tracker(None, root)
             tracker.pipeline_started("demo", {DESCRIPTION!r}, {CONFIG!r}, root)
-            for path in sorted((root / "stages").glob("*/record.json"), key=lambda path: path.stat().st_mtime_ns):
-                record = json.loads(path.read_text())
-                tracker.stage_finished(record["stage"], path.parent, record, cached=True)
+            for directory in map(Path, {outputs}):
+                record = json.loads((directory / "record.json").read_text())
+                tracker.stage_finished(record["stage"], directory, record, cached=True)
             assert tracker.pipeline_finished(True, None) is None
             assert ("mlflow" in sys.modules) is not known
             if known:
@@ -581,11 +597,11 @@ def test_a_server_that_comes_and_goes_loses_nothing_and_delays_no_run(
     shutil.copy(empty_database, tmp_path / "server.db")
     port = free_port()
     uri = f"http://127.0.0.1:{port}"
+    asking = holding(monkeypatch, "is_reachable")
     first = Driver(tmp_path / "runs", uri=uri)  # nothing responds yet
-    before = time.monotonic()
     first.run("tokens", "tokenize")
     first.run("prepare", steps=30, tokens="tokens")
-    assert time.monotonic() - before < 1
+    asking.set()
     expected = f"30 points of 2 stages kept in {tmp_path}/runs/tracking, will be sent by the next run (server {uri} "
     assert first.end() == f"tracking: {expected}does not respond)"
 
@@ -594,9 +610,9 @@ def test_a_server_that_comes_and_goes_loses_nothing_and_delays_no_run(
         second.notify_cached()
         partial = second.start("continue", source="prepare", tokens="tokens")
         second.train(partial, range(10))
-        wait_for(lambda: receipt(tmp_path / "runs", partial)["step"] == 9)
+        until(lambda: receipt(tmp_path / "runs", partial)["step"] == 9)
     second.train(partial, range(10, 20))  # the server died; points come, and go nowhere
-    wait_for(lambda: second.tracker._problem)
+    until(lambda: second.tracker._problem)
     with server(tmp_path, port):
         second.train(partial, range(20, 30))
         second.finish(partial, source="prepare", tokens="tokens")
@@ -608,6 +624,18 @@ def test_a_server_that_comes_and_goes_loses_nothing_and_delays_no_run(
             assert steps_of(uri, runs[stage], "train/loss") == list(range(30))
         ancestors = lineage(uri, second.inputs["continue"]["fingerprint"])
         assert [ancestor.stage for ancestor in ancestors] == ["prepare"]
+
+
+def holding(monkeypatch: pytest.MonkeyPatch, name: str) -> Event:
+    """Have the tracker wait where it calls a function, until the event is set."""
+    event, function = Event(), getattr(observer, name)
+
+    def held(*arguments: Any) -> Any:
+        assert event.wait(PATIENCE_S)
+        return function(*arguments)
+
+    monkeypatch.setattr(observer, name, held)
+    return event
 
 
 def test_curves_are_sent_the_less_often_the_more_of_the_processor_it_takes(
@@ -626,12 +654,11 @@ def test_curves_are_sent_the_less_often_the_more_of_the_processor_it_takes(
         sent.append(time.monotonic())
 
     partial = driver.start("prepare")
-    wait_for(lambda: receipt(root, partial).get("run_id"))
+    until(lambda: receipt(root, partial).get("run_id"))
     monkeypatch.setattr(observer.Tracker, "_deliver", busy)
-    for step in range(150):
-        driver.train(partial, range(step, step + 1))
-        time.sleep(0.01)
-    assert 1 <= len(sent) <= 3
+    step = itertools.count()
+    until(lambda: driver.train(partial, range(at := next(step), at + 1)) or len(sent) > 2)
+    assert min(later - earlier for earlier, later in itertools.pairwise(sent)) > 0.9  # what comes between is not sent
     driver.finish(partial)
     assert driver.end() is None
 
@@ -642,10 +669,8 @@ def test_a_server_that_takes_calls_but_never_responds_delays_no_run(
     monkeypatch.setattr(connection, "PROBE_S", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         driver = Driver(tmp_path, uri=f"http://127.0.0.1:{silent.getsockname()[1]}")
-        before = time.monotonic()
         driver.run("prepare", steps=3)
-        note = driver.end()
-        assert time.monotonic() - before < 3
+        note = driver.end()  # much sooner than FLUSH_S
     assert note is not None
     assert "3 points of 1 stage kept" in note
     assert "does not respond" in note
@@ -657,36 +682,34 @@ def test_a_slow_and_a_full_server_delay_no_run_and_miss_nothing_in_the_end(
     monkeypatch.setattr(observer, "SEND_EVERY_S", 0.1)
     monkeypatch.setattr(observer, "QUIET_S", 0.2)
     monkeypatch.setattr(observer, "SLOW_FLUSH_S", 0.5)
-    monkeypatch.setattr(connection, "PROMPT_S", 0.6)
+    called_by = set[str]()
+    monkeypatch.setattr(connection.LatencyMonitor, "call", watching(connection.LatencyMonitor.call, called_by))
     shutil.copy(empty_database, tmp_path / "server.db")
     real, port = free_port(), free_port()
     uri, root = f"http://127.0.0.1:{port}", tmp_path / "runs"
     with server(tmp_path, real):
         with proxy(port, real, "0", "507"):
             full = Driver(root, uri=uri)
-            partial, before = full.start("prepare"), time.monotonic()
+            partial = full.start("prepare")
             full.train(partial, range(10))
-            wait_for(lambda: full.tracker._problem)
+            until(lambda: full.tracker._problem)
             full.train(partial, range(10, 20))
             full.finish(partial)
             note = full.end()
-            assert time.monotonic() - before < 15  # a loaded machine has its own delays
             assert note is not None
             assert note.startswith(f"tracking: 20 points of 1 stage kept in {root / 'tracking'}")
         with proxy(port, real, "1"):
+            monkeypatch.setattr(connection, "PROMPT_S", 0.6)
             slow = Driver(root, uri=uri)
             slow.notify_cached()
-            before = time.monotonic()
             partial = slow.start("continue", source="prepare")
             slow.train(partial, range(10))
             slow.finish(partial, source="prepare")
-            assert time.monotonic() - before < 1
-            note = slow.end()
-            assert time.monotonic() - before < 5  # what is left takes much longer at a second a call
+            note = slow.end()  # what is left takes much longer at a second a call
             assert note is not None
             assert f"(server {uri} is slow: waited " in note
         with proxy(port, real, "0"):
-            monkeypatch.setattr(observer, "SLOW_FLUSH_S", 60.0)
+            monkeypatch.setattr(connection, "PROMPT_S", PATIENCE_S)
             well = Driver(root, uri=uri)
             assert well.end() is None
             runs = runs_by_stage(uri)
@@ -696,6 +719,17 @@ def test_a_slow_and_a_full_server_delay_no_run_and_miss_nothing_in_the_end(
             client = client_of(uri)
             assert len(client.search_logged_models([well.tracker.experiment_id])) == 2
             assert len(client.search_model_versions("name = 'demo.continue'")) == 1
+    assert called_by == {"tracking"}, "nobody but the tracker's own thread waits for the server"
+
+
+def watching(call: Callable[..., Any], called_by: set[str]) -> Callable[..., Any]:
+    """A watched call to a server that notes the name of the thread that makes it."""
+
+    def watched(monitor: connection.LatencyMonitor) -> Any:
+        called_by.add(current_thread().name)
+        return call(monitor)
+
+    return watched
 
 
 def test_the_comparison_page_finds_its_view_in_the_experiment(root: Path) -> None:
@@ -746,13 +780,6 @@ def test_a_password_is_not_shown() -> None:
     assert connection.shown("sqlite:////data/runs/mlflow.db") == "database sqlite:////data/runs/mlflow.db"
 
 
-def wait_for(condition: Any, limit_s: float = 120.0) -> None:
-    deadline = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)
-
-
 def receipt(root: Path, partial: Path) -> dict[str, Any]:
     path = root / "tracking" / f"{partial.name.removesuffix('.partial')}.json"
     return {"step": None} | (json.loads(path.read_text()) if path.exists() else {})
@@ -760,12 +787,6 @@ def receipt(root: Path, partial: Path) -> dict[str, Any]:
 
 def modified(folder: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextmanager
@@ -788,7 +809,7 @@ def server(folder: Path, port: int) -> Iterator[None]:
         start_new_session=True,
     )
     try:
-        wait_for(lambda: responds(port))
+        until(lambda: responds(port))
         yield
     finally:
         os.killpg(process.pid, signal.SIGKILL)
@@ -801,7 +822,7 @@ def proxy(port: int, upstream: int, *words: str) -> Iterator[None]:
     script = Path(__file__).parents[2] / "benchmarks" / "slow_proxy.py"
     process = subprocess.Popen([sys.executable, str(script), str(port), str(upstream), *words])
     try:
-        wait_for(lambda: responds(port))
+        until(lambda: responds(port))
         yield
     finally:
         process.kill()

@@ -19,6 +19,7 @@ from aquilamoe.training import checkpoint, dcp_storage
 from aquilamoe.training import optimizer as optimizers
 from aquilamoe.training.job import FIRST
 from aquilamoe.training.parallel import ParallelContext
+from waiting import PATIENCE_S
 
 
 @pytest.fixture(autouse=True)
@@ -242,13 +243,13 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_does_not_change_it(
 
     def late(descriptor: int, data: memoryview, offset: int) -> int:
         begun.set()
-        assert trained_on.wait(20)
+        assert trained_on.wait(PATIENCE_S)
         return pwrite(descriptor, data, offset)
 
     monkeypatch.setattr(dcp_storage.os, "pwrite", late)
     made = checkpoint.save_checkpoint(tmp_path / "found", model, optimizer, 8)
     step(model, optimizer)
-    assert begun.wait(20) and not made.exists() and len(list(made.parent.glob(".step-*"))) == 1
+    assert begun.wait(PATIENCE_S) and not made.exists() and len(list(made.parent.glob(".step-*"))) == 1
     trained_on.set()
     assert checkpoint.checkpoints(tmp_path / "found") == [made]
     for file in FILES:

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ from aquilamoe.training.parallel import ParallelContext
 from aquilamoe.training.spikes import TrainProgress
 from aquilamoe.training.step import TrainStep
 from aquilamoe.training.validation import evaluate
+from waiting import PATIENCE_S, until
 
 VOCABULARY, END = 64, 63
 LENGTH, ROWS = 8, 4
@@ -406,12 +408,9 @@ def test_at_most_three_frames_of_the_platform_are_between_the_loop_and_the_forwa
 
 
 def test_no_thread_is_left_after_training(tokens: Path, tmp_path: Path) -> None:
-    before = threading.active_count()
+    before = set(threading.enumerate())  # of which one or the other may end meanwhile
     train(make_job(tokens, tmp_path))
-    deadline = time.monotonic() + 60
-    while threading.active_count() > before and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert threading.active_count() == before
+    until(lambda: set(threading.enumerate()) <= before)
 
 
 # Resuming
@@ -542,18 +541,16 @@ def test_a_process_that_is_killed_while_it_writes_a_checkpoint_ends_with_the_sam
         make_job(tokens, tmp_path / name, MOE | sizes, cpus_per_worker=2, precision="bf16", **long, **often)
         for name in ("whole", "broken")
     )
-    undisturbed, killed = start(whole, tmp_path), start(broken, tmp_path, "slow disk")
+    held = tmp_path / "held"
+    undisturbed, killed = start(whole, tmp_path), start(broken, tmp_path, str(held))
     folder = broken.out / "checkpoints"
-    deadline = time.monotonic() + 120
-    while not (checkpointing.checkpoints(broken.out) and list(folder.glob(".step-*"))) and time.monotonic() < deadline:
-        assert killed.poll() is None
-        time.sleep(0.01)
+    until(held.exists, killed)
     os.kill(killed.pid, signal.SIGKILL)
     assert killed.wait() == -signal.SIGKILL
     assert len(list(folder.glob(".step-*"))) == 1  # it was being written
     assert checkpointing.checkpoints(broken.out) and not (broken.out / "model").exists()
-    assert start(broken, tmp_path).wait(timeout=120) == 0
-    assert undisturbed.wait(timeout=120) == 0
+    assert start(broken, tmp_path).wait(PATIENCE_S) == 0
+    assert undisturbed.wait(PATIENCE_S) == 0
     assert_same_result(whole.out, broken.out)
 
 
@@ -562,11 +559,15 @@ def start(job: Job, folder: Path, *words: str) -> subprocess.Popen[bytes]:
     pickled = folder / f"{job.out.name}.pickle"
     pickled.write_bytes(pickle.dumps(job))
     command = [sys.executable, __file__, str(pickled), *words]
-    return subprocess.Popen(command, env={**os.environ, "GOMP_SPINCOUNT": "0"})
+    support = str(Path(__file__).parents[1] / "support")
+    return subprocess.Popen(command, env={**os.environ, "GOMP_SPINCOUNT": "0", "PYTHONPATH": support})
 
 
-def slow_pwrite(descriptor: int, data: memoryview, offset: int) -> int:
-    time.sleep(0.02)
+def held_pwrite(held: Path, descriptor: int, data: Any, offset: int) -> int:
+    """Write, but for the third checkpoint: make a file, and wait to be killed."""
+    if ".step-000000003/" in str(Path(f"/proc/self/fd/{descriptor}").readlink()):
+        held.touch()
+        threading.Event().wait()
     return pwrite(descriptor, data, offset)
 
 
@@ -861,6 +862,6 @@ def test_the_evaluate_stage_gives_nats_per_token_and_bits_per_byte_of_every_chec
 
 
 if __name__ == "__main__":
-    if sys.argv[2:] == ["slow disk"]:
-        os.pwrite = slow_pwrite
+    if sys.argv[2:]:
+        os.pwrite = partial(held_pwrite, Path(sys.argv[2]))
     train(pickle.loads(Path(sys.argv[1]).read_bytes()))

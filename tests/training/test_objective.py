@@ -269,7 +269,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor
     command = [sys.executable, __file__, str(folder)]
     started = [subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True) for rank in range(2)]
     for process in started:
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate()
         assert process.returncode == 0, errors
     return [load_file(folder / f"rank-{rank}.safetensors") for rank in range(2)]
 

@@ -33,10 +33,9 @@ if sys.argv[1] == "killed":
 
 
 def run(code: str, *words: str, prefix: tuple[str, ...] = (), **changes: str) -> "subprocess.CompletedProcess[str]":
-    # RAY_TMPDIR stays in the environment of a process that has run a program, as this one may have for another test.
-    environment = {key: value for key, value in (os.environ | {"RAY_TMPDIR": ""} | changes).items() if value}
+    environment = {key: value for key, value in (os.environ | changes).items() if value}
     return subprocess.run(
-        [*prefix, sys.executable, "-c", code, *words], env=environment, capture_output=True, text=True, timeout=120
+        [*prefix, sys.executable, "-c", code, *words], env=environment, capture_output=True, text=True
     )
 
 

@@ -13,7 +13,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ import pytest
 from psutil import Process
 from pydantic import ValidationError
 
+import ray_workers
 from aquilamoe.config.messages import UserError
 from aquilamoe.config.schema import ClusterConfig
 from aquilamoe.data.tokens import TokenCounts, TokensRecord, write_record, write_token_file
@@ -34,8 +36,10 @@ from aquilamoe.training.job import Job, Rank
 from aquilamoe.training.loop import train
 from aquilamoe.training.ray import metrics_exporter, session, worker_pool
 from aquilamoe.training.ray.environment import WORKER_ENVIRONMENT
-from aquilamoe.training.ray.launch import launch, release
-from processes import command, descendants, left_after
+from aquilamoe.training.ray.launch import launch, release, run_on_workers
+from held_training import HeldTraining
+from processes import command, descendants, left
+from waiting import PATIENCE_S, until
 
 # Ray Data, which Ray Train imports, warns of options of its own that nobody sets.
 pytestmark = [pytest.mark.process, pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")]
@@ -84,20 +88,12 @@ def address() -> Iterator[str]:
     ray.shutdown()
     os.environ.clear()
     os.environ.update(environment)
-    assert not left_after(60, started)
+    assert not left(started)
 
 
 def rays_own() -> set[Process]:
     """What this process has started of Ray: not a browser of other tests, which starts processes at any time."""
     return {process for process in descendants() if re.search("ray::|/ray/", command(process))}
-
-
-def workers_started(address: str) -> list[dict[str, Any]]:
-    """What Ray knows of every training worker of the session at this address, dead ones included."""
-    from ray.util.state import list_actors
-
-    actors = list_actors(address, limit=1000, detail=True)
-    return [vars(actor) for actor in actors if actor.class_name.endswith("RayTrainWorker")]
 
 
 def make_job(tokens: Path, out: Path, on: ClusterConfig, experts: int = 4, steps: int = 20, **changes: Any) -> Job:
@@ -126,50 +122,53 @@ def result(out: Path) -> dict[str, bytes]:
     return {str(path.relative_to(out)): path.read_bytes() for path in files}
 
 
-class Disturbance(threading.Thread):
-    """Does something to a run as soon as it has a checkpoint of `step` or later."""
+@contextmanager
+def disturbed(held: HeldTraining, at: int, saved: int, action: Callable[[], None]) -> Iterator[None]:
+    """Have something done to a training that waits before step `at`, its checkpoint of step `saved` complete."""
+    over = threading.Event()
 
-    def __init__(self, out: Path, step: int, action: Callable[[], None]) -> None:
-        super().__init__(daemon=True)
-        self.out, self.step, self.action = out, step, action
-        self.in_the_middle = False
-        self.over = threading.Event()
+    def is_there() -> bool:
+        newest = next(iter(state.checkpoints(held.out)), None)
+        return held.is_at(at) and newest is not None and state.step_of(newest) == saved
 
-    def run(self) -> None:
-        while not any(state.step_of(path) >= self.step for path in state.checkpoints(self.out)):
-            if self.over.wait(0.01):
-                return
-        self.action()
-        self.in_the_middle = not (self.out / "model").exists()
+    def act() -> None:
+        if until(lambda: "over" if over.is_set() else is_there()) != "over":
+            action()
 
-    def __enter__(self) -> None:
-        self.start()
-
-    def __exit__(self, *_: object) -> None:
-        self.over.set()
-        self.join()
-        assert self.in_the_middle
+    with ThreadPoolExecutor(1) as pool:
+        acted = pool.submit(act)
+        try:
+            yield
+        finally:
+            over.set()
+    acted.result()
 
 
-def kill_the_worker(address: str) -> None:
-    (alive,) = [worker for worker in workers_started(address) if worker["state"] == "ALIVE"]
-    os.kill(alive["pid"], signal.SIGKILL)
+def kill_the_worker() -> None:
+    (worker,) = until(lambda: alive if len(alive := ray_workers.alive()) == 1 else [])
+    os.kill(worker["Pid"], signal.SIGKILL)
 
 
 def test_a_run_through_ctrl_c_and_a_killed_worker_ends_with_the_bytes_of_an_undisturbed_run_in_process(
     tokens: Path, tmp_path: Path, address: str
 ) -> None:
-    steps, out = 400, tmp_path / "small.partial"
+    steps, out = 60, tmp_path / "small.partial"
     job = make_job(tokens, out, cluster("ray"), steps=steps)
     ctrl_c = signal.getsignal(signal.SIGINT)
-    with Disturbance(out, 10, lambda: os.kill(os.getpid(), signal.SIGINT)), pytest.raises(KeyboardInterrupt):
-        launch(job, tmp_path)
+    held = HeldTraining(job, tmp_path / "first", holds=[25])
+    with disturbed(held, 25, 20, lambda: os.kill(os.getpid(), signal.SIGINT)), pytest.raises(KeyboardInterrupt):
+        run_on_workers(job.name, held, job.cluster, tmp_path)
     assert signal.getsignal(signal.SIGINT) is ctrl_c
-    interrupted_at = state.step_of(state.checkpoints(out)[0])
-    assert 10 <= interrupted_at < 350
-    with Disturbance(out, interrupted_at + 20, lambda: kill_the_worker(address)):
-        metrics = launch(job, tmp_path)
-    assert len(workers_started(address)) == 3
+    assert state.step_of(state.checkpoints(out)[0]) == 20
+    held = HeldTraining(job, tmp_path / "second", holds=[45])
+
+    def kill_and_let_the_next_go_on() -> None:
+        kill_the_worker()
+        held.go()
+
+    with disturbed(held, 45, 40, kill_and_let_the_next_go_on):
+        metrics = run_on_workers(job.name, held, job.cluster, tmp_path)
+    assert len(ray_workers.started()) == 3
     expected = launch(make_job(tokens, tmp_path / "process", LOCAL_PROCESS, steps=steps), tmp_path)
     assert {**metrics, "tokens_per_s": 0} == {**expected, "tokens_per_s": 0}
     assert result(out) == result(tmp_path / "process") and len(result(out)) >= 4
@@ -205,11 +204,11 @@ def test_a_mistake_that_a_worker_finds_is_one_line_and_is_not_tried_again(
     tokens: Path, tmp_path: Path, address: str, another_session: None
 ) -> None:
     launch(make_job(tokens, tmp_path / "first", cluster("ray", workers=2), steps=4), tmp_path)
-    before = len(workers_started(address))
+    before = len(ray_workers.started())
     with pytest.raises(UserError) as raised:
         launch(make_job(tokens, tmp_path / "out", cluster("ray", workers=2), mixture={"fr": 1.0}), tmp_path)
     assert str(raised.value).startswith("mixture.fr: ") and "\n" not in str(raised.value)
-    assert len(workers_started(address)) == before  # those that stood were asked, once
+    assert len(ray_workers.started()) == before  # those that stood were asked, once
     # What they had reserved is free again.
     assert launch(make_job(tokens, tmp_path / "next", cluster("ray", workers=2), steps=4), tmp_path)["steps"] == 4
 
@@ -217,15 +216,19 @@ def test_a_mistake_that_a_worker_finds_is_one_line_and_is_not_tried_again(
 class Scraper(threading.Thread):
     """Reads again and again what Prometheus would read there: by metric, the labels of all series that there were."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, is_complete: Callable[[dict[str, set[str]]], bool], done: Callable[[], None]) -> None:
+        """Read from a port, until what was found is complete; then call `done`."""
         super().__init__(daemon=True)
         self.url, self.found = f"http://127.0.0.1:{port}/metrics", dict[str, set[str]]()
+        self.is_complete, self.done = is_complete, done
         self.over = threading.Event()
 
     def run(self) -> None:
-        while not self.over.wait(0.25):
+        deadline_s = time.monotonic() + PATIENCE_S
+        while not self.is_complete(self.found) and time.monotonic() < deadline_s and not self.over.wait(0.25):
             with suppress(OSError):  # the agent is busy
                 self.read()
+        self.done()
 
     def read(self) -> None:
         with urlopen(self.url, timeout=30) as answer:
@@ -251,22 +254,28 @@ def test_rays_endpoint_has_every_metric_that_a_panel_asks_for(
     import ray
 
     of_others = ("ray_node_gpu", "ray_node_gram")
-    wanted = {name for name in queried_metrics if name != "up" and not name.startswith(of_others)}
-    assert len(wanted) > 30
+    expected = {name for name in queried_metrics if name != "up" and not name.startswith(of_others)}
+    assert len(expected) > 30
     (node,) = ray.nodes()
-    with Scraper(node["MetricsExportPort"]) as scraper:
-        launch(make_job(tokens, tmp_path / "small-123.partial", cluster("ray", workers=2), steps=200), tmp_path)
-        deadline = time.monotonic() + 30
-        while (missing := wanted - scraper.found.keys()) and time.monotonic() < deadline:
-            time.sleep(0.2)
-    assert not missing
-    ours = {
-        name: [labels for labels in series if 'fingerprint="123"' in labels] for name, series in scraper.found.items()
-    }
-    assert all('stage="small"' in labels for series in ours.values() for labels in series)
-    assert len(ours["ray_efficientscale_router_load"]) == 8  # of two layers four experts
-    tokens_of = ours["ray_efficientscale_tokens_total"]
-    assert all(any(f'rank="{rank}"' in labels for labels in tokens_of) for rank in (0, 1))
+    job = make_job(tokens, tmp_path / "small-123.partial", cluster("ray", workers=2), steps=100)
+    held = HeldTraining(job, tmp_path / "held", holds=[100], pace_s=0.25)  # until all has been read
+
+    def ours(found: dict[str, set[str]], name: str, *labels: str) -> set[str]:
+        """Series of a metric of this training that have all these labels."""
+        return {each for each in found[name] if all(label in each for label in ('fingerprint="123"', *labels))}
+
+    def is_complete(found: dict[str, set[str]]) -> bool:
+        loads, tokens_of = "ray_efficientscale_router_load", "ray_efficientscale_tokens_total"
+        return (
+            expected <= found.keys()
+            and len(ours(found, loads)) == 8  # of two layers four experts
+            and all(ours(found, tokens_of, f'rank="{rank}"') for rank in (0, 1))
+        )
+
+    with Scraper(node["MetricsExportPort"], is_complete, held.go) as scraper:
+        run_on_workers(job.name, held, job.cluster, tmp_path)
+    assert expected - scraper.found.keys() == set() and is_complete(scraper.found)
+    assert all('stage="small"' in labels for name in scraper.found for labels in ours(scraper.found, name))
 
 
 def test_workers_have_the_settings_that_precede_torch(address: str) -> None:
@@ -432,8 +441,8 @@ def test_what_is_lost_after_a_notice_is_no_failure_and_what_is_lost_later_is_one
             await {"warn": told.warn, "lost": partial(told.lost, lost), "new": partial(told.next, 0)}[event]()
         return told.failures_left
 
-    for events, left in ((("lost",), 2), (("warn", "lost", "lost"), 3), (("warn", "lost", "new", "lost"), 2)):
-        assert asyncio.run(failures_left(*events)) == left
+    for events, kept in ((("lost",), 2), (("warn", "lost", "lost"), 3), (("warn", "lost", "new", "lost"), 2)):
+        assert asyncio.run(failures_left(*events)) == kept
 
 
 def test_an_error_in_a_worker_that_is_nobodys_mistake_keeps_its_type() -> None:
