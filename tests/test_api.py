@@ -101,7 +101,7 @@ def test_importing_the_package_imports_nothing_else_of_it() -> None:
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "['aquilamoe']\n"
     assert sorted(set(aquilamoe.__all__) - set(dir(aquilamoe.api))) == []
     with pytest.raises(AttributeError, match="has no attribute 'grown'"):
-        _ = aquilamoe.grown  # type: ignore[attr-defined]
+        _ = aquilamoe.grown
 
 
 def test_the_cells_of_the_notebook_run_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -177,7 +177,8 @@ def test_the_command_reads_shipped_and_own_studies_and_imports_nothing_heavy(tmp
     own.parent.mkdir(parents=True)
     own.write_text(studies.text(invent(ends={"fpi": 3.2, "aki": 3.3})), encoding="utf-8")
     words = [f"{key}={value}" for key, value in TYPED.items()]
-    command = [sys.executable, "-X", "importtime", REPOSITORY / "workflows" / "ablations.py", "action=advise", *words]
+    script = str(REPOSITORY / "workflows" / "ablations.py")
+    command = [sys.executable, "-X", "importtime", script, "action=advise", *words]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
     assert "Grow rather than continue the source (prepare)" in result.stdout

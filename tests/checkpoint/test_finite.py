@@ -23,7 +23,7 @@ def test_the_first_of_them_is_named(dtype: str, size: int, places: list[int], va
     tensor[places] = value
     expected = min(places, default=None)
     assert first_nonfinite(tensor) == expected
-    assert first_nonfinite_bytes(memoryview(tensor.view(torch.uint8).numpy()), dtype) == expected
+    assert first_nonfinite_bytes(tensor.view(torch.uint8).numpy().data, dtype) == expected
 
 
 @pytest.mark.parametrize("dtype", sorted(DTYPES))
@@ -31,14 +31,14 @@ def test_the_largest_and_smallest_numbers_are_numbers(dtype: str) -> None:
     info = torch.finfo(DTYPES[dtype])
     tensor = torch.tensor([info.max, info.min, info.tiny, -0.0, info.smallest_normal / 2], dtype=DTYPES[dtype])
     assert first_nonfinite(tensor) is None
-    assert first_nonfinite_bytes(memoryview(tensor.view(torch.uint8).numpy()), dtype) is None
+    assert first_nonfinite_bytes(tensor.view(torch.uint8).numpy().data, dtype) is None
 
 
 @pytest.mark.parametrize("place", [0, PIECE - 1, PIECE, 3 * PIECE + 6])
 def test_long_tensors_are_searched_to_their_end(place: int) -> None:
     tensor = torch.zeros(3 * PIECE + 7, dtype=torch.bfloat16)
     tensor[place] = float("nan")
-    assert first_nonfinite_bytes(memoryview(tensor.view(torch.uint8).numpy()), "BF16") == place
+    assert first_nonfinite_bytes(tensor.view(torch.uint8).numpy().data, "BF16") == place
 
 
 def test_the_index_is_that_of_the_flattened_tensor_however_it_lies_in_memory() -> None:

@@ -103,7 +103,7 @@ def test_a_shared_expert_that_does_something_is_not_lost_by_an_upcycling(tmp_pat
 
 
 EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
-PACKED = {
+PACKED: dict[str, dict[str, Any]] = {
     "mixtral": {"sliding_window": None},
     "qwen2_moe": {"shared_expert_intermediate_size": 20},
     "qwen3_moe": {"head_dim": 8, "mlp_only_layers": [1]},
@@ -232,11 +232,12 @@ def test_hostile_json_is_refused_in_one_short_line(file: str, text: str, line: s
     assert line in refused(source)
 
 
+def each(key: str, *values: Any) -> list[tuple[str, Any]]:
+    return [(key, value) for value in values]
+
+
 WRONG: list[tuple[str, Any]] = [
-    *[
-        ("rope_scaling", value)
-        for value in ("linear", 7, [], [1], {"type": 3}, {"rope_type": ["yarn"]}, {"factor": {}})
-    ],
+    *each("rope_scaling", "linear", 7, [], [1], {"type": 3}, {"rope_type": ["yarn"]}, {"factor": {}}),
     *[("rope_scaling", {"rope_type": "linear", "factor": value}) for value in ("2", None, 0, -1, True, [2.0], 1e300)],
     ("rope_scaling", {"rope_type": "llama3", "factor": 8.0}),
     ("rope_scaling", {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0, 2.0]}),
@@ -246,13 +247,13 @@ WRONG: list[tuple[str, Any]] = [
     *[("layer_types", value) for value in (7, "full_attention", [7, 7], [None], ["chunked_attention"] * 2)],
     *[("layer_types", ["full_attention"] * count) for count in (1, 10_000)],
     *[("layer_types", [7] * 300_000), ("mlp_only_layers", ["x"] * 300_000), ("architectures", [7] * 300_000)],
-    *[("hidden_size", value) for value in ("8", 8.0, -8, 0, True, [8], None, {})],
+    *each("hidden_size", "8", 8.0, -8, 0, True, [8], None, {}),
     *[("num_hidden_layers", value) for value in ("2", 2.5, -2, 0, None)],
     *[("rms_norm_eps", value) for value in ("1e-5", 0, -1, 1e300, True)],
     *[("max_position_embeddings", value) for value in ("32", 0, -1, 1.5)],
-    *[("architectures", value) for value in (7, "Qwen2ForCausalLM", [None], [["x"]], {})],
+    *each("architectures", 7, "Qwen2ForCausalLM", [None], [["x"]], {}),
     *[("hidden_act", value) for value in (7, ["silu"])],
-    *[("tie_word_embeddings", value) for value in ("false", 0, [])],
+    *each("tie_word_embeddings", "false", 0, []),
     *[("use_sliding_window", value) for value in ("true", 1)],
     *[("sliding_window", value) for value in ("7", -1, 1.5, [7])],
     *[("eos_token_id", value) for value in ("2", [2, "8"], {"a": 2}, 2.5, 10**30, True)],

@@ -21,7 +21,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 SHAPES: Shapes = {"embed": (6, 4), "layers.0.norm": (4,), "layers.0.up": (8, 4), "lm_head": (6, 4)}
 shape_maps = st.dictionaries(
-    st.text(st.characters(exclude_categories=("Cs",)), min_size=1).filter(lambda name: name != "__metadata__"),
+    st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(lambda name: name != "__metadata__"),
     st.lists(st.integers(0, 5), max_size=3).map(tuple),
     min_size=1,
     max_size=6,

@@ -261,7 +261,8 @@ def test_what_does_not_fit_the_plan_is_refused_and_the_old_weights_stay(
 @pytest.mark.parametrize("dtype", ["F64", "F32", "F16", "BF16"])
 def test_arrays_are_written_as_tensors_are(tmp_path: Path, dtype: str) -> None:
     array = np.random.default_rng(0).standard_normal((300, 7000))  # several buffers, and rows that end inside of one
-    for name, blocks in {"array": [array[:50], array[50:]], "tensor": [torch.from_numpy(array)]}.items():
+    ways: dict[str, list[Any]] = {"array": [array[:50], array[50:]], "tensor": [torch.from_numpy(array)]}
+    for name, blocks in ways.items():
         with CheckpointWriter(tmp_path / name, {"a": array.shape}, dtype) as out:
             out.write("a", blocks)
     first, second = (tmp_path / name / SINGLE_FILE for name in ("array", "tensor"))

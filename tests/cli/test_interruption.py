@@ -80,7 +80,7 @@ def watch(event, arguments):
 sys.addaudithook(watch)
 """
 
-Sent = Callable[[str, str, int], dict[str, str]]
+Sent = Callable[[str, int], dict[str, str]]
 
 
 @pytest.mark.parametrize("where", ["destructor", "weak_reference", "collector"])

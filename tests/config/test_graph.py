@@ -6,6 +6,7 @@ import pytest
 from aquilamoe.config import graph
 from aquilamoe.config.graph import Node
 from aquilamoe.config.messages import UserError
+from aquilamoe.config.schema import PretrainStage
 
 Compose = Callable[..., dict[str, Any]]
 Build = Callable[..., dict[str, Node]]
@@ -151,14 +152,16 @@ def test_a_control_at_equal_flops_costs_what_the_other_line_costs_within_one_bat
     nodes = build(*words)
     control, moe = nodes["control"], nodes["moe"]
     assert control.model is not None
+    assert isinstance(control.stage, PretrainStage)
     batch = control.stage.batch_tokens * control.model.flops_per_token(control.stage.sequence_length)
     assert 0 <= moe.lineage_flops - control.lineage_flops < batch
 
 
 def test_equal_flops_becomes_tokens_before_anything_runs(build: Build) -> None:
     stage = build()["control"].stage
+    assert isinstance(stage, PretrainStage)
     assert stage.equal_flops is None
-    assert stage.total_tokens % stage.batch_tokens == 0
+    assert stage.total_tokens is not None and stage.total_tokens % stage.batch_tokens == 0
 
 
 def test_a_line_that_already_costs_more_cannot_be_made_equal(refusal: Callable[..., str]) -> None:

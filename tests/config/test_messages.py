@@ -286,7 +286,7 @@ NAMES = ["\x1b[2J\x1b[31mred", "a\rb", "line\nforged: line", "\x9b31m", "\u202eg
 def test_a_name_that_a_terminal_would_obey_is_escaped_in_every_message(name: str) -> None:
     line = str(UserError(f"model.safetensors: tensor '{name}' is missing; copy 你好 é 👩‍🔬 again"))
     assert line.isascii() or {c for c in line if not c.isascii()} <= set("你好é👩‍🔬")
-    assert not set(line) & set(name) - set(filter(str.isprintable, name))
+    assert not set(line) & set(name) - {character for character in name if character.isprintable()}
     assert line.endswith("' is missing; copy 你好 é 👩‍🔬 again")
     assert str(UserError(line)) == line
 

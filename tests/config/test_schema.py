@@ -214,7 +214,7 @@ def test_what_cannot_be_built_or_trained_is_refused_with_both_values_and_a_remed
 
 def test_configuration_cannot_be_changed_once_it_is_validated(experiment: Callable[..., ExperimentConfig]) -> None:
     with pytest.raises(ValueError, match="frozen"):
-        experiment().model.hidden_size = 3  # type: ignore[misc]
+        experiment().model.hidden_size = 3
 
 
 @pytest.mark.parametrize("name", ["a/b", "", "..", "-x", "a b"])

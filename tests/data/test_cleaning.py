@@ -229,8 +229,8 @@ def test_killed_anywhere_and_run_again_the_bytes_are_those_of_one_process(
 
     # Killed when some shards of the corpus are there, and again when some of the tokens are.
     finished: dict[Path, int] = {}
-    for folder, report in (("corpus/en", "report-*.json"), ("tokens", "*.json")):
-        reports, trap = other / "scratch" / folder, tmp_path / folder.replace("/", "-")
+    for number, (folder, report) in enumerate((("corpus/en", "report-*.json"), ("tokens", "*.json"))):
+        reports, trap = other / "scratch" / folder, tmp_path / f"trap-{number}"
         process = start(**ambush(rf"scratch/{folder}/", str(trap), after=[str(reports / report)]))
         until(trap.exists, process)
         started = processes.descendants(process.pid)

@@ -24,7 +24,7 @@ CONF = Path(__file__).parents[2] / "conf" / "data"
 TEXTS = [f"Document {n}: 天下大势，分久必合。" for n in range(40)]
 
 
-def stage_of(validation_fraction: float = 0.2, sha256: str | None = None, **paths: Path | str) -> CorpusStage:
+def stage_of(validation_fraction: float = 0.2, sha256: str | None = None, **paths: Any) -> CorpusStage:
     sources = {source: {"path": str(path), "sha256": sha256} for source, path in paths.items()}
     return CorpusStage.model_validate(
         {"kind": "corpus", "inputs": {}, "sources": sources, "validation_fraction": validation_fraction}
@@ -229,7 +229,8 @@ def test_a_damaged_parquet_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_source_whose_name_cannot_be_a_file_name_is_refused(tmp_path: Path) -> None:
-    assert "becomes a file name" in refusal(stage_of(**{"a/b": write_as_txt(tmp_path)}), tmp_path / "out")
+    named: dict[str, Any] = {"a/b": write_as_txt(tmp_path)}
+    assert "becomes a file name" in refusal(stage_of(**named), tmp_path / "out")
 
 
 def test_a_folder_that_is_no_corpus_is_refused(tmp_path: Path) -> None:

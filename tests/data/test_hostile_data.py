@@ -124,7 +124,7 @@ def tokenizer_file(folder: Path, vocabulary: dict[str, int] | None = None, **cha
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = {"a": 0, "b": 1, END_OF_TEXT: 2} if vocabulary is None else vocabulary
     model = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "[UNK]"}
-    parts = dict.fromkeys(("truncation", "padding", "normalizer", "post_processor", "decoder"))
+    parts: dict[str, Any] = dict.fromkeys(("truncation", "padding", "normalizer", "post_processor", "decoder"))
     whole = {"version": "1.0", **parts, "pre_tokenizer": {"type": "Whitespace"}, "added_tokens": [], "model": model}
     (folder / "tokenizer.json").write_text(json.dumps({**whole, **changes}))
     return folder

@@ -4,6 +4,7 @@ import threading
 import tracemalloc
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -49,11 +50,11 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_streams(tmp_path_factory.mktemp("tokens"), SIZES)
 
 
-def batches(tokens: Path, batch: int = 8, seed: int = 5, rank: int = 0, world: int = 1, **mixture: float) -> Batches:
+def batches(tokens: Path, batch: int = 8, seed: int = 5, rank: int = 0, world: int = 1, **mixture: Any) -> Batches:
     return Batches(tokens, mixture or {"en": 0.7, "zh": 0.3}, LENGTH, batch, seed, rank, world)
 
 
-def stream(tokens: Path, count: int, seed: int = 5, **mixture: float) -> list[list[int]]:
+def stream(tokens: Path, count: int, seed: int = 5, **mixture: Any) -> list[list[int]]:
     """The first sequences of the stream."""
     return batches(tokens, count, seed, **mixture).read(0).tolist()
 
@@ -109,7 +110,8 @@ def test_iterating_reads_what_read_reads_and_leaves_no_thread(tokens: Path) -> N
 @pytest.mark.parametrize("source", ["en", "zh"])
 def test_an_epoch_predicts_every_token_of_the_full_windows_once(source: str, tokens: Path) -> None:
     windows = WINDOWS[source]
-    targets = np.array(stream(tokens, 3 * windows, **{source: 1.0}))[:, 1:]
+    only: dict[str, Any] = {source: 1.0}
+    targets = np.array(stream(tokens, 3 * windows, **only))[:, 1:]
     expected = STARTS[source] + np.arange(1, windows * LENGTH + 1)
     for epoch in np.split(targets, 3):
         assert np.array_equal(np.sort(epoch.ravel()), expected)
@@ -147,7 +149,8 @@ def test_every_stretch_of_the_stream_has_the_shares_of_the_mixture(
 
 def test_a_source_keeps_its_order_whatever_is_mixed_in(tokens: Path) -> None:
     alone = stream(tokens, 50, en=1.0)
-    for mixture in ({"en": 0.5, "zh": 0.5}, {"zh": 0.9, "en": 0.1}):
+    mixtures: list[dict[str, Any]] = [{"en": 0.5, "zh": 0.5}, {"zh": 0.9, "en": 0.1}]
+    for mixture in mixtures:
         mixed = [row for row in stream(tokens, 1000, **mixture) if row[0] < STARTS["zh"]]
         assert mixed[:50] == alone
 

@@ -50,6 +50,7 @@ def ranks(trained: Path) -> dict[bytes, int]:
     found = {}
     for number in range(1, tokenizer.get_vocab_size()):
         letters = tokenizer.id_to_token(number)
+        assert letters is not None
         found[bytes(BYTES[letter] for letter in letters)] = number - 1
     return found
 
@@ -59,7 +60,7 @@ def byte_of_letter() -> dict[str, int]:
     from tokenizers import pre_tokenizers
 
     spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    found = {}
+    found: dict[str, int] = {}
     for character in map(chr, range(0x800)):
         spelt = "".join(part for part, _ in spell.pre_tokenize_str(character))
         found |= dict(zip(spelt, character.encode(), strict=True))
@@ -179,8 +180,9 @@ def test_qwens_vocabulary_has_151851_tokens_and_gives_the_ids_of_tiktoken(tmp_pa
     adopt_tokenizer(QWEN, None, 151_851, tmp_path)
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.token_to_id(END_OF_TEXT) == 151_643
-    (package,) = importlib.util.find_spec("dashscope").submodule_search_locations
-    ranks = read_ranks(Path(package) / "resources" / "qwen.tiktoken")
+    spec = importlib.util.find_spec("dashscope")
+    assert spec is not None and spec.submodule_search_locations
+    ranks = read_ranks(Path(spec.submodule_search_locations[0]) / "resources" / "qwen.tiktoken")
     judge = tiktoken.Encoding("qwen", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens={})
     folder = Path(__file__).parents[2] / "platform" / "aquilamoe" / "data" / "embedded"
     texts = [

@@ -126,7 +126,7 @@ def test_transformers_chooses_the_experts_that_the_evaluation_counted(made: Made
 
 
 def test_cosines_between_experts_are_those_of_all_their_weights(made: Made) -> None:
-    mlp = load_model(made.model("scale_out")).model.layers[0].mlp
+    mlp: Any = load_model(made.model("scale_out")).model.layers[0].mlp
     with torch.no_grad():
         for weights in mlp.experts.parameters():
             weights[1] = -2 * weights[0]

@@ -34,6 +34,7 @@ def write(directory: Path, seed: int, hidden_size: int = 16, vocab_size: int = 3
         rms_norm_eps=1e-5,
         initializer_range=0.3,
         qkv_bias=True,
+        moe_intermediate_size=0,
         tie_word_embeddings=False,
         num_experts=0,
         num_experts_per_tok=0,

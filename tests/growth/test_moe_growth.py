@@ -106,9 +106,10 @@ def test_transformers_opens_a_grown_mixture_and_computes_the_source(tmp_path: Pa
     grown(tmp_path, kind, growth(noise=0.3, new_layers="zero"), 3, "transformers", torch.float32)
     logits = []
     for name in ("source", "target"):
-        model, report = AutoModelForCausalLM.from_pretrained(
+        opened: Any = AutoModelForCausalLM.from_pretrained(
             tmp_path / name, dtype=torch.float32, output_loading_info=True
         )
+        model, report = opened
         assert {key: list(found) for key, found in report.items() if found} == {}
         with torch.no_grad():
             logits.append(model(TOKENS_BT).logits)

@@ -397,7 +397,7 @@ def test_experts_have_the_gradient_of_the_feed_forward_in_the_sum_and_all_else_h
             assert (found.abs().max() < 1e-12) == (sizes is EXPERTS)  # whole ones are equal, whichever is chosen
         elif "experts" in name:
             back = [torch.zeros_like(part(grown.before, gradient_map)) for gradient_map in grown.maps[name]]
-            sums = [0, 0]
+            sums = [torch.zeros(()), torch.zeros(())]
             for index, tensors in enumerate((grown.first(name), found)):
                 for expert, gradient_map in enumerate(grown.maps[name]):
                     axis, dim = (gradient_map.columns, 1) if "down" in name else (gradient_map.rows, 0)

@@ -177,7 +177,11 @@ AKI_SIZES = {"hidden_size": 10, "intermediate_size": 16, "num_attention_heads": 
 def test_further_copies_of_a_layer_are_copied_silenced_or_scaled(tmp_path: Path) -> None:
     source, target = model(num_hidden_layers=3), model(num_hidden_layers=5)
     write_source(tmp_path / "source", source)
-    factors = {"copy": [1, 1, 1, 1, 1], "zero": [1, 0, 1, 0, 1], "scaled": [0.5, 0.5, 0.5, 0.5, 1]}
+    factors: dict[str, list[float]] = {
+        "copy": [1, 1, 1, 1, 1],
+        "zero": [1, 0, 1, 0, 1],
+        "scaled": [0.5, 0.5, 0.5, 0.5, 1],
+    }
     for new_layers, expected in factors.items():
         grow(tmp_path, target, growth(new_layers=new_layers), name=new_layers)
         for layer, factor in enumerate(expected):

@@ -45,7 +45,7 @@ def write_source(directory: Path, config: ModelConfig, dtype: torch.dtype = torc
 
 WIDER = {"hidden_size": 40, "intermediate_size": 64, "num_attention_heads": 6, "num_hidden_layers": 4}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
-GROWTHS = {
+GROWTHS: dict[str, tuple[GrowthConfig | UpcyclingConfig, dict[str, Any]]] = {
     "scale-up": (FPI, WIDER),
     "noise": (upcycling(method="noise", noise=0.1), EXPERTS),
     "drop": (upcycling(method="drop", drop_ratio=0.5), {**EXPERTS, "moe_intermediate_size": 24}),
@@ -195,5 +195,5 @@ def test_noise_cancels_over_the_copies_of_a_unit_and_has_variance_one_in_each(co
     copies = torch.tensor(columns.copies)
     assert not block[:, copies == 1].any()
     torch.testing.assert_close(
-        block.std(dim=0)[copies > 1], torch.full(((copies > 1).sum(),), 0.5).double(), atol=0.02, rtol=0
+        block.std(dim=0)[copies > 1], torch.full_like(block[0, copies > 1], 0.5), atol=0.02, rtol=0
     )

@@ -48,7 +48,7 @@ def test_value_and_gradients_are_those_of_the_whole_logits(dtype: torch.dtype, t
     hidden_nd, head_vd, targets_n = inputs(dtype)
     wide = [tensor.detach().double().requires_grad_() for tensor in (hidden_nd, head_vd)]
     found = value_and_gradients(head_cross_entropy(hidden_nd, head_vd, targets_n), hidden_nd, head_vd)
-    expected = value_and_gradients(plain(*wide, targets_n), *wide)
+    expected = value_and_gradients(plain(wide[0], wide[1], targets_n), *wide)
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours.double(), theirs, atol=tolerance, rtol=tolerance)
     assert found[0].dtype == torch.promote_types(dtype, torch.float32)

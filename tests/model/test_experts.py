@@ -34,6 +34,11 @@ def draw(counts: tuple[int, ...], dtype: torch.dtype, hidden: int = 24, size: in
     return [tensor.to(dtype).requires_grad_() for tensor in drawn]
 
 
+def feed_forwards(kernel: ExpertsKernel, counts: tuple[int, ...], rows_sd: Tensor, *weights: Tensor) -> Tensor:
+    gate_efd, up_efd, down_edf = weights
+    return experts.expert_feed_forwards(rows_sd, torch.tensor(counts), gate_efd, up_efd, down_edf, kernel)
+
+
 def naive(rows_sd: Tensor, counts: tuple[int, ...], gate_efd: Tensor, up_efd: Tensor, down_edf: Tensor) -> Tensor:
     """Row by row, each through the matrices of its expert."""
     owners = [expert for expert, count in enumerate(counts) for _ in range(count)]
@@ -47,11 +52,8 @@ def both(counts: tuple[int, ...], kernel: ExpertsKernel, inputs: list[Tensor]) -
     """The output and the gradients of rows and weights: what the kernel finds, and the plain loop in float64."""
     results = []
     for wide in (False, True):
-        given = [tensor.detach().double().requires_grad_() if wide else tensor for tensor in inputs]
-        if wide:
-            out = naive(given[0], counts, *given[1:])
-        else:
-            out = experts.expert_feed_forwards(given[0], torch.tensor(counts), *given[1:], kernel)
+        rows_sd, *weights = given = [tensor.detach().double().requires_grad_() if wide else tensor for tensor in inputs]
+        out = naive(rows_sd, counts, *weights) if wide else feed_forwards(kernel, counts, *given)
         factors = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
         results.append([out, *torch.autograd.grad((out * factors).sum(), given)])
     return results
@@ -94,7 +96,7 @@ def test_an_expert_without_rows_gets_a_gradient_of_zeros(kernel: ExpertsKernel) 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_the_gradient_of_a_sum_which_has_no_strides_goes_through(kernel: ExpertsKernel) -> None:
     inputs = draw((20, 12), torch.bfloat16)
-    experts.expert_feed_forwards(inputs[0], torch.tensor((20, 12)), *inputs[1:], kernel).sum().backward()
+    feed_forwards(kernel, (20, 12), *inputs).sum().backward()
     assert all(tensor.grad is not None and tensor.grad.any() for tensor in inputs)
 
 
@@ -166,10 +168,10 @@ def test_a_mixture_is_one_graph_that_serves_whatever_the_router_chooses(
 def test_rows_are_summed_alike_on_every_device(weighted: bool) -> None:
     _, slots_nk = experts.sort_rows(torch.randint(5, (20, 3)))
     rows_sd, weights_nk = torch.randn(60, 7, dtype=torch.float64), torch.rand(20, 3, dtype=torch.float64)
-    found = [
+    in_bags, gathered = (
         way(rows_sd, slots_nk, weights_nk if weighted else None) for way in (experts._sum_bags, experts._sum_gathered)
-    ]
-    assert torch.allclose(*found, rtol=0, atol=1e-14)
+    )
+    assert torch.allclose(in_bags, gathered, rtol=0, atol=1e-14)
 
 
 def test_the_loop_keeps_what_torch_requires_of_its_operations() -> None:

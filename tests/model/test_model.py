@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from aquilamoe.checkpoint import tensor_names
 from aquilamoe.checkpoint.state_dict import load_model, save_model
 from aquilamoe.config.network import ABSENT_SHARED_EXPERT_SIZE, ModelConfig
-from aquilamoe.model.transformer import Decoder, MixtureOfExperts
+from aquilamoe.model.transformer import Attention, Decoder, MixtureOfExperts
 from judge import open_with_transformers, randomize
 
 transformers.utils.logging.disable_progress_bar()
@@ -96,7 +97,7 @@ def test_we_compute_the_logits_of_transformers_from_the_files_it_writes(
 )  # torch, about transformers' empty shared expert
 def test_a_qwen2_moe_with_an_empty_shared_expert_is_read_as_it_is(tmp_path: Path, network: Network) -> None:
     config = network("qwen2_moe")
-    theirs_config = transformers_model(config).config
+    theirs_config: Any = transformers_model(config).config
     theirs_config.shared_expert_intermediate_size = 0
     theirs = transformers.Qwen2MoeForCausalLM(theirs_config)
     theirs.save_pretrained(tmp_path)
@@ -114,6 +115,11 @@ def test_heads_that_do_not_divide_the_hidden_size_open_in_transformers(tmp_path:
         assert worst(model(tokens)[0], open_with_transformers(tmp_path)(tokens).logits) < 1e-5
 
 
+def gradients_of(model: torch.nn.Module) -> dict[str, Tensor]:
+    found = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return {name: gradient for name, gradient in found.items() if gradient is not None}
+
+
 def next_token_loss(logits_btv: Tensor, tokens_bt: Tensor) -> Tensor:
     return F.cross_entropy(logits_btv[:, :-1].flatten(0, 1), tokens_bt[:, 1:].flatten())
 
@@ -126,8 +132,7 @@ def test_gradients_of_the_loss_equal_those_of_transformers(kind: str, tmp_path: 
     tokens = random_tokens(config)
     next_token_loss(model(tokens)[0], tokens).backward()
     next_token_loss(theirs(tokens).logits, tokens).backward()
-    mine = {name: parameter.grad for name, parameter in model.named_parameters()}
-    other = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    mine, other = gradients_of(model), gradients_of(theirs)
     if not config.shared_expert_intermediate_size:
         other = {name: gradient for name, gradient in other.items() if ".shared_expert" not in name}
     if config.is_moe:
@@ -280,6 +285,7 @@ def paper(layers: int, hidden: int, ffn: int, heads: int, num_experts: int = 0) 
         qkv_bias=True,
         tie_word_embeddings=False,
         num_experts=num_experts,
+        moe_intermediate_size=ffn if num_experts else 0,
         num_experts_per_tok=2 if num_experts else 0,
     )
 
@@ -323,9 +329,10 @@ def test_gradients_below_the_experts_are_the_same_bits_every_time_on_two_threads
     model = random_decoder(config)
     tokens_bt = random_tokens(config, 1024).view(32, 64)
     torch.set_num_threads(2)
-    gradients = []
+    attention, gradients = model.model.layers[0].self_attn, []
+    assert isinstance(attention, Attention)
     for _ in range(6):
         model.zero_grad(set_to_none=True)
         model(tokens_bt)[0].logsumexp(dim=-1).mean().backward()
-        gradients.append(model.model.layers[0].self_attn.o_proj.weight.grad)
+        gradients.append(gradients_of(attention.o_proj)["weight"])
     assert all(torch.equal(gradients[0], other) for other in gradients[1:])

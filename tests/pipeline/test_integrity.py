@@ -68,7 +68,7 @@ def flip(path: Path, draw: random.Random) -> bytes:
 def test_any_byte_of_any_output_that_changed_is_noticed_by_the_stage_that_reads_it(
     root: Path, execute: Execute, tmp_path: Path
 ) -> None:
-    draw, kinds = random.Random(0), {}
+    draw, kinds = random.Random(0), dict[str, list[tuple[str, Path]]]()
     for stage, path in files(root):
         kinds.setdefault("tokens" if path.suffix == ".bin" else path.name, []).append((stage, path))
     assert {"model.safetensors", "tokenizer.json", "tokens", "config.json", RECORD} <= kinds.keys()

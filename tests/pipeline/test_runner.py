@@ -37,7 +37,14 @@ CLUSTER = ClusterConfig(
 NODES = {
     "text": Node(
         "text",
-        CorpusStage(kind="corpus", inputs={}, sources={"en": {"path": "x", "sha256": None}}, validation_fraction=0.1),
+        CorpusStage.model_validate(
+            {
+                "kind": "corpus",
+                "inputs": {},
+                "sources": {"en": {"path": "x", "sha256": None}},
+                "validation_fraction": 0.1,
+            }
+        ),
     ),
     "words": Node("words", TokenizerStage(kind="tokenizer", inputs={"corpus": "text"}, vocab_size=300)),
     "out": Node("out", ExportStage(kind="export", inputs={"source": "words"}, dtype="float32")),
@@ -239,11 +246,15 @@ def test_an_interruption_by_the_user_is_told_and_passed_on(pipeline: Pipeline) -
     assert len(list(pipeline.store.stages.glob("*.partial"))) == 1
 
 
+def complete(context: Context) -> None:
+    (context.out / "half.txt").rename(context.out / "whole.txt")
+
+
 def test_a_stage_that_resumes_finds_what_the_interrupted_run_left_and_its_record_says_so(pipeline: Pipeline) -> None:
     stage = pipeline.stages["words"]
     stage.RESUMES, stage.during = True, raising(RuntimeError("broken"))
     pipeline.fail()
-    stage.during = lambda context: (context.out / "half.txt").rename(context.out / "whole.txt")
+    stage.during = complete
     done = pipeline.run()
     assert (done["words"].directory / "whole.txt").read_text() == "half"
     assert done["words"].record["resumed"] is True
@@ -363,7 +374,7 @@ def write(path: Path, steps: range) -> None:
 
 
 def test_a_record_carries_what_its_stage_cost_with_what_failed_before_and_with_its_ancestors(
-    pipeline: Pipeline,
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stage = pipeline.stages["words"]
 
@@ -372,9 +383,10 @@ def test_a_record_carries_what_its_stage_cost_with_what_failed_before_and_with_i
         until(lambda: (attempts.last_alive() or 0.0) > attempts.read()[-1].started + 0.3)
 
     stage.during = alive_for_a_while
-    original, stage.run = stage.run, raising_after(stage.run)  # type: ignore[method-assign]
+    original = stage.run
+    monkeypatch.setattr(stage, "run", raising_after(original))
     pipeline.fail()
-    stage.run = original  # type: ignore[method-assign]
+    monkeypatch.setattr(stage, "run", original)
     done = pipeline.run()
     cost = {name: output.record["cost"] for name, output in done.items()}
     assert {name: each["attempts"] for name, each in cost.items()} == {"text": 1, "words": 2, "out": 1}

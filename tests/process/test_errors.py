@@ -55,7 +55,7 @@ def test_what_libraries_make_of_an_error_of_the_system_is_that_error() -> None:
         pass
 
     texts = ("I/O error: No space left on device (os error 28)", "[Errno 28] Error writing bytes", "errno: 28")
-    wrapped = [SafetensorError(text) for text in texts]
+    wrapped: list[Exception] = [SafetensorError(text) for text in texts]
     wrapped += [sqlite3.OperationalError("database or disk is full"), RuntimeError("write: No space left on device")]
     wrapped += [ExceptionGroup("tasks", [OSError(errno.ENOSPC, "full")]), RuntimeError("worker failed")]
     wrapped[-1].__cause__ = OSError(errno.ENOSPC, "full")

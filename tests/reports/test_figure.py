@@ -16,7 +16,7 @@ from aquilamoe.reports.view import Box, View, flops_ticks, spread, superscript, 
 
 
 def test_a_curve_keeps_the_last_of_repeated_points_and_only_finite_ones() -> None:
-    points = [
+    points: list[dict[str, float]] = [
         {"x": 1, "y": 5.0},
         {"x": 2, "y": 4.0},
         {"x": 1, "y": 6.0},

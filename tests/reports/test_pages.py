@@ -61,7 +61,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The pages of a family of stages, and of routers with six layers of eight experts."""
     found, draw = tmp_path_factory.mktemp("pages"), random.Random(0)
     lineage_page.render("embedded", family(), CHAIN, {"moe": PALETTE[0]}, "python x", found / PAGES[0], LINKS)
-    points = [
+    points: list[dict[str, Any]] = [
         {
             "tokens": step * 4096,
             "load": [shares(draw, 2 / step) for _ in range(6)],

@@ -62,8 +62,8 @@ def trained_points(
 def record(stage: str, kind: str, inputs: dict[str, str], metrics: dict[str, Any], spent: float) -> dict[str, Any]:
     config: dict[str, Any] = {}
     if kind == "corpus":
-        hashes = ("b60979fd144c5330e378327c4e8d57784dde798c6696c1a6ac4102fba3e8dc49",)
-        hashes += ("f7e777098b10722d05d82a2cae04692622b5080351dd3cd5b6365033637d40ef",)
+        hashes = ["b60979fd144c5330e378327c4e8d57784dde798c6696c1a6ac4102fba3e8dc49"]
+        hashes += ["f7e777098b10722d05d82a2cae04692622b5080351dd3cd5b6365033637d40ef"]
         config = {"sources": {"en": {"sha256": hashes[0]}, "zh": {"sha256": hashes[1]}}}
     if kind == "scale_up":
         config = {"growth": {"method": "aki_pro", "norm": "exact", "depth": "interpolate", "noise": 0.0}}

@@ -5,7 +5,7 @@ import random
 import re
 import string
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -125,7 +125,7 @@ def test_no_line_about_tracking_has_the_password(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def run(tiny: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., Any]]:
+def run(tiny: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Any]:
     """The program in this process, as a user calls it, up to its first stage."""
     monkeypatch.chdir(tmp_path)
     for name in ("stdout", "stderr"):

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,7 +21,7 @@ from ports import free_port
 def tracked(tmp_path: Path) -> Callable[..., TrackedStudy]:
     """A study as it is sent to MLflow, with small files in place of the page and a figure."""
 
-    def made(**numbers: object) -> TrackedStudy:
+    def made(**numbers: Any) -> TrackedStudy:
         folder = tmp_path / "study"
         (folder / comparison.FIGURES).mkdir(parents=True, exist_ok=True)
         for path in (folder / comparison.PAGE, folder / SUMMARY, folder / comparison.FIGURES / "ranking.png"):

@@ -506,7 +506,7 @@ def test_other_fingerprints_under_the_same_configuration_are_another_pipeline(ro
 def test_what_mlflow_refuses_is_cut_or_renamed(root: Path) -> None:
     driver = Driver(root, config={**CONFIG, "data": {"path": "x" * 10_000, "größe=%": None, "glob*": [1, 2]}})
     partial = driver.start("prepare")
-    strange = {"step": 0, "time": 1.0, "train/loss": 1e300, "load (max)": 2, "list": [1], "none": None}
+    strange: dict[str, Any] = {"step": 0, "time": 1.0, "train/loss": 1e300, "load (max)": 2, "list": [1], "none": None}
     points = [strange, *({"step": step, "time": 1.0, "train/loss": 1.0} for step in range(1, 2500))]
     (partial / "metrics.jsonl").write_text("".join(json.dumps(point) + "\n" for point in points))
     driver.tracker.stage_progress("prepare", points)
@@ -657,7 +657,12 @@ def test_curves_are_sent_the_less_often_the_more_of_the_processor_it_takes(
     until(lambda: receipt(root, partial).get("run_id"))
     monkeypatch.setattr(observer.Tracker, "_deliver", busy)
     step = itertools.count()
-    until(lambda: driver.train(partial, range(at := next(step), at + 1)) or len(sent) > 2)
+
+    def trained_until_sent() -> bool:
+        driver.train(partial, range(at := next(step), at + 1))
+        return len(sent) > 2
+
+    until(trained_until_sent)
     assert min(later - earlier for earlier, later in itertools.pairwise(sent)) > 0.9  # what comes between is not sent
     driver.finish(partial)
     assert driver.end() is None

@@ -20,7 +20,7 @@ from test_tracking import Driver, client_of, empty_database, runs_by_stage, step
 
 pytestmark = pytest.mark.process
 
-DAMAGES: dict[str, Callable[[Path], None]] = {
+DAMAGES: dict[str, Callable[[Path], object]] = {
     "zero bytes": lambda path: path.write_bytes(b""),
     "no database": lambda path: path.write_bytes(b"not a database at all\n" * 100),
     "truncated": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 3]),

@@ -71,16 +71,19 @@ def untrained(experts: int = 0, seed: int = 1, tied: bool = False) -> tuple[Deco
             tie_word_embeddings=tied,
             num_experts=experts,
             num_experts_per_tok=2 if experts else 0,
+            moe_intermediate_size=24 if experts else 0,
         )
     )
     model.initialize(seed)
     adamw = OptimizerConfig(
         name="adamw", momentum=0.95, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, max_grad_norm=1.0
     )
-    return model, optimizers.build(model, adamw, 0.01)
+    optimizer = optimizers.build(model, adamw, 0.01)
+    assert isinstance(optimizer, Optimizer)
+    return model, optimizer
 
 
-def step(model: Decoder, optimizer: Optimizer, seed: int = 0) -> None:
+def step(model: Decoder, optimizer: optimizers.AnyOptimizer, seed: int = 0) -> None:
     tokens_bt = torch.randint(0, 32, (4, 9), generator=torch.Generator().manual_seed(seed))
     logits_btv, _ = model(tokens_bt)
     logits_btv.square().mean().backward()

@@ -72,7 +72,9 @@ def gradient(group: ParallelContext, config: ModelConfig, skewed: bool) -> dict[
     """Of one step in float64, whole, by name, and the norm that clipping sees."""
     model = build(group, config, torch.float64, skewed)
     learn(group, model, group.distribute(model), 0)
-    found = {name: gather(parameter.grad).clone() for name, parameter in model.named_parameters()}
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    found = {name: gather(each).clone() for name, each in gradients.items() if each is not None}
+    assert found.keys() == gradients.keys()
     return found | {"norm": group.clip(model, 1.0)}
 
 

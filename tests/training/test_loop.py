@@ -227,6 +227,7 @@ def test_gradients_are_clipped_to_max_grad_norm_and_reported_unclipped(tokens: P
     assert points(out)[-1]["train/grad_norm"] > 0.1
     model = load_model(out / "model")
     adam = optimizers.build(model, job.stage.optimizer, 0.01)
+    assert isinstance(adam, torch.optim.Optimizer)
     checkpointing.load_moments(out, model, adam)
     first_moments = [adam.state[parameter]["exp_avg"] for parameter in model.parameters()]
     assert math.isclose(torch.nn.utils.get_total_norm(first_moments).item(), 0.1 * 0.01, rel_tol=1e-4)
@@ -309,7 +310,9 @@ def test_the_kernels_that_the_cluster_names_compute_and_are_logged(
 def test_seconds_of_validating_and_saving_are_reported_and_no_part_of_the_speed(
     tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slow, calls = 0.05, {"validate": loop.validate, "save_checkpoint": checkpointing.save_checkpoint}
+    slow = 0.05
+    calls: dict[str, Callable[..., Any]] = {"validate": loop.validate}
+    calls |= {"save_checkpoint": checkpointing.save_checkpoint}
     for place, name in ((loop, "validate"), (checkpointing, "save_checkpoint")):
 
         def call(*arguments: Any, function: Callable[..., Any] = calls[name], **named: Any) -> Any:
@@ -719,8 +722,9 @@ def test_a_loss_that_is_not_finite_stops_the_stage_and_names_step_and_last_good_
 
 def fresh() -> tuple[Decoder, torch.optim.Optimizer]:
     model = Decoder(ModelConfig.model_validate(DENSE))
-    optimizer = make_job(Path(), Path()).stage.optimizer
-    return model, optimizers.build(model, optimizer, 0.01)
+    optimizer = optimizers.build(model, make_job(Path(), Path()).stage.optimizer, 0.01)
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    return model, optimizer
 
 
 def test_a_gradient_that_is_not_finite_stops_the_stage_before_it_spoils_the_weights(
@@ -855,8 +859,8 @@ def test_the_evaluate_stage_gives_nats_per_token_and_bits_per_byte_of_every_chec
             # 500 tokens are 1500 bytes
             assert metrics[f"{role}/{source}/bits_per_byte"] == pytest.approx(nats / math.log(2) / 3, rel=1e-6)
         for unit in ("nats_per_token", "bits_per_byte"):
-            languages = [metrics[f"{role}/{source}/{unit}"] for source in ("en", "zh")]
-            assert metrics[f"{role}/{unit}"] == pytest.approx(sum(map(float, languages)) / 2)
+            languages = [float(str(metrics[f"{role}/{source}/{unit}"])) for source in ("en", "zh")]
+            assert metrics[f"{role}/{unit}"] == pytest.approx(sum(languages) / 2)
     done = [json.loads(line)["done"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert done == [0, 1, 2]
 

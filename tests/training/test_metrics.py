@@ -148,7 +148,7 @@ def test_the_summary_is_of_the_first_and_the_last_validation(tmp_path: Path) -> 
 
 
 def test_recovery_is_interpolated_between_validations_and_then_whole_steps() -> None:
-    points = [validated(0, 4.0), {"tokens": 50}, validated(100, 3.0), validated(200, 2.0)]
+    points: list[dict[str, Any]] = [validated(0, 4.0), {"tokens": 50}, validated(100, 3.0), validated(200, 2.0)]
     assert recovery_tokens(points, 3.5 - RECOVERED, 1) == 50
     assert recovery_tokens(points, 3.5 - RECOVERED, 20) == 60
     assert recovery_tokens(points, 3.0 - RECOVERED, 20) == 100

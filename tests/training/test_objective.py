@@ -86,9 +86,7 @@ def gradients(of: TrainStep) -> dict[str, Tensor]:
 def assert_equal_gradients(ones: dict[str, Tensor], others: dict[str, Tensor], tolerance: float = 1e-12) -> None:
     assert ones.keys() == others.keys() and ones
     for name, one in ones.items():
-        torch.testing.assert_close(
-            one, others[name], rtol=0, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}"
-        )
+        torch.testing.assert_close(one, others[name], rtol=0, atol=tolerance, msg=(name + ": {}").format)
 
 
 def routing(logits_ne: Tensor, k: int) -> Routing:

@@ -19,6 +19,12 @@ ADAMW = OptimizerConfig(name="adamw", momentum=0.95, betas=(0.8, 0.9), eps=1e-7,
 LEARNING_RATE = 0.01
 
 
+def adamw_of(model: Decoder) -> torch.optim.Optimizer:
+    optimizer = optimizers.build(model, ADAMW, LEARNING_RATE)
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    return optimizer
+
+
 def decoder(experts: int = 0, tied: bool = False) -> Decoder:
     model = Decoder(
         ModelConfig(
@@ -37,6 +43,7 @@ def decoder(experts: int = 0, tied: bool = False) -> Decoder:
             tie_word_embeddings=tied,
             num_experts=experts,
             num_experts_per_tok=2 if experts else 0,
+            moe_intermediate_size=24 if experts else 0,
         )
     )
     model.initialize(3)
@@ -54,7 +61,7 @@ def decays(model: Decoder, optimizer: Optimizer) -> dict[str, float]:
 @pytest.mark.parametrize(("experts", "tied"), [(0, False), (0, True), (4, False)])
 def test_exactly_the_matrices_are_decayed(experts: int, tied: bool) -> None:
     model = decoder(experts, tied)
-    decayed = {name for name, decay in decays(model, optimizers.build(model, ADAMW, LEARNING_RATE)).items() if decay}
+    decayed = {name for name, decay in decays(model, adamw_of(model)).items() if decay}
     assert decayed == {name for name, parameter in model.named_parameters() if parameter.ndim > 1}
     spared = {name for name, _ in model.named_parameters()} - decayed
     assert all(name.endswith((".bias", "norm.weight")) for name in spared)
@@ -63,7 +70,7 @@ def test_exactly_the_matrices_are_decayed(experts: int, tied: bool) -> None:
 
 def test_stacked_experts_the_router_the_embedding_and_the_head_are_decayed() -> None:
     model = decoder(experts=4)
-    found = decays(model, optimizers.build(model, ADAMW, LEARNING_RATE))
+    found = decays(model, adamw_of(model))
     for name in ("mlp.experts.gate_proj", "mlp.experts.up_proj", "mlp.experts.down_proj", "mlp.gate.weight"):
         assert found[f"model.layers.1.{name}"] == 0.1
     assert found["model.embed_tokens.weight"] == found["lm_head.weight"] == 0.1
@@ -127,6 +134,7 @@ def test_muon_moves_hidden_matrices_and_experts_one_by_one_and_adamw_the_rest(ex
         gradients = {name: parameter.grad for name, parameter in twin.named_parameters()}
         for (name, index), matrix in alone.items():
             gradient = gradients[name]
+            assert gradient is not None
             matrix.grad = gradient.clone() if gradient.ndim == 2 else gradient[index].clone()
         for each in (optimizer, adamw, muon):
             each.step()
@@ -145,7 +153,7 @@ def test_muon_moves_hidden_matrices_and_experts_one_by_one_and_adamw_the_rest(ex
 
 def test_the_scores_of_experts_and_of_tokens_are_not_orthogonalised() -> None:
     model = decoder(experts=4)
-    optimizer = optimizers.build(model, MUON, LEARNING_RATE)
+    optimizer = optimizers.MuonAndAdamW(model, MUON, LEARNING_RATE)
     by_muon = {name for name, parameter in model.named_parameters() if parameter in optimizer.matrices}
     assert not any("mlp.gate." in name or "embed" in name or "lm_head" in name for name in by_muon)
     assert "model.layers.0.mlp.experts.up_proj" in by_muon
@@ -207,7 +215,9 @@ def test_a_role_has_its_own_rate_and_decay_and_no_role_decays_a_vector(name: str
     groups = {id(tensor): group for group in optimizer.param_groups for tensor in group["params"]}
     for key, parameter in model.named_parameters():
         role = ROLES.get(optimizers.role_of(key), {})
-        parts = optimizer.matrices.get(parameter, [parameter]) if name == "muon" else [parameter]
+        matrices = optimizer.matrices if isinstance(optimizer, optimizers.MuonAndAdamW) else {}
+        assert bool(matrices) == (name == "muon")
+        parts = matrices.get(parameter, [parameter])
         for part in parts:
             group = groups.pop(id(part))
             assert group["lr"] == 0.5 * role.get("learning_rate_ratio", 1.0), key

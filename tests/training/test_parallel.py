@@ -252,12 +252,14 @@ def bytes_of_publishing(rank: Rank, job: Job, config: ModelConfig) -> dict[str, 
     largest = max(model.parameters(), key=torch.Tensor.numel)
     found["largest"] = 4 * largest.numel()
     extra: dict[str, torch.Tensor] = {}
+
+    def save_checkpoint() -> None:
+        checkpoint.save_checkpoint(job.out, model, adamw, 1, extra=extra, group=group)
+        checkpoint.wait()
+
     for name, publish in (
         ("result", lambda: checkpoint.save(job.out / "result", model, adamw, 1, extra=extra, group=group)),
-        (
-            "checkpoint",
-            lambda: (checkpoint.save_checkpoint(job.out, model, adamw, 1, extra=extra, group=group), checkpoint.wait()),
-        ),
+        ("checkpoint", save_checkpoint),
     ):
         group.wait()
         found[name] = rise_of_the_peak(publish)
@@ -440,7 +442,7 @@ def test_a_stage_goes_on_with_any_number_of_processes(
 def test_experts_spread_over_processes_go_on_in_fewer(workers: Workers, tokens: Path, tmp_path: Path) -> None:
     """Four processes with an expert each, then two with two, then one with all: the losses of one from the start."""
     for size, step in ((4, 3), (2, 5), (1, STEPS)):
-        spread = {"expert_parallel": size, "parallel": "fsdp"} if size > 1 else {}
+        spread: dict[str, Any] = {"expert_parallel": size, "parallel": "fsdp"} if size > 1 else {}
         job = make_job(tokens, tmp_path / "many", experts=4, **spread, checkpoint_every_tokens=BATCH)
         if step < STEPS:
             workers.run(size, losses_until, job, step)

@@ -231,7 +231,7 @@ def test_a_gradient_norm_over_the_limit_trusts_the_weights_that_it_was_computed_
 def test_weights_that_an_update_spoiled_are_gone_back_before_when_a_validation_shows_it(
     tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, spoiled = TrainStep.step, []
+    original, spoiled = TrainStep.step, list[int]()
 
     def step(self: TrainStep, number: int, rows: np.ndarray) -> dict[str, float]:
         values = original(self, number, rows)

@@ -123,7 +123,7 @@ def test_the_load_of_an_interval_is_that_of_all_its_passes() -> None:
     for routings in passes:
         load.add(routings)
     means, table = load.read_and_reset()
-    counts = [sum(routings[layer].counts_e for routings in passes) for layer in range(2)]
+    counts = [torch.stack([routings[layer].counts_e for routings in passes]).sum(0) for layer in range(2)]
     assert torch.allclose(torch.tensor(table["load"]), torch.stack([c / 28 for c in counts]), atol=1e-6)
     entropies = [
         torch.cat([torch.distributions.Categorical(logits=r[layer].logits_ne).entropy() for r in passes]).mean().item()

@@ -33,7 +33,7 @@ from aquilamoe.growth.tool.output import RECORD, RUN
 from aquilamoe.process.errors import described
 
 CONF = Path(__file__).resolve().parents[3] / "conf"
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "vocab_size": 260,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -271,7 +271,7 @@ def test_the_card_says_how_it_was_made_and_on_which_terms(grown: Callable[..., t
     )
     assert "- scale-up\n- fpi\n" in header
     assert "- x\n" not in header
-    data = ModelCard(card).data
+    data: Any = ModelCard(card).data
     assert (data.license, data.language, data.base_model) == ("apache-2.0", ["en", "zh"], "llama")
     assert data.tags == ["efficientscale", "scale-up", "fpi"]
     assert f"python workflows/grow.py source=llama target={after.name} growth=fpi" in card
@@ -318,7 +318,7 @@ def test_a_source_in_a_hubs_cache_goes_by_its_name_there(
         (snapshot / path.name).symlink_to(Path("..") / ".." / "blobs" / path.name)
     grow(snapshot, tmp_path / "target", *COPY, "certificate.enabled=false")
     card = (tmp_path / "target" / "README.md").read_text()
-    assert ModelCard(card).data.base_model == "owner/small-1B"
+    assert ModelCard(card).data.to_dict()["base_model"] == "owner/small-1B"
     assert "source=owner/small-1B target=target upcycling=copy" in card
     assert not any(path.is_symlink() for path in (tmp_path / "target").iterdir())
 
@@ -340,7 +340,7 @@ def test_the_card_is_valid_whatever_the_sources_card_says(
     shutil.copytree(source("llama"), tmp_path / "source")
     (tmp_path / "source" / "README.md").write_bytes(header.encode())
     grow(tmp_path / "source", tmp_path / "target", *COPY, "certificate.enabled=false")
-    data = ModelCard((tmp_path / "target" / "README.md").read_text()).data
+    data: Any = ModelCard((tmp_path / "target" / "README.md").read_text()).data
     assert data.base_model == "source"
     assert data.license == licence
     assert getattr(data, "license_link", None) == ("https://x.org/a#b" if licence == "other" else None)

@@ -5,29 +5,27 @@ They take minutes: `make rehearse-cluster`.
 
 import json
 import os
-import pickle
 import signal
-import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import cloudpickle
 import numpy as np
 import pytest
 
+import ray_workers
 from aquilamoe.data.tokens import TokenCounts, TokensRecord, write_record, write_token_file
 from aquilamoe.training import checkpoint, example
-from aquilamoe.training.job import Job, Rank
 from aquilamoe.training.loop import train
 from aquilamoe.training.ray import session
 from aquilamoe.training.ray.environment import WORKER_ENVIRONMENT
 from aquilamoe.training.ray.launch import prestart, release, run_on_workers
+from held_training import HeldTraining
+from ports import free_port
 
 pytestmark = [
     pytest.mark.slow,
@@ -43,9 +41,7 @@ DEAD_AFTER = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500,
 
 def machine() -> dict[str, Any]:
     """Of a raylet. On a busy machine Ray does not wait long enough to be told ports that its agents choose."""
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in PORTS]
-        ports = {name: each.getsockname()[1] for name, each in zip(PORTS, sockets, strict=True)}
+    ports = {name: free_port() for name in PORTS}
     return {"num_cpus": 1, "node_ip_address": "127.0.0.1", "include_log_monitor": False, **ports}
 
 
@@ -58,7 +54,8 @@ class Machines:
         only = {"_system_config": DEAD_AFTER, "no_monitor": True, "include_dashboard": False}
         self.cluster = Cluster(initialize_head=True, head_node_args=machine() | only)
         self.address: str = self.cluster.address
-        self.first: str = self.cluster.head_node.node_id
+        head: Any = self.cluster.head_node
+        self.first: str = head.node_id
 
     def add(self) -> str:
         """Another machine; its id."""
@@ -72,27 +69,18 @@ class Machines:
 
     def take_back(self, machine: str, at: float) -> None:
         """Announce, as clouds do, that the machine will be taken away at a time; nobody takes it."""
-        from ray._raylet import GcsClient
-        from ray.core.generated.autoscaler_pb2 import DRAIN_NODE_REASON_PREEMPTION
+        import ray._raylet as raylet  # written in Cython: it has no types
+        from ray.core.generated import autoscaler_pb2
 
-        accepted, why = GcsClient(address=self.address).drain_node(
-            machine, DRAIN_NODE_REASON_PREEMPTION, "the price has risen", int(at * 1000)
+        client: Any = vars(raylet)["GcsClient"](address=self.address)
+        accepted, why = client.drain_node(
+            machine, vars(autoscaler_pb2)["DRAIN_NODE_REASON_PREEMPTION"], "the price has risen", int(at * 1000)
         )
         assert accepted, why
 
     def at_work(self) -> set[str]:
         """The machines of the training workers that live."""
-        return {worker["Address"]["NodeID"] for worker in self.workers() if worker["State"] == "ALIVE"}
-
-    def workers(self) -> list[dict[str, Any]]:
-        """What Ray knows of every training worker, dead ones included."""
-        import ray
-        from ray._private.state import state as known
-
-        if not ray.is_initialized():
-            return []
-        actors: Mapping[str, dict[str, Any]] = known.actor_table(None)
-        return [actor for actor in actors.values() if actor["ActorClassName"].endswith("RayTrainWorker")]
+        return {worker["Address"]["NodeID"] for worker in ray_workers.alive()}
 
     def end(self) -> None:
         import ray
@@ -125,48 +113,20 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-class Slowly:
-    """Training that takes its time until the file `hurry` is there. It travels with its code: workers have no tests."""
-
-    def __init__(self, job: Job, hurry: Path) -> None:
-        def work(rank: Rank) -> dict[str, Any]:
-            from aquilamoe.training.step import TrainStep
-
-            original = TrainStep.step
-
-            def step(self: TrainStep, at: int, rows: np.ndarray) -> dict[str, float]:
-                time.sleep(0 if hurry.exists() else SLOWLY_S)
-                return original(self, at, rows)
-
-            TrainStep.step = step  # type: ignore[method-assign]
-            try:
-                return train(job, rank)
-            finally:
-                TrainStep.step = original  # type: ignore[method-assign]
-
-        self.code = cloudpickle.dumps(work)
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[bytes]]:
-        return pickle.loads, (self.code,)
-
-    def __call__(self, _: Rank) -> dict[str, Any]:
-        raise AssertionError("only what it becomes in a worker is called")
-
-
 class Run:
     """A stage that trains in the background on the machines."""
 
     def __init__(self, tokens: Path, folder: Path, machines: Machines, **cluster: Any) -> None:
         fields = {"executor": "ray", "address": machines.address, **cluster}
         self.job = example.job(tokens, folder / "run", num_experts=4, total_tokens=STEPS * example.BATCH, **fields)
-        self.machines, self.hurry = machines, folder / "hurry"
+        self.machines, self.training = machines, HeldTraining(self.job, folder / "held", pace_s=SLOWLY_S)
         prestart(self.job.cluster, folder, "rehearsal")
         self.result: Future[dict[str, Any]] = Future()
         threading.Thread(target=self.train, args=(folder,), daemon=True).start()
 
     def train(self, folder: Path) -> None:
         try:
-            self.result.set_result(run_on_workers("rehearsal", Slowly(self.job, self.hurry), self.job.cluster, folder))
+            self.result.set_result(run_on_workers("rehearsal", self.training, self.job.cluster, folder))
         except BaseException as error:
             self.result.set_exception(error)
 
@@ -200,7 +160,7 @@ class Run:
 
     def end(self) -> dict[str, Any]:
         """Let it hurry; what it returns."""
-        self.hurry.touch()
+        self.training.go()
         return self.result.result(timeout=PATIENCE_S)
 
 

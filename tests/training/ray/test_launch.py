@@ -413,7 +413,7 @@ def test_a_users_mistake_is_passed_on_and_an_error_of_ours_is_raised(tokens: Pat
     found = worker_pool.perform(pickle.dumps(partial(train, job)), Rank())
     assert found.mistake is not None and found.mistake.startswith("mixture.fr: ") and found.value is None
     with pytest.raises(AttributeError):
-        worker_pool.perform(pickle.dumps(partial(train, None)), Rank())
+        worker_pool.perform(pickle.dumps(partial(train, None)), Rank())  # type: ignore[arg-type]
 
 
 class LostWorkerError(Exception):
@@ -437,8 +437,10 @@ def test_what_is_lost_after_a_notice_is_no_failure_and_what_is_lost_later_is_one
     async def failures_left(*events: str) -> int:
         told = worker_pool.WorkerPool(cluster("ray", max_failures=3), "storage", "name", "label")
         told.closed = True  # whoever asks for work is sent home at once
+        do: dict[str, Callable[[], Any]] = {"warn": told.warn, "lost": partial(told.lost, lost)}
+        do["new"] = partial(told.next, 0)
         for event in events:
-            await {"warn": told.warn, "lost": partial(told.lost, lost), "new": partial(told.next, 0)}[event]()
+            await do[event]()
         return told.failures_left
 
     for events, kept in ((("lost",), 2), (("warn", "lost", "lost"), 3), (("warn", "lost", "new", "lost"), 2)):
