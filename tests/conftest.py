@@ -30,6 +30,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # A machine that is busy takes its time over an example, and over drawing it.
 settings.register_profile("patient", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
+# So does Ray's dashboard when it starts, for which Ray waits a minute.
+os.environ["RAY_DASHBOARD_STARTUP_TIMEOUT_S"] = "600"
 
 # grain logs by absl, which closes the stream that it found first when Hydra configures logging: not pytest's.
 absl_logging.get_absl_handler().python_handler.stream = sys.__stderr__

@@ -7,7 +7,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ Start = Callable[..., "subprocess.Popen[str]"]
 
 
 @pytest.fixture
-def start(tiny: list[str], tmp_path: Path) -> Start:
+def start(tiny: list[str], tmp_path: Path) -> Iterator[Start]:
     """Start a small ablation of two methods in a process of its own."""
     kept = [
         word
@@ -43,7 +43,7 @@ def start(tiny: list[str], tmp_path: Path) -> Start:
         words: list[str | Path] = [script, *always, *runs[0]]
         if "cluster=local" in runs[0]:
             words = ["-c", IN_ONE_PROCESS, script, json.dumps([[*always, *run] for run in runs])]
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, *words],
             cwd=tmp_path,
             env=os.environ | changes,
@@ -51,8 +51,14 @@ def start(tiny: list[str], tmp_path: Path) -> Start:
             stderr=subprocess.PIPE,
             text=True,
         )
+        running.append(process)
+        return process
 
-    return started
+    running: list[subprocess.Popen[str]] = []
+    yield started
+    for process in running:
+        process.kill()
+        process.communicate()
 
 
 def finished(process: "subprocess.Popen[str]") -> str:

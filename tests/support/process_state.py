@@ -30,6 +30,7 @@ class ProcessState:
     streams: tuple[Any, Any, Any, Any]
     handlers: tuple[logging.Handler, ...]
     raises_of_logs: bool
+    disabled: frozenset[str]
 
     @classmethod
     def now(cls) -> "ProcessState":
@@ -40,6 +41,7 @@ class ProcessState:
             (sys.stdin, sys.stdout, sys.stderr, sys.unraisablehook),
             tuple(logging.root.handlers),
             logging.raiseExceptions,
+            frozenset(logger.name for logger in _loggers() if logger.disabled),
         )
 
     def restore(self) -> None:
@@ -56,9 +58,12 @@ class ProcessState:
         sys.stdin, sys.stdout, sys.stderr, sys.unraisablehook = self.streams
         logging.root.handlers[:] = self.handlers
         logging.raiseExceptions = self.raises_of_logs
-        for logger in logging.root.manager.loggerDict.values():
-            if isinstance(logger, logging.Logger):
-                logger.disabled = False  # as logging.config leaves those that it does not name
+        for logger in _loggers():
+            logger.disabled = logger.name in self.disabled  # logging.config disables those that it does not name
+
+
+def _loggers() -> list[logging.Logger]:
+    return [each for each in logging.root.manager.loggerDict.values() if isinstance(each, logging.Logger)]
 
 
 def begin() -> None:
