@@ -3,6 +3,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import BaseModel
 from rich.text import Text
 
 from aquilamoe.cli.console import console
@@ -232,7 +233,11 @@ def test_a_long_value_is_cut_to_keep_the_line_readable(refusal: Callable[..., st
 
 
 def test_a_refused_value_and_a_missing_key_print_what_the_key_means(refusal: Callable[..., str]) -> None:
-    owners = {"cluster.mfu": ClusterConfig, "tracking.enabled": TrackingConfig, "paths.root": PathsConfig}
+    owners: dict[str, type[BaseModel]] = {
+        "cluster.mfu": ClusterConfig,
+        "tracking.enabled": TrackingConfig,
+        "paths.root": PathsConfig,
+    }
     for key, model in owners.items():
         name = key.rpartition(".")[2]
         assert refusal((key, [[]])).endswith(f" ({model.model_fields[name].description})")

@@ -242,10 +242,11 @@ def test_a_larger_head_is_refused_where_transformers_would_turn_it_otherwise(rop
     trained = {"original_max_position_embeddings": sizes.pop("original_max_position_embeddings")}
     scaling = rope | (trained if rope["rope_type"] in STRETCHED else {})
     source = model(**sizes, rope_scaling=scaling)
-    values = {"model_type": "llama", "num_attention_heads": 8, "hidden_size": 64}
+    values: dict[str, Any] = {"model_type": "llama", "num_attention_heads": 8, "hidden_size": 64}
 
     def turns(config: ModelConfig, length: int) -> tuple[Tensor, float]:
         """Frequencies and attention factor, of transformers alone."""
+        assert config.rope_scaling is not None
         parameters = {"rope_theta": config.rope_theta, **config.rope_scaling.model_dump(mode="json")}
         made = AutoConfig.for_model(
             **values,

@@ -148,6 +148,7 @@ def test_gradients_are_those_of_transformers_also_recomputed_and_in_either_kerne
         again = gradients(recomputed, tokens_bt)
         assert found.keys() == expected.keys() == again.keys()
         for name, gradient in expected.items():
+            assert gradient is not None
             assert (found[name] - gradient).abs().max() < 1e-5 * gradient.abs().max() + 1e-6, name
             assert torch.equal(found[name], again[name]), name
 
@@ -159,7 +160,7 @@ def test_greedy_continuations_are_those_of_transformers_with_its_cache(
     config = network(kind, rope_scaling=ROPES[rope], **WINDOWS[kind])
     model, prompt = decoder(config), tokens_of(config)[:1, :20]
     save_model(model, tmp_path)
-    theirs = open_with_transformers(tmp_path)
+    theirs: Any = open_with_transformers(tmp_path)
     generated = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, do_sample=False)
     settings = GenerationConfig(max_new_tokens=12, temperature=0.0)
     assert continuations(model, prompt.tolist(), settings, None)[0] == generated[0, 20:].tolist()
@@ -187,7 +188,7 @@ def test_flops_count_the_keys_that_windows_see(network: Network) -> None:
     per_key = 6 * full.num_attention_heads * full.head_dim
     for window, types in ((8, ()), (8, SOME["layer_types"]), (length, ()), (length + 1, ())):
         config = network("qwen2", sliding_window=window, layer_types=types)
-        saved = 0
+        saved = 0.0
         for layer in range(3):
             seen = min(length, config.window(layer) or length)
             saved += length - (2 * sum(min(t + 1, seen) for t in range(length)) - seen) / length

@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -34,9 +35,11 @@ def open_with_transformers(directory: Path, **options: object) -> transformers.P
     logger = logging.getLogger("transformers")
     logger.addHandler(handler)
     try:
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True, **options)
+        opened: Any = transformers.AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True, **options)
     finally:
         logger.removeHandler(handler)
     assert warnings == []
+    model, info = opened
     assert not any(info.values()), info
+    assert isinstance(model, transformers.PreTrainedModel)
     return model

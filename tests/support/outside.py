@@ -30,7 +30,7 @@ SIZES: dict[str, Any] = {
 
 def write_corpus(folder: Path) -> dict[str, str]:
     """Invented text in both languages; the overrides that make it the corpus."""
-    draw, words = random.Random(0), {}
+    draw, words = random.Random(0), dict[str, str]()
     for language, syllables in SYLLABLES.items():
         documents = [
             {"text": "".join(draw.choices(syllables, k=200)), "split": "train" if index % 4 else "validation"}
@@ -49,7 +49,8 @@ def write_checkpoint(directory: Path, **changes: Any) -> Path:
 
     torch.manual_seed(0)
     tokens = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
-    model = LlamaForCausalLM(LlamaConfig(**{**SIZES, **tokens, **changes})).to(torch.bfloat16)
+    model: Any = LlamaForCausalLM(LlamaConfig(**{**SIZES, **tokens, **changes}))
+    model.to(torch.bfloat16)
     model.generation_config = GenerationConfig(**tokens, do_sample=True, temperature=0.2, top_p=0.9)
     model.save_pretrained(directory)
     _tokenizer().save_pretrained(directory)

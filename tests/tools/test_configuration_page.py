@@ -1,5 +1,7 @@
 """The page of all keys is what the fields and conf/ are, and nothing of them is left out."""
 
+from typing import Any
+
 import configuration_page
 from aquilamoe.cli.program import ABLATIONS, GROW
 from aquilamoe.config.reference import keys, reachable
@@ -21,7 +23,8 @@ def test_the_page_has_every_key_with_its_description() -> None:
 
 
 def test_a_default_is_written_as_in_yaml() -> None:
-    assert [configuration_page.code(value) for value in (None, True, 1e-8, (0.5, 1.0), {}, "bf16")] == [
+    values: tuple[Any, ...] = (None, True, 1e-8, (0.5, 1.0), {}, "bf16")
+    assert [configuration_page.code(value) for value in values] == [
         "`null`",
         "`true`",
         "`1.0e-08`",

@@ -98,6 +98,8 @@ class Driver:
         }
         record = self.store.publish(partial, record)
         directory = partial.with_suffix("")
+        seconds = len(list(self.store.stages.glob("*/record.json")))
+        os.utime(directory / "record.json", (seconds, seconds))  # two may be finished within a tick of the clock
         self.tracker.stage_finished(name, directory, record, cached=False)
         self.remember(directory, record)
         return record
@@ -131,15 +133,9 @@ class Driver:
 
 
 def in_order(stages: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """Directories and records of the outputs in a store, inputs before their readers."""
-    left = {path.parent.name: json.loads(path.read_text()) for path in sorted(stages.glob("*/record.json"))}
-    found = []
-    while left:
-        name = next(
-            n for n, r in left.items() if not {each["directory"] for each in r["inputs"].values()} & left.keys()
-        )
-        found.append((stages / name, left.pop(name)))
-    return found
+    """Directories and records of the outputs in a store, in the order in which they were finished."""
+    paths = sorted(stages.glob("*/record.json"), key=lambda path: path.stat().st_mtime_ns)
+    return [(path.parent, json.loads(path.read_text())) for path in paths]
 
 
 def stage_name(partial: Path) -> str:
