@@ -43,7 +43,7 @@ def carried(source: CheckpointConfig, target: ModelConfig, layers: Sequence[int]
     settings = {key: value for key, value in computed.items() if key not in TOKENS}
     tokens = _assumed_tokens(source.architecture, architecture)
     values = {**settings, **tokens, **_mapped(kept, source.model, layers), **_rope(source, target)}
-    values |= _unused_windows(source, target, architecture, layers)
+    values |= _unused_windows(source, target, architecture, layers) | _unused_size(source, target, architecture)
     assert hf_config.parse(values, "target").model == target, "what was written is read back"
     return values
 
@@ -67,6 +67,14 @@ def _assumed_tokens(source: str, target: str) -> dict[str, int | None]:
     none = (None,) * len(TOKENS)
     assumed = zip(TOKENS, DEFAULT_TOKENS.get(source, none), DEFAULT_TOKENS.get(target, none), strict=True)
     return {key: token for key, token, other in assumed if token != other}
+
+
+def _unused_size(source: CheckpointConfig, target: ModelConfig, architecture: str) -> dict[str, Any]:
+    """The size that dense layers would have in a mixture without any, where experts have a key of their own."""
+    sparse = [model for model in (source.model, target) if model.is_moe and not model.mlp_only_layers]
+    if architecture != source.architecture or architecture not in hf_config.MIXED or len(sparse) < 2:
+        return {}
+    return {"intermediate_size": source.values["intermediate_size"]}
 
 
 def _mapped(kept: Mapping[str, Any], source: ModelConfig, layers: Sequence[int]) -> dict[str, Any]:
