@@ -132,6 +132,16 @@ def test_a_folder_without_a_readable_tokenizer_is_refused(tmp_path: Path) -> Non
         load_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize("eos_token", ["</s>", {"content": "</s>", "special": True}])
+def test_a_document_ends_with_the_eos_token_of_a_vocabulary_without_an_end_of_text(
+    eos_token: object, tmp_path: Path, trained: Path
+) -> None:
+    text = (trained / "tokenizer.json").read_text().replace(END_OF_TEXT, "</s>")
+    (tmp_path / "tokenizer.json").write_text(text)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos_token}))
+    assert end_of_text_id(load_tokenizer(tmp_path), tmp_path) == 0
+
+
 def test_a_tokenizer_without_an_end_of_text_is_refused(trained: Path, tmp_path: Path) -> None:
     text = (trained / "tokenizer.json").read_text().replace(END_OF_TEXT, "<|other|>")
     (tmp_path / "tokenizer.json").write_text(text)
