@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from aquilamoe.format import UNKNOWN
 from aquilamoe.tracking.sync_state import Pipeline, Stage, fingerprint_of
 
 FIGURE = "loss.svg"  # of a report: as wide as a page of MLflow, which does not shrink pictures
@@ -17,7 +18,11 @@ def stage(stage: Stage) -> str:
     lines = [f"**{stage.name}**: a {stage.kind} stage in `{directory}`. Reads {reads or 'nothing'}."]
     if stage.record:
         lines += ["", "| result | |", "|---|---|"]
-        lines += [f"| {key} | {_figure(value)} |" for key, value in stage.record["metrics"].items()]
+        # Of a checkpoint from elsewhere: what was spent before it came here.
+        unknown = {key: UNKNOWN for key, value in stage.record["metrics"].items() if key.startswith("before_")}
+        lines += [
+            f"| {key} | {_figure(value) or unknown.get(key, '')} |" for key, value in stage.record["metrics"].items()
+        ]
     return "\n".join(lines)
 
 
