@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from aquilamoe.cli.shipped import CONF, options
 from aquilamoe.config import grow as grow_config
-from aquilamoe.config.grow import GrowConfig
+from aquilamoe.config.grow import GrowConfig, TargetDtype
 from aquilamoe.config.messages import UserError, nearest
 from aquilamoe.growth.tool import plan
 from aquilamoe.growth.tool.grow import certify as grow_certify
@@ -75,6 +75,7 @@ def plan_growth(
     growth: Method | None = None,
     upcycling: Method | None = None,
     seed: int = 1234,
+    dtype: TargetDtype = "source",
 ) -> GrowthPlan:
     """Plan a growth from the headers of the source; nothing is written.
 
@@ -85,6 +86,7 @@ def plan_growth(
         growth: the method of a scale-up, e.g. "aki_pro"; exactly one of `growth` and `upcycling` is given.
         upcycling: the method of a scale-out, e.g. "copy".
         seed: of all random numbers.
+        dtype: of the target's tensors, e.g. "bfloat16"; "source" keeps the type of each.
 
     Returns:
         Sizes, cost (bytes, seconds) and the origin of every tensor of the target.
@@ -92,7 +94,7 @@ def plan_growth(
     Raises:
         UserError: the source cannot be read, or the growth cannot be done.
     """
-    config = _config(source, target, model, growth, upcycling, seed)
+    config = _config(source, target, model, growth, upcycling, seed, dtype=dtype)
     request = resolve(config)
     return GrowthPlan(
         model=request.model.model_dump(mode="json"),
@@ -111,6 +113,7 @@ def grow(
     model: Mapping[str, Any],
     growth: Method = "fpi",
     seed: int = 1234,
+    dtype: TargetDtype = "source",
     certificate: Mapping[str, Any] | None = None,
 ) -> GrownCheckpoint:
     """Grow a checkpoint in width and depth (section 3.1 of the paper), certify it and publish the target.
@@ -121,6 +124,7 @@ def grow(
         model: the sizes that change, e.g. `{"hidden_size": 96, "num_hidden_layers": 6}`.
         growth: the method, by name or with settings.
         seed: of all random numbers.
+        dtype: of the target's tensors, e.g. "bfloat16"; "source" keeps the type of each.
         certificate: settings that differ from conf/grow.yaml, e.g. `{"tokens": 256}` or `{"enabled": False}`.
 
     Returns:
@@ -129,7 +133,7 @@ def grow(
     Raises:
         UserError: the growth cannot be done, or claims to keep the function and does not.
     """
-    return _made(_config(source, target, model, growth, None, seed, certificate), "grow")
+    return _made(_config(source, target, model, growth, None, seed, certificate, dtype=dtype), "grow")
 
 
 def upcycle(
@@ -139,6 +143,7 @@ def upcycle(
     model: Mapping[str, Any],
     upcycling: Method = "copy",
     seed: int = 1234,
+    dtype: TargetDtype = "source",
     certificate: Mapping[str, Any] | None = None,
 ) -> GrownCheckpoint:
     """Make a Mixture of Experts of a dense checkpoint (section 3.2 of the paper), or give one more experts.
@@ -149,6 +154,7 @@ def upcycle(
         model: the sizes that change, at least `num_experts` and `num_experts_per_tok`.
         upcycling: the method, by name or with settings.
         seed: of all random numbers.
+        dtype: of the target's tensors, e.g. "bfloat16"; "source" keeps the type of each.
         certificate: settings that differ from conf/grow.yaml, e.g. `{"tokens": 256}` or `{"enabled": False}`.
 
     Returns:
@@ -157,7 +163,7 @@ def upcycle(
     Raises:
         UserError: the upcycling cannot be done, or claims to keep the function and does not.
     """
-    return _made(_config(source, target, model, None, upcycling, seed, certificate), "upcycle")
+    return _made(_config(source, target, model, None, upcycling, seed, certificate, dtype=dtype), "upcycle")
 
 
 def certify(source: str | Path, target: str | Path, **settings: Any) -> Mapping[str, Any]:
@@ -241,11 +247,12 @@ def _config(
     seed: int,
     certificate: Mapping[str, Any] | None = None,
     action: str = "run",
+    dtype: TargetDtype = "source",
 ) -> GrowConfig:
     """The settings of conf/grow.yaml, overridden by the arguments."""
     values = _yaml(CONF / "grow.yaml")
     del values["defaults"], values["hydra"]
-    values |= {"source": str(source), "target": str(target), "seed": seed, "action": action}
+    values |= {"source": str(source), "target": str(target), "seed": seed, "action": action, "dtype": dtype}
     values["model"] |= model
     values["certificate"] |= certificate or {}
     if growth is not None:

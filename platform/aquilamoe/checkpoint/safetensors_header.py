@@ -6,7 +6,7 @@ Nothing is ever unpickled.
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -57,8 +57,8 @@ def read(directory: Path) -> dict[str, TensorInfo]:
 
     Raises:
         UserError: names file and tensor when there are no weights, when a header is damaged, when tensors overlap,
-            leave holes or exceed their file, when index and shards disagree, and when the tensors are not all of one
-            type that can be computed with.
+            leave holes or exceed their file, when index and shards disagree, and when a tensor is of a type that cannot
+            be computed with.
     """
     links.check(directory / SINGLE_FILE, directory)
     if (directory / SINGLE_FILE).is_file():
@@ -221,24 +221,20 @@ def _read_shards(directory: Path, weight_map: Mapping[str, str]) -> dict[str, Te
     return named | {name: contents[file][name] for name, file in holders.items()}
 
 
+def main_dtype(tensors: Mapping[str, TensorInfo]) -> str:
+    """The type of most of the weights, by bytes: what config.json states, e.g. `BF16` where norms are `F32`."""
+    counted: Counter[str] = Counter()
+    for name, info in tensors.items():
+        if not name.endswith(FIXED):
+            counted[info.dtype] += info.num_bytes
+    return max(counted or {"F32": 0}, key=lambda dtype: (counted[dtype], ITEM_BYTES[dtype]))
+
+
 def _check_types(directory: Path, tensors: Mapping[str, TensorInfo]) -> None:
-    """Refuse types that are not floating point, and a mix of them."""
+    """Refuse types that are not floating point."""
     for name, info in tensors.items():
         if info.dtype not in ITEM_BYTES:
             raise UserError(
                 f"{directory / info.file}: tensor '{name}' is stored as {info.dtype}; convert it to one of "
                 f"{', '.join(ITEM_BYTES)}"
             )
-    weights = _weights(tensors)
-    first_name, first = next(weights, ("", None))
-    for name, info in weights:
-        assert first is not None
-        if info.dtype != first.dtype:
-            raise UserError(
-                f"{directory / info.file}: tensor '{name}' is stored as {info.dtype}, '{first_name}' as {first.dtype}; "
-                "convert the checkpoint to one type"
-            )
-
-
-def _weights(tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[str, TensorInfo]]:
-    return ((name, info) for name, info in tensors.items() if not name.endswith(FIXED))

@@ -13,6 +13,7 @@ PAGE = 4096
 MAX_SHARD_BYTES = 5 * 10**9
 
 Shapes = Mapping[str, tuple[int, ...]]
+Dtypes = str | Mapping[str, str]  # of all tensors, or of each by name, as safetensors spells them
 
 
 @dataclass(frozen=True)
@@ -44,31 +45,36 @@ def num_bytes(shape: tuple[int, ...], dtype: str) -> int:
     return prod(shape) * ITEM_BYTES[dtype]
 
 
-def plan_shards(shapes: Shapes, dtype: str, max_bytes: int) -> list[ShardLayout]:
+def of_tensor(dtypes: Dtypes, name: str) -> str:
+    """The type of one tensor."""
+    return dtypes if isinstance(dtypes, str) else dtypes[name]
+
+
+def plan_shards(shapes: Shapes, dtypes: Dtypes, max_bytes: int) -> list[ShardLayout]:
     """Fill shards in order, each up to `max_bytes` of tensors; a larger tensor gets a shard of its own."""
     groups: list[dict[str, tuple[int, ...]]] = [{}]
     room = max_bytes
     for name, shape in shapes.items():
-        size = num_bytes(shape, dtype)
+        size = num_bytes(shape, of_tensor(dtypes, name))
         if groups[-1] and size > room:
             groups.append({})
             room = max_bytes
         groups[-1][name] = shape
         room -= size
     if len(groups) == 1:
-        return [_lay_out(SINGLE_FILE, groups[0], dtype)]
+        return [_lay_out(SINGLE_FILE, groups[0], dtypes)]
     return [
-        _lay_out(f"model-{number:05d}-of-{len(groups):05d}.safetensors", group, dtype)
+        _lay_out(f"model-{number:05d}-of-{len(groups):05d}.safetensors", group, dtypes)
         for number, group in enumerate(groups, start=1)
     ]
 
 
-def _lay_out(file: str, shapes: Shapes, dtype: str) -> ShardLayout:
+def _lay_out(file: str, shapes: Shapes, dtypes: Dtypes) -> ShardLayout:
     """Header and offsets of a file. Tensors of whole pages come first, so that each of them begins on a page.
 
     The header is JSON after its length, padded with spaces to whole pages; `format: pt` is what transformers looks for.
     """
-    sizes = {name: num_bytes(shape, dtype) for name, shape in shapes.items()}
+    sizes = {name: num_bytes(shape, of_tensor(dtypes, name)) for name, shape in shapes.items()}
     offsets: dict[str, int] = {}
     end = 0
     for name in sorted(sizes, key=lambda name: sizes[name] % PAGE != 0):
@@ -76,7 +82,7 @@ def _lay_out(file: str, shapes: Shapes, dtype: str) -> ShardLayout:
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     for name, shape in shapes.items():
         span = [offsets[name], offsets[name] + sizes[name]]
-        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": span}
+        entries[name] = {"dtype": of_tensor(dtypes, name), "shape": list(shape), "data_offsets": span}
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-(8 + len(text)) % PAGE)
     header = len(text).to_bytes(8, "little") + text
@@ -84,11 +90,11 @@ def _lay_out(file: str, shapes: Shapes, dtype: str) -> ShardLayout:
     return ShardLayout(file, header, starts, len(header) + end)
 
 
-def index(shards: list[ShardLayout], shapes: Shapes, dtype: str) -> bytes | None:
+def index(shards: list[ShardLayout], shapes: Shapes, dtypes: Dtypes) -> bytes | None:
     """Contents of the index in the order of `shapes`; None where one file needs none."""
     if len(shards) == 1:
         return None
-    total = sum(num_bytes(shape, dtype) for shape in shapes.values())
+    total = sum(num_bytes(shape, of_tensor(dtypes, name)) for name, shape in shapes.items())
     weight_map = {name: shard.file for shard in shards for name in shard.starts}
     return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2).encode()
 

@@ -67,6 +67,12 @@ def general(role: str) -> str:
     return f"mlp.experts.{projection}" if number.isdigit() else role
 
 
+def dense_role(role: str) -> str:
+    """The role in a dense feed-forward of what an expert has: `mlp.experts.3.up_proj.weight` is `UP`."""
+    projection = general(role).rpartition("expert.")[2].rpartition("experts.")[2]
+    return f"mlp.{projection}" if general(role) != role or ".shared_expert." in role else role
+
+
 def writes_residual(role: str) -> bool:
     """Whether the rows of a matrix are what a layer adds to the residual stream."""
     return general(role) in _WRITERS

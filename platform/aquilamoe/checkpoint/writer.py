@@ -45,7 +45,7 @@ class CheckpointWriter:
     Args:
         directory: made if it does not exist. Its weights are replaced, and stay as they are until all else is on disk.
         shapes: shape of every tensor; the index keeps their order.
-        dtype: of all tensors, a torch.dtype or as safetensors spells it.
+        dtype: of all tensors, a torch.dtype or as safetensors spells it; or a mapping from every name to the latter.
         max_shard_bytes: bytes of tensors in a file.
 
     Raises:
@@ -57,15 +57,15 @@ class CheckpointWriter:
         self,
         directory: Path,
         shapes: Mapping[str, tuple[int, ...]],
-        dtype: "torch.dtype | str",
+        dtype: "torch.dtype | sharding.Dtypes",
         max_shard_bytes: int = MAX_SHARD_BYTES,
     ) -> None:
         self.directory = directory
         self.digests: dict[str, str] = {}  # SHA-256 of every tensor's bytes, complete after the exit
         self._shapes = {name: tuple(shape) for name, shape in shapes.items()}
-        self._dtype = sharding.spell(dtype)
-        self._shards = sharding.plan_shards(self._shapes, self._dtype, max_shard_bytes)
-        self._index = sharding.index(self._shards, self._shapes, self._dtype)
+        self._dtypes = dict(dtype) if isinstance(dtype, Mapping) else dict.fromkeys(self._shapes, sharding.spell(dtype))
+        self._shards = sharding.plan_shards(self._shapes, self._dtypes, max_shard_bytes)
+        self._index = sharding.index(self._shards, self._shapes, self._dtypes)
         self._claimed: set[str] = set()
         self._missing = dict.fromkeys(self._shapes)
 
@@ -138,7 +138,7 @@ class CheckpointWriter:
                 raise ValueError(f"tensor '{names[0]}' has shape {shape}, a block of it {tuple(block.shape)}")
             rows += block.shape[0] if shape else 1
             if rows <= due:
-                flow.convert(block, self._dtype)
+                flow.convert(block, self._dtypes[names[0]])
             del block
         if rows != due:
             raise ValueError(f"tensor '{names[0]}' has shape {shape}, its blocks {rows} rows instead of {due}")
@@ -159,10 +159,10 @@ class CheckpointWriter:
             ValueError: a name is unexpected or written twice, or shape or type differ.
         """
         names, shape = self._claim(names)
-        info = reader.info(source_name)
-        if (info.shape, info.dtype) != (shape, self._dtype):
+        info, dtype = reader.info(source_name), self._dtypes[names[0]]
+        if (info.shape, info.dtype) != (shape, dtype):
             raise ValueError(
-                f"tensor '{names[0]}' is {self._dtype} {shape}, '{source_name}' of the source {info.dtype} {info.shape}"
+                f"tensor '{names[0]}' is {dtype} {shape}, '{source_name}' of the source {info.dtype} {info.shape}"
             )
         reader.will_need(source_name)
         # Not from the buffers, which would wait for it where a tensor has few copies.
@@ -172,9 +172,9 @@ class CheckpointWriter:
         while position < info.num_bytes:
             room = flow.room()[: info.num_bytes - position]
             reader.read_into(source_name, position, room)
-            index = first_nonfinite_bytes(room, self._dtype)
+            index = first_nonfinite_bytes(room, dtype)
             if index is not None:
-                raise reader.nonfinite(source_name, position // ITEM_BYTES[self._dtype] + index)
+                raise reader.nonfinite(source_name, position // ITEM_BYTES[dtype] + index)
             flow.advance(len(room))
             position += len(room)
         self._end(flow, names)
@@ -190,6 +190,7 @@ class CheckpointWriter:
                 raise ValueError(f"unexpected tensor '{name}'")
             if name in self._claimed:
                 raise ValueError(f"tensor '{name}' is written twice")
+            assert self._dtypes[name] == self._dtypes[names[0]]
             if self._shapes[name] != self._shapes[names[0]]:
                 raise ValueError(
                     f"tensors '{names[0]}' {self._shapes[names[0]]} and '{name}' {self._shapes[name]} differ in shape"

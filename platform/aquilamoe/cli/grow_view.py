@@ -131,10 +131,12 @@ def show_plan(out: Console, request: Request, config: GrowConfig, state: str, to
 
 def _show_heads(out: Console, request: Request, state: str) -> None:
     heads = make_table("", "", "", ">parameters", ">active", ">bytes", "")
-    source, dtype = request.source, request.source.dtype_name
+    source = request.source
     places = (shown(source.directory), architecture(source)), (shown(request.target), written(request))
-    heads.add_row("source", *places[0], *_counts(source.model), size_or_absent(source.weight_bytes), dtype)
-    heads.add_row("target", *places[1], *_counts(request.model), size_or_absent(plan.target_bytes(request)), dtype)
+    heads.add_row("source", *places[0], *_counts(source.model), size_or_absent(source.weight_bytes), source.dtype_name)
+    heads.add_row(
+        "target", *places[1], *_counts(request.model), size_or_absent(plan.target_bytes(request)), request.dtype_name
+    )
     out.print(heads)
     out.print(f"{request.kind} by {request.growth.method}; {state}\n")
     for remark in remarks(request):
@@ -191,8 +193,8 @@ def _show_claim(out: Console, request: Request, config: GrowConfig, tolerance: f
     elif config.certificate.enabled:
         tokens = f"{config.certificate.tokens:,} tokens"
         limit = f"{tolerance:.3g} of the logits' spread"
-        is_rounded = ITEM_BYTES[request.source.dtype] < 4
-        before = f", before it is rounded to {request.source.dtype_name}" if is_rounded else ""
+        is_rounded = any(ITEM_BYTES[dtype] < 4 for dtype in request.dtypes.values())
+        before = f", before it is rounded to {request.dtype_name}" if is_rounded else ""
         out.print(
             f"claim   the function is kept; refused if a logit is off by more than {limit} on {tokens}{before}",
             soft_wrap=True,

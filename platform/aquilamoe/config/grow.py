@@ -13,6 +13,7 @@ from aquilamoe.config.schema import GrowthConfig, UpcyclingConfig
 
 EXAMPLES = {"growth": "fpi", "upcycling": "copy"}
 SparseLayers = Literal["all", "every_other"]
+TargetDtype = Literal["source", "float32", "bfloat16", "float16"]
 
 
 class SparseUpcycling(UpcyclingConfig):
@@ -83,6 +84,12 @@ class GrowConfig(Config):
     )
     target: str = Field(
         description="Directory to make; it must not exist, or be the output of this very command [path]"
+    )
+    dtype: TargetDtype = Field(
+        default="source", description="Type of the target's tensors; source: of each as it is in the source"
+    )
+    keep_float32: bool = Field(
+        default=False, description="Whether norms and routers that are float32 in the source stay so with another dtype"
     )
     action: Literal["run", "plan", "certify"] = Field(
         description="run | plan: where every tensor comes from, and its cost; reads headers only | certify: compare "

@@ -74,7 +74,7 @@ def certify(
     with opened(source, target) as (before, after):
         _check_vocabulary(before.config, after.config, tokens_bt)
         growth = growth if preserving else None
-        is_rounded = torch.finfo(after.weights.file_dtype).bits < torch.finfo(after.weights.dtype).bits
+        is_rounded = growth is not None and after.weights.is_rounded
         exact = unrounded(before, after, growth, seed) if growth is not None and is_rounded else None
         walk = _Walk(before, after, exact, tokens_bt, progress)
         if growth is not None:
@@ -195,7 +195,7 @@ class _Walk:
         source, target = self._opened
         file_dtype = target.weights.file_dtype
         measured: dict[str, Any] = {"dtype": str(file_dtype).removeprefix("torch.")}
-        again = StreamedDecoder(RoundedAgain(source.weights, file_dtype), source.config)
+        again = StreamedDecoder(RoundedAgain(source.weights, target.weights), source.config)
         for name, decoder in (("target", StreamedDecoder(*target)), ("source", again)):
             x_btd = self._run(decoder, decoder.embed(self._inputs_bt[: self.compared]))
             difference = compare((self.source, self._sample()), (decoder, x_btd), self.labels_bt[: self.compared])

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from aquilamoe.checkpoint import tensor_names
+from aquilamoe.checkpoint.dtypes import torch_dtype
 from aquilamoe.checkpoint.hf_config import read_checkpoint_config
 from aquilamoe.checkpoint.reader import Reader
+from aquilamoe.checkpoint.safetensors_header import FIXED, main_dtype
 from aquilamoe.checkpoint.state_dict import check
 from aquilamoe.config.schema import ModelConfig
 from aquilamoe.growth.bounds import LOOKUPS, TOKENS_AT_ONCE
@@ -46,13 +48,19 @@ class Stored:
     """The tensors of a checkpoint's files.
 
     dtype: of the computation.
-    file_dtype: of the files.
+    file_dtype: of most of what is in the files.
     """
 
     def __init__(self, reader: Reader, dtype: torch.dtype) -> None:
         self.reader = reader
         self.dtype = dtype
-        self.file_dtype = reader.dtype(tensor_names.EMBEDDING)
+        self.file_dtype = torch_dtype(main_dtype(reader.tensors))
+
+    @property
+    def is_rounded(self) -> bool:
+        """Whether files have a tensor of fewer bits than are computed with."""
+        bits = torch.finfo(self.dtype).bits
+        return any(torch.finfo(torch_dtype(dtype)).bits < bits for dtype in _dtypes(self.reader))
 
     def get(self, name: str) -> Tensor:
         """A tensor."""
@@ -200,7 +208,13 @@ def opened(*directories: Path) -> Iterator[tuple[Opened, ...]]:
         dtype = torch.float32
         for reader, config in zip(readers, configs, strict=True):
             check(config.model, reader)
-            dtype = torch.promote_types(dtype, reader.dtype(tensor_names.EMBEDDING))
+            for stored in _dtypes(reader):
+                dtype = torch.promote_types(dtype, torch_dtype(stored))
         yield tuple(
             Opened(Stored(reader, dtype), config.model) for reader, config in zip(readers, configs, strict=True)
         )
+
+
+def _dtypes(reader: Reader) -> set[str]:
+    """The types of the weights in the files."""
+    return {info.dtype for name, info in reader.tensors.items() if not name.endswith(FIXED)}

@@ -46,7 +46,6 @@ class Unrounded:
         self._source, self._target = source, target
         self._rows = {name: recipe.rows for recipe in recipes for name in recipe.names}
         self._unread = {name: rows.shape[0] for name, rows in self._rows.items()}  # rows, of each
-        self._kind = torch.finfo(target.file_dtype)
 
     def get(self, name: str) -> Tensor:
         """A tensor."""
@@ -89,7 +88,9 @@ class Unrounded:
     def _check(self, name: str, computed: Tensor, written: Tensor, first_row: int | None) -> None:
         """Refuse what is in the file unless it is what was computed, rounded."""
         written = written.to(self.dtype)
-        allowed = torch.zeros(()) if self._rows[name].copies is not None else self._rounding(computed)
+        dtype, copied = self._target.reader.dtype(name), self._rows[name].copies
+        is_copy = copied is not None and self._source.reader.dtype(copied) == dtype
+        allowed = torch.zeros(()) if is_copy else _rounding(computed, torch.finfo(dtype))
         is_other = ~((written - computed).abs_() <= allowed)
         if not is_other.any():
             return
@@ -97,20 +98,21 @@ class Unrounded:
         where = "" if first_row is None else f" at element {first_row * computed[0].numel() + place}"
         raise UserError(
             f"certificate: tensor '{name}' of the target is {written.flatten()[place].item():.6g}{where}, the growth "
-            f"makes {computed.flatten()[place].item():.6g} of the source there and rounding to {self._kind.dtype} "
-            "changes less; grow it again"
+            f"makes {computed.flatten()[place].item():.6g} of the source there and rounding to "
+            f"{str(dtype).removeprefix('torch.')} changes less; grow it again"
         )
-
-    def _rounding(self, computed: Tensor) -> Tensor:
-        """The most by which numbers change when they are rounded: half of what separates the numbers of their size."""
-        _, exponents = torch.frexp(computed)
-        apart = torch.ldexp(torch.full_like(computed, self._kind.eps), exponents - 1)
-        return apart.clamp_(min=self._kind.smallest_normal * self._kind.eps).mul_(NEAR_HALF)
 
     def _release(self, name: str) -> None:
         self._target.reader.release(name)
         for source_name in self._rows[name].sources:
             self._source.reader.release(source_name)
+
+
+def _rounding(computed: Tensor, kind: torch.finfo) -> Tensor:
+    """The most by which numbers change when they are rounded: half of what separates the numbers of their size."""
+    _, exponents = torch.frexp(computed)
+    apart = torch.ldexp(torch.full_like(computed, kind.eps), exponents - 1)
+    return apart.clamp_(min=kind.smallest_normal * kind.eps).mul_(NEAR_HALF)
 
 
 def _blocks(rows: LazyTensor, start: int, stop: int) -> Iterator[slice]:
@@ -123,24 +125,26 @@ class RoundedAgain:
 
     Its numbers fit their type already; a fraction of them does not.
 
-    file_dtype: what they are rounded to.
+    target: has the types that they are rounded to, of a tensor of the same name, or else of most of it.
     """
 
-    def __init__(self, weights: Stored, file_dtype: torch.dtype) -> None:
+    def __init__(self, weights: Stored, target: Stored) -> None:
         self.dtype = weights.dtype
-        self._weights, self._file_dtype = weights, file_dtype
+        self._weights, self._target = weights, target
 
     def get(self, name: str) -> Tensor:
         """A tensor."""
-        return self._round(self._weights.get(name))
+        return self._round(name, self._weights.get(name))
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows that are neighbours."""
-        return self._round(self._weights.rows(name, start, stop))
+        return self._round(name, self._weights.rows(name, start, stop))
 
     def look_up(self, name: str, numbers_n: Tensor) -> Tensor:
         """Rows by their numbers."""
-        return self._round(self._weights.look_up(name, numbers_n))
+        return self._round(name, self._weights.look_up(name, numbers_n))
 
-    def _round(self, tensor: Tensor) -> Tensor:
-        return tensor.mul_(ONCE_MORE).to(self._file_dtype).to(self.dtype).div_(ONCE_MORE)
+    def _round(self, name: str, tensor: Tensor) -> Tensor:
+        target = self._target
+        dtype = target.reader.dtype(name) if name in target.reader.tensors else target.file_dtype
+        return tensor.mul_(ONCE_MORE).to(dtype).to(self.dtype).div_(ONCE_MORE)

@@ -11,6 +11,7 @@ from aquilamoe.checkpoint import hf_config, tensor_names
 from aquilamoe.checkpoint.reader import Reader
 from aquilamoe.config.schema import ModelConfig, UpcyclingConfig
 from aquilamoe.growth import rng, rules
+from aquilamoe.growth.dtypes import AS_SOURCE, DtypePolicy
 from aquilamoe.growth.expert_diversity import Variety
 from aquilamoe.growth.lazy_tensor import LazyTensor, between, from_function, repeated, scaled, stored
 from aquilamoe.growth.stream import FILLER, Progress, Recipe, compute_dtype, rewrite, silent
@@ -30,6 +31,7 @@ def scale_out(
     upcycling: UpcyclingConfig,
     seed: int,
     progress: Progress = silent,
+    dtype_policy: DtypePolicy = AS_SOURCE,
 ) -> dict[str, str]:
     """Make feed-forwards of the checkpoint in `source` layers of (more) experts, and write it to `target`.
 
@@ -37,8 +39,8 @@ def scale_out(
     moe_intermediate_size is smaller, and `router_init` sets what routers start as. A shared expert is a copy too: it
     starts with a share of one half, and the others are halved. Of a Mixture of Experts they are copies of its experts,
     neighbours with the score of their original. `upcycling.method` sets how copies differ; everything else is copied,
-    `mlp_only_layers` as they are. The result depends only on the arguments and keeps the source's dtype. In memory
-    there are some blocks of rows.
+    `mlp_only_layers` as they are. The result depends only on the arguments. In memory there are some blocks of
+    rows.
 
     Args:
         source: directory of a Hugging Face checkpoint with safetensors.
@@ -47,6 +49,7 @@ def scale_out(
         upcycling: the method and its settings.
         seed: of all random numbers.
         progress: called with the number of tensors written, and of all tensors.
+        dtype_policy: the types of the target's tensors; each as in the source by default.
 
     Returns:
         The SHA-256 of every tensor, in hexadecimal, by its name in the target.
@@ -57,7 +60,9 @@ def scale_out(
     config = hf_config.read_checkpoint_config(source)
     rules.check(config.model, target_config, upcycling)
     grow = partial(recipes, source=config.model, target=target_config, upcycling=upcycling, seed=seed)
-    return rewrite(source, target, (config, target_config), range(target_config.num_hidden_layers), grow, progress)
+    return rewrite(
+        source, target, (config, target_config), range(target_config.num_hidden_layers), grow, progress, dtype_policy
+    )
 
 
 def recipes(

@@ -17,6 +17,7 @@ from aquilamoe.checkpoint.reader import Reader
 from aquilamoe.config import plugins
 from aquilamoe.config.schema import GrowthConfig, ModelConfig
 from aquilamoe.growth import depth, rules
+from aquilamoe.growth.dtypes import AS_SOURCE, DtypePolicy
 from aquilamoe.growth.lazy_tensor import LazyTensor, as_rows, filled, scaled, stored
 from aquilamoe.growth.stream import FILLER, Progress, Recipe, compute_dtype, rewrite, silent
 from aquilamoe.growth.units import UnitMap, map_units
@@ -35,10 +36,11 @@ def scale_up(
     growth: GrowthConfig,
     seed: int,
     progress: Progress = silent,
+    dtype_policy: DtypePolicy = AS_SOURCE,
 ) -> dict[str, str]:
     """Grow the checkpoint in `source` to `target_config` and write it to `target`, with its tokenizer files.
 
-    The result depends only on the arguments and keeps the source's dtype. In memory there are some blocks of rows.
+    The result depends only on the arguments. In memory there are some blocks of rows.
 
     Args:
         source: directory of a Hugging Face checkpoint with safetensors.
@@ -47,6 +49,7 @@ def scale_up(
         growth: the method and its settings.
         seed: of all random numbers.
         progress: called with the number of tensors written, and of all tensors.
+        dtype_policy: the types of the target's tensors; each as in the source by default.
 
     Returns:
         The SHA-256 of every tensor, in hexadecimal, by its name in the target.
@@ -58,7 +61,7 @@ def scale_up(
     rules.check(config.model, target_config, growth)
     grow = partial(recipes, source=config.model, target=target_config, growth=growth, seed=seed)
     layers = depth.map_layers(config.model, target_config, growth).sources
-    return rewrite(source, target, (config, target_config), layers, grow, progress)
+    return rewrite(source, target, (config, target_config), layers, grow, progress, dtype_policy)
 
 
 def recipes(

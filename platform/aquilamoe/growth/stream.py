@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,9 +17,9 @@ from aquilamoe.checkpoint import tensor_names as names
 from aquilamoe.checkpoint.allocator import keep_large_buffers
 from aquilamoe.checkpoint.dtypes import cast, check_finite, check_representable, torch_dtype
 from aquilamoe.checkpoint.hf_config import CheckpointConfig
-from aquilamoe.checkpoint.safetensors_header import DTYPE_NAMES
 from aquilamoe.config.messages import UserError
 from aquilamoe.config.schema import ModelConfig
+from aquilamoe.growth import dtypes
 from aquilamoe.growth.lazy_tensor import LazyTensor, block_slices
 
 if TYPE_CHECKING:
@@ -48,10 +48,12 @@ def rewrite(
     layers: Sequence[int],
     grow: Callable[[reading.Reader], Iterable[Recipe]],
     progress: Progress,
+    dtype_policy: dtypes.DtypePolicy = dtypes.AS_SOURCE,
 ) -> dict[str, str]:
-    """Write to `target` what `grow` makes of the weights of `source`, in their dtype; then config and tokenizer.
+    """Write to `target` what `grow` makes of the weights of `source`; then config and tokenizer.
 
     configs: of the source and of the target. layers: of the source, for every layer of the target.
+    dtype_policy: the types of the target's tensors.
     Returns the SHA-256 of every tensor. Bytes that stay what they are go from file to file; everything else is
     computed on as many threads as torch has, a block of rows at a time, and does not depend on their number. Where
     nothing has to be, torch is not imported.
@@ -66,11 +68,11 @@ def rewrite(
     with reading.Reader(source) as reader:
         fit.check(source, source_config.model, reader.tensors)
         fit.check_fillers(reader, source_config.model)
-        dtype = reader.info(names.EMBEDDING).dtype
-        values = carrying.carried(source_config, target_config, layers, DTYPE_NAMES[dtype])
+        types = dtypes.of_target(reader.tensors, (source_config.model, target_config), layers, dtype_policy)
+        values = carrying.carried(source_config, target_config, layers, dtypes.stated(types, shapes))
         recipes = list(grow(reader))
-        with reading.CheckpointWriter(target, shapes, dtype) as writer:
-            _write(recipes, reader, writer, dtype, lambda done: progress(done, len(shapes)))
+        with reading.CheckpointWriter(target, shapes, types) as writer:
+            _write(recipes, reader, writer, types, lambda done: progress(done, len(shapes)))
     hf_config.write_json(target / hf_config.CONFIG_FILE, values)
     companions.copy_companions(source, target)
     return {name: writer.digests[name] for name in shapes}
@@ -85,18 +87,19 @@ def _write(
     recipes: Sequence[Recipe],
     reader: reading.Reader,
     writer: reading.CheckpointWriter,
-    dtype: str,
+    types: Mapping[str, str],
     report: Callable[[int], None],
 ) -> None:
     done = 0
     report(done)
-    with _computed([recipe for recipe in recipes if _is_computed(recipe.rows)], dtype) as blocks:
+    due = [recipe for recipe in recipes if _is_computed(recipe, reader, types)]
+    with _computed(due, types) as blocks:
         for recipe, following in zip(recipes, [*recipes[1:], None], strict=True):
-            if recipe.rows.copies is not None:
+            if recipe.rows.copies is not None and not _is_computed(recipe, reader, types):
                 writer.copy(recipe.names, reader, recipe.rows.copies)
             elif recipe.rows.make is not None:
                 values = recipe.rows.make()
-                check_representable(values, dtype, recipe.names[0])
+                check_representable(values, types[recipe.names[0]], recipe.names[0])
                 writer.write(recipe.names, [values])
             else:
                 writer.write(recipe.names, islice(blocks, len(list(block_slices(recipe.rows.shape)))))
@@ -108,19 +111,22 @@ def _write(
                 report(done)
 
 
-def _is_computed(rows: LazyTensor) -> bool:
-    return rows.copies is None and rows.make is None
+def _is_computed(recipe: Recipe, reader: reading.Reader, types: Mapping[str, str]) -> bool:
+    """Whether the tensor has to be made: what is copied in its type is not."""
+    copied = recipe.rows.copies
+    is_copy = copied is not None and reader.info(copied).dtype == types[recipe.names[0]]
+    return not is_copy and recipe.rows.make is None
 
 
 @contextmanager
-def _computed(recipes: Sequence[Recipe], dtype: str) -> Iterator[Iterator[Tensor]]:
+def _computed(recipes: Sequence[Recipe], types: Mapping[str, str]) -> Iterator[Iterator[Tensor]]:
     """The blocks of tensors that have to be computed, in order; a few are in the making before they are due."""
     if not recipes:
         yield iter(())
         return
     import torch
 
-    threads, kind = torch.get_num_threads(), torch_dtype(dtype)
+    threads = torch.get_num_threads()
     keep_large_buffers()
     tasks = ((recipe, index) for recipe in recipes for index in block_slices(recipe.rows.shape))
     # Blocks are computed side by side: a thread more for each operation would be in the way.
@@ -128,9 +134,9 @@ def _computed(recipes: Sequence[Recipe], dtype: str) -> Iterator[Iterator[Tensor
 
         def compute(recipe: Recipe, index: slice) -> Tensor:
             with torch.inference_mode():
-                block = recipe.rows[index]
-                elements = cast(block, kind, recipe.names[0])
-                check_finite(elements, block, recipe.names[0])
+                block, name = recipe.rows[index], recipe.names[0]
+                elements = cast(block, torch_dtype(types[name]), name)
+                check_finite(elements, block, name)
                 return elements
 
         def take() -> Iterator[Tensor]:

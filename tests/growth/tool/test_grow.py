@@ -671,6 +671,18 @@ def test_a_tokenizer_of_a_larger_vocabulary_is_refused(
     assert "the model's vocab_size is 260; take tokenizer and weights from the same checkpoint" in line
 
 
+def test_the_target_has_the_type_that_was_requested(source: Callable[[str], Path], grow: Grow, tmp_path: Path) -> None:
+    words = ["upcycling=copy", "model.num_experts=2", "model.num_experts_per_tok=2"]
+    shown = grow(source("llama"), tmp_path / "target", *words, "dtype=bfloat16", "action=plan")
+    assert "before it is rounded to bfloat16" in shown
+    grow(source("llama"), tmp_path / "target", *words, "dtype=bfloat16")
+    assert {info.dtype for info in safetensors_header.read(tmp_path / "target").values()} == {"BF16"}
+    record = json.loads((tmp_path / "target" / RECORD).read_text())
+    assert record["recipe"]["config"]["dtype"] == record["certificate"]["rounding"]["dtype"] == "bfloat16"
+    assert "| dtype | `bfloat16` |" in (tmp_path / "target" / "README.md").read_text()
+    assert "dtype bfloat16 -> float32" in refusal(grow, source("llama"), tmp_path / "target", *words)
+
+
 def test_a_certificate_can_be_left_out_and_the_card_says_so(
     source: Callable[[str], Path], grow: Grow, tmp_path: Path
 ) -> None:

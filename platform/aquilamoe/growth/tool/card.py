@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from aquilamoe import format
+from aquilamoe.checkpoint.safetensors_header import DTYPE_NAMES
 from aquilamoe.config.grow import GrowConfig
 from aquilamoe.growth.tool.plan import sizes
 from aquilamoe.growth.tool.remarks import deed, remarks
@@ -143,8 +144,15 @@ def _summary(request: Request, source: str) -> str:
 
 def _settings(request: Request) -> list[str]:
     growth = request.growth.model_dump(mode="json")
-    values = [*growth.items(), ("seed", request.seed), ("dtype", request.source.dtype_name)]
+    values = [*growth.items(), ("seed", request.seed), ("dtype", _dtypes(request))]
     return _table(("setting", "value"), [(key, f"`{value}`") for key, value in values])
+
+
+def _dtypes(request: Request) -> str:
+    """The type of the target, and of those tensors that are of another."""
+    names = {DTYPE_NAMES[dtype] for dtype in request.dtypes.values()}
+    others = sorted(names - {request.dtype_name})
+    return f"{request.dtype_name}, some {' and '.join(others)}" if others else request.dtype_name
 
 
 def _certificate(certificate: Mapping[str, Any] | None, preserving: bool) -> list[str]:

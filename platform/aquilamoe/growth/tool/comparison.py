@@ -43,11 +43,20 @@ class Claim:
 
 
 def tolerance(
-    source: CheckpointFiles, certificate: CertificateConfig, growth: GrowthConfig | UpcyclingConfig | None
+    source: CheckpointFiles,
+    certificate: CertificateConfig,
+    growth: GrowthConfig | UpcyclingConfig | None,
+    target: CheckpointFiles | None = None,
 ) -> float:
-    """How far a growth may be off that claims to keep the function, as a fraction of the logits' spread."""
-    default = file_tolerance if growth is None else default_tolerance
-    return certificate.tolerance or default(source.dtype)
+    """How far a growth may be off that claims to keep the function, as a fraction of the logits' spread.
+
+    Where the growth is not known, the type that rounds the most decides, of source and target.
+    """
+    if certificate.tolerance is not None:
+        return certificate.tolerance
+    if growth is not None:
+        return default_tolerance(source.dtype)
+    return max(file_tolerance(files.dtype) for files in (source, target) if files is not None)
 
 
 def memory_bytes(request: Request, certificate: CertificateConfig) -> int:
@@ -76,7 +85,7 @@ def compare(
             target.directory,
             torch.from_numpy(text.tokens_bt),
             claim.preserving,
-            tolerance(source, settings, claim.growth),
+            tolerance(source, settings, claim.growth, target),
             growth=claim.growth,
             seed=claim.seed,
             progress=bar.update,

@@ -58,10 +58,18 @@ def recipe(request: Request, source: Mapping[str, str]) -> Recipe:
     # What a growth only carries follows from the source's config.json.
     model = request.model.model_dump(mode="json", exclude=set(ModelConfig.added))
     growth = request.growth.model_dump(mode="json")
-    config = {name: growth, "model": model, "dtype": request.source.dtype_name, "seed": request.seed}
+    config = {name: growth, "model": model, "dtype": _dtype(request), "seed": request.seed}
     changed = {"code": own} if (own := code.of(config)) else {}
     inputs = {"source": dict(sorted(source.items()))}
     return {"kind": request.kind, "version": VERSION, "config": config, "inputs": inputs, **changed}
+
+
+def _dtype(request: Request) -> str:
+    """The types of the target: one for all tensors, or how they follow from the source's."""
+    if len(set(request.dtypes.values())) == 1:
+        return request.dtype_name
+    kept = " but for norms and routers in float32" if request.dtype_policy.keep_float32 else ""
+    return f"{request.dtype_policy.dtype}{kept}"
 
 
 def identity(recipe: Recipe) -> str:

@@ -104,7 +104,8 @@ class Making:
         grow: Any = scale_up if request.kind == "scale_up" else scale_out
         with self.reporter.step("grow", "tensors", plan.target_bytes(request)) as bar:
             source, target = request.source.directory, self.place.partial
-            tensors = grow(source, target, request.model, request.growth, request.seed, bar.update)
+            settings = request.growth, request.seed, bar.update, request.dtype_policy
+            tensors = grow(source, target, request.model, *settings)
             self.seconds["grow_s"] = bar.seconds
             written = plan.target_bytes(request)
             rate = format.size_or_absent(int(written / max(bar.seconds, 1e-3)))

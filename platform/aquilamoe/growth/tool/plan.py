@@ -237,12 +237,12 @@ def target_bytes(request: Request) -> int:
 
 
 def _shards(request: Request) -> list[sharding.ShardLayout]:
-    return sharding.plan_shards(request.shapes, request.source.dtype, sharding.MAX_SHARD_BYTES)
+    return sharding.plan_shards(request.shapes, request.dtypes, sharding.MAX_SHARD_BYTES)
 
 
 def cost(request: Request, disk_bytes_per_s: float) -> GrowthCost:
     """What the growth reads, writes and keeps in memory; the certificate comes on top."""
-    largest = max(sharding.num_bytes(shape, request.source.dtype) for shape in request.shapes.values())
+    largest = max(sharding.num_bytes(shape, request.dtypes[name]) for name, shape in request.shapes.items())
     read, written = request.source.weight_bytes, target_bytes(request)
     return GrowthCost(
         read_bytes=read,

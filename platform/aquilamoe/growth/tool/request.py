@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from aquilamoe.config.messages import UserError
 from aquilamoe.config.network import ModelConfig
 from aquilamoe.config.paths import local
 from aquilamoe.config.schema import GrowthConfig, UpcyclingConfig
-from aquilamoe.growth import rules
+from aquilamoe.growth import dtypes, rules
 from aquilamoe.growth.depth import map_layers
+from aquilamoe.growth.dtypes import AS_SOURCE, DtypePolicy
 
 CARD = "README.md"
 
@@ -35,8 +37,8 @@ class CheckpointFiles:
 
     @property
     def dtype(self) -> str:
-        """Safetensors' name of the type of its embedding, e.g. BF16: also that of what is grown from it."""
-        return self.tensors[tensor_names.EMBEDDING].dtype
+        """Safetensors' name of the type of most of its weights, e.g. BF16."""
+        return safetensors_header.main_dtype(self.tensors)
 
     @property
     def dtype_name(self) -> str:
@@ -62,6 +64,18 @@ class Request:
     seed: int
     derived: Mapping[str, str]
     preserving: bool
+    dtype_policy: DtypePolicy = AS_SOURCE
+
+    @cached_property
+    def dtypes(self) -> dict[str, str]:
+        """The type of every tensor of the target, as safetensors spells it."""
+        models = self.source.model, self.model
+        return dtypes.of_target(self.source.tensors, models, _layers(*models, self.growth), self.dtype_policy)
+
+    @property
+    def dtype_name(self) -> str:
+        """The type that the target's config.json states, e.g. bfloat16: that of most of its weights."""
+        return dtypes.stated(self.dtypes, self.shapes)
 
     @property
     def kind(self) -> str:
@@ -137,6 +151,7 @@ def resolve(config: GrowConfig) -> Request:
         seed=config.seed,
         derived=_derived(source.model, model, config),
         preserving=rules.preserves(growth, source.model, model),
+        dtype_policy=DtypePolicy(config.dtype, config.keep_float32),
     )
 
 
