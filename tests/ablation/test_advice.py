@@ -146,12 +146,12 @@ def test_published_rules_hold_within_their_range_and_are_cited() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"source": None}, "source: not given"),
-        ({"budget": None}, "budget: not given"),
+        ({"source": None}, "source: not set"),
+        ({"budget": None}, "budget: not set"),
         ({"target": "0.4M"}, "target: 400000 parameters are not more than the source's 450000"),
-        ({"target": "large"}, "target: 'large' is no size"),
-        ({"budget": "-3"}, "budget: '-3' is no amount"),
-        ({"target": {"hidden_size": 128}}, "target: sizes to change need a source whose shape is known"),
+        ({"target": "large"}, "target: 'large' is not a size"),
+        ({"budget": "-3"}, "budget: '-3' is not a number"),
+        ({"target": {"hidden_size": 128}}, "target: sizes to change need a source with a known shape"),
         ({"source": "prepar"}, "prepar: no such output"),
     ],
 )

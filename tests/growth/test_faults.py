@@ -141,19 +141,19 @@ def test_a_growth_as_it_should_be_passes_and_every_layer_agrees(grown: Path) -> 
 
 def test_two_exchanged_heads_are_caught_in_their_layer(grown: Path) -> None:
     damage(grown / "target", lambda tensors: swap_heads(tensors, 3))
-    assert "part in layer 3 of the target, which differs from layer 2 of the source by " in refusal(grown, FPI)
+    assert "diverge in layer 3 of the target, which differs from layer 2 of the source by " in refusal(grown, FPI)
 
 
 def test_columns_that_are_not_divided_by_their_copies_are_caught_in_their_layer(grown: Path) -> None:
     residual = map_units(SOURCE, SOURCE.model_copy(update=WIDER), FPI, SEED).residual
     copies = torch.tensor(residual.copies, dtype=torch.float32)
     damage(grown / "target", lambda tensors: tensors[role(2, tensor_names.UP)].mul_(copies))
-    assert "part in layer 2 of the target, which differs from layer 1 of the source by " in refusal(grown, FPI)
+    assert "diverge in layer 2 of the target, which differs from layer 1 of the source by " in refusal(grown, FPI)
 
 
 def test_one_undivided_column_is_caught_in_its_layer(grown: Path) -> None:
     damage(grown / "target", lambda tensors: tensors[role(5, tensor_names.DOWN)][:, 33].mul_(2))
-    assert "part in layer 5 of the target, which differs from layer 3 of the source by " in refusal(grown, FPI)
+    assert "diverge in layer 5 of the target, which differs from layer 3 of the source by " in refusal(grown, FPI)
 
 
 def test_the_tensors_of_another_layer_are_caught_where_they_are(grown: Path) -> None:
@@ -162,7 +162,7 @@ def test_the_tensors_of_another_layer_are_caught_where_they_are(grown: Path) -> 
             tensors[role(2, name)].copy_(tensors[role(3, name)])
 
     damage(grown / "target", replace)
-    assert "part in layer 2 of the target, which differs from layer 1 of the source by " in refusal(grown, FPI)
+    assert "diverge in layer 2 of the target, which differs from layer 1 of the source by " in refusal(grown, FPI)
 
 
 @pytest.mark.parametrize("name", [tensor_names.INPUT_NORM, tensor_names.POST_ATTENTION_NORM])
@@ -171,7 +171,7 @@ def test_a_gain_that_is_not_adjusted_is_caught_in_its_layer(grown: Path, name: s
     with reading.Reader(grown / "source") as reader:
         plain = reader.get(role(2, name))[list(residual.sources)]
         damage(grown / "target", lambda tensors: tensors[role(3, name)].copy_(plain))
-    assert "part in layer 3 of the target, which differs from layer 2 of the source by " in refusal(grown, FPI)
+    assert "diverge in layer 3 of the target, which differs from layer 2 of the source by " in refusal(grown, FPI)
 
 
 def test_a_further_copy_that_is_not_silent_is_caught_and_called_so(grown: Path) -> None:
@@ -179,7 +179,7 @@ def test_a_further_copy_that_is_not_silent_is_caught_and_called_so(grown: Path) 
         tensors[role(4, tensor_names.DOWN)].copy_(tensors[role(3, tensor_names.DOWN)] * 1e-3)
 
     damage(grown / "target", wake)
-    assert "part in layer 4 of the target, a further copy that should be silent and changes " in refusal(grown, FPI)
+    assert "diverge in layer 4 of the target, a further copy that should be silent and changes " in refusal(grown, FPI)
 
 
 def test_one_wrong_embedding_is_caught_before_the_first_layer(grown: Path) -> None:
@@ -199,12 +199,12 @@ def test_the_first_of_two_faults_is_the_one_that_is_named(grown: Path) -> None:
         swap_heads(tensors, 2)
 
     damage(grown / "target", break_two)
-    assert "part in layer 2 of the target, " in refusal(grown, FPI)
+    assert "diverge in layer 2 of the target, " in refusal(grown, FPI)
 
 
 def test_a_weight_that_is_no_number_is_caught_in_its_layer(grown: Path) -> None:
     damage(grown / "target", lambda tensors: tensors[role(3, tensor_names.GATE)][0].fill_(math.nan))
-    assert "part in layer 3 of the target, which differs from layer 2 of the source by nan " in refusal(grown, FPI)
+    assert "diverge in layer 3 of the target, which differs from layer 2 of the source by nan " in refusal(grown, FPI)
 
 
 def test_padding_that_is_not_zero_is_caught_in_its_layer(tmp_path: Path) -> None:
@@ -213,14 +213,14 @@ def test_padding_that_is_not_zero_is_caught_in_its_layer(tmp_path: Path) -> None
     scale_up(tmp_path / "source", tmp_path / "target", changed(SOURCE, lemon, **WIDER), lemon, SEED)
     assert max(judge(tmp_path, lemon)["layers"]) < 1e-5
     damage(tmp_path / "target", lambda tensors: tensors[role(2, tensor_names.DOWN)][40].fill_(0.01))
-    assert "part in layer 2 of the target, which differs from layer 1 of the source by " in refusal(tmp_path, lemon)
+    assert "diverge in layer 2 of the target, which differs from layer 1 of the source by " in refusal(tmp_path, lemon)
 
 
 @pytest.mark.parametrize("name", [tensor_names.GATE, tensor_names.UP, tensor_names.DOWN])
 def test_a_transposed_expert_is_caught_in_its_layer(upcycled: Path, name: str) -> None:
     expert = tensor_names.layer_name(read_config(upcycled / "target"), 2, tensor_names.expert_role(3, name))
     damage(upcycled / "target", lambda tensors: tensors[expert].copy_(tensors[expert].T.clone()))
-    assert "part in layer 2 of the target, which differs from layer 2 of the source by " in refusal(upcycled, COPY)
+    assert "diverge in layer 2 of the target, which differs from layer 2 of the source by " in refusal(upcycled, COPY)
 
 
 def test_experts_that_exchanged_their_down_projections_are_caught_in_their_layer(tmp_path: Path) -> None:
@@ -238,7 +238,7 @@ def test_experts_that_exchanged_their_down_projections_are_caught_in_their_layer
         tensors[first], tensors[second] = tensors[second], tensors[first]
 
     damage(tmp_path / "target", exchange)
-    assert "part in layer 1 of the target, which differs from layer 1 of the source by " in refusal(tmp_path, permute)
+    assert "diverge in layer 1 of the target, which differs from layer 1 of the source by " in refusal(tmp_path, permute)
 
 
 def test_the_claim_holds_for_any_router_of_equal_experts(upcycled: Path) -> None:
@@ -270,7 +270,7 @@ def test_a_router_of_experts_that_differ_is_held_to_the_sources(tmp_path: Path) 
     assert max(judge(tmp_path, COPY)["layers"]) < 1e-5
     router = tensor_names.layer_name(config, 2, tensor_names.ROUTER)
     damage(tmp_path / "target", lambda tensors: tensors[router][3].add_(0.1))
-    assert "part in layer 2 of the target, which differs from layer 2 of the source by " in refusal(tmp_path, COPY)
+    assert "diverge in layer 2 of the target, which differs from layer 2 of the source by " in refusal(tmp_path, COPY)
 
 
 def test_experts_with_equal_scores_may_change_places(tmp_path: Path) -> None:
