@@ -47,16 +47,16 @@ def measure(values: dict[str, Any], steps: int) -> dict[str, float]:
             act(number)
         return (time.process_time() - started) / times
 
-    def telling(number: int) -> None:
-        meter.told_at = 0.0
+    def exporting(number: int) -> None:
+        meter.exported_at = 0.0
         step(number)
 
     def log_point(number: int) -> None:
         meter.measured(number, point, table)
 
-    rounds: list[tuple[Any, int]] = [(step, steps), (telling, steps // 100), (log_point, steps // 100)]
+    rounds: list[tuple[Any, int]] = [(step, steps), (exporting, steps // 100), (log_point, steps // 100)]
     found = [[seconds(act, times) for act, times in rounds] for _ in range(5)]
-    return dict(zip(("step", "telling", "point"), map(statistics.median, zip(*found, strict=True)), strict=True))
+    return dict(zip(("step", "exporting", "point"), map(statistics.median, zip(*found, strict=True)), strict=True))
 
 
 def main() -> None:
@@ -78,7 +78,8 @@ def main() -> None:
     found = ray.get(ray.remote(num_cpus=1)(measure).remote(values, steps))
     ray.shutdown()
     print(f"a step                      {found['step'] * 1e6:8.2f} us")
-    print(f"telling, every {EVERY_S:.0f} s          {found['telling'] * 1e3:8.3f} ms, {found['telling'] / EVERY_S:.3%}")
+    share = found["exporting"] / EVERY_S
+    print(f"exporting, every {EVERY_S:.0f} s        {found['exporting'] * 1e3:8.3f} ms, {share:.3%}")
     print(f"a log point, {LAYERS * EXPERTS} experts    {found['point'] * 1e3:8.3f} ms")
 
 

@@ -78,9 +78,9 @@ def test_what_is_no_address_is_refused_in_one_line(text: str) -> None:
 
 @pytest.mark.process
 def test_a_checkpoint_is_downloaded_grown_and_published_with_its_card(run: Run, hub: LocalHub, tmp_path: Path) -> None:
-    answer = run("grow.py", "source=org/small", "target=grown", "push=me/grown", *GROWTH)
-    assert answer.returncode == 0, answer.stderr
-    assert "published" in answer.stdout
+    completed = run("grow.py", "source=org/small", "target=grown", "push=me/grown", *GROWTH)
+    assert completed.returncode == 0, completed.stderr
+    assert "published" in completed.stdout
     cached = {path.name for path in (tmp_path / "cache").rglob("snapshots/*/*")}
     assert {"config.json", "model.safetensors", "tokenizer.json", "README.md", "LICENSE"} <= cached
     assert cached.isdisjoint({"pytorch_model.bin", "consolidated.safetensors"})
@@ -89,7 +89,7 @@ def test_a_checkpoint_is_downloaded_grown_and_published_with_its_card(run: Run, 
     assert all(data == (target / name).read_bytes() for name, data in files.items() if name != ".gitattributes")
     assert hub.created[-1]["visibility"] == "private"
     assert hub.tokens == {"Bearer hf_x"}
-    assert "hf_x" not in answer.stdout + "".join(path.read_text() for path in target.glob("*.json"))
+    assert "hf_x" not in completed.stdout + "".join(path.read_text() for path in target.glob("*.json"))
 
 
 @pytest.mark.process
@@ -99,10 +99,10 @@ def test_without_a_network_the_command_to_run_is_printed(run: Run, tmp_path: Pat
         (("source=hf://org/small@v2", "target=grown", "action=plan", *GROWTH), {}),
         (("source=org/missing", "target=grown", *GROWTH), {}),
     ):
-        answer = run("grow.py", *words, **changes)
-        assert answer.returncode == 1
-        assert answer.stderr.count("\n") == 1
-        assert "run `hf download org/" in answer.stderr
+        completed = run("grow.py", *words, **changes)
+        assert completed.returncode == 1
+        assert completed.stderr.count("\n") == 1
+        assert "run `hf download org/" in completed.stderr
         assert not (tmp_path / "grown").exists()
 
 

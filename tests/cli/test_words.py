@@ -156,7 +156,11 @@ def test_words_mean_the_same_in_every_order_and_form(of: Program, words: list[st
         (PIPELINE, ["seed"], "seed: is not a setting; write KEY=VALUE"),
         (PIPELINE, ["data=/my/a.jsonl"], "data=/my/a.jsonl: names a configuration of conf/data"),
         (PIPELINE, ["experiment=my/own.yaml"], "experiment=my/own.yaml: names a configuration of conf/experiment"),
-        (PIPELINE, ["ablation=scale_up"], "ablation=scale_up: efficientscale.py has no ablations; they belong to python"),
+        (
+            PIPELINE,
+            ["ablation=scale_up"],
+            "ablation=scale_up: efficientscale.py has no ablations; they belong to python",
+        ),
         (GROW, ["+experiment=7b"], "experiment=7b: grow.py has no experiments; they belong to python workflows/eff"),
         (GROW, ["growth=fip"], "growth=fip: there is no conf/growth/fip.yaml; did you mean 'fpi'?"),
         (PIPELINE, ["~seed"], "seed: is needed by stages.prepare.seed, and is not set"),

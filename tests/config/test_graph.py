@@ -101,7 +101,7 @@ def test_an_input_of_the_wrong_kind_is_refused(refusal: Callable[..., str]) -> N
     )
 
 
-def test_a_stage_says_which_inputs_it_reads(refusal: Callable[..., str]) -> None:
+def test_a_stage_declares_which_inputs_it_reads(refusal: Callable[..., str]) -> None:
     assert refusal("stages.export.inputs.source=null") == (
         "stages.export: inputs: 'source' is missing; a export stage reads source"
     )

@@ -276,11 +276,11 @@ def test_nearest_offers_a_name_only_if_one_is_near() -> None:
 def test_a_mistake_ends_the_command_with_one_line_and_status_1_before_anything_is_written(
     command: Callable[..., Any], tmp_path: Path, word: str, line: str
 ) -> None:
-    answer = command(word, cwd=tmp_path)
-    assert answer.returncode == 1
-    assert answer.stdout == ""
-    assert answer.stderr.startswith(line)
-    assert answer.stderr.count("\n") == 1
+    completed = command(word, cwd=tmp_path)
+    assert completed.returncode == 1
+    assert completed.stdout == ""
+    assert completed.stderr.startswith(line)
+    assert completed.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 

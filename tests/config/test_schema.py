@@ -91,7 +91,7 @@ def test_parameters_are_the_elements_of_the_tensors(
     one_expert = [
         elements(shape) for name, shape in tensor_shapes(config).items() if ".experts.0." in name
     ]  # gate, up and down of every layer
-    # The file of an MoE with QKV bias may hold a zero shared expert that its format asks for: it is not a parameter.
+    # The file of an MoE with QKV bias may hold a zero shared expert that its format requires: it is not a parameter.
     own = {name: shape for name, shape in tensor_shapes(config).items() if "shared_expert" not in name}
     assert config.num_params == sum(map(elements, own.values()))
     assert config.num_params - config.num_active_params == sum(one_expert) * max(0, experts - 2)

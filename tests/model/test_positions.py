@@ -63,8 +63,8 @@ def tokens_of(config: ModelConfig) -> Tensor:
     return torch.randint(config.vocab_size, (2, LENGTH), generator=torch.Generator().manual_seed(1))
 
 
-def off(found: Tensor, expected: Tensor) -> float:
-    return ((found - expected).abs().max() / expected.std()).item()
+def off(actual: Tensor, expected: Tensor) -> float:
+    return ((actual - expected).abs().max() / expected.std()).item()
 
 
 @pytest.mark.parametrize("rope", [None, *ROPES])

@@ -214,7 +214,7 @@ def test_the_code_of_a_growth_method_is_part_of_the_identity_of_its_growth_and_o
     words = {method: f"growth={method}" for method in ("aki", "aki_pro", "fpi")}
     before = {method: fingerprints(word) for method, word in words.items()}
     method = package / "growth" / "methods" / "aki.py"
-    edit(method, ("    spaces = [", "    # A comment.\n    spaces = ["), ('"""Grow one tensor', '"""Say it anew'))
+    edit(method, ("    spaces = [", "    # A comment.\n    spaces = ["), ('"""Grow one tensor', '"""Put it again'))
     assert {method: fingerprints(word) for method, word in words.items()} == before
     edit(method, ("new_rows=upper_layer[role]", "new_rows=upper_layer[role + '']"))  # a helper, which `aki_pro` takes
     after = {method: fingerprints(word) for method, word in words.items()}
@@ -227,7 +227,7 @@ def test_the_code_of_a_growth_method_is_part_of_the_identity_of_its_growth_and_o
 
 
 @pytest.mark.parametrize(
-    ("file", "old", "new", "first", "said"),
+    ("file", "old", "new", "first", "shown"),
     [
         (
             "growth/methods/aki_pro.py",
@@ -247,7 +247,7 @@ def test_the_code_of_a_growth_method_is_part_of_the_identity_of_its_growth_and_o
         ("training/schedules.py", "return 1.0", "return 2.0", "prepare", "schedule name wsd"),
     ],
 )
-def test_what_is_changed_in_named_code_is_said_by_the_plan(
+def test_what_is_changed_in_named_code_is_shown_by_the_plan(
     package: Path,
     compose: Compose,
     tmp_path: Path,
@@ -255,7 +255,7 @@ def test_what_is_changed_in_named_code_is_said_by_the_plan(
     old: str,
     new: str,
     first: str,
-    said: str,
+    shown: str,
 ) -> None:
     def plan() -> dict[str, planning.Planned]:
         nodes = graph.build(graph.parse(compose()))
@@ -269,7 +269,7 @@ def test_what_is_changed_in_named_code_is_said_by_the_plan(
         store.publish(partial, stage_record(**about, recipe=planned.recipe))
     assert {planned.state for planned in plan().values()} == {"cached"}
     edit(package / file, (old, new))
-    assert plan()[first].reason == f"code of {said} changed"
+    assert plan()[first].reason == f"code of {shown} changed"
     edit(package / file, (new, old))
     assert plan()[first].state == "cached"
 

@@ -90,7 +90,7 @@ def test_any_byte_of_any_output_that_changed_is_noticed_by_the_stage_that_reads_
     execute()
 
 
-def test_what_is_removed_as_the_message_says_is_made_again_and_the_readers_verify(
+def test_what_is_removed_as_the_message_states_is_made_again_and_the_readers_verify(
     root: Path, execute: Execute, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("aquilamoe.reports.report.write", lambda **_: None)
@@ -104,10 +104,10 @@ def test_what_is_removed_as_the_message_says_is_made_again_and_the_readers_verif
 
 
 @pytest.mark.parametrize("words", [("action=generate", "prompt=x"), ("action=evaluate", "tasks=x")], ids=lambda w: w[0])
-def test_a_changed_checkpoint_neither_writes_nor_answers(
+def test_a_changed_checkpoint_neither_writes_nor_is_evaluated(
     root: Path, execute: Execute, words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("aquilamoe.cli.evaluate.find_spec", lambda _: True)  # lm-eval is asked after the check
+    monkeypatch.setattr("aquilamoe.cli.evaluate.find_spec", lambda _: True)  # lm-eval is called after the check
     weights = output(root, "moe") / "model" / "model.safetensors"
     flip(weights, random.Random(2))
     for checkpoint in ("moe", output(root, "moe"), output(root, "moe") / "model"):
@@ -146,7 +146,7 @@ def test_a_changed_tensor_of_a_growth_by_hand_is_not_grown_again(root: Path, tmp
     with pytest.raises(UserError, match=rf"^{target}: tensor '\S+' has SHA-256 .*, and the growth does not read it; "):
         aquilamoe.upcycle(target, tmp_path / "experts", model=experts, certificate=plain)
     assert not (tmp_path / "experts").exists()
-    (target / RECORD).unlink()  # as the message says, where somebody trained it further
+    (target / RECORD).unlink()  # as the message states for one that was trained further
     aquilamoe.upcycle(target, tmp_path / "experts", model=experts, certificate=plain)
 
 

@@ -45,7 +45,7 @@ def test_every_output_is_cached(values: Callable[..., dict[str, Any]]) -> None:
 
 
 @pytest.mark.parametrize("words", [["action=status"], ["action=lineage", "checkpoint=moe"], ["action=verify"]])
-def test_it_answers_what_is_asked_of_it(
+def test_every_query_of_it_has_a_result(
     values: Callable[..., dict[str, Any]], words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     commands.execute(values(*words), "a command")

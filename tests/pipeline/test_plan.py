@@ -44,7 +44,7 @@ def make(nodes: Mapping[str, Node], store: Store) -> Plan:
 
 
 def publish(store: Store, *stages: Planned, seconds: float = 8.0, resumed: bool = False, old: bool = False) -> None:
-    """What a run leaves of these stages, without their files. old: before records told the work of a training."""
+    """What a run leaves of these stages, without their files. old: before records had the work of a training."""
     for number, planned in enumerate(stages):
         partial = store.partial(planned.name, planned.fingerprint)
         partial.mkdir(parents=True, exist_ok=True)
@@ -63,7 +63,7 @@ def publish(store: Store, *stages: Planned, seconds: float = 8.0, resumed: bool 
 
 
 def trained(node: Node) -> dict[str, int]:
-    """What a training says of itself; nothing of another stage."""
+    """What a training records of itself; nothing of another stage."""
     if not node.flops or node.model is None:
         return {}
     params = {"params_total": node.model.num_params, "params_active": node.model.num_active_params}
@@ -105,11 +105,11 @@ def with_config(node: Node, config: dict[str, Any]) -> Node:
     return replace(node, stage=type(node.stage).model_construct(**config))
 
 
-def test_in_an_empty_store_every_stage_runs_and_says_that_there_is_no_output_yet(plan: Callable[..., Plan]) -> None:
+def test_in_an_empty_store_every_stage_runs_because_there_is_no_output_yet(plan: Callable[..., Plan]) -> None:
     assert {(planned.state, planned.reason) for planned in plan().values()} == {("runs", "no output yet")}
 
 
-def test_what_was_published_is_cached_and_says_where_it_is(plan: Callable[..., Plan], store: Store) -> None:
+def test_what_was_published_is_cached_and_shows_where_it_is(plan: Callable[..., Plan], store: Store) -> None:
     publish(store, *plan().values())
     for planned in plan().values():
         assert (planned.state, planned.seconds) == ("cached", 0.0)
@@ -188,7 +188,7 @@ def test_a_control_runs_again_when_the_line_that_it_equals_costs_more(plan: Call
     assert changed.reason == f"total_tokens {before} -> {changed.node.tokens}"
 
 
-def test_a_stage_that_reads_a_changed_one_says_which(plan: Callable[..., Plan], store: Store) -> None:
+def test_a_stage_that_reads_a_changed_one_names_it(plan: Callable[..., Plan], store: Store) -> None:
     publish(store, *plan("growth=aki_pro").values())
     changed = plan("growth=fpi")
     assert changed["dense"].reason == "scale_up runs"
@@ -205,7 +205,7 @@ def test_many_changed_fields_are_counted(plan: Callable[..., Plan], store: Store
     )
 
 
-def test_what_changed_is_said_against_the_newest_output(plan: Callable[..., Plan], store: Store) -> None:
+def test_what_changed_is_shown_against_the_newest_output(plan: Callable[..., Plan], store: Store) -> None:
     publish(store, plan()["corpus"], plan("data.validation_fraction=0.25")["corpus"])
     assert plan("data.validation_fraction=0.125")["corpus"].reason == "validation_fraction 0.25 -> 0.125"
 
@@ -223,7 +223,7 @@ def test_two_stages_with_one_recipe_are_computed_once(plan: Callable[..., Plan])
     assert (same["again"].reason, same["again"].seconds, same["again"].estimate.disk_bytes) == ("as export", 0.0, 0)
 
 
-def test_an_interrupted_training_resumes_and_says_how_far_it_came(plan: Callable[..., Plan], store: Store) -> None:
+def test_an_interrupted_training_resumes_and_shows_how_far_it_came(plan: Callable[..., Plan], store: Store) -> None:
     partial = store.partial("prepare", plan()["prepare"].fingerprint)
     partial.mkdir(parents=True)
     prepare = plan()["prepare"]
@@ -232,7 +232,7 @@ def test_an_interrupted_training_resumes_and_says_how_far_it_came(plan: Callable
     assert plan()["prepare"].reason == f"interrupted at 409,600 of {prepare.node.tokens:,} tokens"
 
 
-def test_an_interrupted_stage_that_cannot_resume_starts_anew(plan: Callable[..., Plan], store: Store) -> None:
+def test_an_interrupted_stage_that_cannot_resume_starts_over(plan: Callable[..., Plan], store: Store) -> None:
     store.partial("tokenizer", plan()["tokenizer"].fingerprint).mkdir(parents=True)
     assert (plan()["tokenizer"].state, plan()["tokenizer"].reason) == ("runs", "interrupted, starts over")
 
@@ -253,7 +253,7 @@ def test_without_a_record_a_training_takes_its_flops_at_the_clusters_stated_spee
         assert planned.seconds == expected
 
 
-def test_where_nobody_states_a_speed_it_is_that_of_this_machines_processors(
+def test_without_a_stated_speed_it_is_that_of_this_machines_processors(
     compose: Compose, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def speed(*words: str) -> Speed:
@@ -294,14 +294,16 @@ def test_a_training_that_never_ran_is_expected_at_the_speed_of_the_others(
     assert dense.seconds is not None and dense.seconds < 0.95 * 10.0 * dense.node.flops / prepare.node.flops
 
 
-def test_records_that_do_not_tell_their_work_are_compared_by_flops(plan: Callable[..., Plan], store: Store) -> None:
+def test_records_without_their_work_are_compared_by_flops(plan: Callable[..., Plan], store: Store) -> None:
     prepare = plan()["prepare"]
     publish(store, prepare, seconds=10.0, old=True)
     dense = plan()["dense"]
     assert dense.seconds == pytest.approx(10.0 * dense.node.flops / prepare.node.flops)
 
 
-def test_of_several_trainings_the_most_alike_says_how_fast_another_is(plan: Callable[..., Plan], store: Store) -> None:
+def test_of_several_trainings_the_most_alike_gives_the_speed_of_another(
+    plan: Callable[..., Plan], store: Store
+) -> None:
     publish(store, plan()["prepare"], seconds=10.0)
     publish(store, plan()["moe"], seconds=1000.0)
     small, dense = plan()["prepare"], plan()["dense"]
@@ -405,7 +407,7 @@ def test_a_stage_that_reads_text_is_expected_by_the_bytes_of_what_it_reads(
         publish_with(first[name], 1000)
     second = planned(4000)
     assert second["corpus"].seconds == pytest.approx(12.0)
-    assert (second["tokenizer"].seconds, second["tokens"].seconds) == (None, None)  # nobody knows the corpus yet
+    assert (second["tokenizer"].seconds, second["tokens"].seconds) == (None, None)  # the corpus is not known yet
     publish_with(second["corpus"], 5000)
     third = planned(4000)
     assert [third[name].seconds for name in ("tokenizer", "tokens")] == pytest.approx([15.0, 15.0])

@@ -1,4 +1,4 @@
-"""Files of a store that are damaged: every command ends in an answer or in one line, never in a traceback."""
+"""Files of a store that are damaged: every command ends in an completed or in one line, never in a traceback."""
 
 import json
 import logging
@@ -63,7 +63,7 @@ def with_value(value: Any, path: tuple[Any, ...], new: Any) -> Any:
 
 
 def mutations(text: str, draw: random.Random) -> Iterator[str]:
-    """The text with damage of every kind; of a record without the digest that would tell at once."""
+    """The text with damage of every kind; of a record without the digest that would show it at once."""
     record = {key: value for key, value in json.loads(text).items() if key not in ("sha256", "format")}
     places = list(paths_of(record))
     while True:
@@ -77,7 +77,7 @@ def mutations(text: str, draw: random.Random) -> Iterator[str]:
 
 
 @pytest.mark.process
-def test_whatever_a_record_says_every_command_answers_or_ends_in_a_line(
+def test_whatever_a_record_holds_every_command_succeeds_or_ends_in_a_line(
     root: Path, execute: Callable[[str], None], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("aquilamoe.reports.report.write", lambda **_: None)

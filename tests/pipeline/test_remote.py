@@ -185,7 +185,7 @@ def test_a_record_from_elsewhere_that_leads_out_of_its_directory_is_none(name: s
     assert not (tmp_path / "b" / "stages" / "outside").exists()
 
 
-def test_an_interrupted_fetch_starts_anew(tmp_path: Path) -> None:
+def test_an_interrupted_fetch_starts_over(tmp_path: Path) -> None:
     remote = Remote(str(tmp_path / "shared"))
     store, directory, record = published(tmp_path / "a", remote)
     store.push(directory, record)
@@ -198,14 +198,14 @@ def test_an_interrupted_fetch_starts_anew(tmp_path: Path) -> None:
     assert content(found[0]) == content(directory)
 
 
-def test_storage_that_does_not_answer_and_keys_in_an_address_are_one_line_each(
+def test_storage_that_does_not_respond_and_keys_in_an_address_are_one_line_each(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(UserError, match="holds a key; leave it out"):
         Remote("s3://key:secret@bucket/prefix")
     with pytest.raises(UserError, match="holds a key; leave it out"):
         Remote("s3://bucket/prefix?secret_key=x")
-    (tmp_path / "shared").write_text("a file where a directory is wanted")
+    (tmp_path / "shared").write_text("a file where a directory is expected")
     store, directory, record = published(tmp_path / "a", Remote(str(tmp_path / "shared")))
     with pytest.raises(UserError, match=f"cannot write prepare-{PRINT}") as caught:
         store.push(directory, record)
@@ -225,7 +225,7 @@ def in_progress(root: Path, remote: Remote, *steps: int) -> CheckpointSync:
     attempts = Attempts(root, f"prepare-{PRINT}")
     attempts.begin(Rates(1, 0.0, 0.0))
     (partial / "metrics.jsonl").write_text(f'{{"step": {steps[-1]}}}\n')
-    for step in steps:  # last: whoever follows takes what is there when a checkpoint gets its name
+    for step in steps:  # last: an observer takes what is there when a checkpoint gets its name
         hidden = folder / f".step-{step:09d}"
         (hidden / "model").mkdir(parents=True)
         (hidden / "model" / "a.safetensors").write_bytes(os.urandom(1000 + step))
@@ -284,10 +284,10 @@ def test_a_checkpoint_that_is_here_is_not_replaced_and_a_damaged_or_half_one_is_
     assert "is passed over" in caplog.text
 
 
-def test_storage_that_fails_does_not_stop_a_stage_and_is_told_once(
+def test_storage_that_fails_does_not_stop_a_stage_and_is_reported_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "shared").write_text("a file where a directory is wanted")
+    (tmp_path / "shared").write_text("a file where a directory is expected")
     here = in_progress(tmp_path / "a", Remote(str(tmp_path / "shared")), 10)
     monkeypatch.setattr("aquilamoe.pipeline.checkpoint_sync.POLL_S", 0.01)
     tried, copy = list[Path](), here.copy
@@ -350,8 +350,8 @@ def test_a_training_that_was_killed_goes_on_on_another_machine_and_ends_with_the
     plan = command(*words, "action=plan", cwd=tmp_path / "b", **keys)
     assert "fetched" in plan.stdout and f"from {saved[0]}" in " ".join(plan.stdout.split())
     for folder in ("b", "a"):
-        answer = command(*words, cwd=tmp_path / folder, **keys)
-        assert answer.returncode == 0, answer.stderr
+        completed = command(*words, cwd=tmp_path / folder, **keys)
+        assert completed.returncode == 0, completed.stderr
     (here,), (there,) = ((tmp_path / folder / "runs" / "stages").glob("prepare-*[!l]") for folder in "ab")
     assert content(here / "model") == content(there / "model")
     assert content(here / "training") == content(there / "training")

@@ -72,7 +72,7 @@ class FakeStage:
 
 @dataclass
 class Recorder:
-    """An observer that remembers what it is told."""
+    """An observer that remembers its events."""
 
     events: list[tuple[str, str, Any]] = field(default_factory=list)
 
@@ -184,7 +184,7 @@ def test_observers_hear_where_a_stage_grows_from_which_recipe_and_inputs(pipelin
     }
 
 
-def test_a_record_says_what_was_done_with_what_when_and_by_which_code(pipeline: Pipeline) -> None:
+def test_a_record_states_what_was_done_with_what_when_and_by_which_code(pipeline: Pipeline) -> None:
     done = pipeline.run()
     record = json.loads((done["words"].directory / "record.json").read_text())
     planned = {planned.name: planned for planned in pipeline.plan()}["words"]
@@ -224,7 +224,7 @@ def test_two_stages_with_one_recipe_are_computed_once(pipeline: Pipeline) -> Non
     assert [stage for stage, about in pipeline.observer.of("finished") if about["cached"]] == ["again"]
 
 
-def test_a_failure_is_told_and_raised_and_the_later_stages_do_not_start(pipeline: Pipeline) -> None:
+def test_a_failure_is_reported_and_raised_and_the_later_stages_do_not_start(pipeline: Pipeline) -> None:
     pipeline.stages["words"].during = raising(UserError("stages.words: no words; write some"))
     pipeline.fail(UserError)
     assert pipeline.observer.of("failed") == [("words", "stages.words: no words; write some")]
@@ -239,7 +239,7 @@ def test_what_a_failed_stage_left_is_kept_and_what_was_finished_before_is_cached
     assert [planned.state for planned in pipeline.plan()] == ["cached", "runs", "runs"]
 
 
-def test_an_interruption_by_the_user_is_told_and_passed_on(pipeline: Pipeline) -> None:
+def test_an_interruption_by_the_user_is_reported_and_passed_on(pipeline: Pipeline) -> None:
     pipeline.stages["words"].during = raising(KeyboardInterrupt())
     pipeline.fail(KeyboardInterrupt)
     assert pipeline.observer.of("failed") == [("words", "KeyboardInterrupt")]
@@ -250,7 +250,7 @@ def complete(context: Context) -> None:
     (context.out / "half.txt").rename(context.out / "whole.txt")
 
 
-def test_a_stage_that_resumes_finds_what_the_interrupted_run_left_and_its_record_says_so(pipeline: Pipeline) -> None:
+def test_a_stage_that_resumes_finds_what_the_interrupted_run_left_and_its_record_states_so(pipeline: Pipeline) -> None:
     stage = pipeline.stages["words"]
     stage.RESUMES, stage.during = True, raising(RuntimeError("broken"))
     pipeline.fail()
@@ -309,7 +309,7 @@ def test_points_reach_observers_while_the_stage_runs_and_all_before_its_end(pipe
     assert events == ["started", "progress", "progress", "finished"]
 
 
-def test_each_step_is_told_once_though_a_resumed_worker_replaces_the_file_and_repeats_steps(
+def test_each_step_is_reported_once_though_a_resumed_worker_replaces_the_file_and_repeats_steps(
     pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[runner._Follower] = []
@@ -321,12 +321,12 @@ def test_each_step_is_told_once_though_a_resumed_worker_replaces_the_file_and_re
 
     monkeypatch.setattr(runner._Follower, "new_points", counting)
 
-    def told() -> list[int]:
+    def reported() -> list[int]:
         return [point["step"] for _, points in pipeline.observer.of("progress") for point in points]
 
     def during(context: Context) -> None:
         write(context.metrics_file, range(6))
-        until(lambda: told() == list(range(6)))
+        until(lambda: reported() == list(range(6)))
         replacement = context.metrics_file.with_suffix(".tmp")
         write(replacement, range(4))
         replacement.replace(context.metrics_file)
@@ -336,10 +336,10 @@ def test_each_step_is_told_once_though_a_resumed_worker_replaces_the_file_and_re
 
     pipeline.stages["text"].during = during
     pipeline.run()
-    assert told() == list(range(9))
+    assert reported() == list(range(9))
 
 
-def test_a_half_written_point_is_told_when_it_is_whole(pipeline: Pipeline) -> None:
+def test_a_half_written_point_is_reported_when_it_is_whole(pipeline: Pipeline) -> None:
     def during(context: Context) -> None:
         with context.metrics_file.open("a") as file:
             file.write('{"step": 1}\n{"st')
@@ -352,7 +352,7 @@ def test_a_half_written_point_is_told_when_it_is_whole(pipeline: Pipeline) -> No
     assert pipeline.observer.of("progress") == [("text", [{"step": 1}]), ("text", [{"step": 2}])]
 
 
-def test_a_resumed_stage_tells_again_what_its_file_already_holds(pipeline: Pipeline) -> None:
+def test_a_resumed_stage_reports_again_what_its_file_already_holds(pipeline: Pipeline) -> None:
     stage = pipeline.stages["text"]
     stage.RESUMES = True
 

@@ -141,11 +141,11 @@ def test_what_a_killed_run_left_of_its_record_is_no_part_of_the_output(store: St
 
 
 @pytest.mark.parametrize(
-    ("damage", "found"),
+    ("damage", "problem"),
     [(Path.unlink, "is missing"), (lambda path: path.write_bytes(b"short"), "has 5 bytes")],
 )
 def test_an_output_that_lost_bytes_is_refused_with_what_to_remove(
-    store: Store, partial: Path, damage: Callable[[Path], object], found: str
+    store: Store, partial: Path, damage: Callable[[Path], object], problem: str
 ) -> None:
     store.publish(partial, record_of())
     out = store.directory("prepare", DIGEST)
@@ -153,7 +153,7 @@ def test_an_output_that_lost_bytes_is_refused_with_what_to_remove(
     with pytest.raises(UserError) as caught:
         store.find("prepare", DIGEST)
     assert str(caught.value) == (
-        f"{out}/model/weights.bin: {found}, its record states 1000 bytes; remove {out} and run again to rebuild it"
+        f"{out}/model/weights.bin: {problem}, its record states 1000 bytes; remove {out} and run again to rebuild it"
     )
 
 
@@ -204,7 +204,7 @@ def holding(root: Path) -> Iterator["subprocess.Popen[str]"]:
         driver.stdout.close()
 
 
-def test_a_second_driver_is_told_in_one_line_who_holds_the_store(store: Store) -> None:
+def test_a_second_driver_learns_in_one_line_who_holds_the_store(store: Store) -> None:
     with holding(store.root) as other:
         with pytest.raises(UserError) as caught, store.lock():
             pass
@@ -234,12 +234,12 @@ def test_a_lock_is_free_again_after_an_error(store: Store) -> None:
         pass
 
 
-def test_asking_for_the_holder_does_not_turn_a_driver_away(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reading_the_holder_does_not_turn_a_driver_away(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     with store.lock():
         pass
-    asking = (store.root / ".lock").open()
-    assert take_lock(asking, 0)
-    monkeypatch.setattr(time, "sleep", lambda _: asking.close())
+    reader = (store.root / ".lock").open()
+    assert take_lock(reader, 0)
+    monkeypatch.setattr(time, "sleep", lambda _: reader.close())
     with store.lock():
         pass
 
@@ -249,9 +249,9 @@ def test_two_processes_that_look_for_the_holder_do_not_take_each_other_for_it(
 ) -> None:
     store.stages.mkdir(parents=True)
     (store.root / ".lock").write_text("process 1 since 2026-01-01 00:00:00, which was killed")
-    asking = (store.root / ".lock").open()
-    assert take_lock(asking, 0)
-    monkeypatch.setattr(time, "sleep", lambda _: asking.close())
+    reader = (store.root / ".lock").open()
+    assert take_lock(reader, 0)
+    monkeypatch.setattr(time, "sleep", lambda _: reader.close())
     assert store.holder() is None
 
 

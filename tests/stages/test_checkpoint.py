@@ -284,7 +284,7 @@ def test_growing_it_keeps_its_function_and_training_begins_where_it_was(finished
     assert dense["loss_start"] == pytest.approx(control["loss_start"], abs=2e-2)  # the grown one is rounded to bfloat16
 
 
-def test_lineage_and_report_say_that_what_is_behind_it_is_unknown(
+def test_lineage_and_report_state_that_what_is_behind_it_is_unknown(
     finished: tuple[Path, list[str]], compose: Compose, source: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root, words = finished
@@ -324,8 +324,8 @@ def test_a_run_killed_while_it_takes_the_checkpoint_and_while_it_trains_ends_wit
     for point in (r"prepare-\w+\.partial/model/tokenizer\.json$", r"dense-\w+\.partial/checkpoints/.*step-0*4\b"):
         killed = command(*words, cwd=tmp_path, **ambush(point, "kill"))
         assert killed.returncode == -signal.SIGKILL, (point, killed.stderr)
-    answer = command(*words, cwd=tmp_path)
-    assert answer.returncode == 0, answer.stderr
+    completed = command(*words, cwd=tmp_path)
+    assert completed.returncode == 0, completed.stderr
     assert record(tmp_path / "runs", "dense")["resumed"]
     for name in ("prepare", "tokenizer", "tokens", "scale_up", "dense", "scale_out", "moe"):
         assert digests_of(tmp_path / "runs", name) == digests_of(root, name), name

@@ -15,7 +15,7 @@ after, parent = os.environ["AMBUSH_AFTER"].split(os.pathsep), os.getppid()
 def wait():
     while os.getppid() == parent:
         time.sleep(0.2)
-    os._exit(1)  # whoever would have ended this has ended
+    os._exit(1)  # the test that would have ended this has ended
 
 def watch(event, arguments):
     global left
@@ -26,7 +26,7 @@ def watch(event, arguments):
             if left == 0 and deed == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             elif left == 0 and not Path(deed).exists():
-                Path(deed).touch()  # whoever waits for this file stops the process
+                Path(deed).touch()  # the test that waits for this file stops the process
                 wait()
 
 sys.addaudithook(watch)

@@ -1,4 +1,4 @@
-"""A server on this machine that speaks what huggingface_hub needs: repositories to download, and to publish to."""
+"""A server on this machine with the protocol of huggingface_hub: repositories to download, and to publish to."""
 
 import base64
 import hashlib
@@ -70,12 +70,12 @@ class _Handler(BaseHTTPRequestHandler):
         name, _, rest = _name(path.removeprefix("api/models/"))
         files = self._files(name)
         if files is None:
-            self._answer({"error": "Repository not found"}, 401, {"X-Error-Code": "RepoNotFound"})
+            self._respond({"error": "Repository not found"}, 401, {"X-Error-Code": "RepoNotFound"})
         elif rest.startswith("tree"):
-            self._answer([{"type": "file", "path": n, "size": len(d), "oid": _sha1(d)} for n, d in files.items()])
+            self._respond([{"type": "file", "path": n, "size": len(d), "oid": _sha1(d)} for n, d in files.items()])
         else:
             siblings = [{"rfilename": each} for each in files]
-            self._answer(
+            self._respond(
                 {"id": name, "modelId": name, "sha": COMMIT, "private": False, "siblings": siblings, "tags": []}
             )
 
@@ -87,30 +87,32 @@ class _Handler(BaseHTTPRequestHandler):
             values = json.loads(body)
             self.hub.created.append(values)
             owner = f"{values['organization']}/" if values.get("organization") else ""
-            self._answer({"url": f"{self.hub.address}/{owner}{values['name']}"})
+            self._respond({"url": f"{self.hub.address}/{owner}{values['name']}"})
         elif path == "api/validate-yaml":
-            self._answer({"errors": [], "warnings": []})
+            self._respond({"errors": [], "warnings": []})
         elif path.endswith("/preupload/main"):
             files = [
                 {"path": each["path"], "uploadMode": "lfs" if each["path"].endswith(".safetensors") else "regular",
                  "shouldIgnore": False} for each in json.loads(body)["files"]
             ]  # fmt: skip
-            self._answer({"files": files})
+            self._respond({"files": files})
         elif path.endswith("/info/lfs/objects/batch"):
-            self._answer({"transfer": "basic", "objects": [self._upload(each) for each in json.loads(body)["objects"]]})
+            self._respond(
+                {"transfer": "basic", "objects": [self._upload(each) for each in json.loads(body)["objects"]]}
+            )
         elif path.endswith("/commit/main"):
             self._commit(_name(path.removeprefix("api/models/"))[0], body)
         else:
-            self._answer({"error": path}, 404)
+            self._respond({"error": path}, 404)
 
     def do_PUT(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         assert hashlib.sha256(body).hexdigest() == self.path.rpartition("/")[2]
         self.hub.blobs[hashlib.sha256(body).hexdigest()] = body
-        self._answer({})
+        self._respond({})
 
-    def _upload(self, wanted: dict[str, Any]) -> dict[str, Any]:
-        return {**wanted, "actions": {"upload": {"href": f"{self.hub.address}/blob/{wanted['oid']}"}}}
+    def _upload(self, request: dict[str, Any]) -> dict[str, Any]:
+        return {**request, "actions": {"upload": {"href": f"{self.hub.address}/blob/{request['oid']}"}}}
 
     def _commit(self, name: str, body: bytes) -> None:
         files = self.hub.published.setdefault(name, {})
@@ -121,7 +123,7 @@ class _Handler(BaseHTTPRequestHandler):
             elif line["key"] == "lfsFile":
                 files[value["path"]] = self.hub.blobs[value["oid"]]
         address = f"{self.hub.address}/{name}/commit/{COMMIT}"
-        self._answer({"success": True, "commitUrl": address, "commitOid": COMMIT})
+        self._respond({"success": True, "commitUrl": address, "commitOid": COMMIT})
 
     def _files(self, name: str) -> dict[str, bytes] | None:
         folder = self.hub.repositories.get(name)
@@ -134,7 +136,7 @@ class _Handler(BaseHTTPRequestHandler):
         name, _, rest = _name(self.path.partition("?")[0].removeprefix("/"))
         data = (self._files(name) or {}).get(rest.removeprefix(f"resolve/{COMMIT}/"))
         if data is None:
-            self._answer({"error": "Entry not found"}, 404, {"X-Error-Code": "EntryNotFound"}, body)
+            self._respond({"error": "Entry not found"}, 404, {"X-Error-Code": "EntryNotFound"}, body)
             return
         self.send_response(200)
         for key, value in {
@@ -147,7 +149,9 @@ class _Handler(BaseHTTPRequestHandler):
         if body:
             self.wfile.write(data)
 
-    def _answer(self, values: Any, status: int = 200, headers: dict[str, str] | None = None, body: bool = True) -> None:
+    def _respond(
+        self, values: Any, status: int = 200, headers: dict[str, str] | None = None, body: bool = True
+    ) -> None:
         data = json.dumps(values).encode()
         self.send_response(status)
         for key, value in {

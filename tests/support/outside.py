@@ -54,7 +54,7 @@ def write_checkpoint(directory: Path, **changes: Any) -> Path:
     model.generation_config = GenerationConfig(**tokens, do_sample=True, temperature=0.2, top_p=0.9)
     model.save_pretrained(directory)
     _tokenizer().save_pretrained(directory)
-    (directory / "LICENSE").write_text("Of whoever has made it.\n")
+    (directory / "LICENSE").write_text("Of its authors.\n")
     return directory
 
 

@@ -3,12 +3,12 @@
 import random
 import socket
 
-# Below those that the kernel hands out, and above those of Ray's workers: nobody else takes one by chance.
+# Below those that the kernel hands out, and above those of Ray's workers: no other program takes one by chance.
 RANGE = range(20_000, 32_000)
 
 
 def free_port() -> int:
-    """A port at which nobody listens."""
+    """A port at which no program listens."""
     draw = random.SystemRandom()
     while True:
         port = draw.choice(RANGE)

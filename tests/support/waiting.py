@@ -11,16 +11,16 @@ PATIENCE_S = 600.0  # for what never comes; no test passes or fails by it on a s
 POLL_S = 0.01
 
 
-def until(found: Callable[[], Found], by: "subprocess.Popen[str] | subprocess.Popen[bytes] | None" = None) -> Found:
-    """Wait until something is found, and return it.
+def until(poll: Callable[[], Found], by: "subprocess.Popen[str] | subprocess.Popen[bytes] | None" = None) -> Found:
+    """Wait until something is poll, and return it.
 
     Args:
-        found: is called again and again.
+        poll: is called again and again.
         by: the process that is to bring it about; if it ends before, the test has failed.
     """
     deadline_s = time.monotonic() + PATIENCE_S
-    while not (answer := found()):
-        assert by is None or by.poll() is None or found(), f"ended before, with status {by.returncode}"
+    while not (result := poll()):
+        assert by is None or by.poll() is None or poll(), f"ended before, with status {by.returncode}"
         assert time.monotonic() < deadline_s, "it did not happen"
         time.sleep(POLL_S)
-    return answer
+    return result

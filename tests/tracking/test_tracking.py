@@ -593,11 +593,11 @@ def test_a_server_that_comes_and_goes_loses_nothing_and_delays_no_run(
     shutil.copy(empty_database, tmp_path / "server.db")
     port = free_port()
     uri = f"http://127.0.0.1:{port}"
-    asking = holding(monkeypatch, "is_reachable")
+    reaching = holding(monkeypatch, "is_reachable")
     first = Driver(tmp_path / "runs", uri=uri)  # nothing responds yet
     first.run("tokens", "tokenize")
     first.run("prepare", steps=30, tokens="tokens")
-    asking.set()
+    reaching.set()
     expected = f"30 points of 2 stages kept in {tmp_path}/runs/tracking, will be sent by the next run (server {uri} "
     assert first.end() == f"tracking: {expected}does not respond)"
 
@@ -720,7 +720,7 @@ def test_a_slow_and_a_full_server_delay_no_run_and_miss_nothing_in_the_end(
             client = client_of(uri)
             assert len(client.search_logged_models([well.tracker.experiment_id])) == 2
             assert len(client.search_model_versions("name = 'demo.continue'")) == 1
-    assert called_by == {"tracking"}, "nobody but the tracker's own thread waits for the server"
+    assert called_by == {"tracking"}, "only the tracker's own thread waits for the server"
 
 
 def watching(call: Callable[..., Any], called_by: set[str]) -> Callable[..., Any]:

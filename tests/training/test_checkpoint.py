@@ -318,7 +318,7 @@ def test_a_source_without_optimizer_state_is_one_line_that_names_the_setting(tmp
         checkpoint.load_moments(tmp_path, *untrained())
 
 
-def test_a_second_writer_waits_for_the_first_and_says_whom_it_waited_for(tmp_path: Path) -> None:
+def test_a_second_writer_waits_for_the_first_and_names_it(tmp_path: Path) -> None:
     with (
         checkpoint.only_writer(tmp_path),
         pytest.raises(UserError, match="another process has been training here"),

@@ -171,7 +171,7 @@ def saved_alone(
     return out, losses(alone, config, out)
 
 
-def answers(folder: Path, layout: str) -> list[dict[str, Any]]:
+def results_of(folder: Path, layout: str) -> list[dict[str, Any]]:
     return [json.loads((folder / layout / f"{rank}.json").read_text()) for rank in range(WORLD)]
 
 
@@ -193,8 +193,8 @@ def test_gradients_and_their_norm_are_those_of_one_process(
 def test_losses_are_those_of_one_process(layout: str, folder: Path, saved_alone: tuple[Path, list[float]]) -> None:
     _, expected = saved_alone
     assert expected[-1] < expected[0]
-    for answer in answers(folder, layout):
-        assert answer["losses"] == pytest.approx(expected, abs=1e-5)
+    for result in results_of(folder, layout):
+        assert result["losses"] == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -203,9 +203,9 @@ def test_every_process_holds_its_share_of_the_experts_with_the_values_of_the_who
 ) -> None:
     experts = 2 * 4 * 3 * config.hidden_size * config.moe_intermediate_size
     share = experts // (2 if layout == "hsdp, 2" else 4)
-    for answer in answers(folder, layout):
-        assert answer["held"] == share
-        assert answer["misplaced"] == []
+    for result in results_of(folder, layout):
+        assert result["held"] == share
+        assert result["misplaced"] == []
 
 
 def test_what_many_processes_saved_is_what_one_would_have(folder: Path, saved_alone: tuple[Path, list[float]]) -> None:

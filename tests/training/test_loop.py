@@ -69,7 +69,7 @@ DENSE = {
 }
 MOE = {**DENSE, "num_experts": 4, "num_experts_per_tok": 2}
 CONSTANT = {"name": "constant", "warmup_tokens": 0, "decay_tokens": 0, "min_lr_ratio": 1.0}
-# What a repeated run measures anew.
+# What a repeated run measures again.
 ADAMW = {
     "name": "adamw",
     "betas": (0.9, 0.95),
@@ -747,7 +747,7 @@ def test_a_gradient_that_is_not_finite_stops_the_stage_before_it_spoils_the_weig
     assert_nothing_half_written(tmp_path, 3)
 
 
-def test_an_absurd_learning_rate_is_stopped_and_running_again_says_the_same(tokens: Path, tmp_path: Path) -> None:
+def test_an_absurd_learning_rate_is_stopped_and_running_again_prints_the_same(tokens: Path, tmp_path: Path) -> None:
     job = make_job(tokens, tmp_path, learning_rate=1e30, precision="bf16", checkpoint_every_tokens=BATCH)
     messages = []
     for _ in range(2):
@@ -803,7 +803,7 @@ def test_the_pretrain_stage_leaves_a_complete_checkpoint(tokens: Path, tmp_path:
     assert (out / "model" / "tokenizer.json").read_text() == "{}"
 
 
-def test_the_disk_that_a_stage_says_it_takes_is_what_it_takes(tokens: Path, tmp_path: Path) -> None:
+def test_the_disk_that_a_stage_estimates_is_what_it_takes(tokens: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     wide = DENSE | {"hidden_size": 128, "head_dim": 32, "intermediate_size": 256}
     context = stage_context(tokens, out, make_job(tokens, out, wide, total_tokens=BATCH, schedule=CONSTANT))

@@ -37,7 +37,7 @@ def validated(tokens: int, loss: float) -> dict[str, float]:
     return {"tokens": tokens, "val/loss": loss}
 
 
-def test_a_point_says_what_was_trained_here_and_by_all_ancestors(tmp_path: Path) -> None:
+def test_a_point_states_what_was_trained_here_and_by_all_ancestors(tmp_path: Path) -> None:
     metrics_file(tmp_path).write(3, {"train/loss": 2.5})
     (point,) = lines(tmp_path)
     assert point.pop("time") > 1.7e9
@@ -90,7 +90,7 @@ def test_a_resume_keeps_the_points_up_to_its_checkpoint_and_no_others(tmp_path: 
     assert [point["step"] for point in second.points] == list(range(resume_step + 1))
 
 
-def test_a_stage_that_starts_anew_forgets_every_point(tmp_path: Path) -> None:
+def test_a_stage_that_starts_over_forgets_every_point(tmp_path: Path) -> None:
     metrics_file(tmp_path).write(0, {})
     metrics_file(tmp_path)
     assert lines(tmp_path) == []

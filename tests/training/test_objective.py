@@ -199,12 +199,12 @@ def test_a_micro_batch_is_weighed_by_the_shares_that_its_scope_names() -> None:
 
 def test_only_an_exact_balance_loss_of_several_micro_batches_costs_another_pass() -> None:
     free = ROUTER.model_copy(update={"balance_loss_coeff": 0.0})
-    asked = {
+    reductions = {
         (scope, parts): RouterObjective(of_scope(scope), ALONE).counts_first(parts)
         for scope in SCOPES
         for parts in (1, 2)
     }
-    assert [case for case, counts in asked.items() if counts] == [("global_batch", 2)]
+    assert [case for case, counts in reductions.items() if counts] == [("global_batch", 2)]
     assert not RouterObjective(free, ALONE).counts_first(2)
 
 
@@ -272,9 +272,9 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor
     return [load_file(folder / f"rank-{rank}.safetensors") for rank in range(2)]
 
 
-def of_case(found: dict[str, Tensor], case: str, kind: str) -> dict[str, Tensor]:
+def of_case(values: dict[str, Tensor], case: str, kind: str) -> dict[str, Tensor]:
     prefix = f"{case} {kind} "
-    return {name.removeprefix(prefix): value for name, value in found.items() if name.startswith(prefix)}
+    return {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
 
 
 def test_both_ranks_end_with_the_same_losses_and_gradients(two_ranks: list[dict[str, Tensor]]) -> None:

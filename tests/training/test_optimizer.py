@@ -252,7 +252,7 @@ def test_a_role_learns_at_its_own_rate(name: str) -> None:
         ({"head": {"learning_rate_ratio": 0}}, r"roles\.head\.learning_rate_ratio: 0 is refused: .*"),
     ],
 )
-def test_a_role_that_is_none_or_asks_for_what_is_none_is_one_line(roles: dict[str, Any], message: str) -> None:
+def test_a_role_that_is_none_or_requires_what_is_none_is_one_line(roles: dict[str, Any], message: str) -> None:
     values = ADAMW.model_dump() | {"roles": roles}
     with pytest.raises(ValidationError) as raised:
         OptimizerConfig.model_validate(values)

@@ -42,21 +42,21 @@ M_MMAP_MAX, M_MMAP_THRESHOLD, FORGET_THE_PEAK = -4, -3, "5"  # malloc.h; proc(5)
 
 
 def work(rank: int, world_size: int, folder: Path) -> None:
-    """Be one of the workers: run what is read, together with the others, and answer with what it returns."""
+    """Be one of the workers: run what is read, together with the others, and send what it returns."""
     torch.set_num_threads(1)
-    answers, sys.stdout = sys.stdout.buffer, sys.stderr
+    results, sys.stdout = sys.stdout.buffer, sys.stderr
     store = dist.FileStore(str(folder / "store"), world_size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
     while True:
         name, arguments = pickle.load(sys.stdin.buffer)
         faulthandler.dump_traceback_later(HANGS_AFTER_S, exit=True)
         try:
-            answer = globals()[name](Rank(rank, world_size, rank), *arguments)
+            result = globals()[name](Rank(rank, world_size, rank), *arguments)
         except BaseException as error:
-            answer = error.with_traceback(None)
+            result = error.with_traceback(None)
         faulthandler.cancel_dump_traceback_later()
-        pickle.dump(answer, answers)
-        answers.flush()
+        pickle.dump(result, results)
+        results.flush()
 
 
 class World:
@@ -102,11 +102,11 @@ class Workers:
         """Call a function of this file on so many processes, its first argument the rank; return what each returns."""
         if world_size == 1:
             return [function(FIRST, *arguments)]
-        answers = self.worlds[world_size].run(function.__name__, arguments)
-        for answer in answers:
-            if isinstance(answer, BaseException):
-                raise answer
-        return answers
+        results = self.worlds[world_size].run(function.__name__, arguments)
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+        return results
 
     def end(self) -> None:
         for world in self.worlds.values():
@@ -350,9 +350,9 @@ def measured(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-def assert_same_losses(found: list[dict[str, float]], expected: list[dict[str, float]]) -> None:
-    assert len(found) == len(expected) == STEPS + 1
-    for here, there in zip(found, expected, strict=True):
+def assert_same_losses(actual: list[dict[str, float]], expected: list[dict[str, float]]) -> None:
+    assert len(actual) == len(expected) == STEPS + 1
+    for here, there in zip(actual, expected, strict=True):
         assert here == pytest.approx({key: there[key] for key in here}, abs=1e-5)
 
 

@@ -1,4 +1,4 @@
-"""A worker that is told to end: it saves first, and then ends."""
+"""A worker that is to end: it saves first, and then ends."""
 
 import signal
 import subprocess
@@ -29,9 +29,9 @@ def test_sigterm_lets_a_worker_that_is_at_work_save_and_ends_it_soon(state: str,
     words = [sys.executable, "-c", WORKER, state, str(grace_s)]
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stdout.readline() == "listening\n"
-        told = time.monotonic()
+        started = time.monotonic()
         process.send_signal(signal.SIGTERM)
-        # It is told once: a second question is answered by no.
+        # It is reported once: a second query returns False.
         assert process.stdout.readline() == ("saves False\n" if state == "busy" else "")
         assert process.wait() == 128 + signal.SIGTERM
-        assert state == "idle" or time.monotonic() - told >= grace_s
+        assert state == "idle" or time.monotonic() - started >= grace_s

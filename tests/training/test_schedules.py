@@ -112,7 +112,7 @@ def test_a_warm_up_shorter_than_a_batch_is_over_with_the_first_step(name: str) -
     assert factors(schedule(name, warmup_tokens=40), batch=50)[0] > 0.999
 
 
-# As a configuration says it
+# As in a configuration
 
 
 @pytest.mark.parametrize("name", NAMES)

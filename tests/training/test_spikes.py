@@ -190,7 +190,7 @@ def watch_rows(patch: pytest.MonkeyPatch) -> dict[int, np.ndarray]:
     [
         (6, 4),  # the newest checkpoint
         (5, 2),  # the checkpoint of 4 has the weights of the bad loss: not trusted
-        (1, 0),  # there is none: the stage begins anew
+        (1, 0),  # there is none: the stage starts over
     ],
 )
 def test_a_rollback_goes_on_from_the_checkpoint_before_with_the_data_after_the_bad_batch(

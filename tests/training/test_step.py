@@ -169,7 +169,7 @@ def test_routers_are_weighed_and_counted_without_a_value_that_the_host_could_wai
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_a_step_with_rounded_parameters_moves_their_float32_originals(network: Network, name: str) -> None:
-    """By the bf16 gradients of the rounded ones, and rounds what comes out anew."""
+    """By the bf16 gradients of the rounded ones, and rounds the result again."""
     config, optimizer = network("mixtral"), {"max_grad_norm": 1e9, "name": name}
     trained = stepper(config, precision="bf16_master", optimizer=optimizer)
     twin = stepper(config, optimizer=optimizer)

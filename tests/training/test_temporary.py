@@ -1,4 +1,4 @@
-"""A run leaves nothing in the folder for temporary files, and works wherever that is and whoever the user is."""
+"""A run leaves nothing in the folder for temporary files, and works wherever that is and for every user."""
 
 import fcntl
 import os
@@ -42,8 +42,8 @@ def run(code: str, *words: str, prefix: tuple[str, ...] = (), **changes: str) ->
 @pytest.mark.parametrize("how", ["ended", "interrupted"])
 def test_what_libraries_leave_behind_goes_with_the_process(how: str, tmp_path: Path) -> None:
     (tmp_path / "of others").touch()
-    answer = run(LITTER, how, TMPDIR=str(tmp_path))
-    assert "AssertionError" not in answer.stderr
+    completed = run(LITTER, how, TMPDIR=str(tmp_path))
+    assert "AssertionError" not in completed.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["of others"]
 
 
@@ -86,17 +86,17 @@ print(ray.get(ray.remote(num_cpus=0)(lambda: 7).remote()), session.sessions._sta
 def test_rays_session_starts_for_a_nameless_user_with_a_long_path_and_leaves_nothing(tmp_path: Path) -> None:
     nameless = ("unshare", "--map-user=12345")
     if subprocess.run([*nameless, "true"], capture_output=True).returncode:
-        pytest.skip("this machine lets nobody be another user")
+        pytest.skip("this machine has no other user")
     long = tmp_path / ("x" * 40)
     long.mkdir()
-    nobody = dict.fromkeys(("HOME", "USER", "LOGNAME", "LNAME", "USERNAME", "RAY_TMPDIR"), "")
-    answer = run(SESSION, prefix=nameless, TMPDIR=str(long), **nobody)
-    assert answer.returncode == 0, answer.stderr
-    seven, _, folder = answer.stdout.strip().partition(" ")
+    nameless_environment = dict.fromkeys(("HOME", "USER", "LOGNAME", "LNAME", "USERNAME", "RAY_TMPDIR"), "")
+    completed = run(SESSION, prefix=nameless, TMPDIR=str(long), **nameless_environment)
+    assert completed.returncode == 0, completed.stderr
+    seven, _, folder = completed.stdout.strip().partition(" ")
     assert seven == "7" and folder.startswith(str(temporary.ELSEWHERE[0])) and not Path(folder).exists()
 
 
-# What Ray says when it ends a worker for memory; abridged from ray 2.60.
+# Ray's message when it ends a worker for memory; abridged from ray 2.60.
 NO_MEMORY = """Task was killed due to the node running low on memory.
 1 worker(s) were killed due to the node running low on memory. Workers (tasks / actors) killed due to memory pressure:
 Memory on the node (IP: 10.0.0.7, ID: 4f) was 7.61GB used / 8.00GB limit (0.951250)

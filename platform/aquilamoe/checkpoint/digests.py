@@ -59,9 +59,9 @@ class DigestCache:
             read = dict(zip(unread, pool.map(lambda name: sha256(directory / name), unread), strict=True))
         return KnownCheckpoint({name: read[name] if name in read else known[name] for name in stamps}, stamps, {})
 
-    def note(self, directory: Path, found: KnownCheckpoint) -> None:
-        """Keep what was found of a checkpoint; nothing is written where nothing is new."""
-        entry = {"files": dict(found.files), "stamps": dict(found.stamps), "facts": dict(found.facts)}
+    def note(self, directory: Path, checkpoint: KnownCheckpoint) -> None:
+        """Keep what is known of a checkpoint; nothing is written where nothing is new."""
+        entry = {"files": dict(checkpoint.files), "stamps": dict(checkpoint.stamps), "facts": dict(checkpoint.facts)}
         everything = self._read()
         if everything.get(str(directory)) != entry:
             with suppress(OSError):  # e.g. a store that may only be read

@@ -1,9 +1,9 @@
 """Files of a checkpoint in another directory, with the bytes they have now, whatever happens to the originals.
 
 A file system that can (Btrfs, XFS, overlays of these) shares the blocks until one side changes: no time and no room.
-Where it cannot, a file that is never written in place gets a second name, a hard link: one that nobody may write, and
-the blobs of a hub's cache, which are called by their contents. Any other file is copied: whoever saves a checkpoint
-into the same directory once more writes into the same file, and a link would follow.
+Where it cannot, a file that is never written in place gets a second name, a hard link: one that is read-only, and
+the blobs of a hub's cache, which are called by their contents. Any other file is copied: a program that saves a checkpoint
+there once more writes into the same file, and a link would follow.
 """
 
 import fcntl

@@ -133,9 +133,9 @@ class _Builder:
         self.nodes[name] = node
         return node
 
-    def _check_exists(self, name: str, asked_by: str) -> None:
+    def _check_exists(self, name: str, required_by: str) -> None:
         if name not in self.stages:
-            raise UserError(f"{asked_by}: there is no stage '{name}'; {nearest(name, self.stages)}")
+            raise UserError(f"{required_by}: there is no stage '{name}'; {nearest(name, self.stages)}")
 
     def _check_input(self, where: str, role: str, name: str) -> None:
         self._check_exists(name, where)
@@ -235,7 +235,7 @@ class _Builder:
 
     def _pretrain(self, name: str, stage: PretrainStage, source: Node | None) -> Node:
         model = source.model if source else stage.model
-        assert model is not None, "the schema asks for a model or a source"
+        assert model is not None, "the schema requires a model or a source"
         self._check_computed(f"stages.{name}{'.model' if stage.model else ''}", model)
         _check_length(f"stages.{name}.sequence_length", stage.sequence_length, model)
         self._check_corpus(name, stage, model)

@@ -55,7 +55,7 @@ def without_passwords(text: str) -> str:
     """The text with `***` for every known password, and for that of every URL in it."""
     for secret in sorted(_known, key=len, reverse=True):
         text = text.replace(secret, MASK)
-    return IN_TEXT.sub(lambda found: _masked_text(found[0]), text) if "://" in text else text
+    return IN_TEXT.sub(lambda match: _masked_text(match[0]), text) if "://" in text else text
 
 
 def masked(values: Any, key: str = "") -> Any:
@@ -120,7 +120,7 @@ def _masked_url(url: str) -> str:
     if not SCHEME.match(url):
         return url
     path, mark, query = url.partition("?")
-    scheme, user, rest = login(f"{path}{mark}{SETTING.sub(lambda found: f'{found[1]}{MASK}', query)}")
+    scheme, user, rest = login(f"{path}{mark}{SETTING.sub(lambda match: f'{match[1]}{MASK}', query)}")
     if user is None:
         return f"{scheme}{rest}"
     name, colon, password = user.partition(":")

@@ -163,7 +163,7 @@ def _experiment(
 
 
 def _places(experiment: ExperimentConfig, known: _Known) -> dict[str, Any]:
-    """Where the experiment finds what a recipe does not say the place of."""
+    """Where the experiment finds files that a recipe has no place for."""
     stage = experiment.stages.get(known.stage)
     if stage is None or stage.kind != known.recipe["kind"]:
         return {}

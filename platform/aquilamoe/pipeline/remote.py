@@ -80,14 +80,14 @@ class Remote:
         growing.rename(target)
         return record
 
-    def save(self, place: str, paths: Mapping[str, Path], is_wanted: Callable[[], bool]) -> None:
+    def save(self, place: str, paths: Mapping[str, Path], is_needed: Callable[[], bool]) -> None:
         """Copy files, by the names that they get, and last a record of them. UserError if that fails.
 
-        is_wanted: called before every block; a copy not needed any more is left incomplete, without a record.
+        is_needed: called before every block; a copy not needed any more is left incomplete, without a record.
         """
         files, root = self._open()
         try:
-            entries = _upload_all(files, paths, f"{root}/{place}", is_wanted)
+            entries = _upload_all(files, paths, f"{root}/{place}", is_needed)
             with files.open_output_stream(f"{root}/{place}/{RECORD}") as out:
                 out.write(json.dumps({"files": entries}).encode())
         except OSError as error:
@@ -223,25 +223,25 @@ class UnwantedError(Exception):
 
 
 def _upload_all(
-    files: "fs.FileSystem", paths: Mapping[str, Path], target: str, is_wanted: Callable[[], bool] = lambda: True
+    files: "fs.FileSystem", paths: Mapping[str, Path], target: str, is_needed: Callable[[], bool] = lambda: True
 ) -> dict[str, dict[str, Any]]:
     """Copy files under their names; return SHA-256 and size of each, as they were copied."""
     for folder in sorted({str(PurePosixPath(target, name).parent) for name in paths}):
         files.create_dir(folder)
     with ThreadPoolExecutor(COPIES_AT_ONCE) as pool:
         copies = {
-            name: pool.submit(_upload, files, path, f"{target}/{name}", is_wanted) for name, path in paths.items()
+            name: pool.submit(_upload, files, path, f"{target}/{name}", is_needed) for name, path in paths.items()
         }
         return {name: copy.result() for name, copy in copies.items()}
 
 
 def _upload(
-    files: "fs.FileSystem", source: Path, target: str, is_wanted: Callable[[], bool] = lambda: True
+    files: "fs.FileSystem", source: Path, target: str, is_needed: Callable[[], bool] = lambda: True
 ) -> dict[str, Any]:
     digest, size = hashlib.sha256(), 0
     with source.open("rb") as file, files.open_output_stream(target) as out:
         for chunk in _chunks(file):
-            if not is_wanted():
+            if not is_needed():
                 raise UnwantedError(target)
             digest.update(chunk)
             size += len(chunk)

@@ -106,9 +106,9 @@ def _sum(behind: str, here: str) -> str:
     return behind if here == ABSENT else f"{behind} + {here}"
 
 
-def first_statement(found: Iterable[Before | None]) -> Before | None:
+def first_statement(statements: Iterable[Before | None]) -> Before | None:
     """Of a stage and its ancestors, the first statement."""
-    return next((each for each in found if each is not None), None)
+    return next((each for each in statements if each is not None), None)
 
 
 def _made_from(name: str, records: Mapping[str, Record]) -> list[str]:

@@ -188,7 +188,7 @@ class SafetensorsWriter(StorageWriter):
                     yield path, first_row + index * row_bytes + start[2] * ITEM_BYTES, row
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:  # noqa: ARG002
-        """On the first process: publish what all have written, and what nobody has: headers, and zeros."""
+        """On the first process: publish what all have written, and what none of them has: headers, and zeros."""
         spans = [span for of_rank in results for result in of_rank for span in result.storage_data]
         for path, shard in self.files.shards.items():
             end = 0

@@ -99,9 +99,9 @@ def _elsewhere(experts: Experts, group: dist.ProcessGroup, rows_sd: Tensor, coun
     return _exchange(gather_rows(sorted_sd, place_s1[:, 0], order_s[:, None]), taken, given, group)
 
 
-def _exchange(rows_sx: Tensor, given: list[int], taken: list[int], group: dist.ProcessGroup) -> Tensor:
+def _exchange(rows_sx: Tensor, sent: list[int], taken: list[int], group: dist.ProcessGroup) -> Tensor:
     """Give each process so many of the rows, in their order, and take so many from each. Gradients travel back."""
-    return collectives.wait_tensor(collectives.all_to_all_single_autograd(rows_sx.contiguous(), taken, given, group))
+    return collectives.wait_tensor(collectives.all_to_all_single_autograd(rows_sx.contiguous(), taken, sent, group))
 
 
 def _own(parameter: Tensor, size: int) -> Tensor:

@@ -11,7 +11,7 @@ GRACE_S = 20.0  # from SIGTERM to the end of a worker that is at work; Kubernete
 SIGTERM_STATUS = 128 + signal.SIGTERM
 
 _due = threading.Event()
-_told = threading.Event()
+_reported = threading.Event()
 _busy = threading.Event()
 
 
@@ -23,7 +23,7 @@ def listen() -> None:
     before = signal.getsignal(signal.SIGTERM)
 
     def on_sigterm(number: int, frame: FrameType | None) -> None:
-        if _busy.is_set() and not _told.is_set():
+        if _busy.is_set() and not _reported.is_set():
             notify()
             end = threading.Timer(GRACE_S, os._exit, (SIGTERM_STATUS,))
             end.daemon = True
@@ -38,7 +38,7 @@ def listen() -> None:
 
 def notify() -> None:
     """This process will end soon."""
-    _told.set()
+    _reported.set()
     _due.set()
 
 

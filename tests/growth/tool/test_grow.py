@@ -262,7 +262,7 @@ def test_the_record_knows_every_tensor_and_every_file_of_the_source_by_its_bytes
     assert str(after.parent) not in (after / RECORD).read_text() + (after / "README.md").read_text()
 
 
-def test_the_card_says_how_it_was_made_and_on_which_terms(grown: Callable[..., tuple[Path, Path]]) -> None:
+def test_the_card_states_how_it_was_made_and_on_which_terms(grown: Callable[..., tuple[Path, Path]]) -> None:
     before, after = grown("llama", *FPI)
     card = (after / "README.md").read_text()
     header = card.split("---\n")[1]
@@ -280,7 +280,7 @@ def test_the_card_says_how_it_was_made_and_on_which_terms(grown: Callable[..., t
     assert "The terms of the source hold for what is grown from it" in card
 
 
-def test_plan_and_card_say_what_grew_and_in_which_format_it_is_written(
+def test_plan_and_card_state_what_grew_and_in_which_format_it_is_written(
     source: Callable[[str], Path], grow: Grow, tmp_path: Path
 ) -> None:
     wider = ["model.hidden_size=48", "model.intermediate_size=72"]
@@ -334,7 +334,7 @@ HEADERS = {
 
 
 @pytest.mark.parametrize(("header", "licence"), HEADERS.values(), ids=HEADERS)
-def test_the_card_is_valid_whatever_the_sources_card_says(
+def test_the_card_is_valid_whatever_the_sources_card_holds(
     header: str, licence: str | None, source: Callable[[str], Path], grow: Grow, tmp_path: Path
 ) -> None:
     shutil.copytree(source("llama"), tmp_path / "source")
@@ -356,7 +356,7 @@ def test_the_same_again_is_cached_and_computes_nothing(
     assert files(after) == held
 
 
-def test_another_recipe_or_another_source_is_refused_and_says_what_differs(
+def test_another_recipe_or_another_source_is_refused_with_what_differs(
     grown: Callable[..., tuple[Path, Path]], grow: Grow, tmp_path: Path
 ) -> None:
     before, after = grown("llama", *FPI)
@@ -430,7 +430,7 @@ def test_the_target_must_be_apart_from_the_source(source: Callable[[str], Path],
 
 
 @pytest.mark.parametrize("free", [0, 50_000])
-def test_a_disk_that_is_too_small_is_foreseen_before_the_first_byte(
+def test_a_disk_that_is_too_small_is_noticed_before_the_first_byte(
     free: int, source: Callable[[str], Path], grow: Grow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
@@ -462,7 +462,7 @@ def test_a_place_where_a_disk_is_mounted_is_no_target(source: Callable[[str], Pa
     assert "/ is the root of all directories" in refusal(grow, source("llama"), Path("/"), *FPI)
 
 
-def test_hashing_a_large_source_ends_when_it_is_told_to(tmp_path: Path) -> None:
+def test_hashing_a_large_source_ends_when_it_is_stopped(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"x" * 10)
     stop = Event()
     assert identity.digests([tmp_path / "file"], stop) == {"file": hashlib.sha256(b"x" * 10).hexdigest()}
@@ -472,7 +472,7 @@ def test_hashing_a_large_source_ends_when_it_is_told_to(tmp_path: Path) -> None:
 
 
 def test_a_model_larger_than_the_disk_is_planned_and_refused_by_its_headers_alone(grow: Grow, tmp_path: Path) -> None:
-    """A source of holes, as large as a real 70B: whoever reads its tensors is still reading."""
+    """A source of holes, as large as a real 70B: a reader of its tensors is still reading."""
     big = {
         **SHAPE,
         "vocab_size": 128_256,
@@ -651,7 +651,7 @@ def test_the_certificate_is_made_on_the_text_that_is_named(
     assert line.startswith(f"certificate.text: {tmp_path / 'text.txt'} is shorter than one sequence of 33 tokens; ")
 
 
-def test_a_source_without_a_tokenizer_is_certified_on_random_ids_and_says_so(
+def test_a_source_without_a_tokenizer_is_certified_on_random_ids_and_states_so(
     source: Callable[[str], Path], grow: Grow, tmp_path: Path
 ) -> None:
     shutil.copytree(source("llama"), tmp_path / "source")
@@ -683,7 +683,7 @@ def test_the_target_has_the_type_that_was_requested(source: Callable[[str], Path
     assert "dtype bfloat16 -> float32" in refusal(grow, source("llama"), tmp_path / "target", *words)
 
 
-def test_a_certificate_can_be_left_out_and_the_card_says_so(
+def test_a_certificate_can_be_left_out_and_the_card_states_so(
     source: Callable[[str], Path], grow: Grow, tmp_path: Path
 ) -> None:
     grow(source("llama"), tmp_path / "target", *COPY, "certificate.enabled=false")
@@ -758,7 +758,7 @@ def test_a_mistake_is_one_line_that_names_the_place(
         ("empty", "{0}/config.json: "),
     ],
 )
-def test_what_is_no_checkpoint_is_said_in_one_line(place: str, line: str, grow: Grow, tmp_path: Path) -> None:
+def test_what_is_no_checkpoint_is_refused_in_one_line(place: str, line: str, grow: Grow, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "empty").mkdir()
     assert refusal(grow, tmp_path / place, tmp_path / "target", *FPI).startswith(line.format(tmp_path / place))

@@ -103,9 +103,9 @@ def base(tmp_path_factory: pytest.TempPathFactory, grow: Command) -> Path:
     model = Decoder(config)
     model.initialize(0)
     save_model(model, folder / "source", dtype=torch.float32)
-    answer = grow("source=source", "target=target", *FPI, cwd=folder)
-    assert (answer.returncode, answer.stderr) == (0, "")
-    (folder / "stdout").write_text(answer.stdout)
+    completed = grow("source=source", "target=target", *FPI, cwd=folder)
+    assert (completed.returncode, completed.stderr) == (0, "")
+    (folder / "stdout").write_text(completed.stdout)
     return folder
 
 
@@ -155,7 +155,7 @@ SMOLLM2_WIDER = {
 
 
 def documented() -> list[str]:
-    """The growth commands that the documentation tells a user to type."""
+    """The growth commands that the documentation shows."""
     pages = [WORKFLOW.parent.parent / page for page in ("README.md", "docs/growing-your-own-checkpoint.md")]
     lines = [line.strip() for page in pages for line in page.read_text(encoding="utf-8").splitlines()]
     return [line for line in lines if line.startswith("python workflows/grow.py ") and "certify" not in line]
@@ -171,9 +171,9 @@ def test_every_growth_command_of_the_documentation_has_a_plan(line: str, grow: C
     holes(tmp_path / "runs/smollm2/smollm2-135m", SMOLLM2)
     holes(tmp_path / "runs/smollm2/smollm2-256m", SMOLLM2 | SMOLLM2_WIDER)
     words = [word.replace("target=DIR", "target=new") for word in shlex.split(line)[2:] if word != "action=plan"]
-    answer = grow(*words, "action=plan", cwd=tmp_path)
-    assert (answer.returncode, answer.stderr) == (0, "")
-    assert "Only headers and config.json were read; nothing was started." in answer.stdout
+    completed = grow(*words, "action=plan", cwd=tmp_path)
+    assert (completed.returncode, completed.stderr) == (0, "")
+    assert "Only headers and config.json were read; nothing was started." in completed.stdout
 
 
 def digests(directory: Path) -> dict[str, str]:
@@ -182,15 +182,15 @@ def digests(directory: Path) -> dict[str, str]:
     return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
-def imported(answer: "subprocess.CompletedProcess[str]") -> set[str]:
+def imported(completed: "subprocess.CompletedProcess[str]") -> set[str]:
     """Packages that a command run with `-X importtime` imported."""
-    lines = [line for line in answer.stderr.splitlines() if line.startswith("import time:")]
+    lines = [line for line in completed.stderr.splitlines() if line.startswith("import time:")]
     modules = {line.rpartition("|")[2].strip() for line in lines}
     assert "aquilamoe.cli.grow" in modules
     return {module.partition(".")[0] for module in modules}
 
 
-def test_a_run_says_what_it_did_and_warns_of_nothing(base: Path) -> None:
+def test_a_run_prints_what_it_did_and_warns_of_nothing(base: Path) -> None:
     stdout = (base / "stdout").read_text()
     assert re.search(r"^  grow +\d.*/s, on disk$", stdout, re.MULTILINE)
     assert re.search(r"^target +Qwen2 +4 +40 +6/2 ", stdout, re.MULTILINE)
@@ -201,18 +201,18 @@ def test_a_run_says_what_it_did_and_warns_of_nothing(base: Path) -> None:
 
 def test_the_same_command_again_is_cached_without_torch(base: Path, grow: Command) -> None:
     before = digests(base / "target")
-    answer = grow("source=source", "target=target", *FPI, cwd=base, python=("-X", "importtime"))
-    assert answer.returncode == 0
-    assert answer.stdout.startswith("cached: target is complete")
-    assert imported(answer) & HEAVY == set()
+    completed = grow("source=source", "target=target", *FPI, cwd=base, python=("-X", "importtime"))
+    assert completed.returncode == 0
+    assert completed.stdout.startswith("cached: target is complete")
+    assert imported(completed) & HEAVY == set()
     assert digests(base / "target") == before
 
 
-def test_copies_that_nobody_certifies_are_made_without_torch(workplace: Path, grow: Command) -> None:
+def test_copies_without_a_certificate_are_made_without_torch(workplace: Path, grow: Command) -> None:
     words = ("source=source", "target=target", *COPY, "certificate.enabled=false")
-    answer = grow(*words, cwd=workplace, python=("-X", "importtime"))
-    assert answer.returncode == 0, answer.stderr
-    assert imported(answer) & (HEAVY - {"numpy"}) == set()
+    completed = grow(*words, cwd=workplace, python=("-X", "importtime"))
+    assert completed.returncode == 0, completed.stderr
+    assert imported(completed) & (HEAVY - {"numpy"}) == set()
     assert (workplace / "target" / "model.safetensors").is_file()
 
 
@@ -221,25 +221,25 @@ def test_the_plan_of_the_papers_growths_reads_headers_alone_and_imports_nothing_
     words: tuple[str, ...], grow: Command, tmp_path: Path
 ) -> None:
     holes(tmp_path / "7b", PAPER_7B)
-    answer = grow("source=7b", "target=16b", *words, "action=plan", cwd=tmp_path, python=("-X", "importtime"))
-    assert answer.returncode == 0
-    assert [line for line in answer.stderr.splitlines() if not line.startswith("import time:")] == []
-    assert imported(answer) & HEAVY == set()
-    assert "8.22B" in answer.stdout
-    assert ("16.7B" if words is AKI_PRO else "mlp.experts.0-7.up_proj.weight") in answer.stdout
-    assert len(answer.stdout.splitlines()) < 50
+    completed = grow("source=7b", "target=16b", *words, "action=plan", cwd=tmp_path, python=("-X", "importtime"))
+    assert completed.returncode == 0
+    assert [line for line in completed.stderr.splitlines() if not line.startswith("import time:")] == []
+    assert imported(completed) & HEAVY == set()
+    assert "8.22B" in completed.stdout
+    assert ("16.7B" if words is AKI_PRO else "mlp.experts.0-7.up_proj.weight") in completed.stdout
+    assert len(completed.stdout.splitlines()) < 50
     assert [path.name for path in tmp_path.iterdir()] == ["7b"]
 
 
 def test_the_full_plan_has_a_line_for_every_tensor(grow: Command, tmp_path: Path) -> None:
     holes(tmp_path / "7b", PAPER_7B)
-    answer = grow("source=7b", "target=16b", *AKI_PRO, "action=plan", "plan=full", cwd=tmp_path)
+    completed = grow("source=7b", "target=16b", *AKI_PRO, "action=plan", "plan=full", cwd=tmp_path)
     for layer in range(40):
-        assert f"model.layers.{layer}.self_attn.q_proj.weight " in answer.stdout
+        assert f"model.layers.{layer}.self_attn.q_proj.weight " in completed.stdout
     assert re.search(
         r"model.layers.1.self_attn.q_proj.weight +5120 x 5120 +model.layers.0.self_attn.q_proj.weight \+ "
         r"model.layers.1.self_attn.q_proj.weight",
-        answer.stdout,
+        completed.stdout,
     )
 
 
@@ -259,8 +259,8 @@ def test_a_group_is_chosen_with_or_without_a_plus_and_a_path_may_have_any_charac
         )
         for plus in ("", "+")
     ]
-    assert [(answer.returncode, answer.stderr) for answer in shown] == [(0, "")] * 2
-    without_plus, with_plus = (re.sub(r"\S+ \S+ are free", "", answer.stdout) for answer in shown)
+    assert [(completed.returncode, completed.stderr) for completed in shown] == [(0, "")] * 2
+    without_plus, with_plus = (re.sub(r"\S+ \S+ are free", "", completed.stdout) for completed in shown)
     assert without_plus == with_plus
     assert odd in shown[0].stdout
 
@@ -290,10 +290,10 @@ def test_a_group_is_chosen_with_or_without_a_plus_and_a_path_may_have_any_charac
 def test_a_mistake_on_the_command_line_is_one_line(
     words: tuple[str, ...], line: str, grow: Command, workplace: Path
 ) -> None:
-    answer = grow(*words, cwd=workplace)
-    assert (answer.returncode, answer.stdout) == (1, "")
-    assert answer.stderr.startswith(line)
-    assert answer.stderr.count("\n") == 1
+    completed = grow(*words, cwd=workplace)
+    assert (completed.returncode, completed.stdout) == (1, "")
+    assert completed.stderr.startswith(line)
+    assert completed.stderr.count("\n") == 1
     assert [path.name for path in workplace.iterdir()] == ["source"]
 
 
@@ -314,8 +314,8 @@ def test_a_run_killed_at_many_points_leaves_nothing_or_the_whole_and_ends_with_t
         killed = grow(*words, cwd=workplace, **ambush(path, "kill", times))
         assert killed.returncode == -signal.SIGKILL, (path, killed.stdout, killed.stderr)
         assert not (workplace / "target").exists()
-    answer = grow(*words, cwd=workplace)
-    assert (answer.returncode, answer.stderr) == (0, "")
+    completed = grow(*words, cwd=workplace)
+    assert (completed.returncode, completed.stderr) == (0, "")
     assert digests(workplace / "target") == expected
     assert {path.name for path in workplace.iterdir()} == {"source", "target"}
 
@@ -353,13 +353,13 @@ def test_ctrl_c_is_one_line_and_leaves_nothing(
     assert [path.name for path in workplace.iterdir()] == ["source"]
 
 
-def test_a_second_run_to_the_same_target_answers_in_one_line(workplace: Path, grow: Command) -> None:
+def test_a_second_run_to_the_same_target_ends_in_one_line(workplace: Path, grow: Command) -> None:
     with locked(workplace / "target"):
-        answer = grow("source=source", "target=target", *FPI, cwd=workplace)
-    assert (answer.returncode, answer.stdout) == (1, "")
+        completed = grow("source=source", "target=target", *FPI, cwd=workplace)
+    assert (completed.returncode, completed.stdout) == (1, "")
     assert re.fullmatch(
         rf"error: {workplace}/target\.partial: in use by process {os.getpid()} since .*; wait for it, or name another "
         r"target\n",
-        answer.stderr,
+        completed.stderr,
     )
     assert [path.name for path in workplace.iterdir()] == ["source"]

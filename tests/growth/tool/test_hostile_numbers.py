@@ -106,7 +106,7 @@ def test_a_number_that_nothing_can_be_computed_with_is_refused_where_it_stands(
 
 @pytest.mark.parametrize("words", [FPI, RANDOM, ["upcycling=copy", *EXPERTS]], ids=["fpi", "random", "experts"])
 @pytest.mark.parametrize("value", [0.0, 1e-40])
-def test_a_source_that_predicts_nothing_grows_and_the_certificate_says_so(
+def test_a_source_that_predicts_nothing_grows_and_the_certificate_states_so(
     words: list[str],
     value: float,
     tmp_path: Path,

@@ -1,4 +1,4 @@
-"""The plan of a growth tells the truth: it is compared with what the growth does to real files."""
+"""The plan of a growth is true: it is compared with what the growth does to real files."""
 
 import hashlib
 import shutil
@@ -264,7 +264,7 @@ def test_ranges_are_read_back_as_what_they_were() -> None:
 
 
 @pytest.mark.parametrize("name", GROWTHS)
-def test_what_a_plan_says_of_bytes_is_what_is_written(name: str, tmp_path: Path) -> None:
+def test_the_bytes_of_a_plan_are_what_is_written(name: str, tmp_path: Path) -> None:
     source = save(tmp_path / "source", SOURCE)
     request = request_for(source, tmp_path / "target", *GROWTHS[name])
     do(request, source, tmp_path / "target")
@@ -273,7 +273,7 @@ def test_what_a_plan_says_of_bytes_is_what_is_written(name: str, tmp_path: Path)
     assert cost.seconds == pytest.approx((cost.read_bytes + cost.written_bytes) / 1e6)
 
 
-def test_sizes_that_nobody_named_are_said_to_follow(tmp_path: Path) -> None:
+def test_sizes_that_were_not_named_are_shown_to_follow(tmp_path: Path) -> None:
     source = save(tmp_path / "source", SOURCE)
     sizes = {"hidden_size": 12, "num_hidden_layers": 4}
     request = request_for(source, tmp_path / "target", {"growth": "lemon"}, sizes)

@@ -29,7 +29,7 @@ from ports import free_port
 
 pytestmark = [
     pytest.mark.slow,
-    # Ray Data, which Ray Train imports, warns of options of its own that nobody sets.
+    # Ray Data, which Ray Train imports, warns of its own options, which are at their defaults.
     pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context"),
 ]
 
@@ -40,7 +40,7 @@ DEAD_AFTER = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500,
 
 
 def machine() -> dict[str, Any]:
-    """Of a raylet. On a busy machine Ray does not wait long enough to be told ports that its agents choose."""
+    """Of a raylet. On a busy machine Ray does not wait long enough for the ports that its agents choose."""
     ports = {name: free_port() for name in PORTS}
     return {"num_cpus": 1, "node_ip_address": "127.0.0.1", "include_log_monitor": False, **ports}
 
@@ -68,7 +68,7 @@ class Machines:
         os.kill(node.all_processes["raylet"][0].process.pid, signal.SIGKILL)
 
     def take_back(self, machine: str, at: float) -> None:
-        """Announce, as clouds do, that the machine will be taken away at a time; nobody takes it."""
+        """Announce, as clouds do, that the machine will be taken away at a time; it is not."""
         import ray._raylet as raylet  # written in Cython: it has no types
         from ray.core.generated import autoscaler_pb2
 
@@ -155,7 +155,7 @@ class Run:
         return [json.loads(line) for line in lines]
 
     def went_on_from(self, step: int, lost_at: float) -> bool:
-        """Whether this is the step after which all was done anew, or for the first time, when something was lost."""
+        """Whether this is the step after which all was done again, or for the first time, when something was lost."""
         return all((point["time"] > lost_at) == (point["step"] > step) for point in self.points())
 
     def end(self) -> dict[str, Any]:

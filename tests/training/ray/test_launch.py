@@ -41,7 +41,7 @@ from held_training import HeldTraining
 from processes import command, descendants, left
 from waiting import PATIENCE_S, until
 
-# Ray Data, which Ray Train imports, warns of options of its own that nobody sets.
+# Ray Data, which Ray Train imports, warns of its own options, which are at their defaults.
 pytestmark = [pytest.mark.process, pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")]
 
 VOCABULARY, BATCH = example.VOCABULARY, example.BATCH
@@ -191,7 +191,7 @@ def test_two_workers_give_the_loss_curve_of_one(tokens: Path, tmp_path: Path, ad
 
 @pytest.fixture
 def another_session() -> Iterator[None]:
-    """Somebody else's Ray session on this machine."""
+    """A foreign Ray session on this machine."""
     hold = "import ray, sys; ray.init('local', num_cpus=1, include_dashboard=False); print('up', flush=True); input()"
     pipe = subprocess.PIPE
     with subprocess.Popen([sys.executable, "-c", hold], stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL) as other:
@@ -208,7 +208,7 @@ def test_a_mistake_that_a_worker_finds_is_one_line_and_is_not_tried_again(
     with pytest.raises(UserError) as raised:
         launch(make_job(tokens, tmp_path / "out", cluster("ray", workers=2), mixture={"fr": 1.0}), tmp_path)
     assert str(raised.value).startswith("mixture.fr: ") and "\n" not in str(raised.value)
-    assert len(ray_workers.started()) == before  # those that stood were asked, once
+    assert len(ray_workers.started()) == before  # standing workers were used
     # What they had reserved is free again.
     assert launch(make_job(tokens, tmp_path / "next", cluster("ray", workers=2), steps=4), tmp_path)["steps"] == 4
 
@@ -219,24 +219,24 @@ class Scraper(threading.Thread):
     def __init__(self, port: int, is_complete: Callable[[dict[str, set[str]]], bool], done: Callable[[], None]) -> None:
         """Read from a port, until what was found is complete; then call `done`."""
         super().__init__(daemon=True)
-        self.url, self.found = f"http://127.0.0.1:{port}/metrics", dict[str, set[str]]()
+        self.url, self.metrics = f"http://127.0.0.1:{port}/metrics", dict[str, set[str]]()
         self.is_complete, self.done = is_complete, done
         self.over = threading.Event()
 
     def run(self) -> None:
         deadline_s = time.monotonic() + PATIENCE_S
-        while not self.is_complete(self.found) and time.monotonic() < deadline_s and not self.over.wait(0.25):
+        while not self.is_complete(self.metrics) and time.monotonic() < deadline_s and not self.over.wait(0.25):
             with suppress(OSError):  # the agent is busy
                 self.read()
         self.done()
 
     def read(self) -> None:
-        with urlopen(self.url, timeout=30) as answer:
-            lines = answer.read().decode().splitlines()
+        with urlopen(self.url, timeout=30) as completed:
+            lines = completed.read().decode().splitlines()
         for line in lines:
             if line and not line.startswith("#"):
                 name, _, labels = line.partition("{")
-                self.found.setdefault(name.split()[0], set()).add(labels.partition("}")[0])
+                self.metrics.setdefault(name.split()[0], set()).add(labels.partition("}")[0])
 
     def __enter__(self) -> "Scraper":
         self.start()
@@ -247,10 +247,10 @@ class Scraper(threading.Thread):
         self.join()
 
 
-def test_rays_endpoint_has_every_metric_that_a_panel_asks_for(
+def test_rays_endpoint_has_every_metric_that_a_panel_queries(
     tokens: Path, tmp_path: Path, address: str, queried_metrics: set[str]
 ) -> None:
-    """But for those of GPUs, and Prometheus' own. Ray forgets a gauge soon when nobody sets it any more."""
+    """But for those of GPUs, and Prometheus' own. Ray forgets a gauge soon when it is no longer set."""
     import ray
 
     of_others = ("ray_node_gpu", "ray_node_gram")
@@ -260,29 +260,29 @@ def test_rays_endpoint_has_every_metric_that_a_panel_asks_for(
     job = make_job(tokens, tmp_path / "small-123.partial", cluster("ray", workers=2), steps=100)
     held = HeldTraining(job, tmp_path / "held", holds=[100], pace_s=0.25)  # until all has been read
 
-    def ours(found: dict[str, set[str]], name: str, *labels: str) -> set[str]:
+    def ours(metrics: dict[str, set[str]], name: str, *labels: str) -> set[str]:
         """Series of a metric of this training that have all these labels."""
-        return {each for each in found[name] if all(label in each for label in ('fingerprint="123"', *labels))}
+        return {each for each in metrics[name] if all(label in each for label in ('fingerprint="123"', *labels))}
 
-    def is_complete(found: dict[str, set[str]]) -> bool:
+    def is_complete(metrics: dict[str, set[str]]) -> bool:
         loads, tokens_of = "ray_efficientscale_router_load", "ray_efficientscale_tokens_total"
         return (
-            expected <= found.keys()
-            and len(ours(found, loads)) == 8  # of two layers four experts
-            and all(ours(found, tokens_of, f'rank="{rank}"') for rank in (0, 1))
+            expected <= metrics.keys()
+            and len(ours(metrics, loads)) == 8  # of two layers four experts
+            and all(ours(metrics, tokens_of, f'rank="{rank}"') for rank in (0, 1))
         )
 
     with Scraper(node["MetricsExportPort"], is_complete, held.go) as scraper:
         run_on_workers(job.name, held, job.cluster, tmp_path)
-    assert expected - scraper.found.keys() == set() and is_complete(scraper.found)
-    assert all('stage="small"' in labels for name in scraper.found for labels in ours(scraper.found, name))
+    assert expected - scraper.metrics.keys() == set() and is_complete(scraper.metrics)
+    assert all('stage="small"' in labels for name in scraper.metrics for labels in ours(scraper.metrics, name))
 
 
 def test_workers_have_the_settings_that_precede_torch(address: str) -> None:
     import ray
 
-    asked = ray.remote(num_cpus=0)(lambda: {name: os.environ.get(name) for name in WORKER_ENVIRONMENT})
-    found = ray.get(asked.remote())
+    task = ray.remote(num_cpus=0)(lambda: {name: os.environ.get(name) for name in WORKER_ENVIRONMENT})
+    found = ray.get(task.remote())
     assert found == WORKER_ENVIRONMENT
 
 
@@ -320,7 +320,7 @@ import ray
 @ray.remote(num_cpus=0)
 def seen():
     import aquilamoe.only_in_this_copy as found
-    return found.__file__, found.SAYS, os.environ["A_WORD"], os.environ["GOMP_SPINCOUNT"]
+    return found.__file__, found.VALUE, os.environ["A_WORD"], os.environ["GOMP_SPINCOUNT"]
 
 print(json.dumps(ray.get(seen.remote())))
 """
@@ -329,12 +329,14 @@ print(json.dumps(ray.get(seen.remote())))
 def test_workers_run_the_code_that_a_driver_sends_them_whatever_is_installed(address: str, tmp_path: Path) -> None:
     package = Path(session.__file__).parent.parent
     copy = shutil.copytree(package, tmp_path / "aquilamoe", ignore=shutil.ignore_patterns("__pycache__", "*.parquet"))
-    (copy / "only_in_this_copy.py").write_text("SAYS = 'sent'\n")
+    (copy / "only_in_this_copy.py").write_text("VALUE = 'sent'\n")
     sent = cluster("ray", address=address, runtime_env={"py_modules": [str(copy)], "env_vars": {"A_WORD": "given"}})
     words = [sys.executable, "-c", SHIPPED, sent.model_dump_json()]
-    answer = subprocess.run(words, env=os.environ | {"PYTHONPATH": str(package.parent)}, capture_output=True, text=True)
-    assert answer.returncode == 0, answer.stderr
-    where, *found = json.loads(answer.stdout.splitlines()[-1])
+    completed = subprocess.run(
+        words, env=os.environ | {"PYTHONPATH": str(package.parent)}, capture_output=True, text=True
+    )
+    assert completed.returncode == 0, completed.stderr
+    where, *found = json.loads(completed.stdout.splitlines()[-1])
     assert found == ["sent", "given", WORKER_ENVIRONMENT["GOMP_SPINCOUNT"]]
     assert "/runtime_resources/py_modules_files/" in where
 
@@ -354,7 +356,7 @@ def test_a_runtime_environment_that_ray_does_not_take_is_one_line(tmp_path: Path
 def test_a_session_of_our_own_listens_on_loopback_only(address: str) -> None:
     with socket.create_server(("127.0.0.1", 0)):  # ours is seen
         assert listening({os.getpid()}) >= {LOOPBACK[0]}
-    # The store at which workers of torch find each other listens everywhere, and cannot be told not to.
+    # The store at which workers of torch find each other listens everywhere, which cannot be changed.
     found = listening({process.pid for process in descendants() if not is_training_worker(process.pid)})
     assert found and found <= set(LOOPBACK), found
     assert address.startswith("127.0.0.1:")
@@ -363,8 +365,8 @@ def test_a_session_of_our_own_listens_on_loopback_only(address: str) -> None:
 # Without workers
 
 
-class Told:
-    """Keeps what a training tells."""
+class Recorder:
+    """Keeps what a training reports."""
 
     def __init__(self) -> None:
         self.began: list[int] = []
@@ -386,24 +388,24 @@ class Told:
         self.points.append((step, values, router))
 
 
-def test_a_meter_is_told_every_step_and_every_point_of_the_journal_and_changes_no_byte(
+def test_a_meter_gets_every_step_and_every_point_of_the_journal_and_changes_no_byte(
     tokens: Path, tmp_path: Path
 ) -> None:
-    told = Told()
-    train(make_job(tokens, tmp_path / "told", LOCAL_PROCESS), Rank(meter=told))
+    recorder = Recorder()
+    train(make_job(tokens, tmp_path / "recorder", LOCAL_PROCESS), Rank(meter=recorder))
     train(make_job(tokens, tmp_path / "untold", LOCAL_PROCESS))
-    assert result(tmp_path / "told") == result(tmp_path / "untold")
-    assert told.began == [0] and told.parts == {"wait", "step", "validation", "checkpoint"}
-    assert [step for step, _ in told.steps] == list(range(1, 21))
-    journal = points(tmp_path / "told")
-    assert [(step, values.get("train/loss")) for step, values, _ in told.points] == [
+    assert result(tmp_path / "recorder") == result(tmp_path / "untold")
+    assert recorder.began == [0] and recorder.parts == {"wait", "step", "validation", "checkpoint"}
+    assert [step for step, _ in recorder.steps] == list(range(1, 21))
+    journal = points(tmp_path / "recorder")
+    assert [(step, values.get("train/loss")) for step, values, _ in recorder.points] == [
         (point["step"], point.get("train/loss")) for point in journal
     ]
-    assert told.steps == [(point["step"], point["train/loss"]) for point in journal[1:]]
-    assert all(router and len(router["load"]) == 2 for step, _, router in told.points if step)
+    assert recorder.steps == [(point["step"], point["train/loss"]) for point in journal[1:]]
+    assert all(router and len(router["load"]) == 2 for step, _, router in recorder.points if step)
 
 
-def test_outside_of_rays_workers_nobody_is_told() -> None:
+def test_outside_of_rays_workers_nothing_is_exported() -> None:
     assert metrics_exporter.meter("embedded") is None
 
 
@@ -422,7 +424,7 @@ class LostWorkerError(Exception):
     health_check_failure = OSError("The actor died\nunexpectedly.")
 
 
-def test_workers_that_are_lost_too_often_are_one_line_that_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_that_are_lost_too_often_are_one_line_with_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sessions, "_kept", set())
     cause = worker_pool.cause("small", 2, {0: RuntimeError("Connection closed by peer"), 1: LostWorkerError()})
     assert isinstance(cause, UserError) and "\n" not in str(cause)
@@ -431,17 +433,17 @@ def test_workers_that_are_lost_too_often_are_one_line_that_says_how_to_go_on(mon
 
 
 def test_what_is_lost_after_a_notice_is_no_failure_and_what_is_lost_later_is_one() -> None:
-    """The rank that waits for the one that is gone says something else than that, and may be heard first."""
+    """The rank that waits for the one that is gone reports another error, which may arrive first."""
     lost = {0: RuntimeError("Connection closed by peer")}
 
     async def failures_left(*events: str) -> int:
-        told = worker_pool.WorkerPool(cluster("ray", max_failures=3), "storage", "name", "label")
-        told.closed = True  # whoever asks for work is sent home at once
-        do: dict[str, Callable[[], Any]] = {"warn": told.warn, "lost": partial(told.lost, lost)}
-        do["new"] = partial(told.next, 0)
+        recorder = worker_pool.WorkerPool(cluster("ray", max_failures=3), "storage", "name", "label")
+        recorder.closed = True  # workers that request work end at once
+        do: dict[str, Callable[[], Any]] = {"warn": recorder.warn, "lost": partial(recorder.lost, lost)}
+        do["new"] = partial(recorder.next, 0)
         for event in events:
             await do[event]()
-        return told.failures_left
+        return recorder.failures_left
 
     for events, kept in ((("lost",), 2), (("warn", "lost", "lost"), 3), (("warn", "lost", "new", "lost"), 2)):
         assert asyncio.run(failures_left(*events)) == kept
@@ -452,12 +454,12 @@ def test_an_error_in_a_worker_that_is_nobodys_mistake_keeps_its_type() -> None:
     assert worker_pool.cause("small", 2, {0: bug}) is bug
 
 
-def test_a_cluster_that_does_not_answer_is_one_line_at_once(tokens: Path, tmp_path: Path) -> None:
+def test_a_cluster_that_does_not_respond_is_one_line_at_once(tokens: Path, tmp_path: Path) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{unused.getsockname()[1]}"
         for given in (address, f"ray://{address}"):
             with pytest.raises(UserError) as raised:
                 session.start_session(cluster("ray", address=given))
-            assert str(raised.value).startswith(f"cluster.address: no Ray cluster answers at '{given}' (")
+            assert str(raised.value).startswith(f"cluster.address: no Ray cluster responds at '{given}' (")
             assert "ray start --head" in str(raised.value) and "\n" not in str(raised.value)

@@ -1,4 +1,4 @@
-"""Connecting to Ray: how long a run waits for workers, and what it says meanwhile."""
+"""Connecting to Ray: how long a run waits for workers, and what it prints meanwhile."""
 
 import pytest
 
@@ -47,17 +47,17 @@ def test_a_cluster_lacks_what_all_its_nodes_together_have_no_room_for(
     found = session.shortage(cluster(workers, **changes))
     assert (found is not None) == lacks
     if found:
-        assert found == ("5 workers with 2 CPUs each asked for, the cluster has room for 4 (2 nodes, together 8 CPUs)")
+        assert found == ("5 workers with 2 CPUs each requested, the cluster has room for 4 (2 nodes, together 8 CPUs)")
 
 
-def test_who_waits_says_for_what_and_gives_up_after_the_timeout(
+def test_a_wait_prints_for_what_and_gives_up_after_the_timeout(
     clock: list[float], capsys: pytest.CaptureFixture[str]
 ) -> None:
     patience = session.Patience(cluster(4, start_timeout_s=100))
     for clock[0] in (1.0, 29.0, 31.0, 60.0, 95.0):
         patience.look(standing=False)
-    said = capsys.readouterr().err.splitlines()
-    assert said == [
+    printed = capsys.readouterr().err.splitlines()
+    assert printed == [
         "waiting for workers: 4 workers with 2 CPUs each not started yet, 0 CPUs free; for 69 s yet",
         "waiting for workers: 4 workers with 2 CPUs each not started yet, 0 CPUs free; for 5 s yet",
     ]
@@ -70,16 +70,16 @@ def test_who_waits_says_for_what_and_gives_up_after_the_timeout(
     )
 
 
-def test_a_shortage_is_said_at_once_and_ends_a_run_on_a_machine_that_cannot_grow(
+def test_a_shortage_is_printed_at_once_and_ends_a_run_on_a_machine_that_cannot_grow(
     clock: list[float], capsys: pytest.CaptureFixture[str]
 ) -> None:
     session.Patience(cluster(5)).look(standing=False)
-    assert capsys.readouterr().err.startswith("waiting for workers: 5 workers with 2 CPUs each asked for, the cluster")
+    assert capsys.readouterr().err.startswith("waiting for workers: 5 workers with 2 CPUs each requested, the cluster")
     with pytest.raises(UserError, match="the cluster has room for 4"):
         session.Patience(cluster(5, address=None)).look(standing=False)
 
 
-def test_workers_that_stood_are_waited_for_anew(clock: list[float]) -> None:
+def test_workers_that_stood_are_waited_for_again(clock: list[float]) -> None:
     patience = session.Patience(cluster(4, start_timeout_s=100))
     for clock[0], standing in ((90.0, False), (95.0, True), (190.0, False)):
         patience.look(standing)

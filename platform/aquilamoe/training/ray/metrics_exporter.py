@@ -116,11 +116,11 @@ class RayMetricsExporter:
         self.layers = [str(layer) for layer in range(job.model.num_hidden_layers) if job.model.is_sparse(layer)]
         self.latest: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
         self.seconds: dict[str, float] = defaultdict(float)
-        self.steps, self.told_at = 0, time.monotonic()
+        self.steps, self.exported_at = 0, time.monotonic()
         for name in ("skipped_steps", "rollbacks", "checkpoints_passed_over"):
             self._note(name, 0.0)
         self._note("progress", step / self.num_steps)
-        self._tell()
+        self._export()
 
     def spent(self, part: str, seconds: float) -> None:
         """A part of the loop took so long."""
@@ -131,16 +131,16 @@ class RayMetricsExporter:
     def stepped(self, step: int, values: Mapping[str, float]) -> None:
         """An optimizer step is done."""
         self.steps += 1
-        if time.monotonic() - self.told_at >= EVERY_S:
+        if time.monotonic() - self.exported_at >= EVERY_S:
             self._note_values(step, values)
-            self._tell()
+            self._export()
 
     def measured(self, step: int, values: Mapping[str, float], router: Mapping[str, Any] | None) -> None:
         """A log point, and the table of layers and experts that router.jsonl has of it."""
         self._note_values(step, values)
         if router:
             self._note_routers(router)
-        self._tell()
+        self._export()
 
     def _note_values(self, step: int, values: Mapping[str, float]) -> None:
         self._note("progress", step / self.num_steps)
@@ -171,8 +171,8 @@ class RayMetricsExporter:
         if math.isfinite(value):
             self.latest[name, tuple(tags.items())] = value
 
-    def _tell(self) -> None:
-        self.told_at = time.monotonic()
+    def _export(self) -> None:
+        self.exported_at = time.monotonic()
         if self.steps:
             self.counters["tokens"].inc(self.steps * self.batch_tokens / self.world_size, tags=self.tags | self.rank)
         for part, seconds in self.seconds.items():

@@ -117,7 +117,7 @@ def _connect(address: str, runtime_env: Mapping[str, Any]) -> None:
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
-            f"cluster.address: no Ray cluster answers at '{address}' ({reason}); start one with "
+            f"cluster.address: no Ray cluster responds at '{address}' ({reason}); start one with "
             "`ray start --head`, or use cluster=local"
         ) from None
 
@@ -155,14 +155,14 @@ def shortage(cluster: ClusterConfig) -> str | None:
     """What is requested and what the cluster has, in one line; None if all its nodes together have room for it."""
     import ray
 
-    wanted = resources_per_worker(cluster)
+    needed = resources_per_worker(cluster)
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    room = sum(int(min(node.get(name, 0.0) // amount for name, amount in wanted.items())) for node in nodes)
+    room = sum(int(min(node.get(name, 0.0) // amount for name, amount in needed.items())) for node in nodes)
     if room >= (cluster.min_workers or cluster.workers):
         return None
-    has = _listed({name: sum(node.get(name, 0.0) for node in nodes) for name in wanted})
+    has = _listed({name: sum(node.get(name, 0.0) for node in nodes) for name in needed})
     return (
-        f"{_workers(cluster)} with {_listed(wanted)} each asked for, "
+        f"{_workers(cluster)} with {_listed(needed)} each requested, "
         f"the cluster has room for {room} ({len(nodes)} nodes, together {has})"
     )
 

@@ -232,20 +232,20 @@ def _run_config(storage: str, name: str, crew: "ActorHandle[WorkerPool]") -> "Ru
         name=name,
         storage_path=storage,
         failure_config=FailureConfig(max_failures=-1),
-        callbacks=[_teller(crew)],  # type: ignore[list-item]
+        callbacks=[_failure_callback(crew)],  # type: ignore[list-item]
     )
 
 
-def _teller(crew: "ActorHandle[WorkerPool]") -> "UserCallback":
+def _failure_callback(crew: "ActorHandle[WorkerPool]") -> "UserCallback":
     """Reports to the crew, from Ray Train's controller, which workers failed and of what."""
     import ray
     from ray.train import UserCallback
 
-    class Teller(UserCallback):
+    class FailureCallback(UserCallback):
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:  # noqa: ARG002
             ray.get(crew.lost.remote({rank: _portable(error) for rank, error in worker_exceptions.items()}))
 
-    return Teller()
+    return FailureCallback()
 
 
 def _portable(error: BaseException) -> BaseException:
