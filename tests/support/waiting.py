@@ -12,7 +12,7 @@ POLL_S = 0.01
 
 
 def until(poll: Callable[[], Found], by: "subprocess.Popen[str] | subprocess.Popen[bytes] | None" = None) -> Found:
-    """Wait until something is poll, and return it.
+    """Wait until `poll` returns something true, and return it.
 
     Args:
         poll: is called again and again.

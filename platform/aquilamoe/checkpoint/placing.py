@@ -2,8 +2,8 @@
 
 A file system that can (Btrfs, XFS, overlays of these) shares the blocks until one side changes: no time and no room.
 Where it cannot, a file that is never written in place gets a second name, a hard link: one that is read-only, and
-the blobs of a hub's cache, which are called by their contents. Any other file is copied: a program that saves a checkpoint
-there once more writes into the same file, and a link would follow.
+the blobs of a hub's cache, which are called by their contents. Any other file is copied: a program that saves a
+checkpoint there once more writes into the same file, and a link would follow.
 """
 
 import fcntl

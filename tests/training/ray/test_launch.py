@@ -437,13 +437,13 @@ def test_what_is_lost_after_a_notice_is_no_failure_and_what_is_lost_later_is_one
     lost = {0: RuntimeError("Connection closed by peer")}
 
     async def failures_left(*events: str) -> int:
-        recorder = worker_pool.WorkerPool(cluster("ray", max_failures=3), "storage", "name", "label")
-        recorder.closed = True  # workers that request work end at once
-        do: dict[str, Callable[[], Any]] = {"warn": recorder.warn, "lost": partial(recorder.lost, lost)}
-        do["new"] = partial(recorder.next, 0)
+        pool = worker_pool.WorkerPool(cluster("ray", max_failures=3), "storage", "name", "label")
+        pool.closed = True  # workers that request work end at once
+        do: dict[str, Callable[[], Any]] = {"warn": pool.warn, "lost": partial(pool.lost, lost)}
+        do["new"] = partial(pool.next, 0)
         for event in events:
             await do[event]()
-        return recorder.failures_left
+        return pool.failures_left
 
     for events, kept in ((("lost",), 2), (("warn", "lost", "lost"), 3), (("warn", "lost", "new", "lost"), 2)):
         assert asyncio.run(failures_left(*events)) == kept
