@@ -21,7 +21,7 @@ def test_a_file_that_is_written_again_in_place_leaves_what_was_placed_as_it_was(
     assert (tmp_path / "placed").read_bytes() == b"weights" * 1000
 
 
-def test_a_file_that_nobody_may_write_takes_no_more_space(original: Path, tmp_path: Path) -> None:
+def test_a_read_only_file_takes_no_more_space(original: Path, tmp_path: Path) -> None:
     original.chmod(0o444)
     how = place(original, tmp_path / "placed")
     assert how in ("linked", "shared")
