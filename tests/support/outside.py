@@ -99,7 +99,7 @@ def words(checkpoint: Path | str, corpus: dict[str, str], root: Path) -> list[st
         "cluster.checkpoint_every_tokens": 256,
         "paths.root": root,
         **{f"stages.{stage}.{key}": value for stage in ("dense", "moe", "control") for key, value in training.items()},
-        "stages.dense.total_tokens": 512,
+        "stages.dense.total_tokens": 768,
         "stages.moe.total_tokens": 256,
         "stages.scale_up.certificate_tokens": 128,
         "stages.scale_out.certificate_tokens": 128,
