@@ -31,7 +31,17 @@ def measure(values: dict[str, Any], steps: int) -> dict[str, float]:
     assert isinstance(meter, metrics_exporter.RayMetricsExporter) and node.model is not None
     model = node.model.model_copy(update={"num_hidden_layers": LAYERS, "num_experts": EXPERTS})
     out = Path("moe-0123abcd.partial")
-    job = Job("moe", cast(PretrainStage, node.stage), model, out, None, out, 0, 0, experiment.cluster)
+    job = Job(
+        name="moe",
+        stage=cast(PretrainStage, node.stage),
+        model=model,
+        tokens=out,
+        source=None,
+        out=out,
+        ancestor_tokens=0,
+        ancestor_flops=0,
+        cluster=experiment.cluster,
+    )
     meter.begins(job, Rank(), torch.device("cpu"), 0)
     point = {"train/loss": 5.0, "train/balance_loss": 1.0, "train/grad_norm": 1.0, "train/learning_rate": 1e-3}
     table = {"load": [[1 / EXPERTS] * EXPERTS] * LAYERS, "entropy": [2.0] * LAYERS, "dropped": [0] * LAYERS}

@@ -168,7 +168,7 @@ class Bench:
                 configs,
                 how,
                 seed,
-                silent,
+                progress=silent,
             )
             unfinished.rename(out)
         return out, node.model
@@ -187,7 +187,17 @@ class Bench:
         self, stage: PretrainStage, model: ModelConfig | None, source: Path | None, out: Path, before: int
     ) -> None:
         assert model is not None
-        job = Job(out.name, stage, model, self.tokens, source, out, before, 0, CLUSTER)
+        job = Job(
+            name=out.name,
+            stage=stage,
+            model=model,
+            tokens=self.tokens,
+            source=source,
+            out=out,
+            ancestor_tokens=before,
+            ancestor_flops=0,
+            cluster=CLUSTER,
+        )
         summary = train(job)
         (out / "result.json").write_text(json.dumps(summary))
 

@@ -68,7 +68,20 @@ def measure(experiment: Any, tokens: Path, mode: str, out: Path, root: Path) -> 
     assert node.model is not None
     cluster = experiment.cluster.model_copy(update={"executor": "process" if mode == MODES[0] else "ray"})
     started = time.time()
-    launch(Job("prepare", node.stage, node.model, tokens, None, out, 0, 0, cluster), root)
+    launch(
+        Job(
+            name="prepare",
+            stage=node.stage,
+            model=node.model,
+            tokens=tokens,
+            source=None,
+            out=out,
+            ancestor_tokens=0,
+            ancestor_flops=0,
+            cluster=cluster,
+        ),
+        root,
+    )
     seconds = time.time() - started
     points = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     waited = statistics.mean(point["train/data_wait_share"] for point in points if "train/data_wait_share" in point)

@@ -329,6 +329,26 @@ def lines(node: ast.FunctionDef) -> int:
     return node.end_lineno - node.lineno + 1
 
 
+MOST_POSITIONAL, MOST_PARAMETERS = 5, 8
+CALLED_BY_NAME = [path for path in SOURCES if room(path) in ("pipeline", "training", "training/ray")]
+
+
+@pytest.mark.parametrize("path", CALLED_BY_NAME, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_a_call_is_read_without_counting_its_arguments(path: Path) -> None:
+    """Functions take few arguments by position, dataclasses of many fields none."""
+    long = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            positional = [each for each in node.args.args if each.arg not in ("self", "cls")]
+            if len(positional) > MOST_POSITIONAL or len(positional) + len(node.args.kwonlyargs) > MOST_PARAMETERS:
+                long.append(f"{node.name}:{node.lineno}")
+        elif isinstance(node, ast.ClassDef) and any("dataclass" in ast.unparse(one) for one in node.decorator_list):
+            fields = [each for each in node.body if isinstance(each, ast.AnnAssign)]
+            if len(fields) > MOST_POSITIONAL and "kw_only=True" not in ast.unparse(node.decorator_list[0]):
+                long.append(f"{node.name}:{node.lineno}")
+    assert long == []
+
+
 def test_three_names_are_not_assigned_on_one_line() -> None:
     """The names of what a function returns, which stand for one value, may be."""
     packed = [

@@ -1,7 +1,8 @@
 """How long a stage is expected to take: from the time of a similar one, scaled by the work."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from aquilamoe.config.graph import Node
 from aquilamoe.pipeline.stage import Estimate
@@ -12,23 +13,30 @@ FAR = 30.0
 Inputs = Mapping[str, tuple[str, int | None]]
 
 
-def seconds(
-    node: Node,
-    estimate: Estimate,
-    inputs: Inputs,
-    history: Iterable[Record],
-    store: Store,
-    by_speed: float | None,
-    devices: int | None,
-) -> float | None:
-    """By this stage's last run, scaled; of a training without one, by the one most like it here, or `by_speed`.
+@dataclass(frozen=True, kw_only=True)
+class Experience:
+    """What is known of the speed of stages.
 
-    inputs: by role, fingerprint and bytes. history: of the stage, newest first. None where unknown.
+    history: records of the stage in question, newest first. store: has those of all stages. by_speed: seconds of a
+    training by the speed of the cluster, where no record has one; None where that is unknown. devices: how many train;
+    records of another number do not count, None: all do.
     """
-    whole = [record for record in history if not record.get("resumed")]
+
+    history: Sequence[Record]
+    store: Store
+    by_speed: float | None
+    devices: int | None
+
+
+def seconds(node: Node, estimate: Estimate, inputs: Inputs, known: Experience) -> float | None:
+    """By this stage's last run, scaled; of a training without one, by the one most like it here, or by the speed.
+
+    inputs: by role, fingerprint and bytes. None where unknown.
+    """
+    whole = [record for record in known.history if not record.get("resumed")]
     if node.flops:
-        return _of_training(node, estimate, whole, store, by_speed, devices)
-    scaled = _scaled(whole[0], estimate, inputs, store) if whole else None
+        return _of_training(node, estimate, whole, known)
+    scaled = _scaled(whole[0], estimate, inputs, known.store) if whole else None
     return estimate.seconds if scaled is None else scaled
 
 
@@ -69,29 +77,19 @@ def _growth(record: Record, inputs: Inputs, store: Store) -> float | None:
     return sum(filter(None, new)) / sum(filter(None, old))
 
 
-def _of_training(
-    node: Node,
-    estimate: Estimate,
-    whole: list[Record],
-    store: Store,
-    by_speed: float | None,
-    devices: int | None,
-) -> float | None:
-    comparable = [record for record in whole if _on(record, devices)][:1]
+def _of_training(node: Node, estimate: Estimate, whole: list[Record], known: Experience) -> float | None:
+    comparable = [record for record in whole if _on(record, known.devices)][:1]
     if not comparable:
-        others = [record for record in _of_its_kind(node, store) if _on(record, devices)]
+        same_kind = [record for record in known.store.history() if record["kind"] == node.stage.kind]
+        others = [record for record in same_kind if not record.get("resumed") and _on(record, known.devices)]
         comparable = _most_alike(node, others) or others
     records = [record for record in comparable if record["metrics"].get("flops")]
     if not records:
-        return by_speed
+        return known.by_speed
     took = sum(record["seconds"] for record in records)
     if estimate.work and all(record.get("work") for record in records):
         return float(took * estimate.work / sum(record["work"] for record in records))
     return float(took * node.flops / sum(record["metrics"]["flops"] for record in records))
-
-
-def _of_its_kind(node: Node, store: Store) -> list[Record]:
-    return [record for record in store.history() if record["kind"] == node.stage.kind and not record.get("resumed")]
 
 
 def _most_alike(node: Node, records: Iterable[Record]) -> list[Record]:

@@ -14,25 +14,27 @@ from aquilamoe.pipeline.fingerprint import Recipe
 from aquilamoe.pipeline.stage import Estimate, module
 from aquilamoe.pipeline.store import METRICS, Record, Store, read_points
 
+State = Literal["cached", "fetched", "resumes", "runs"]
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class Planned:
     """A stage with its identity and what will become of it.
 
     state: `fetched` has its output on the remote, from where a run takes it. reason: why it runs (field, old, new), or
     where the output lies. seconds: expected, from records of earlier runs or the speed of the cluster; 0 for what
-    is there, None if unknown. record: of an output that is there.
+    is there, None if unknown. directory: of the output, now or once it is complete. record: of an output that is there.
     """
 
     node: Node
     recipe: Recipe
     fingerprint: str
-    state: Literal["cached", "fetched", "resumes", "runs"]
-    reason: str
     estimate: Estimate
+    state: State
+    reason: str
     seconds: float | None
     directory: Path
-    record: Record | None
+    record: Record | None = None
 
     @property
     def name(self) -> str:
@@ -62,8 +64,7 @@ def make(nodes: Mapping[str, Node], store: Store, speed: TrainingSpeed, devices:
     made_by: dict[str, str] = {}
     for name, recipe in recipes(nodes).items():
         node = nodes[name]
-        stage = module(node.stage.kind)
-        planned = _planned(node, recipe, stage.estimate(node), stage.RESUMES, store, plan, speed, devices)
+        planned = _available(node, recipe, store) or _to_run(node, recipe, Surroundings(store, plan, speed, devices))
         first = made_by.setdefault(planned.fingerprint, node.name)
         if first != node.name and planned.is_computed:
             # Two names for one recipe: it is computed once.
@@ -88,42 +89,70 @@ def recipes(nodes: Mapping[str, Node]) -> dict[str, Recipe]:
     return found
 
 
-def _planned(
-    node: Node,
-    recipe: Recipe,
-    estimate: Estimate,
-    resumes: bool,
-    store: Store,
-    done: Mapping[str, Planned],
-    speed: TrainingSpeed,
-    devices: int | None,
-) -> Planned:
-    digest = identity.fingerprint(recipe)
-    found = store.find(node.name, digest)
-    if found is not None:
+def _available(node: Node, recipe: Recipe, store: Store) -> Planned | None:
+    """A stage whose output is in the store or on its remote."""
+    fingerprint = identity.fingerprint(recipe)
+    state: State = "cached"
+    if (found := store.find(node.name, fingerprint)) is not None:
         directory, record = found
         reason = f"in {directory.name}"
-        return Planned(node, recipe, digest, "cached", reason, estimate, 0.0, directory, record)
-    elsewhere = store.remote.find(digest) if store.remote else None
-    if elsewhere is not None:
-        directory, reason = store.directory(node.name, digest), f"in {elsewhere[0]} of {store.remote}"
-        return Planned(node, recipe, digest, "fetched", reason, estimate, 0.0, directory, elsewhere[1])
+    elif store.remote and (elsewhere := store.remote.find(fingerprint)) is not None:
+        name, record = elsewhere
+        directory = store.directory(node.name, fingerprint)
+        state, reason = "fetched", f"in {name} of {store.remote}"
+    else:
+        return None
+    return Planned(
+        node=node,
+        recipe=recipe,
+        fingerprint=fingerprint,
+        estimate=estimate(node),
+        state=state,
+        reason=reason,
+        seconds=0.0,
+        directory=directory,
+        record=record,
+    )
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What decides of a stage without an output: the store, the stages `done` before it, the speed of training."""
+
+    store: Store
+    done: Mapping[str, Planned]
+    speed: TrainingSpeed
+    devices: int | None
+
+
+def _to_run(node: Node, recipe: Recipe, where: Surroundings) -> Planned:
+    """A stage that a run has to work for."""
+    store = where.store
+    fingerprint = identity.fingerprint(recipe)
+    expected = estimate(node)
     history = store.history(node.name)
-    inputs = {role: done[name] for role, name in node.stage.inputs.items()}
-    by_speed = speed.seconds(node.flops, estimate.work) if node.flops else None
-    seconds = expectation.seconds(node, estimate, _sizes(inputs), history, store, by_speed, devices)
-    directory, partial = store.directory(node.name, digest), store.partial(node.name, digest)
-    if store.is_complete(partial):
-        reason = "interrupted when it was complete"
-        return Planned(node, recipe, digest, "resumes", reason, estimate, 0.0, directory, None)
-    if partial.exists() and resumes:
-        reason = _resume_point(partial, node)
-        return Planned(node, recipe, digest, "resumes", reason, estimate, seconds, directory, None)
-    if resumes and node.tokens and store.remote and (saved := checkpoint_sync.newest(store.remote, digest)):
-        reason = f"from {saved} of {store.remote}"
-        return Planned(node, recipe, digest, "resumes", reason, estimate, seconds, directory, None)
-    reason = "interrupted, starts over" if partial.exists() else _why(recipe, history, node, done)
-    return Planned(node, recipe, digest, "runs", reason, estimate, seconds, directory, None)
+    known = expectation.Experience(
+        history=history,
+        store=store,
+        by_speed=where.speed.seconds(node.flops, expected.work) if node.flops else None,
+        devices=where.devices,
+    )
+    inputs = {role: where.done[name] for role, name in node.stage.inputs.items()}
+    seconds = expectation.seconds(node, expected, _sizes(inputs), known)
+    resume_point = _resume_point(node, fingerprint, store)
+    if store.is_complete(partial := store.partial(node.name, fingerprint)):
+        resume_point, seconds = "interrupted when it was complete", 0.0
+    return Planned(
+        node=node,
+        recipe=recipe,
+        fingerprint=fingerprint,
+        estimate=expected,
+        state="resumes" if resume_point else "runs",
+        reason=resume_point
+        or ("interrupted, starts over" if partial.exists() else _why(recipe, history, node, where.done)),
+        seconds=seconds,
+        directory=store.directory(node.name, fingerprint),
+    )
 
 
 def _sizes(inputs: Mapping[str, Planned]) -> dict[str, tuple[str, int | None]]:
@@ -150,7 +179,17 @@ def _why(recipe: Recipe, history: Iterable[Record], node: Node, done: Mapping[st
     return f"{', '.join(again)} runs" if again else "; ".join(changes[:3])
 
 
-def _resume_point(partial: Path, node: Node) -> str:
+def _resume_point(node: Node, fingerprint: str, store: Store) -> str | None:
+    """Where the stage resumes, in words; None if it starts from its beginning."""
+    if not module(node.stage.kind).RESUMES:
+        return None
+    if (partial := store.partial(node.name, fingerprint)).exists():
+        return _interrupted_at(partial, node)
+    saved = checkpoint_sync.newest(store.remote, fingerprint) if node.tokens and store.remote else None
+    return f"from {saved} of {store.remote}" if saved else None
+
+
+def _interrupted_at(partial: Path, node: Node) -> str:
     points = read_points(partial / METRICS)
     steps = [point for point in points if "tokens" in point]
     if steps and node.tokens:

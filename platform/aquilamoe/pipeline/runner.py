@@ -5,8 +5,9 @@ import platform
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cache
+from functools import cache, cached_property
 from importlib import metadata
 from pathlib import Path
 from threading import Event, Thread
@@ -72,7 +73,8 @@ def run(
                 found = store.find(planned.name, planned.fingerprint)
                 found = found or store.fetch(planned.name, planned.fingerprint)
                 if found is None:
-                    done[planned.name] = _run_stage(planned, store, cluster, done, observers)
+                    stage_run = _StageRun(planned=planned, store=store, cluster=cluster, done=done, observers=observers)
+                    done[planned.name] = stage_run.finish()
                     continue
         except BaseException as error:
             for observer in observers:
@@ -85,74 +87,88 @@ def run(
     return done
 
 
-def _run_stage(
-    planned: Planned, store: Store, cluster: ClusterConfig, done: Mapping[str, Input], observers: Sequence[Observer]
-) -> Input:
-    partial = store.partial(planned.name, planned.fingerprint)
-    attempts = Attempts(store.root, planned.directory.name)
-    mirror = CheckpointSync(store.remote, partial, planned.fingerprint, attempts) if store.remote else None
-    record = store.finish_publishing(partial)
-    if record is None:
-        record = store.publish(partial, _execute(planned, partial, store, cluster, done, observers, attempts, mirror))
-    attempts.forget()
-    store.push(planned.directory, record)
-    if mirror:
-        mirror.forget()
-    for observer in observers:
-        observer.stage_finished(planned.name, planned.directory, record, cached=False)
-    return Input(planned.name, planned.directory, record)
+@dataclass(frozen=True, kw_only=True)
+class _StageRun:
+    """A stage of a plan on its way to an output; `done` are the stages before it."""
 
+    planned: Planned
+    store: Store
+    cluster: ClusterConfig
+    done: Mapping[str, Input]
+    observers: Sequence[Observer]
 
-def _execute(
-    planned: Planned,
-    partial: Path,
-    store: Store,
-    cluster: ClusterConfig,
-    done: Mapping[str, Input],
-    observers: Sequence[Observer],
-    attempts: Attempts,
-    mirror: CheckpointSync | None,
-) -> Record:
-    """Run the stage in its partial directory; return its record, without the files."""
-    stage = module(planned.node.stage.kind)
-    inputs = {role: done[name] for role, name in planned.node.stage.inputs.items()}
-    for source in inputs.values():
-        integrity.check(source.directory, source.record, f"stage {planned.name}")
-    references = {role: _reference(source) for role, source in inputs.items()}
-    if not stage.RESUMES:
-        store.discard(partial)
-    elif mirror:
-        mirror.fetch()
-    resumed = partial.exists()
-    partial.mkdir(parents=True, exist_ok=True)
-    for observer in observers:
-        observer.stage_started(planned.name, planned.fingerprint, partial, planned.recipe, references)
-    started = datetime.now(UTC)
-    rates = cost.rates(planned.node, cluster)
-    attempts.begin(rates)
-    copying = mirror.follow() if mirror and stage.RESUMES else nullcontext()
-    with _following(partial / METRICS, planned.name, observers, attempts), copying:
-        metrics = stage.run(Context(planned.node, inputs, partial, cluster, store.root))
-    finished = datetime.now(UTC)
-    seconds = (finished - started).total_seconds()
-    record = {
-        "stage": planned.name,
-        "kind": planned.node.stage.kind,
-        "fingerprint": planned.fingerprint,
-        "recipe": planned.recipe,
-        "inputs": references,
-        "metrics": metrics,
-        "versions": _versions(),
-        "git_commit": _git_commit(),
-        "started": started.isoformat(timespec="milliseconds"),
-        "finished": finished.isoformat(timespec="milliseconds"),
-        "seconds": seconds,
-        "resumed": resumed,
-        "work": planned.estimate.work,
-    }
-    spent = attempts.cost(seconds) + cost.Cost(flops=planned.node.flops)
-    known = [output.record for output in done.values()]
-    return {**record, "cost": cost.entry(spent, record, known, len(attempts.read()), rates.devices)}
+    @cached_property
+    def partial(self) -> Path:
+        return self.store.partial(self.planned.name, self.planned.fingerprint)
+
+    @cached_property
+    def attempts(self) -> Attempts:
+        return Attempts(self.store.root, self.planned.directory.name)
+
+    @cached_property
+    def checkpoint_sync(self) -> CheckpointSync | None:
+        if self.store.remote is None:
+            return None
+        return CheckpointSync(self.store.remote, self.partial, self.planned.fingerprint, self.attempts)
+
+    def finish(self) -> Input:
+        """Run the stage, if it was not interrupted when it was complete, and publish its output."""
+        planned, store = self.planned, self.store
+        record = store.finish_publishing(self.partial)
+        if record is None:
+            record = store.publish(self.partial, self.execute())
+        self.attempts.forget()
+        store.push(planned.directory, record)
+        if self.checkpoint_sync:
+            self.checkpoint_sync.forget()
+        for observer in self.observers:
+            observer.stage_finished(planned.name, planned.directory, record, cached=False)
+        return Input(planned.name, planned.directory, record)
+
+    def execute(self) -> Record:
+        """Run the stage in its partial directory; return its record, without the files."""
+        planned = self.planned
+        partial = self.partial
+        attempts = self.attempts
+        stage = module(planned.node.stage.kind)
+        inputs = {role: self.done[name] for role, name in planned.node.stage.inputs.items()}
+        for source in inputs.values():
+            integrity.check(source.directory, source.record, f"stage {planned.name}")
+        references = {role: _reference(source) for role, source in inputs.items()}
+        if not stage.RESUMES:
+            self.store.discard(partial)
+        elif self.checkpoint_sync:
+            self.checkpoint_sync.fetch()
+        resumed = partial.exists()
+        partial.mkdir(parents=True, exist_ok=True)
+        for observer in self.observers:
+            observer.stage_started(planned.name, planned.fingerprint, partial, planned.recipe, references)
+        started = datetime.now(UTC)
+        rates = cost.rates(planned.node, self.cluster)
+        attempts.begin(rates)
+        copying = self.checkpoint_sync.follow() if self.checkpoint_sync and stage.RESUMES else nullcontext()
+        with _following(partial / METRICS, planned.name, self.observers, attempts), copying:
+            metrics = stage.run(Context(planned.node, inputs, partial, self.cluster, self.store.root))
+        finished = datetime.now(UTC)
+        seconds = (finished - started).total_seconds()
+        record = {
+            "stage": planned.name,
+            "kind": planned.node.stage.kind,
+            "fingerprint": planned.fingerprint,
+            "recipe": planned.recipe,
+            "inputs": references,
+            "metrics": metrics,
+            "versions": _versions(),
+            "git_commit": _git_commit(),
+            "started": started.isoformat(timespec="milliseconds"),
+            "finished": finished.isoformat(timespec="milliseconds"),
+            "seconds": seconds,
+            "resumed": resumed,
+            "work": planned.estimate.work,
+        }
+        spent = attempts.cost(seconds) + cost.Cost(flops=planned.node.flops)
+        known = [output.record for output in self.done.values()]
+        return {**record, "cost": cost.entry(spent, record, known, len(attempts.read()), rates.devices)}
 
 
 def _reference(source: Input) -> dict[str, str]:

@@ -89,7 +89,17 @@ def job(tokens: Path = Path(), out: Path = Path(), **changes: Any) -> Job:
     network = changes.pop("network", None) or model(**_taken(changes, ModelConfig.model_fields))
     here = cluster(**_taken(changes, ClusterConfig.model_fields))
     stage = PretrainStage.model_validate(changed({**STAGE, "model": network}, changes))
-    return Job("small", stage, network, tokens, None, out, 0, 0, here)
+    return Job(
+        name="small",
+        stage=stage,
+        model=network,
+        tokens=tokens,
+        source=None,
+        out=out,
+        ancestor_tokens=0,
+        ancestor_flops=0,
+        cluster=here,
+    )
 
 
 def changed(values: Values, changes: Values) -> dict[str, Any]:

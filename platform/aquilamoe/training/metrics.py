@@ -67,6 +67,7 @@ class MetricsFile(PointsFile):
     def __init__(
         self,
         path: Path,
+        *,
         resume_step: int,
         batch_tokens: int,
         flops_per_token: int,
