@@ -23,7 +23,7 @@ from small_checkpoints import growth, model, upcycling, write_source
 WEIGHTS = "model.safetensors"
 GROWTH, UPCYCLING = growth(noise=0.5, new_layers="zero"), upcycling()
 LARGER = {"hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 3, "num_attention_heads": 12}
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
+EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2}
 TOKENS = torch.arange(60).view(2, 30) * 7 % 32
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -67,7 +67,7 @@ def certified(before: Path, after: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("make", [grow, upcycle])
-def test_every_tensor_is_that_of_the_source_s_type_rounded_once(make: Any, dtype: str, tmp_path: Path) -> None:
+def test_every_tensor_is_that_of_the_source_s_type_rounded_once(make: Any, dtype: Any, tmp_path: Path) -> None:
     before = source(tmp_path / "source")
     exact = make(before, tmp_path / "exact")
     found = make(before, tmp_path / "target", DtypePolicy(dtype))
