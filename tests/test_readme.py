@@ -62,7 +62,7 @@ def test_there_are_commands_to_test() -> None:
 def test_every_workflow_command_of_the_readme_has_a_plan(command: str, plans: dict[str, tuple[int | str, str]]) -> None:
     code, text = plans[command]
     assert code == 0, (code, text)
-    assert "stages run" in text
+    assert "stages to run" in text
 
 
 def test_the_page_on_costs_shows_what_its_commands_print(plans: dict[str, tuple[int | str, str]]) -> None:

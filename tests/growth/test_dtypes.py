@@ -94,7 +94,8 @@ def test_a_source_of_mixed_types_keeps_the_type_of_each_tensor(make: Any, tmp_pa
         assert tensor.dtype == expected, name
     values = json.loads((tmp_path / "target" / "config.json").read_text())
     assert values["dtype"] == values["torch_dtype"] == "bfloat16"
-    assert certified(before, tmp_path / "target")["rounding"]["dtype"] == "bfloat16"
+    rounding = certified(before, tmp_path / "target")["rounding"]
+    assert rounding is None if make is upcycle else rounding["dtype"] == "bfloat16"
 
 
 def test_norms_and_routers_in_float32_stay_so_when_requested(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ the growth was measured before it was rounded, what rounding does to it (see `_W
 
 import math
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from aquilamoe.config.messages import UserError
 from aquilamoe.config.schema import GrowthConfig, ModelConfig, UpcyclingConfig
 from aquilamoe.growth.alignment import LEAST_UPDATE, Alignment, align
 from aquilamoe.growth.bounds import COMPARED_TOKENS
-from aquilamoe.growth.forward import Opened, StreamedDecoder, Weights, opened
+from aquilamoe.growth.forward import Opened, StreamedDecoder, opened
 from aquilamoe.growth.logits import LogitDifference, compare
 from aquilamoe.growth.rounding import RoundedAgain, Unrounded, unrounded
 from aquilamoe.growth.stream import Progress, silent
@@ -51,8 +52,9 @@ def certify(
 
     The target may have further tokens: logits are compared on the source's vocabulary, while `kl` and `target_loss`
     count the probability that the further ones take. Computed in float32, or float64 where a checkpoint has it, in
-    memory of `bounds.certificate_bytes`. Of a claim with its growth, files of fewer bits than that are compared with
-    what the growth makes, element by element, and what it makes before it is rounded is what is measured.
+    memory of `bounds.certificate_bytes`. Of a claim with its growth, what no token needed is compared with what the
+    growth makes, so that few tokens are enough. Files of fewer bits are compared with it element by element, and what
+    it makes before it is rounded is what is measured.
 
     Args:
         source: directory of the checkpoint before the growth.
@@ -74,9 +76,8 @@ def certify(
     with opened(source, target) as (before, after):
         _check_vocabulary(before.config, after.config, tokens_bt)
         growth = growth if preserving else None
-        is_rounded = growth is not None and after.weights.is_rounded
-        exact = unrounded(before, after, growth, seed) if growth is not None and is_rounded else None
-        walk = _Walk(before, after, exact, tokens_bt, progress)
+        made = unrounded(before, after, growth, seed) if growth is not None else None
+        walk = _Walk(before, after, made if after.weights.is_rounded else None, tokens_bt, progress)
         if growth is not None:
             walk.together(align(before.config, after.config, growth, seed, before.weights.dtype))
         else:
@@ -85,18 +86,25 @@ def certify(
         fault, ties = walk.judge(difference, tolerance) if preserving else (None, False)
         if fault is not None:
             raise _broken(fault, difference, tolerance, growth is not None)
-        rounding = walk.round(exact) if exact is not None else None
-    certificate = {
-        **_measures(difference),
-        "preserving": preserving,
-        "tolerance": tolerance,
-        "passed": True,
-        "layers": walk.differences,
-        "ties": ties,
-        "rounding": rounding,
-    }
+        if made is not None:
+            made.check_rest(after.weights.read)
+        rounding = walk.round() if made is not None and made.rounds else None
+    claim = _Claimed(preserving, tolerance, walk.differences, ties, rounding)
+    certificate = {**_measures(difference), **asdict(claim)}
     _check_finite(certificate)
     return certificate
+
+
+@dataclass(frozen=True)
+class _Claimed:
+    """What a certificate states beside its measures: the claim, and how it was judged."""
+
+    preserving: bool
+    tolerance: float
+    layers: list[float]
+    ties: bool
+    rounding: dict[str, Any] | None
+    passed: bool = True
 
 
 def _measures(difference: LogitDifference) -> dict[str, Any]:
@@ -150,7 +158,7 @@ class _Walk:
         self,
         source: Opened,
         target: Opened,
-        unrounded: Weights | None,
+        unrounded: Unrounded | None,
         tokens_bt: Tensor,
         progress: Progress,
     ) -> None:
@@ -165,7 +173,7 @@ class _Walk:
         self.alignment: Alignment | None = None
         self._progress = progress
         self._done = 0
-        self._rounds = 1 if unrounded is None else 2
+        self._rounds = 2 if unrounded is not None and unrounded.rounds else 1
         self._step(0)
 
     def _step(self, layers: int = 1) -> None:
@@ -184,14 +192,13 @@ class _Walk:
             self._step()
         return x_btd
 
-    def round(self, exact: Unrounded) -> dict[str, Any]:
+    def round(self) -> dict[str, Any]:
         """What rounding does to predictions of the source, on some sequences; the files are that, to their last number.
 
         `dtype`, of the files; `tokens` (predicted); `target_*`: the target as it is in its files, beside the source;
         `source_*`: the source, rounded once more, beside itself. Of both, `relative`, the largest difference of a logit
         as a fraction of the logits' spread, and `kl` in nats/token.
         """
-        exact.check_rest()
         source, target = self._opened
         file_dtype = target.weights.file_dtype
         measured: dict[str, Any] = {"dtype": str(file_dtype).removeprefix("torch.")}

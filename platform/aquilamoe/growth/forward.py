@@ -49,12 +49,14 @@ class Stored:
 
     dtype: of the computation.
     file_dtype: of most of what is in the files.
+    read: names of the tensors that were used, but for an embedding, of which few rows are looked up.
     """
 
     def __init__(self, reader: Reader, dtype: torch.dtype) -> None:
         self.reader = reader
         self.dtype = dtype
         self.file_dtype = torch_dtype(main_dtype(reader.tensors))
+        self.read: set[str] = set()
 
     @property
     def is_rounded(self) -> bool:
@@ -75,6 +77,8 @@ class Stored:
         return self._take(name, self.reader.get(name)[numbers_n])
 
     def _take(self, name: str, mapped: Tensor) -> Tensor:
+        if name != tensor_names.EMBEDDING:  # of which few rows are looked up
+            self.read.add(name)
         tensor = mapped.to(self.dtype, copy=True)
         self.reader.release(name)
         return tensor
