@@ -18,7 +18,7 @@ from aquilamoe.config.network import ModelConfig
 from aquilamoe.config.paths import shown
 from aquilamoe.format import duration, size_or_absent
 from aquilamoe.growth.tool import comparison, plan
-from aquilamoe.growth.tool.card import certificate_rows
+from aquilamoe.growth.tool.card import NEARLY, certificate_rows
 from aquilamoe.growth.tool.remarks import architecture, remarks, written
 from aquilamoe.growth.tool.request import CheckpointFiles, Request
 from aquilamoe.process import interruption
@@ -188,7 +188,9 @@ def _show_cost(out: Console, request: Request, config: GrowConfig) -> None:
 
 
 def _show_claim(out: Console, request: Request, config: GrowConfig, tolerance: float) -> None:
-    if not request.preserving:
+    if not request.preserving and request.growth.method == "split":
+        out.print(f"claim   {NEARLY} are expected; the certificate measures both, and refuses nothing", soft_wrap=True)
+    elif not request.preserving:
         out.print("claim   none: source and target differ, the certificate states by how much")
     elif config.certificate.enabled:
         tokens = f"{config.certificate.tokens:,} tokens"

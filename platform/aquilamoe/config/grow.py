@@ -16,12 +16,22 @@ SparseLayers = Literal["all", "every_other"]
 TargetDtype = Literal["source", "float32", "bfloat16", "float16"]
 
 
+_OF_THE_TOOL = {"layers", "calibration_text"}
+
+
 class SparseUpcycling(UpcyclingConfig):
-    """An upcycling, and which layers get experts; null leaves that to `model.mlp_only_layers`."""
+    """An upcycling, which layers get experts (null leaves that to `model.mlp_only_layers`), and a split's text.
+
+    calibration_text: a file of UTF-8 text; null is the embedded training text.
+    """
 
     layers: SparseLayers | tuple[NonNegativeInt, ...] | None = Field(
         description="Layers that get experts, counted from 0. null: all but model.mlp_only_layers | all | every_other: "
         "1, 3, 5, ... | a list of layers"
+    )
+    calibration_text: str | None = Field(
+        default=None,
+        description="UTF-8 text file on which a split is calibrated; null: the embedded training text [path]",
     )
 
     @field_validator("layers", mode="before")
@@ -38,7 +48,7 @@ class SparseUpcycling(UpcyclingConfig):
     @property
     def plain(self) -> UpcyclingConfig:
         """The upcycling by itself: what the growth engine uses."""
-        return UpcyclingConfig.model_validate(self.model_dump(exclude={"layers"}))
+        return UpcyclingConfig.model_validate(self.model_dump(exclude=_OF_THE_TOOL))
 
     def dense_layers(self, num_layers: int) -> list[int] | None:
         """Layers without experts of a target with `num_layers` layers, None where `layers` is not set."""
@@ -142,10 +152,11 @@ def parse(values: Mapping[str, Any]) -> GrowConfig:
 
 
 def _chosen(upcycling: Any) -> Any:
-    """`upcycling.layers` has a default, but without a method nothing was chosen."""
-    if isinstance(upcycling, Mapping) and set(upcycling) == {"layers"}:
-        if upcycling["layers"] is not None:
-            raise UserError(f"upcycling.layers: {upcycling['layers']} of no upcycling; name one, e.g. upcycling=copy")
+    """Some keys of `upcycling` have defaults, but without a method nothing was chosen."""
+    if isinstance(upcycling, Mapping) and set(upcycling) <= _OF_THE_TOOL:
+        for key, value in upcycling.items():
+            if value is not None:
+                raise UserError(f"upcycling.{key}: {value} of no upcycling; name one, e.g. upcycling=copy")
         return None
     return upcycling
 

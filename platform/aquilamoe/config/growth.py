@@ -1,14 +1,15 @@
 """How a growth is done: from a dense model to a larger one, and to a Mixture of Experts."""
 
-from typing import Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, field_validator, model_validator
 
 from aquilamoe.config import plugins
+from aquilamoe.config.corpus import Extended
 from aquilamoe.config.depth import RULES
 from aquilamoe.config.messages import nearest
 from aquilamoe.config.network import ModelConfig
-from aquilamoe.config.numbers import Config, Fraction, NonNegativeFloat, NonNegativeInt
+from aquilamoe.config.numbers import Config, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat
 
 DepthRule = Literal["interpolate", "stack", "stack_top"]
 
@@ -70,12 +71,18 @@ class GrowthConfig(Config):
         return source.rms_norm_eps * copied / hidden_size
 
 
-class UpcyclingConfig(Config):
-    """How a dense model becomes a Mixture of Experts."""
+_OF_SPLIT = ("direction", "shift", "calibration_tokens", "common_row")
+_FEWEST_TOKENS = 256
+_LEARNED = {"direction": "learned", "shift": 3.0, "calibration_tokens": 8192, "common_row": True}
 
-    method: Literal["copy", "noise", "drop", "permute"] = Field(
+
+class UpcyclingConfig(Extended):
+    """How a dense model becomes a Mixture of Experts, or a mixture gets more experts."""
+
+    method: Literal["copy", "noise", "drop", "permute", "split"] = Field(
         description="How experts differ at the start. copy: not at all | noise: each has its own noise | drop: each "
-        "has some neurons initialised randomly | permute: each has its neurons in another order"
+        "has some neurons initialised randomly | permute: each has its neurons in another order | split: not at all, "
+        "and router rows of copies of an expert are shifted in opposite directions"
     )
     noise: NonNegativeFloat = Field(
         description="Standard deviation of method noise; 0 for the others [ratio to the weights' standard deviation]"
@@ -88,6 +95,43 @@ class UpcyclingConfig(Config):
         "orthogonal rows of the same length | zero: the first experts get all tokens"
     )
     router_std: NonNegativeFloat = Field(description="Standard deviation of the initial router weights [dimensionless]")
+    direction: Literal["learned", "random"] | None = Field(
+        default=None,
+        description="Direction u of a split. learned: few tokens have small u.x, and each expert's tokens are halved | "
+        "random; null for other methods",
+    )
+    shift: PositiveFloat | Literal["auto"] | None = Field(
+        default=None,
+        description="Shift M of a split: router rows are the original's plus and minus M u. auto: what 98 % of the "
+        "calibration tokens need, at most 5 for 16-bit weights [standard deviations of u.x]",
+    )
+    calibration_tokens: Annotated[NonNegativeInt, Field(le=2**20)] | None = Field(
+        default=None,
+        description="Training tokens on which the direction of a split is found, balanced and scaled; 0: none [tokens]",
+    )
+    common_row: bool | None = Field(
+        default=None,
+        description="Whether a split subtracts from all router rows the row that minimises the z-loss; choices and "
+        "gates do not change",
+    )
+    added = _OF_SPLIT
+
+    @field_validator("shift", mode="before")
+    @classmethod
+    def _check_shift(cls, shift: Any) -> Any:
+        """One line instead of a problem for each member of the union."""
+        is_number = isinstance(shift, (int, float)) and not isinstance(shift, bool)
+        if shift in ("auto", None) or (is_number and shift > 0):
+            return shift
+        raise ValueError(f"{shift!r} is neither a number above 0 nor auto; use e.g. 3")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete_split(cls, values: Any) -> Any:
+        """What a split leaves out is as in conf/upcycling/split.yaml."""
+        if not isinstance(values, dict) or values.get("method") != "split":
+            return values
+        return {**values, **{key: _LEARNED[key] for key in _OF_SPLIT if values.get(key) is None}}
 
     @model_validator(mode="after")
     def _check_amounts(self) -> Self:
@@ -96,6 +140,29 @@ class UpcyclingConfig(Config):
             if (self.method == method) != (amount > 0):
                 raise ValueError(
                     f"method {self.method} with {field} {amount}; {field} is > 0 for '{method}' and 0 for the others"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _check_split(self) -> Self:
+        for field in _OF_SPLIT:
+            if self.method != "split" and getattr(self, field) is not None:
+                raise ValueError(
+                    f"method {self.method} with {field} {getattr(self, field)}; {field} is of 'split', leave it out"
+                )
+        if self.calibration_tokens is not None and 0 < self.calibration_tokens < _FEWEST_TOKENS:
+            raise ValueError(
+                f"calibration_tokens {self.calibration_tokens}; directions are found on {_FEWEST_TOKENS} tokens or "
+                "more, or on 0"
+            )
+        if self.calibration_tokens != 0:
+            return self
+        for field, value in (("direction", "learned"), ("shift", "auto"), ("common_row", True)):
+            if getattr(self, field) == value:
+                remedy = {"direction": "random", "shift": "a number", "common_row": "false"}[field]
+                raise ValueError(
+                    f"{field} {str(value).lower()} with calibration_tokens 0; it is found from what routers read, set "
+                    f"calibration_tokens to e.g. 8192, or {field} to {remedy}"
                 )
         return self
 

@@ -23,6 +23,11 @@ _TOLERANCE, _TOLERANCE_F64 = 1e-3, 1e-6
 # to 0.022 of their spread in F16 and 0.11 in BF16, whose weights have 10 and 7 bits.
 _FILE_TOLERANCES = {"F16": 0.1, "BF16": 0.5}
 
+# Most standard deviations by which a split moves rows of 16 bits, which keep of the original's what M u leaves.
+MOST_IN_16_BITS = 5.0
+# A growth that claims nothing is nearly function-preserving within these: nats/token.
+NEARLY_KL, NEARLY_LOSS = 0.01, 0.01
+
 # Bytes of a file that come into memory with a page that is looked at.
 _AROUND = 2**16
 # Copies of a stream that a block holds at once: before and behind each half, normalised, and its experts' share.
@@ -52,6 +57,15 @@ def file_tolerance(dtype: str) -> float:
 def growth_bytes(largest: int) -> int:
     """Most memory that a growth takes, over that of the libraries; `largest` are the bytes of a tensor."""
     return _FIXED + 2 * largest
+
+
+def calibration_bytes(model: ModelConfig, sequences: int, sequence_length: int, item_bytes: int = 4) -> int:
+    """Most memory that finding the directions of a split takes, over that of a process that has imported torch."""
+    tokens, hidden = sequences * sequence_length, model.hidden_size
+    search = (_STREAMS + 4) * tokens * hidden + 4 * hidden**2 + 4 * tokens * model.num_experts
+    return (
+        int(_ALLOCATOR * item_bytes * (search + _part(model, sequence_length, item_bytes) // item_bytes)) + _LIBRARIES
+    )
 
 
 def certificate_bytes(

@@ -9,7 +9,8 @@ Fields of a certificate: `max_abs_dlogit`; `logit_spread`; `kl`, the mean of KL(
 true, also of a growth that claims nothing; `layers`: of a claim with its growth, the relative difference behind the
 embedding and behind each layer of the target; `ties`: whether logits differ by more than the tolerance, and only
 because tokens chose between experts with equal scores: a Mixture of Experts is not continuous there; `rounding`: where
-the growth was measured before it was rounded, what rounding does to it (see `_Walk.round`), otherwise None.
+the growth was measured before it was rounded, what rounding does to it (see `_Walk.round`), otherwise None; `experts`:
+only of more experts that a token chooses fewer of than it keeps the function for, see `growth.expert_choices`.
 """
 
 import math
@@ -21,13 +22,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aquilamoe.checkpoint import tensor_names
 from aquilamoe.config.messages import UserError
 from aquilamoe.config.schema import GrowthConfig, ModelConfig, UpcyclingConfig
 from aquilamoe.growth.alignment import LEAST_UPDATE, Alignment, align
 from aquilamoe.growth.bounds import COMPARED_TOKENS
+from aquilamoe.growth.expert_choices import ExpertChoices, may_compare
 from aquilamoe.growth.forward import Opened, StreamedDecoder, opened
 from aquilamoe.growth.logits import LogitDifference, compare
 from aquilamoe.growth.rounding import RoundedAgain, Unrounded, unrounded
+from aquilamoe.growth.split import Split
 from aquilamoe.growth.stream import Progress, silent
 from aquilamoe.model.transformer import Routing
 
@@ -47,24 +51,22 @@ def certify(
     growth: GrowthConfig | UpcyclingConfig | None = None,
     seed: int = 0,
     progress: Progress = silent,
+    split: Split | None = None,
 ) -> dict[str, Any]:
     """Compare two checkpoints on held-out tokens.
 
-    The target may have further tokens: logits are compared on the source's vocabulary, while `kl` and `target_loss`
-    count the probability that the further ones take. Computed in float32, or float64 where a checkpoint has it, in
-    memory of `bounds.certificate_bytes`. Of a claim with its growth, what no token needed is compared with what the
+    The target may have further tokens: logits are compared on the source's vocabulary, `kl` and `target_loss` count the
+    probability that the further ones take. Of a claim with its growth, what no token needed is compared with what the
     growth makes, so that few tokens are enough. Files of fewer bits are compared with it element by element, and what
     it makes before it is rounded is what is measured.
 
     Args:
-        source: directory of the checkpoint before the growth.
-        target: directory of the grown checkpoint.
+        source, target: directories of the checkpoints before and after the growth.
         tokens_bt: int64 (sequences, length + 1); the last column is only predicted.
         preserving: whether the growth claims to keep the function.
-        tolerance: how far such a growth may be off: the largest difference of a logit, as a fraction of the spread of
-            the source's logits (their standard deviation over the vocabulary). What a layer adds may differ by an
-            eighth of that, as a fraction of what the source's layer adds. See `bounds.default_tolerance`.
-        growth, seed: how the target was made, so that layers can be compared; None compares only logits.
+        tolerance: the largest difference of a logit that such a growth may show, as a fraction of the spread of the
+            source's logits; an eighth of it is a layer's. See `bounds.default_tolerance`.
+        growth, seed, split: how the target was made, so that layers can be compared; None compares only logits.
         progress: called with the number of layers computed, and of all layers of both.
 
     Returns:
@@ -75,13 +77,15 @@ def certify(
     """
     with opened(source, target) as (before, after):
         _check_vocabulary(before.config, after.config, tokens_bt)
+        upcycling = growth if isinstance(growth, UpcyclingConfig) else None
         growth = growth if preserving else None
-        made = unrounded(before, after, growth, seed) if growth is not None else None
+        made = unrounded(before, after, growth, seed, split) if growth is not None else None
         walk = _Walk(before, after, made if after.weights.is_rounded else None, tokens_bt, progress)
-        if growth is not None:
-            walk.together(align(before.config, after.config, growth, seed, before.weights.dtype))
-        else:
+        walk.choices = _choices(before.config, after.config, upcycling, preserving)
+        if growth is None:
             walk.apart()
+        else:
+            walk.together(align(before.config, after.config, growth, seed, before.weights.dtype))
         difference = walk.compare()
         fault, ties = walk.judge(difference, tolerance) if preserving else (None, False)
         if fault is not None:
@@ -90,7 +94,8 @@ def certify(
             made.check_rest(after.weights.read)
         rounding = walk.round() if made is not None and made.rounds else None
     claim = _Claimed(preserving, tolerance, walk.differences, ties, rounding)
-    certificate = {**_measures(difference), **asdict(claim)}
+    experts = {} if walk.choices is None else {"experts": walk.choices.measures(upcycling)}
+    certificate = {**_measures(difference), **asdict(claim), **experts}
     _check_finite(certificate)
     return certificate
 
@@ -105,6 +110,14 @@ class _Claimed:
     ties: bool
     rounding: dict[str, Any] | None
     passed: bool = True
+
+
+def _choices(
+    source: ModelConfig, target: ModelConfig, upcycling: UpcyclingConfig | None, preserving: bool
+) -> ExpertChoices | None:
+    """Where choices of experts are compared: of every split, and of other copies that claim nothing."""
+    is_split = upcycling is not None and upcycling.method == "split"
+    return ExpertChoices(source, target) if may_compare(source, target) and (is_split or not preserving) else None
 
 
 def _measures(difference: LogitDifference) -> dict[str, Any]:
@@ -171,6 +184,7 @@ class _Walk:
         self.compared = max(1, COMPARED_TOKENS // inputs_bt.shape[1])  # sequences
         self.differences: list[float] = []
         self.alignment: Alignment | None = None
+        self.choices: ExpertChoices | None = None
         self._progress = progress
         self._done = 0
         self._rounds = 2 if unrounded is not None and unrounded.rounds else 1
@@ -183,8 +197,27 @@ class _Walk:
 
     def apart(self) -> None:
         """Each through its own layers."""
-        self.source_btd = self._run(self.source, self.source_btd)
-        self.target_btd = self._run(self.target, self.target_btd)
+        if self.choices is None:
+            self.source_btd = self._run(self.source, self.source_btd)
+            self.target_btd = self._run(self.target, self.target_btd)
+            return
+        for layer in range(self.source.config.num_hidden_layers):
+            read: list[Tensor] = []
+            self.source_btd, before = self.source.run_layer(layer, self.source_btd, read.append)
+            self._step()
+            self.target_btd, after = self.target.run_layer(layer, self.target_btd)
+            self._step()
+            self._compare_choices(layer, read[0], before, after)
+
+    def _compare_choices(self, layer: int, read_nd: Tensor, before: Routing | None, after: Routing | None) -> None:
+        """What tokens choose in source and target; `after` may have further tokens behind those of `before`."""
+        if self.choices is None or before is None or after is None:
+            return
+        router = tensor_names.layer_name(self.target.config, layer, tensor_names.ROUTER)
+        count = len(before.experts_nk)
+        chosen_nk = after.experts_nk[:count]
+        own = Routing(after.logits_ne[:count], chosen_nk, chosen_nk.flatten().bincount(minlength=len(after.counts_e)))
+        self.choices.add(read_nd, self.target.weights.get(router), before, own)
 
     def _run(self, decoder: StreamedDecoder, x_btd: Tensor) -> Tensor:
         for layer in range(decoder.config.num_hidden_layers):
@@ -219,10 +252,15 @@ class _Walk:
         self._compare_streams(torch.zeros_like(self._sample()), self.target_btd[: self.compared], None)
         for layer, origin in enumerate(alignment.layers):
             entered_btd, routing = self._sample(), None
+            read: list[Tensor] = []
             if origin is not None:
-                self.source_btd, routing = self.source.run_layer(origin, self.source_btd)
+                self.source_btd, routing = self.source.run_layer(origin, self.source_btd, read.append)
                 self._step()
-            both_btd, _ = self.target.run_layer(layer, torch.cat([self.target_btd, alignment.to_target(entered_btd)]))
+            both_btd, both = self.target.run_layer(
+                layer, torch.cat([self.target_btd, alignment.to_target(entered_btd)])
+            )
+            if read:
+                self._compare_choices(layer, read[0], routing, both)
             self.target_btd, made_btd = both_btd.tensor_split([len(self.target_btd)])
             self._step()
             self._compare_streams(entered_btd, made_btd, routing)

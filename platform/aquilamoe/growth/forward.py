@@ -109,8 +109,13 @@ class StreamedDecoder:
             out_nd.copy_(self.weights.look_up(tensor_names.EMBEDDING, tokens_n))
         return out_btd
 
-    def run_layer(self, layer: int, x_btd: Tensor) -> tuple[Tensor, Routing | None]:
-        """The residual stream behind a layer, of the stream before it; and what its router decided."""
+    def run_layer(
+        self, layer: int, x_btd: Tensor, watch: Callable[[Tensor], None] | None = None
+    ) -> tuple[Tensor, Routing | None]:
+        """The residual stream behind a layer, of the stream before it; and what its router decided.
+
+        watch: called with what the feed-forward, or the router, reads (n, d).
+        """
         roles = tensor_names.role_shapes(self.config, layer)
         with torch.device("meta"):
             block = Block(self.config, layer)
@@ -130,6 +135,8 @@ class StreamedDecoder:
                 resident.append(tensor_names.SHARED_ROUTER)
         else:
             block.set_submodule("mlp", _Streamed(block.mlp, partial(read, "mlp."), flat=True))
+        if watch is not None:
+            block.mlp.register_forward_pre_hook(lambda _, inputs: watch(inputs[0].flatten(0, -2)))
         table = rotary_table(self.config, x_btd.shape[1], torch.device("cpu"), self.dtype)
         weights = {role: self.weights.get(tensor_names.layer_name(self.config, layer, role)) for role in resident}
         return functional_call(block, weights, (x_btd, *table))

@@ -262,14 +262,11 @@ def _scale_out(source: ModelConfig, target: ModelConfig, upcycling: UpcyclingCon
         elif source.is_moe:
             copies = target.num_experts // source.num_experts
             rows = torch.arange(source.num_experts).repeat_interleave(copies)
-            yield (
-                name,
-                [
-                    GradientMap(name, rows=Axis(rows), share=1 / copies)
-                    if role == tensor_names.ROUTER
-                    else GradientMap(name)
-                ],
+            # Split copies see a part of the tokens each; equal ones a part of the gradient of every token.
+            router = GradientMap(
+                name, rows=Axis(rows), share=1 / copies, spread=copies if upcycling.method == "split" else 1.0
             )
+            yield name, [router if role == tensor_names.ROUTER else GradientMap(name)]
         elif role in (tensor_names.SHARED_GATE, tensor_names.SHARED_UP, tensor_names.SHARED_DOWN):
             # The shared expert begins with a share of one half.
             yield name, [GradientMap(name.replace("mlp.shared_expert.", "mlp."), share=0.5)]

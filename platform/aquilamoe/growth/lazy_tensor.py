@@ -255,6 +255,12 @@ def repeated(rows: LazyTensor, times: int) -> LazyTensor:
     return rows.derive(lambda index: rows[narrow(numbers(index) // times)], (size, *rows.shape[1:]))
 
 
+def cycled(values: Tensor, times: int) -> LazyTensor:
+    """All rows of a tensor in memory, so many times one after the other."""
+    size = values.shape[0]
+    return LazyTensor((size * times, *values.shape[1:]), lambda index: values[numbers(index) % size])
+
+
 def between(rows: LazyTensor, start: int, stop: int) -> LazyTensor:
     """Some rows that follow each other."""
 

@@ -10,6 +10,7 @@ from aquilamoe.config.schema import GrowthConfig, UpcyclingConfig
 from aquilamoe.growth import scale_out, scale_up
 from aquilamoe.growth.forward import Opened, Stored
 from aquilamoe.growth.lazy_tensor import LazyTensor, rows_of_block
+from aquilamoe.growth.split import Split
 from aquilamoe.growth.stream import Recipe
 
 # No power of two: what is multiplied by it, rounded and divided again is rounded in every element.
@@ -25,13 +26,14 @@ def unrounded(
     target: Opened,
     growth: GrowthConfig | UpcyclingConfig,
     seed: int,
+    split: Split | None = None,
 ) -> "Unrounded":
     """What `growth` makes of the source, before it is rounded to what is in the target's files."""
     (before, old), (after, new) = source, target
     if isinstance(growth, GrowthConfig):
         recipes = scale_up.recipes(before.reader, old, new, growth, seed)
     else:
-        recipes = scale_out.recipes(before.reader, old, new, growth, seed)
+        recipes = scale_out.recipes(before.reader, old, new, growth, seed, split)
     return Unrounded(before, after, recipes)
 
 

@@ -39,6 +39,8 @@ def preserves(growth: GrowthConfig | UpcyclingConfig, source: ModelConfig, targe
     True means equal up to the rounding of the checkpoint's dtype; False means that some weights make them differ.
     """
     if isinstance(growth, UpcyclingConfig):
+        if growth.method == "split":  # with one expert for a token there is no fence that a token could be at
+            return target.norm_topk_prob and target.num_experts_per_tok == 1
         return growth.method in ("copy", "permute") and _keeps_shares(source, target)
     method = plugins.load("growth/methods", growth.method)
     # Plain copies change the mean square that a norm divides by, unless every channel has as many as the ratio.
@@ -46,6 +48,21 @@ def preserves(growth: GrowthConfig | UpcyclingConfig, source: ModelConfig, targe
     units = map_units(source, target, growth)
     keeps_width = keeps_norms and bool(method.keeps_function(units, source.num_hidden_layers, growth))
     return keeps_width and _keeps_depth(source, target, growth)
+
+
+def warnings(growth: GrowthConfig | UpcyclingConfig, source: ModelConfig, target: ModelConfig) -> list[str]:
+    """What can be done and will disappoint, a line each."""
+    if not isinstance(growth, UpcyclingConfig) or not source.is_moe:
+        return []
+    copies = target.num_experts // source.num_experts
+    old, new = source.num_experts_per_tok, target.num_experts_per_tok
+    if growth.method not in ("copy", "permute") or new >= copies * old or preserves(growth, source, target):
+        return []
+    return [
+        f"num_experts_per_tok: a token chooses {new} of {copies} equal copies of its {old} experts, so the function "
+        "changes and the router gets no gradient that separates copies; use upcycling=split, "
+        f"num_experts_per_tok {copies * old}, or upcycling=noise"
+    ]
 
 
 def _keeps_shares(source: ModelConfig, target: ModelConfig) -> bool:
@@ -194,8 +211,30 @@ def _check_scale_out(source: ModelConfig, target: ModelConfig, upcycling: Upcycl
     rotary.check(source, target)
     if source.is_moe:
         _check_more_experts(source, target)
-    else:
+    if upcycling.method == "split":
+        _check_split(source, target)
+    elif not source.is_moe:
         _check_shards(source, target, upcycling)
+
+
+def _check_split(source: ModelConfig, target: ModelConfig) -> None:
+    """Experts that exist part in as many copies each, and a token goes through as many as before."""
+    if not source.is_moe:
+        raise UserError(
+            "upcycling.method: split of a source without experts; it parts copies of experts, use upcycling=copy first"
+        )
+    old, new = source.num_experts, target.num_experts
+    if new == old:
+        raise UserError(
+            f"num_experts: target {new}, source {old}; a split makes several of each expert, use a multiple, e.g. "
+            f"{2 * old}"
+        )
+    _check_kept("num_experts_per_tok", source, target, "a split keeps it, use upcycling=copy to raise it with experts")
+    if new // old > source.hidden_size:
+        raise UserError(
+            f"num_experts: target {new} is {new // old} copies of each expert, which {source.hidden_size} channels "
+            f"cannot separate; use at most {source.hidden_size * old}"
+        )
 
 
 def _check_more_experts(source: ModelConfig, target: ModelConfig) -> None:

@@ -1,9 +1,12 @@
 """Scale-Out (sparse upcycling): a checkpoint gets experts, or more of them, a block of rows at a time (METHODS 5)."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,8 +16,11 @@ from aquilamoe.config.schema import ModelConfig, UpcyclingConfig
 from aquilamoe.growth import rng, rules
 from aquilamoe.growth.dtypes import AS_SOURCE, DtypePolicy
 from aquilamoe.growth.expert_diversity import Variety
-from aquilamoe.growth.lazy_tensor import LazyTensor, between, from_function, repeated, scaled, stored
+from aquilamoe.growth.lazy_tensor import LazyTensor, between, cycled, from_function, repeated, scaled, stored
 from aquilamoe.growth.stream import FILLER, Progress, Recipe, compute_dtype, rewrite, silent
+
+if TYPE_CHECKING:
+    from aquilamoe.growth.split import Split
 
 # The shared expert is a copy of the dense feed-forward.
 _SHARED = {
@@ -32,6 +38,7 @@ def scale_out(
     seed: int,
     progress: Progress = silent,
     dtype_policy: DtypePolicy = AS_SOURCE,
+    split: Split | None = None,
 ) -> dict[str, str]:
     """Make feed-forwards of the checkpoint in `source` layers of (more) experts, and write it to `target`.
 
@@ -50,6 +57,7 @@ def scale_out(
         seed: of all random numbers.
         progress: called with the number of tensors written, and of all tensors.
         dtype_policy: the types of the target's tensors; each as in the source by default.
+        split: what `growth.split.calibrate` found, for the method that needs it.
 
     Returns:
         The SHA-256 of every tensor, in hexadecimal, by its name in the target.
@@ -59,20 +67,29 @@ def scale_out(
     """
     config = hf_config.read_checkpoint_config(source)
     rules.check(config.model, target_config, upcycling)
-    grow = partial(recipes, source=config.model, target=target_config, upcycling=upcycling, seed=seed)
+    assert (split is None) == (upcycling.method != "split")
+    grow = partial(recipes, source=config.model, target=target_config, upcycling=upcycling, seed=seed, split=split)
     return rewrite(
         source, target, (config, target_config), range(target_config.num_hidden_layers), grow, progress, dtype_policy
     )
 
 
 def recipes(
-    reader: Reader, source: ModelConfig, target: ModelConfig, upcycling: UpcyclingConfig, seed: int
+    reader: Reader,
+    source: ModelConfig,
+    target: ModelConfig,
+    upcycling: UpcyclingConfig,
+    seed: int,
+    split: Split | None = None,
 ) -> Iterator[Recipe]:
-    """Yield what every tensor of the target is made of."""
+    """Yield what every tensor of the target is made of.
+
+    split: what separates the copies of an expert; without it, for plans, shapes are right and rows those of originals.
+    """
     for name in tensor_names.outer_shapes(target):
         yield Recipe([name], stored(reader, name))
     for index in range(target.num_hidden_layers):
-        layer = _Layer(reader, source, target, upcycling, seed, index)
+        layer = _Layer(reader, source, target, upcycling, seed, index, split)
         yield from layer.sparse() if target.is_sparse(index) else layer.dense()
 
 
@@ -86,6 +103,7 @@ class _Layer:
     upcycling: UpcyclingConfig
     seed: int
     index: int
+    split: Split | None
 
     def dense(self) -> Iterator[Recipe]:
         """The layer as it is."""
@@ -125,7 +143,7 @@ class _Layer:
         for original, original_role in enumerate(originals):
             tensor = self._from(original_role)
             of_original = range(original * copies, (original + 1) * copies)
-            if self.upcycling.method == "copy":
+            if self.upcycling.method in ("copy", "split"):
                 for shard in range(shards):
                     experts = [tensor_names.expert_role(copy * shards + shard, role) for copy in of_original]
                     yield self._to(self._cut(tensor, role, shard, shards), *experts)
@@ -173,7 +191,8 @@ class _Layer:
         return is_shared and role == tensor_names.DOWN
 
     def _router(self, shape: tuple[int, ...]) -> LazyTensor:
-        """Scores of the copies: those of their originals, or of a dense source drawn for each feed-forward.
+        """Scores of the copies: those of their originals, of a split plus what separates the copies; of a dense source
+        drawn for each feed-forward.
 
         Parts of a feed-forward have one score (virtual groups, arXiv 2410.07524). `variance` reads router_std as the
         variance, which is the paper's literal wording; `orthogonal` has rows at right angles, as long as those of
@@ -181,7 +200,14 @@ class _Layer:
         """
         if self.source.is_moe:
             times = self.target.num_experts // self.source.num_experts
-            return repeated(self._from(tensor_names.ROUTER), times).noted(f"every row {times} times")
+            rows = repeated(self._from(tensor_names.ROUTER), times).noted(f"every row {times} times")
+            if self.upcycling.method != "split":
+                return rows
+            apart = "plus and minus M u" if times & (times - 1) == 0 else "plus M times the centre of a cluster"
+            if self.split is not None:
+                offsets_md = self.split.offsets[self.index].to(compute_dtype(self.reader))
+                rows = rows + cycled(offsets_md, self.source.num_experts)
+            return rows.noted(f"{apart}, {self.upcycling.direction}")
         shards = rules.num_shards(self.source, self.target)
         name, std = f"model.layers.{self.index}.{tensor_names.ROUTER}", self.upcycling.router_std
 

@@ -20,7 +20,12 @@ DIGITS = 12
 NAMED: Mapping[str, tuple[str, ...]] = {
     "growth.method": ("growth/methods/{}.py",),
     "growth.depth": ("config/depth.py",),
-    "upcycling.method": ("growth/scale_out.py", "growth/expert_diversity.py"),
+    "upcycling.method": (
+        "growth/scale_out.py",
+        "growth/expert_diversity.py",
+        "growth/split.py",
+        "growth/directions.py",
+    ),
     "schedule.name": ("training/schedules.py",),
 }
 # Digests of these files as they are shipped; `tests/test_architecture.py` prints the right ones. Who changes what a

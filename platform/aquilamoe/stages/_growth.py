@@ -15,6 +15,8 @@ from aquilamoe.pipeline.store import to_json
 if TYPE_CHECKING:
     import numpy as np
 
+    from aquilamoe.growth.split import Split
+
 CERTIFICATE = "certificate.json"
 SEQUENCE_LENGTH = 128
 BYTES_PER_PARAMETER = 4
@@ -33,11 +35,18 @@ def estimate(node: Node, growth: GrowthConfig | UpcyclingConfig) -> Estimate:
     moved = BYTES_PER_PARAMETER * (node.source_model.num_params + node.model.num_params)
     per_token = sum(model.flops_per_token(SEQUENCE_LENGTH) for model in (node.source_model, node.model))
     certified = FORWARD * per_token * cast(GrowthStage, node.stage).certificate_tokens
+    calibrated = growth.calibration_tokens or 0 if isinstance(growth, UpcyclingConfig) else 0
+    certified += FORWARD * node.source_model.flops_per_token(SEQUENCE_LENGTH) * calibrated
     seconds = work.moving_s(moved, certified)
     return Estimate(disk_bytes=BYTES_PER_PARAMETER * node.model.num_params, seconds=seconds, work=seconds)
 
 
-def run(context: Context, growth: GrowthConfig | UpcyclingConfig, grow: Callable[..., dict[str, str]]) -> Metrics:
+def run(
+    context: Context,
+    growth: GrowthConfig | UpcyclingConfig,
+    grow: Callable[..., dict[str, str]],
+    split: "Split | None" = None,
+) -> Metrics:
     """Grow the source's checkpoint; return its certificate and sizes. UserError if a preserving growth is off."""
     import torch
 
@@ -60,9 +69,11 @@ def run(context: Context, growth: GrowthConfig | UpcyclingConfig, grow: Callable
         growth,
         stage.seed,
         lambda done, total: context.progress(done, total, "layers"),
+        split,
     )
     write_atomically(context.out / CERTIFICATE, to_json(certificate, node.name))
     del certificate["layers"], certificate["rounding"]  # metrics are single values
+    experts = certificate.pop("experts", {})
     return {
         "params_total": node.model.num_params,
         "params_active": node.model.num_active_params,
@@ -72,7 +83,40 @@ def run(context: Context, growth: GrowthConfig | UpcyclingConfig, grow: Callable
         "source_final_loss": source.metrics.get("loss_end"),
         "certificate_tokens": certificate.pop("tokens"),
         **certificate,
+        **{key: value for key, value in experts.items() if isinstance(value, float)},
     }
+
+
+def calibrate(context: Context, upcycling: UpcyclingConfig) -> "Split":
+    """Find what separates the copies of an expert, on tokens of the training split."""
+    import torch
+
+    from aquilamoe.growth.split import calibrate
+
+    node, source = context.node, context.inputs["source"].directory / "model"
+    assert node.model is not None
+    count = upcycling.calibration_tokens or 0
+    tokens_bt = torch.from_numpy(_calibration(context, count)) if count else None
+    seed = cast(GrowthStage, node.stage).seed
+
+    def progress(done: int, total: int) -> None:
+        context.progress(done, total, "layers")
+
+    return calibrate(source, node.model, upcycling, seed, tokens_bt, progress)
+
+
+def _calibration(context: Context, tokens: int) -> "np.ndarray":
+    """Training sequences (rows, length), the languages in equal parts, drawn by the stage's seed."""
+    from aquilamoe.data.loader import Batches
+    from aquilamoe.data.tokens import read_record
+
+    assert context.node.model is not None
+    directory = context.inputs["tokens"].directory
+    sources = read_record(directory).sources
+    length = min(SEQUENCE_LENGTH, context.node.model.max_position_embeddings - 1)
+    rows = max(1, tokens // length)
+    seed = cast(GrowthStage, context.node.stage).seed
+    return Batches(directory, dict.fromkeys(sources, 1.0), length, rows, seed).read(0)[:, :-1]
 
 
 def _held_out(context: Context, tokens: int) -> "np.ndarray":

@@ -1,5 +1,6 @@
-"""A dense checkpoint, upcycled to a Mixture of Experts."""
+"""A dense checkpoint, upcycled to a Mixture of Experts, or one with experts that gets more of them."""
 
+from functools import partial
 from typing import cast
 
 from aquilamoe.config.graph import Node
@@ -19,6 +20,7 @@ def run(context: Context) -> Metrics:
     from aquilamoe.growth.scale_out import scale_out
 
     upcycling = cast(ScaleOutStage, context.node.stage).upcycling
-    metrics = _growth.run(context, upcycling, scale_out)
+    split = _growth.calibrate(context, upcycling) if upcycling.method == "split" else None
+    metrics = _growth.run(context, upcycling, partial(scale_out, split=split), split)
     _optimizer_state.run(context, upcycling)
     return metrics

@@ -10,6 +10,7 @@ from typing import Any
 from aquilamoe import format
 from aquilamoe.checkpoint.safetensors_header import DTYPE_NAMES
 from aquilamoe.config.grow import GrowConfig
+from aquilamoe.growth.bounds import NEARLY_KL, NEARLY_LOSS
 from aquilamoe.growth.tool.plan import sizes
 from aquilamoe.growth.tool.remarks import deed, remarks
 from aquilamoe.growth.tool.request import Request
@@ -20,6 +21,7 @@ CARRIED = ("license", "license_name", "license_link", "language")
 PLAIN = r"([\w.+/-][\w .+/-]*|\"[\w .+/-]+\"|'[\w .+/-]+'|https?://[\w.+/#?=&%~-]+)"
 LICENCE_FILES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY", "COPYING")
 TOOL = "EfficientScale"
+NEARLY = f"nearly function-preserving: KL below {NEARLY_KL:g} and loss within {NEARLY_LOSS:g} nats/token"
 
 
 def render(
@@ -129,6 +131,8 @@ def _is_plain(lines: Sequence[str]) -> bool:
 def _summary(request: Request, source: str) -> str:
     old, new = request.source.model, request.model
     claim = "claims to compute the same function" if request.preserving else "does not claim to keep the function"
+    if not request.preserving and request.growth.method == "split":
+        claim = "is meant to be nearly function-preserving, which the certificate measures"
     if request.kind == "scale_up":
         what = f"{deed(request)} by `{request.growth.method}`"
     else:
@@ -179,14 +183,51 @@ def certificate_rows(certificate: Mapping[str, Any]) -> list[tuple[str, str]]:
         found.append(("ties", "logits differ by more where experts of equal score changed places"))
     if rounding:
         found += _rounding_rows(rounding)
+    experts = certificate.get("experts")
     return [
+        *([("verdict", verdict(certificate))] if experts else []),
         *found,
         ("KL(source, target), nats/token", f"{certificate['kl']:.3g}"),
         ("loss of the source, nats/token", f"{certificate['source_loss']:.5f}"),
         ("loss of the target, nats/token", f"{certificate['target_loss']:.5f}"),
+        *(_expert_rows(experts) if experts else []),
         ("tokens", f"{certificate['tokens']:,}"),
         ("text", str(certificate["text"])),
     ]
+
+
+def verdict(certificate: Mapping[str, Any]) -> str:
+    """Whether a growth to more experts kept the function: judged by KL and loss, which a few tokens do not decide."""
+    kl, loss = certificate["kl"], certificate["target_loss"] - certificate["source_loss"]
+    if certificate["preserving"]:
+        return "function-preserving"
+    if kl < NEARLY_KL and abs(loss) < NEARLY_LOSS:
+        return NEARLY
+    limits = f"KL {kl:.3g} and loss {loss:+.3g} nats/token; {NEARLY_KL:g} and {NEARLY_LOSS:g} would be nearly"
+    return f"not function-preserving: {limits}"
+
+
+def _expert_rows(experts: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What tokens choose among copies of experts, and what keeps them apart."""
+    found = [("warning", line) for line in experts["warnings"]]
+    found.append(("same originals", f"{experts['same_originals']:.2%} of (token, layer)"))
+    if experts["needed_shift"] is not None:
+        found += [
+            ("expected by the criterion", f"{1 - experts['fence']:.2%}: {experts['fence']:.2%} are at the fence"),
+            ("M of the layers, measured", _range(experts["shift"])),
+            ("M that 98 % of the tokens need", _range(experts["needed_shift"])),
+        ]
+    even = f"even would be {1 / experts['copies']:.2f}"
+    smallest = f"{experts['smallest_copy']:.2f} on average, {experts['least_copy']:.2f} at least; {even}"
+    return [
+        *found,
+        ("share of an expert's smallest copy", smallest),
+        ("z-loss of a layer", f"{experts['z_loss_source']:.3g} before, {experts['z_loss_target']:.3g} after"),
+    ]
+
+
+def _range(values: Sequence[float]) -> str:
+    return f"{min(values):.3g} to {max(values):.3g}" if len(values) > 1 else f"{values[0]:.3g}"
 
 
 def _rounding_rows(rounding: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import ValidationError
 
@@ -16,6 +16,9 @@ from aquilamoe.growth.tool.held_out import HeldOut
 from aquilamoe.growth.tool.reporter import Reporter
 from aquilamoe.growth.tool.request import CheckpointFiles, Request
 
+if TYPE_CHECKING:
+    from aquilamoe.growth.split import Split
+
 
 @dataclass(frozen=True)
 class Claim:
@@ -24,6 +27,7 @@ class Claim:
     preserving: bool
     growth: GrowthConfig | UpcyclingConfig | None = None
     seed: int = 0
+    split: "Split | None" = None
 
     @classmethod
     def of_record(cls, record: Mapping[str, Any]) -> Self:
@@ -32,11 +36,13 @@ class Claim:
         if record["recipe"].get("version") != identity.VERSION:  # the same recipe made other weights then
             return cls(bool(record.get("preserving")))
         try:
-            growth: GrowthConfig | UpcyclingConfig = (
+            growth: GrowthConfig | UpcyclingConfig | None = (
                 GrowthConfig.model_validate(settings["growth"])
                 if "growth" in settings
                 else UpcyclingConfig.model_validate(settings["upcycling"])
             )
+            if record["preserving"] and growth is not None and growth.method == "split":  # directions are not kept
+                growth = None
             return cls(record["preserving"], growth, settings["seed"])
         except (KeyError, ValidationError):
             return cls(bool(record.get("preserving")))
@@ -89,6 +95,7 @@ def compare(
             growth=claim.growth,
             seed=claim.seed,
             progress=bar.update,
+            split=claim.split,
         )
         bar.end(f"{found['tokens']:,} tokens in {format.duration(bar.seconds)}")
     return {**found, "text": text.text}

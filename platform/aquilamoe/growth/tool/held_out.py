@@ -23,6 +23,7 @@ TOKENIZER_FILE = "tokenizer.json"
 EMBEDDED = PACKAGE_ROOT / "data" / "embedded"
 # No text needs more bytes than this for a token, on average; what is beyond is not read.
 BYTES_PER_TOKEN = 64
+CALIBRATION_LENGTH = 128  # tokens seen at once; of shorter contexts, all
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,33 @@ class HeldOut:
     text: str
 
 
-def read(source: Path, model: ModelConfig, certificate: CertificateConfig, seed: int) -> HeldOut:
+def calibration(source: Path, model: ModelConfig, text: Path | None, tokens: int, seed: int) -> "np.ndarray":
+    """About so many tokens (rows, length) on which a split is calibrated: of a text, or of the embedded training text.
+
+    UserError as for `read`.
+    """
+    settings = CertificateConfig(
+        enabled=True,
+        text=None if text is None else str(text),
+        tokens=max(1, tokens),
+        sequence_length=CALIBRATION_LENGTH,
+        tolerance=None,
+    )
+    found = read(source, model, settings, seed + 1, "upcycling.calibration_text", "train")
+    return found.tokens_bt[:, :-1]
+
+
+def read(
+    source: Path,
+    model: ModelConfig,
+    certificate: CertificateConfig,
+    seed: int,
+    key: str = "certificate.text",
+    split: str = "validation",
+) -> HeldOut:
     """About `certificate.tokens` tokens of text, encoded by the tokenizer of `source`, in whole sequences.
 
+    key: of the text, for messages. split: of the embedded text, where no other is set.
     Without a tokenizer.json they are random ids. UserError for an unreadable tokenizer or text, for a tokenizer of
     another vocabulary, and for too short a text.
     """
@@ -48,18 +73,19 @@ def read(source: Path, model: ModelConfig, certificate: CertificateConfig, seed:
         return HeldOut(np.array(ids, np.int64), f"random ids, the source has no {TOKENIZER_FILE}")
     tokenizer = open_tokenizer(source / TOKENIZER_FILE)
     path = None if certificate.text is None else local(certificate.text)
-    texts = list(_embedded()) if path is None else [_read_text(path, rows * (length + 1))]
+    texts = list(_embedded(split)) if path is None else [_read_text(key, path, rows * (length + 1))]
     share = math.ceil(rows / len(texts))
     parts = [_sequences(tokenizer, text, share, length, str(source / TOKENIZER_FILE)) for text in texts]
     tokens_bt = np.concatenate(parts)
     if not len(tokens_bt):
         raise UserError(
-            f"certificate.text: {path or 'the embedded validation text'} is shorter than one sequence of {length + 1} "
-            f"tokens; give a {'longer ' if path else ''}text, or a smaller certificate.sequence_length"
+            f"{key}: {path or f'the embedded {split} text'} is shorter than one sequence of {length + 1} tokens; "
+            f"give a {'longer ' if path else ''}text"
+            f"{', or a smaller certificate.sequence_length' if split == 'validation' else ''}"
         )
     _check_vocabulary(source, int(tokens_bt.max()), model)
     digest = hashlib.sha256(tokens_bt.astype("<i8").tobytes()).hexdigest()
-    name = "embedded validation text" if path is None else path.name
+    name = f"embedded {split} text" if path is None else path.name
     return HeldOut(tokens_bt, f"{name} (SHA-256 of the ids {digest[:12]})")
 
 
@@ -77,28 +103,28 @@ def _check_vocabulary(source: Path, largest: int, model: ModelConfig) -> None:
         )
 
 
-def _embedded() -> Iterator[str]:
-    """The validation split of every embedded language, each as one text."""
+def _embedded(split: str) -> Iterator[str]:
+    """A split of every embedded language, each as one text."""
     import pyarrow.parquet as pq
 
     for path in sorted(EMBEDDED.glob("*.parquet")):
-        rows = pq.read_table(path, columns=["text", "split"], filters=[("split", "=", "validation")])
+        rows = pq.read_table(path, columns=["text", "split"], filters=[("split", "=", split)])
         yield "\n\n".join(rows.column("text").to_pylist())
 
 
-def _read_text(path: Path, tokens: int) -> str:
+def _read_text(key: str, path: Path, tokens: int) -> str:
     if path.exists() and not path.is_file():  # a pipe would be waited for
-        raise UserError(f"certificate.text: {path} is no file; name a text file")
+        raise UserError(f"{key}: {path} is no file; name a text file")
     try:
         with path.open("rb") as file:
             data = file.read(tokens * BYTES_PER_TOKEN)
     except OSError as error:
-        raise UserError(f"certificate.text: {path} cannot be read ({error.strerror}); name a text file") from None
+        raise UserError(f"{key}: {path} cannot be read ({error.strerror}); name a text file") from None
     try:
         return data.decode()
     except UnicodeDecodeError as error:
         if error.start < len(data) - 3:  # a character cut at the end is no mistake
-            raise UserError(f"certificate.text: {path} is not UTF-8 at byte {error.start}; convert it") from None
+            raise UserError(f"{key}: {path} is not UTF-8 at byte {error.start}; convert it") from None
         return data[: error.start].decode()
 
 

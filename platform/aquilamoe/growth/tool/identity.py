@@ -11,6 +11,7 @@ from aquilamoe.checkpoint import hf_config, links
 from aquilamoe.checkpoint.companions import companions
 from aquilamoe.config.messages import UserError
 from aquilamoe.config.network import ModelConfig
+from aquilamoe.config.schema import UpcyclingConfig
 from aquilamoe.growth.tool.request import Request
 from aquilamoe.pipeline import code
 from aquilamoe.pipeline.fingerprint import Recipe, differences, fingerprint
@@ -58,7 +59,10 @@ def recipe(request: Request, source: Mapping[str, str]) -> Recipe:
     # What a growth only carries follows from the source's config.json.
     model = request.model.model_dump(mode="json", exclude=set(ModelConfig.added))
     growth = request.growth.model_dump(mode="json")
-    config = {name: growth, "model": model, "dtype": _dtype(request), "seed": request.seed}
+    config: dict[str, Any] = {name: growth, "model": model, "dtype": _dtype(request), "seed": request.seed}
+    if isinstance(request.growth, UpcyclingConfig) and request.growth.calibration_tokens:
+        text = request.calibration_text
+        config["calibration_text"] = "embedded" if text is None else digests([text])[text.name]
     changed = {"code": own} if (own := code.of(config)) else {}
     inputs = {"source": dict(sorted(source.items()))}
     return {"kind": request.kind, "version": VERSION, "config": config, "inputs": inputs, **changed}

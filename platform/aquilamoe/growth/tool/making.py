@@ -3,12 +3,14 @@
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib.metadata import version
 from threading import Event
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from aquilamoe import format
 from aquilamoe.config.grow import GrowConfig
+from aquilamoe.config.schema import UpcyclingConfig
 from aquilamoe.files import write_atomically
 from aquilamoe.growth.scale_out import scale_out
 from aquilamoe.growth.scale_up import scale_up
@@ -20,6 +22,9 @@ from aquilamoe.growth.tool.reporter import Reporter
 from aquilamoe.growth.tool.request import Request, open_checkpoint
 from aquilamoe.pipeline.store import to_json
 from aquilamoe.process import errors, interruption
+
+if TYPE_CHECKING:
+    from aquilamoe.growth.split import Split
 
 # Card, record, tokenizer and what file systems keep for themselves.
 SLACK_BYTES = 64 * 10**6
@@ -40,6 +45,7 @@ class Making:
         self.place = place
         self.seconds: dict[str, float] = {}
         self._is_grown = False
+        self._split: Split | None = None
 
     def run(self) -> dict[str, Any]:
         """Publish the target and return its record. What fails leaves nothing; what is interrupted can continue."""
@@ -102,6 +108,8 @@ class Making:
         """SHA-256 of every tensor that the engine wrote."""
         request = self.request
         grow: Any = scale_up if request.kind == "scale_up" else scale_out
+        if (split := self._calibrated()) is not None:
+            grow = partial(grow, split=split)
         with self.reporter.step("grow", "tensors", plan.target_bytes(request)) as bar:
             source, target = request.source.directory, self.place.partial
             settings = request.growth, request.seed, bar.update, request.dtype_policy
@@ -112,13 +120,35 @@ class Making:
             bar.end(f"{format.size_or_absent(written)} in {format.duration(bar.seconds)}, {rate}/s, on disk")
         return dict(tensors)
 
+    def _calibrated(self) -> "Split | None":
+        """What separates the copies of an expert, of a split; found once."""
+        request, growth = self.request, self.request.growth
+        if not isinstance(growth, UpcyclingConfig) or growth.method != "split" or self._split is not None:
+            return self._split
+        import torch
+
+        from aquilamoe.growth.split import calibrate
+
+        source, count = request.source, growth.calibration_tokens or 0
+        tokens_bt = None
+        if count:
+            ids = held_out.calibration(source.directory, source.model, request.calibration_text, count, request.seed)
+            tokens_bt = torch.from_numpy(ids)
+        with self.reporter.step("calibrate", "layers") as bar:
+            self._split = calibrate(source.directory, request.model, growth, request.seed, tokens_bt, bar.update)
+            read = 0 if tokens_bt is None else tokens_bt.numel()
+            bar.end(f"{read:,} tokens in {format.duration(bar.seconds)}")
+        return self._split
+
     def _certify(self, text: HeldOut | None) -> dict[str, Any] | None:
         if text is None:
             return None
         began = time.monotonic()
         target = open_checkpoint("target", self.place.partial)
         request, settings = self.request, self.config.certificate
-        claim = Claim(request.preserving, request.growth, request.seed)
+        # Where the growth was done by an earlier run, its directions are found again if the claim needs them.
+        split = self._calibrated() if request.preserving else None
+        claim = Claim(request.preserving, request.growth, request.seed, split)
         certificate = comparison.compare(self.reporter, request.source, target, text, settings, claim)
         self.seconds["certificate_s"] = time.monotonic() - began
         return certificate

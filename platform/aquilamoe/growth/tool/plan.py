@@ -10,16 +10,18 @@ from typing import Any
 
 from aquilamoe.checkpoint import sharding, tensor_names
 from aquilamoe.checkpoint.reader import Reader
+from aquilamoe.checkpoint.safetensors_header import ITEM_BYTES
 from aquilamoe.config.network import ModelConfig
 from aquilamoe.config.schema import GrowthConfig
 from aquilamoe.files import free_bytes
-from aquilamoe.growth.bounds import growth_bytes
+from aquilamoe.growth.bounds import calibration_bytes, growth_bytes
 from aquilamoe.growth.depth import map_layers
 from aquilamoe.growth.lazy_tensor import LazyTensor
 from aquilamoe.growth.scale_out import recipes as scale_out_recipes
 from aquilamoe.growth.scale_up import ABOVE
 from aquilamoe.growth.scale_up import recipes as scale_up_recipes
 from aquilamoe.growth.stream import Recipe
+from aquilamoe.growth.tool.held_out import CALIBRATION_LENGTH
 from aquilamoe.growth.tool.request import Request
 from aquilamoe.growth.units import UnitMap, map_units
 
@@ -240,6 +242,16 @@ def _shards(request: Request) -> list[sharding.ShardLayout]:
     return sharding.plan_shards(request.shapes, request.dtypes, sharding.MAX_SHARD_BYTES)
 
 
+def _calibration_bytes(request: Request) -> int:
+    """What finding the directions of a split takes in memory; 0 for other growths."""
+    tokens = getattr(request.growth, "calibration_tokens", None)
+    if not tokens:
+        return 0
+    length = min(CALIBRATION_LENGTH, request.source.model.max_position_embeddings)
+    item_bytes = max(4, ITEM_BYTES[request.source.dtype])
+    return calibration_bytes(request.source.model, -(-tokens // length), length, item_bytes)
+
+
 def cost(request: Request, disk_bytes_per_s: float) -> GrowthCost:
     """What the growth reads, writes and keeps in memory; the certificate comes on top."""
     largest = max(sharding.num_bytes(shape, request.dtypes[name]) for name, shape in request.shapes.items())
@@ -248,7 +260,7 @@ def cost(request: Request, disk_bytes_per_s: float) -> GrowthCost:
         read_bytes=read,
         written_bytes=written,
         files=len(_shards(request)),
-        memory_bytes=growth_bytes(largest),
+        memory_bytes=max(growth_bytes(largest), _calibration_bytes(request)),
         free_bytes=free_bytes(request.target),
         seconds=(read + written) / disk_bytes_per_s,
     )

@@ -1,6 +1,9 @@
 """What a target is in words, and where it is not what the source's config.json would lead one to expect."""
 
 from aquilamoe.checkpoint import carrying, hf_config, tensor_names
+from aquilamoe.checkpoint.safetensors_header import ITEM_BYTES
+from aquilamoe.growth import rules
+from aquilamoe.growth.bounds import MOST_IN_16_BITS
 from aquilamoe.growth.tool.request import CheckpointFiles, Request
 
 _WIDTHS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
@@ -27,8 +30,20 @@ def deed(request: Request) -> str:
 
 
 def remarks(request: Request) -> list[str]:
-    """Sentences on a format that changes, and on a head that is read otherwise than config.json declares."""
-    return [*_format(request), *_head(request.source)]
+    """Sentences on a format that changes, on a head that is read otherwise than config.json declares, and warnings."""
+    warnings = rules.warnings(request.growth, request.source.model, request.model)
+    return [*_format(request), *_head(request.source), *(f"Warning: {line}." for line in warnings), *_shift(request)]
+
+
+def _shift(request: Request) -> list[str]:
+    """A shift of router rows that 16 bits cannot hold beside the rows."""
+    shift = getattr(request.growth, "shift", None)
+    if not isinstance(shift, float) or shift <= MOST_IN_16_BITS or ITEM_BYTES[request.source.dtype] >= 4:
+        return []
+    return [
+        f"Warning: upcycling.shift {shift:g} leaves few of the bits of a {request.source.dtype_name} row for the "
+        f"original's scores; use at most {MOST_IN_16_BITS:g}, or auto."
+    ]
 
 
 def architecture(checkpoint: CheckpointFiles) -> str:

@@ -55,6 +55,7 @@ class Request:
 
     derived: sizes of the target that were not named and that are not the source's, with what they follow.
     preserving: whether the growth claims to keep the function.
+    calibration_text: what a split is calibrated on; None is the embedded training text.
     """
 
     source: CheckpointFiles
@@ -64,6 +65,7 @@ class Request:
     seed: int
     derived: Mapping[str, str]
     preserving: bool
+    calibration_text: Path | None = None
     dtype_policy: DtypePolicy = AS_SOURCE
 
     @cached_property
@@ -152,7 +154,29 @@ def resolve(config: GrowConfig) -> Request:
         derived=_derived(source.model, model, config),
         preserving=rules.preserves(growth, source.model, model),
         dtype_policy=DtypePolicy(config.dtype, config.keep_float32),
+        calibration_text=_calibration_text(config),
     )
+
+
+def _calibration_text(config: GrowConfig) -> Path | None:
+    """The file of text that a split is calibrated on: another than its certificate is made on."""
+    if config.upcycling is None or config.upcycling.calibration_text is None:
+        return None
+    typed = config.upcycling.calibration_text
+    if not config.upcycling.calibration_tokens:
+        raise UserError(
+            f"upcycling.calibration_text: {typed}, but nothing is calibrated; use upcycling=split with "
+            "upcycling.calibration_tokens above 0, or leave it out"
+        )
+    path = local(typed)
+    if not path.is_file():
+        raise UserError(f"upcycling.calibration_text: {path} is no file; name a text file")
+    if config.certificate.text is not None and path.samefile(local(config.certificate.text)):
+        raise UserError(
+            f"upcycling.calibration_text: {path} is the certificate.text too, which has to be text that nothing was "
+            "chosen by; name another file for one of them"
+        )
+    return path
 
 
 def _layers(source: ModelConfig, model: ModelConfig, growth: GrowthConfig | UpcyclingConfig) -> Sequence[int]:
