@@ -205,8 +205,7 @@ class _Layer:
                 return rows
             apart = "plus and minus M u" if times & (times - 1) == 0 else "plus M times the centre of a cluster"
             if self.split is not None:
-                offsets_md = self.split.offsets[self.index].to(compute_dtype(self.reader))
-                rows = rows + cycled(offsets_md, self.source.num_experts)
+                rows = rows + cycled(self.split.offsets[self.index], self.source.num_experts)
             return rows.noted(f"{apart}, {self.upcycling.direction}")
         shards = rules.num_shards(self.source, self.target)
         name, std = f"model.layers.{self.index}.{tensor_names.ROUTER}", self.upcycling.router_std
