@@ -143,3 +143,20 @@ def test_files_that_are_not_there_stop_a_run_before_it_starts_all_of_them_at_onc
     assert lines == preflight.missing_files(plan)
     assert [line.partition(":")[0] for line in lines] == ["sources.en.path", "sources.zh.path", "tokenizer.path"]
     assert f"no file matches '{tmp_path}/en*.jsonl'" in lines[0]
+
+
+def test_a_plan_warns_of_equal_copies_that_a_router_cannot_separate_and_not_of_a_split(
+    compose: Compose, tmp_path: Path
+) -> None:
+    def warned(method: str) -> list[str]:
+        values = compose("+experiment=split")
+        upcycling = values["stages"]["scale_out"]["upcycling"]
+        if method != "split":
+            upcycling.update(method=method, direction=None, shift=None, calibration_tokens=None, common_row=None)
+        experiment = graph.parse(values)
+        plan = planning.make(graph.build(experiment), Store(tmp_path), Speed(1e9))
+        return preflight.growth_warnings(plan)
+
+    (line,) = warned("copy")
+    assert line.startswith("stages.scale_out.model.num_experts_per_tok: a token chooses 2 of 2 equal copies of its 2 ")
+    assert warned("split") == []

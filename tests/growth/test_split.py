@@ -361,9 +361,10 @@ def test_the_tool_splits_plans_and_serves_it_again(tmp_path: Path) -> None:
     assert not plan.preserving
     (router,) = [line for line in plan.tensors if line.tensor.endswith("layers.0.block_sparse_moe.gate.weight")]
     assert router.how == "every row 2 times; plus and minus M u, learned"
-    certificate = {"tokens": 256, "sequence_length": 32}
+    certificate = {"tokens": 256, "sequence_length": 32}  # of tokens, a split takes no fewer than 2,048
     target = aquilamoe.upcycle(tmp_path / "source", tmp_path / "target", certificate=certificate, **arguments)
     assert target.certificate is not None and target.certificate["experts"]["method"] == "split"
+    assert target.certificate["tokens"] == 2048
     assert target.record["recipe"]["config"]["calibration_text"] == "embedded"
     assert "nearly function-preserving" in (target.directory / "README.md").read_text()
     assert aquilamoe.upcycle(tmp_path / "source", tmp_path / "target", **arguments).record == target.record

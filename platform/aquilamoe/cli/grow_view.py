@@ -189,11 +189,15 @@ def _show_cost(out: Console, request: Request, config: GrowConfig) -> None:
 
 def _show_claim(out: Console, request: Request, config: GrowConfig, tolerance: float) -> None:
     if not request.preserving and request.growth.method == "split":
-        out.print(f"claim   {NEARLY} are expected; the certificate measures both, and refuses nothing", soft_wrap=True)
+        tokens = f"{comparison.settings_for(request.growth, config.certificate).tokens:,} tokens"
+        measured = f"the certificate measures both on {tokens}, and refuses nothing"
+        if not config.certificate.enabled:
+            measured = "certificate.enabled is false, so nothing will be measured"
+        out.print(f"claim   {NEARLY} are expected; {measured}", soft_wrap=True)
     elif not request.preserving:
         out.print("claim   none: source and target differ, the certificate states by how much")
     elif config.certificate.enabled:
-        tokens = f"{config.certificate.tokens:,} tokens"
+        tokens = f"{comparison.settings_for(request.growth, config.certificate).tokens:,} tokens"
         limit = f"{tolerance:.3g} of the logits' spread"
         is_rounded = any(ITEM_BYTES[dtype] < 4 for dtype in request.dtypes.values())
         before = f", before it is rounded to {request.dtype_name}" if is_rounded else ""

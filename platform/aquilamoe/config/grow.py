@@ -78,7 +78,9 @@ class CertificateConfig(Config):
     text: str | None = Field(
         description="File of UTF-8 text; null: the embedded validation text, Chinese and English in equal parts [path]"
     )
-    tokens: Int = Field(gt=0, le=2**20, description="Length of the text that is compared [tokens]")
+    tokens: Int = Field(
+        gt=0, le=2**20, description="Length of the text that is compared; of a split at least 2048 [tokens]"
+    )
     sequence_length: Int = Field(ge=2, le=2**17, description="Length of a sequence [tokens]")
     tolerance: PositiveFloat | None = Field(
         description="Largest difference of a logit that a function-preserving growth may show; null: 0.001 (1e-6 for "

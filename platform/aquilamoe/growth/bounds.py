@@ -27,6 +27,8 @@ _FILE_TOLERANCES = {"F16": 0.1, "BF16": 0.5}
 MOST_IN_16_BITS = 5.0
 # A growth that claims nothing is nearly function-preserving within these: nats/token.
 NEARLY_KL, NEARLY_LOSS = 0.01, 0.01
+# Fewest tokens on which that is measured: of most tokens a split changes nothing, and few decide its KL and its shares.
+NEARLY_TOKENS = 2048
 
 # Bytes of a file that come into memory with a page that is looked at.
 _AROUND = 2**16

@@ -71,6 +71,8 @@ def run(
         lambda done, total: context.progress(done, total, "layers"),
         split,
     )
+    if growth.method != "split":
+        certificate.pop("experts", None)  # the same recipe makes the same files as in older stores
     write_atomically(context.out / CERTIFICATE, to_json(certificate, node.name))
     del certificate["layers"], certificate["rounding"]  # metrics are single values
     experts = certificate.pop("experts", {})

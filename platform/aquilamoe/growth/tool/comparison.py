@@ -10,7 +10,7 @@ from aquilamoe import format
 from aquilamoe.checkpoint.safetensors_header import ITEM_BYTES
 from aquilamoe.config.grow import CertificateConfig
 from aquilamoe.config.schema import GrowthConfig, UpcyclingConfig
-from aquilamoe.growth.bounds import certificate_bytes, default_tolerance, file_tolerance
+from aquilamoe.growth.bounds import NEARLY_TOKENS, certificate_bytes, default_tolerance, file_tolerance
 from aquilamoe.growth.tool import held_out, identity
 from aquilamoe.growth.tool.held_out import HeldOut
 from aquilamoe.growth.tool.reporter import Reporter
@@ -65,9 +65,16 @@ def tolerance(
     return max(file_tolerance(files.dtype) for files in (source, target) if files is not None)
 
 
+def settings_for(growth: GrowthConfig | UpcyclingConfig | None, certificate: CertificateConfig) -> CertificateConfig:
+    """The certificate's settings, with at least `NEARLY_TOKENS` tokens for a split: its KL and shares are means."""
+    if growth is None or growth.method != "split":
+        return certificate
+    return certificate.model_copy(update={"tokens": max(certificate.tokens, NEARLY_TOKENS)})
+
+
 def memory_bytes(request: Request, certificate: CertificateConfig) -> int:
     """The most that comparing source and target takes, over the libraries."""
-    shape = held_out.shape(request.source.model, certificate)
+    shape = held_out.shape(request.source.model, settings_for(request.growth, certificate))
     item_bytes = max(4, ITEM_BYTES[request.source.dtype])
     return certificate_bytes(request.source.model, request.model, *shape, item_bytes)
 

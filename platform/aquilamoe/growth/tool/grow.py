@@ -16,10 +16,11 @@ def certify(config: GrowConfig, reporter: Reporter) -> dict[str, Any]:
     """Compare two checkpoints as they are; one by this tool is held to what its record claims."""
     source = open_checkpoint("source", source_directory(config))
     target = open_checkpoint("target", directory("target", config.target))
-    text = held_out.read(source.directory, source.model, config.certificate, config.seed)
-    reporter.comparing(source, target)
     record = output.record(target.directory)
     claim = Claim.of_record(record) if record else Claim(config.certificate.tolerance is not None)
+    settings = comparison.settings_for(claim.growth, config.certificate)
+    text = held_out.read(source.directory, source.model, settings, config.seed)
+    reporter.comparing(source, target)
     return comparison.compare(reporter, source, target, text, config.certificate, claim)
 
 

@@ -84,8 +84,8 @@ class Making:
     def _held_out(self) -> HeldOut | None:
         if not self.config.certificate.enabled:
             return None
-        source = self.request.source
-        return held_out.read(source.directory, source.model, self.config.certificate, self.config.seed)
+        source, settings = self.request.source, comparison.settings_for(self.request.growth, self.config.certificate)
+        return held_out.read(source.directory, source.model, settings, self.config.seed)
 
     def _grow(self) -> dict[str, Any]:
         """Write all tensors of the target; return what is known of them. The source's files are hashed meanwhile."""
