@@ -194,20 +194,29 @@ def test_transformers_opens_what_was_split_and_computes_the_same(
     source = mixture(**FAMILIES[family])
     write_source(tmp_path / "source", source, torch.float32)
     target = grown(tmp_path, source, parted(**options))
-    network, report = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         target, output_loading_info=True, dtype=torch.float64, experts_implementation="eager"
     )
+    network, report = loaded
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     with torch.no_grad():
         theirs = network.eval()(texts(2, 16)).logits.flatten(0, 1)
     assert (theirs - computed(target, texts(2, 16))[0]).abs().max() < 1e-4  # their routers compute in float32
 
 
-def router_gradient(directory: Path) -> float:
+def gradients(directory: Path, suffix: str) -> list[Tensor]:
+    """Of the language loss, of the parameters with this end of a name, by layer."""
     decoder = load_model(directory, torch.float64)
     tokens_bt = texts(4, 33, 3)
     decoder(tokens_bt[:, :-1], tokens_bt[:, 1:])[0].backward()
-    return sum(layer.mlp.gate.weight.grad.norm().item() for layer in decoder.model.layers)
+    found = [parameter.grad for name, parameter in decoder.named_parameters() if name.endswith(suffix)]
+    return [gradient for gradient in found if gradient is not None]
+
+
+def router_gradient(directory: Path) -> float:
+    found = gradients(directory, tensor_names.ROUTER)
+    assert len(found) == 2
+    return sum(gradient.norm().item() for gradient in found)
 
 
 def test_the_router_learns_from_the_first_step_where_that_of_equal_copies_has_no_gradient(tmp_path: Path) -> None:
@@ -221,13 +230,12 @@ def test_the_router_learns_from_the_first_step_where_that_of_equal_copies_has_no
 def test_twins_have_gradients_of_their_own_which_add_up_to_that_of_the_original(tmp_path: Path) -> None:
     source, how = mixture(chosen=1), parted()
     write_source(tmp_path / "source", source)
-    gradients = []
-    for directory in (tmp_path / "source", grown(tmp_path, source, how)):
-        decoder = load_model(directory, torch.float64)
-        decoder(texts(4, 33, 3)[:, :-1], texts(4, 33, 3)[:, 1:])[0].backward()
-        gradients.append(decoder.model.layers[0].mlp.experts.up_proj.grad)
-    twins = gradients[1].unflatten(0, (-1, 2))
-    assert torch.allclose(twins.sum(dim=1), gradients[0], atol=1e-12)
+    before, after = (
+        gradients(directory, "mlp.experts.up_proj")[0]
+        for directory in (tmp_path / "source", grown(tmp_path, source, how))
+    )
+    twins = after.unflatten(0, (-1, 2))
+    assert torch.allclose(twins.sum(dim=1), before, atol=1e-12)
     assert torch.nn.functional.cosine_similarity(twins[:, 0].flatten(1), twins[:, 1].flatten(1)).abs().max() < 0.5
 
 
@@ -411,11 +419,15 @@ def test_a_stage_splits_experts_and_training_continues_with_their_optimizer_stat
         "upcycling": stages["scale_out"]["upcycling"] | how,
     }
     experts = stages["scale_out"]["model"]
-    stages["more"]["model"] = experts | {"num_experts": 2 * experts["num_experts"]}
-    stages["more"]["inputs"] = stages["scale_out"]["inputs"] | {"source": "moe"}
+    for name in ("more", "copies"):
+        stages[name] = stages.get(name, stages["scale_out"]) | {
+            "model": experts | {"num_experts": 2 * experts["num_experts"]},
+            "inputs": stages["scale_out"]["inputs"] | {"source": "moe"},
+        }
     stages["more_moe"] = stages["moe"] | {"optimizer_state": "keep"}
     stages["more_moe"]["inputs"] = stages["moe"]["inputs"] | {"source": "more"}
     execute(values, "a test")
+    execute(values | {"until": "copies"}, "a test")
     records = {
         path.parent.name.rpartition("-")[0]: json.loads(path.read_text())
         for path in tmp_path.glob("stages/*/record.json")
@@ -424,3 +436,14 @@ def test_a_stage_splits_experts_and_training_continues_with_their_optimizer_stat
     assert metrics["preserving"] is False and metrics["kl"] < 0.1
     assert metrics["same_originals"] > 0.5 and metrics["z_loss_target"] > 0
     assert records["more_moe"]["metrics"]["loss_end"] > 0
+    certificates = {name: _stage_certificate(tmp_path, name) for name in ("more", "copies")}
+    assert certificates["more"]["experts"]["same_originals"] == metrics["same_originals"]
+    assert certificates["copies"]["preserving"] is False
+    assert "experts" not in certificates["copies"], "a recipe of older stores makes other files"
+    assert "same_originals" not in records["copies"]["metrics"]
+
+
+def _stage_certificate(root: Path, stage: str) -> Mapping[str, Any]:
+    (path,) = root.glob(f"stages/{stage}-*/certificate.json")
+    found: Mapping[str, Any] = json.loads(path.read_text())
+    return found

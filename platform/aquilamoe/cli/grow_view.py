@@ -184,7 +184,8 @@ def _show_cost(out: Console, request: Request, config: GrowConfig) -> None:
         soft_wrap=True,
     )
     rate = f"{size_or_absent(int(config.disk_bytes_per_s))}/s, as set by disk_bytes_per_s (not measured)"
-    out.print(f"time    about {duration(cost.seconds)} at {rate}; the certificate comes on top", soft_wrap=True)
+    more = "calibration and certificate come" if request.growth.method == "split" else "the certificate comes"
+    out.print(f"time    about {duration(cost.seconds)} at {rate}; {more} on top", soft_wrap=True)
 
 
 def _show_claim(out: Console, request: Request, config: GrowConfig, tolerance: float) -> None:
