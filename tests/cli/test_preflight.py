@@ -155,7 +155,7 @@ def test_a_plan_warns_of_equal_copies_that_a_router_cannot_separate_and_not_of_a
             upcycling.update(method=method, direction=None, shift=None, calibration_tokens=None, common_row=None)
         experiment = graph.parse(values)
         plan = planning.make(graph.build(experiment), Store(tmp_path), Speed(1e9))
-        return preflight.growth_warnings(plan)
+        return preflight.warnings(plan)
 
     (line,) = warned("copy")
     assert line.startswith("stages.scale_out.model.num_experts_per_tok: a token chooses 2 of 2 equal copies of its 2 ")

@@ -224,7 +224,7 @@ def _show_plan(experiment: ExperimentConfig, plan: Sequence[Planned], store: Sto
     _show_devices(out, experiment, plan)
     for line in preflight.missing_files(plan):
         out.print(f"\na run would stop: {line}", style="yellow", soft_wrap=True)
-    for line in preflight.growth_warnings(plan):
+    for line in preflight.warnings(plan):
         out.print(f"\nwarning: {line}", style="yellow", soft_wrap=True)
     out.print(f"\nOutputs go to {shown(store.root)}; nothing was started.")
 

@@ -5,21 +5,12 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from aquilamoe.config.graph import Node
 from aquilamoe.config.messages import UserError
-from aquilamoe.config.schema import (
-    CorpusStage,
-    ExperimentConfig,
-    ModelConfig,
-    PretrainStage,
-    ScaleOutStage,
-    TokenizerStage,
-)
+from aquilamoe.config.schema import CorpusStage, ExperimentConfig, PretrainStage, TokenizerStage
 from aquilamoe.data.corpus import source_files
 from aquilamoe.data.vocabulary import find_file
 from aquilamoe.files import free_bytes
 from aquilamoe.format import size
-from aquilamoe.growth import rules
 from aquilamoe.pipeline.plan import Planned
 
 
@@ -53,19 +44,11 @@ def missing_files(plan: Sequence[Planned]) -> list[str]:
     return found
 
 
-def growth_warnings(plan: Sequence[Planned]) -> list[str]:
-    """What growths that will run can do and will disappoint, a line each."""
+def warnings(plan: Sequence[Planned]) -> list[str]:
+    """What stages that will run can do and will disappoint, a line each."""
     return [
-        f"stages.{planned.name}.model.{line}"
-        for planned in plan
-        if planned.is_computed and isinstance(planned.node.stage, ScaleOutStage)
-        for line in rules.warnings(planned.node.stage.upcycling, *_models(planned.node))
+        f"stages.{planned.name}.{line}" for planned in plan if planned.is_computed for line in planned.estimate.warnings
     ]
-
-
-def _models(node: Node) -> tuple[ModelConfig, ModelConfig]:
-    assert node.source_model is not None and node.model is not None
-    return node.source_model, node.model
 
 
 def _check_gpus(experiment: ExperimentConfig) -> None:

@@ -57,13 +57,14 @@ class Estimate:
 
     seconds: by a formula, where no run of the stage was measured. work: what its time grows with, in a unit of its own
     kind (`estimates.work`). grows_with: roles of inputs with whose bytes, together, it grows too; several groups
-    multiply.
+    multiply. warnings: of what is allowed and will disappoint, a line each, that begins with the stage's field.
     """
 
     disk_bytes: int = 0
     seconds: float | None = None
     work: float | None = None
     grows_with: tuple[tuple[str, ...], ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 class StageModule(Protocol):

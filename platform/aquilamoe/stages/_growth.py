@@ -38,7 +38,9 @@ def estimate(node: Node, growth: GrowthConfig | UpcyclingConfig) -> Estimate:
     calibrated = growth.calibration_tokens or 0 if isinstance(growth, UpcyclingConfig) else 0
     certified += FORWARD * node.source_model.flops_per_token(SEQUENCE_LENGTH) * calibrated
     seconds = work.moving_s(moved, certified)
-    return Estimate(disk_bytes=BYTES_PER_PARAMETER * node.model.num_params, seconds=seconds, work=seconds)
+    warnings = tuple(f"model.{line}" for line in rules.warnings(growth, node.source_model, node.model))
+    written = BYTES_PER_PARAMETER * node.model.num_params
+    return Estimate(disk_bytes=written, seconds=seconds, work=seconds, warnings=warnings)
 
 
 def run(
