@@ -69,7 +69,8 @@ def _grow(
     same = aquilamoe.plan_growth(source, target, model={}, growth="fpi").model
     model = {"num_experts": copies * same["num_experts"], "num_experts_per_tok": chosen * same["num_experts_per_tok"]}
     how = {"method": "split", **settings}
-    return aquilamoe.upcycle(source, target, model=model, upcycling=how, certificate={"tokens": tokens}).certificate
+    certificate = {"tokens": tokens, "sequence_length": 128}
+    return aquilamoe.upcycle(source, target, model=model, upcycling=how, certificate=certificate).certificate
 
 
 if __name__ == "__main__":
