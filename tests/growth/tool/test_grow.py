@@ -592,7 +592,7 @@ def test_a_run_cut_off_in_its_certificate_continues_there_and_ends_with_the_same
     assert not target.exists()
     with monkeypatch.context() as patch:
         patch.setattr(making.Making, "_grow_tensors", None)
-        assert "done by an earlier run" in grow(before, target, *FPI)
+        assert "done by an earlier, interrupted run" in grow(before, target, *FPI)
     assert files(target) == files(after)
     assert [path.name for path in tmp_path.iterdir()] == [target.name]
 
