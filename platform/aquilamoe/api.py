@@ -28,7 +28,7 @@ from aquilamoe.lineage.lookup import find
 Method = str | Mapping[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GrowthPlan:
     """A growth before it is done, known from headers only.
 
@@ -94,7 +94,7 @@ def plan_growth(
     Raises:
         UserError: the source cannot be read, or the growth cannot be done.
     """
-    config = _config(source, target, model, growth, upcycling, seed, dtype=dtype)
+    config = _config(source, target, model, growth=growth, upcycling=upcycling, seed=seed, dtype=dtype)
     request = resolve(config)
     return GrowthPlan(
         model=request.model.model_dump(mode="json"),
@@ -133,7 +133,8 @@ def grow(
     Raises:
         UserError: the growth cannot be done, or claims to keep the function and does not.
     """
-    return _made(_config(source, target, model, growth, None, seed, certificate, dtype=dtype), "grow")
+    config = _config(source, target, model, growth=growth, seed=seed, certificate=certificate, dtype=dtype)
+    return _made(config, "grow")
 
 
 def upcycle(
@@ -163,7 +164,8 @@ def upcycle(
     Raises:
         UserError: the upcycling cannot be done, or claims to keep the function and does not.
     """
-    return _made(_config(source, target, model, None, upcycling, seed, certificate, dtype=dtype), "upcycle")
+    config = _config(source, target, model, upcycling=upcycling, seed=seed, certificate=certificate, dtype=dtype)
+    return _made(config, "upcycle")
 
 
 def certify(source: str | Path, target: str | Path, **settings: Any) -> Mapping[str, Any]:
@@ -180,7 +182,7 @@ def certify(source: str | Path, target: str | Path, **settings: Any) -> Mapping[
     Raises:
         UserError: the two cannot be compared, or the target claims to keep the function and does not.
     """
-    return grow_certify(_config(source, target, {}, None, None, 1234, settings, "certify"), Silent())
+    return grow_certify(_config(source, target, {}, certificate=settings, action="certify"), Silent())
 
 
 @dataclass(frozen=True)
@@ -242,17 +244,16 @@ def _config(
     source: str | Path,
     target: str | Path,
     model: Mapping[str, Any],
-    growth: Method | None,
-    upcycling: Method | None,
-    seed: int,
+    *,
+    growth: Method | None = None,
+    upcycling: Method | None = None,
     certificate: Mapping[str, Any] | None = None,
-    action: str = "run",
-    dtype: TargetDtype = "source",
+    **others: str | int,
 ) -> GrowConfig:
-    """The settings of conf/grow.yaml, overridden by the arguments."""
+    """The settings of conf/grow.yaml, overridden by the arguments; `others` are `seed`, `dtype` and `action`."""
     values = _yaml(CONF / "grow.yaml")
     del values["defaults"], values["hydra"]
-    values |= {"source": str(source), "target": str(target), "seed": seed, "action": action, "dtype": dtype}
+    values |= {"source": str(source), "target": str(target), **others}
     values["model"] |= model
     values["certificate"] |= certificate or {}
     if growth is not None:

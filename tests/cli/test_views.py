@@ -66,7 +66,7 @@ def points(tokens: list[int], start: float, step_s: float = 2.0) -> list[dict[st
 
 
 def trained(*done: int, start: float = NOW) -> StageProgress:
-    stage = StageProgress("prepare", tokens=1000, flops=1e9, expected_s=50.0)
+    stage = StageProgress(name="prepare", tokens=1000, flops=1e9, expected_s=50.0)
     stage.start(NOW)
     stage.add(points(list(done), start))
     return stage
@@ -107,8 +107,12 @@ def test_a_resumed_stage_does_not_count_the_pause_as_its_pace_and_shows_where_it
 
 
 def test_what_waits_is_estimated_by_the_speed_of_this_run_and_not_by_the_plan() -> None:
-    done = StageProgress("a", 10, 1e9, 1.0, state="run", seconds=10.0)
-    waiting = [StageProgress("b", 10, 2e9, 1.0), StageProgress("c", 0, 0.0, 7.0), StageProgress("d", 0, 0.0, None)]
+    done = StageProgress(name="a", tokens=10, flops=1e9, expected_s=1.0, state="run", seconds=10.0)
+    waiting = [
+        StageProgress(name="b", tokens=10, flops=2e9, expected_s=1.0),
+        StageProgress(name="c", tokens=0, flops=0.0, expected_s=7.0),
+        StageProgress(name="d", tokens=0, flops=0.0, expected_s=None),
+    ]
     assert PipelineProgress("demo", [done, *waiting]).seconds_left(NOW) == pytest.approx(20.0 + 7.0)
 
 
@@ -123,10 +127,12 @@ def test_what_waits_is_estimated_by_the_speed_of_this_run_and_not_by_the_plan() 
 def test_no_line_of_the_view_is_broken_by_the_terminal(
     tokens: list[int], total: int, loss: float, width: int, others: list[str]
 ) -> None:
-    stage = StageProgress("prepare", total, 1.0, 3.0)
+    stage = StageProgress(name="prepare", tokens=total, flops=1.0, expected_s=3.0)
     stage.start(NOW)
     stage.add({**point, "val/loss": loss} for point in points(tokens, NOW))
-    pipeline = PipelineProgress("demo", [stage, *(StageProgress(f"x{name}", 1, 1.0, 1.0) for name in others)])
+    pipeline = PipelineProgress(
+        "demo", [stage, *(StageProgress(name=f"x{name}", tokens=1, flops=1.0, expected_s=1.0) for name in others)]
+    )
     out = Console(file=io.StringIO(), width=width, force_terminal=True, highlight=False)
     out.print(view.Present(pipeline, lambda: NOW))
     lines = screen_of(out.file.getvalue())  # type: ignore[attr-defined]

@@ -51,7 +51,7 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def batches(tokens: Path, batch: int = 8, seed: int = 5, rank: int = 0, world: int = 1, **mixture: Any) -> Batches:
-    return Batches(tokens, mixture or {"en": 0.7, "zh": 0.3}, LENGTH, batch, seed, rank, world)
+    return Batches(tokens, mixture or {"en": 0.7, "zh": 0.3}, LENGTH, batch, seed, rank=rank, world_size=world)
 
 
 def stream(tokens: Path, count: int, seed: int = 5, **mixture: Any) -> list[list[int]]:

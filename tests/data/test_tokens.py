@@ -130,7 +130,7 @@ def test_every_document_decodes_to_itself_and_ends_with_one_end_of_text(embedded
     texts = ["plain", f"with {END_OF_TEXT} inside", "天下大势。\n", "🙂" * 9, "last one"]
     corpus = write_corpus(tmp_path / "corpus", en=texts, zh=texts[::-1])
     steps: list[tuple[int, int]] = []
-    tokenize_corpus(corpus, embedded / "tokenizer", tmp_path / "out", lambda *step: steps.append(step))
+    tokenize_corpus(corpus, embedded / "tokenizer", tmp_path / "out", progress=lambda *step: steps.append(step))
     tokenizer, record = load_tokenizer(embedded / "tokenizer"), read_record(tmp_path / "out")
     for source, expected in (("en", texts), ("zh", texts[::-1])):
         file = TokenFile(tmp_path / "out" / f"validation-{source}")

@@ -133,7 +133,15 @@ def test_progress_counts_the_layers_of_both(tmp_path: Path) -> None:
     source, target = write(tmp_path / "source", 0), write(tmp_path / "target", 0)
     for growth in (None, UPCYCLING):
         seen: list[tuple[int, int]] = []
-        certify(source, target, TOKENS_BT, True, 1e-3, growth, progress=lambda *step, s=seen: s.append(step))
+        certify(
+            source,
+            target,
+            TOKENS_BT,
+            preserving=True,
+            tolerance=1e-3,
+            growth=growth,
+            progress=lambda *step, s=seen: s.append(step),
+        )
         assert seen == [(done, 4) for done in range(5)]
 
 

@@ -62,7 +62,7 @@ def upcycle(before: Path, after: Path, dtype_policy: DtypePolicy = AS_SOURCE) ->
 def certified(before: Path, after: Path) -> dict[str, Any]:
     is_upcycled = read_checkpoint_config(after).model.is_moe and not read_checkpoint_config(before).model.is_moe
     method = UPCYCLING if is_upcycled else GROWTH
-    return certify(before, after, TOKENS, True, 1e-3, method, 0)
+    return certify(before, after, TOKENS, preserving=True, tolerance=1e-3, growth=method, seed=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -81,7 +81,7 @@ def judge(directory: Path, growth: GrowthConfig | UpcyclingConfig, tolerance: fl
     """The certificate of the growth from `source` to `target`, both in the directory."""
     source, target = directory / "source", directory / "target"
     assert rules.preserves(growth, read_config(source), read_config(target))
-    return certify(source, target, TOKENS_BT, True, tolerance, growth, SEED)
+    return certify(source, target, TOKENS_BT, preserving=True, tolerance=tolerance, growth=growth, seed=SEED)
 
 
 def refusal(directory: Path, growth: GrowthConfig | UpcyclingConfig, tolerance: float = 1e-3) -> str:

@@ -118,7 +118,8 @@ source, target = map(Path, sys.argv[1:3])
 tokens_bt = torch.arange(int(sys.argv[3]) * int(sys.argv[4])).view(int(sys.argv[3]), -1) * 7919 % 40_000
 peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 before = peak()
-found = certify(source, target, tokens_bt, True, 0.5, UpcyclingConfig(**json.loads(sys.argv[5])))
+how = UpcyclingConfig(**json.loads(sys.argv[5]))
+found = certify(source, target, tokens_bt, preserving=True, tolerance=0.5, growth=how)
 print(json.dumps({"bytes": peak() - before, "found": found}))
 """
 

@@ -87,7 +87,9 @@ class Grown:
             scale_out(folder / "source", folder / "target", target, how, seed)
         self.before, self.after = gradient(folder / "source"), gradient(folder / "target")
         write_state(folder / "before.safetensors", self.before)
-        grow_moments(folder / "before.safetensors", folder / "after.safetensors", (source, target), how, seed, silent)
+        grow_moments(
+            folder / "before.safetensors", folder / "after.safetensors", (source, target), how, seed, progress=silent
+        )
         self.state = load_file(folder / "after.safetensors")
         self.maps = dict(gradient_maps.gradient_maps(source, target, how, seed))
 
@@ -453,7 +455,7 @@ def test_the_variance_of_an_expert_falls_less_than_the_square_of_its_mean(tmp_pa
     name, up = of_layer(0, tensor_names.UP), "model.layers.0.mlp.experts.up_proj"
     save_file(state | {f"{name}/{SECOND}": 5 * dense[name]}, tmp_path / "noisy")
     for file, expected in (("before", 1 / 36), ("noisy", 1 / 36 + 4 / (6 * 2))):
-        grow_moments(tmp_path / file, tmp_path / "after", (source, target), upcycling(), 0, silent)
+        grow_moments(tmp_path / file, tmp_path / "after", (source, target), upcycling(), 0, progress=silent)
         grown = load_file(tmp_path / "after")
         assert grown[f"{up}/{FIRST}"].unique().tolist() == pytest.approx([1 / 6])
         assert grown[f"{up}/{SECOND}"].unique().tolist() == pytest.approx([expected])
@@ -503,7 +505,7 @@ def test_muons_momentum_is_mapped_as_a_first_moment(how: How, tmp_path: Path) ->
     training_state.save(tmp_path / "old", old, optimizer, 1)
     (tmp_path / "new" / training_state.TRAINING).mkdir(parents=True)
     before, after = (tmp_path / folder / training_state.TRAINING / training_state.MOMENTS for folder in ("old", "new"))
-    grow_moments(before, after, (source, target), how, 0, silent)
+    grow_moments(before, after, (source, target), how, 0, progress=silent)
     optimizer = optimizers.build(new, muon, 0.1)
     training_state.load_moments(tmp_path / "new", new, optimizer)
     found, state = load_file(after), load_file(before)
@@ -529,9 +531,9 @@ def test_a_grown_state_is_always_the_same_bytes_and_leaves_nothing_else(tmp_path
     source, how = model(), growth(noise=0.5, maps="sampled")
     target, path = resized(source, how, **WIDER), state_of(tmp_path, source)
     for name in ("one", "two"):
-        grow_moments(path, tmp_path / name, (source, target), how, 3, silent)
+        grow_moments(path, tmp_path / name, (source, target), how, 3, progress=silent)
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
-    grow_moments(path, tmp_path / "other", (source, target), how, 4, silent)
+    grow_moments(path, tmp_path / "other", (source, target), how, 4, progress=silent)
     assert (tmp_path / "other").read_bytes() != (tmp_path / "one").read_bytes()
     assert {file.name for file in tmp_path.iterdir()} == {"state", "one", "two", "other"}
 
@@ -550,7 +552,7 @@ def test_one_tensor_of_the_source_is_in_memory_at_a_time(tmp_path: Path, monkeyp
         return found
 
     monkeypatch.setattr(optimizer_state, "_read", watched)
-    grow_moments(path, tmp_path / "grown", (source, resized(source, how, **EXPERTS)), how, 0, silent)
+    grow_moments(path, tmp_path / "grown", (source, resized(source, how, **EXPERTS)), how, 0, progress=silent)
     assert len(living) > 100 and most <= 2  # both moments, where the second follows from the two
 
 
@@ -573,7 +575,7 @@ def test_a_state_that_cannot_be_grown_is_one_line_with_what_to_do(
     path = state_of(tmp_path, source)
     damage(path)
     with pytest.raises(UserError) as raised:
-        grow_moments(path, tmp_path / "grown", (source, resized(source, how, hidden_size=9)), how, 0, silent)
+        grow_moments(path, tmp_path / "grown", (source, resized(source, how, hidden_size=9)), how, 0, progress=silent)
     assert message in str(raised.value) and str(path) in str(raised.value) and "\n" not in str(raised.value)
     assert not (tmp_path / "grown").exists()
 

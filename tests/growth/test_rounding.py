@@ -175,5 +175,13 @@ def test_numbers_that_no_token_needed_are_compared_too(tmp_path: Path, place: st
     for damaged in [tensor_names.EMBEDDING] if place == "embedding" else experts:
         damage(tmp_path / "target", lambda tensors, name=damaged: tensors[name][9].mul_(2))
         with pytest.raises(UserError, match=f"tensor '{damaged}' of the target is "):
-            certify(tmp_path / "source", tmp_path / "target", tokens_bt, True, 1e-3, COPY, SEED)
+            certify(
+                tmp_path / "source",
+                tmp_path / "target",
+                tokens_bt,
+                preserving=True,
+                tolerance=1e-3,
+                growth=COPY,
+                seed=SEED,
+            )
         damage(tmp_path / "target", lambda tensors, name=damaged: tensors[name][9].div_(2))

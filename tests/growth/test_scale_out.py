@@ -329,7 +329,9 @@ def test_plain_copies_with_a_router_need_no_torch_and_are_the_same_bytes(tmp_pat
 def test_progress_counts_every_tensor_once(tmp_path: Path) -> None:
     write_source(tmp_path / "source", model())
     seen: list[tuple[int, int]] = []
-    scale_out(tmp_path / "source", tmp_path / "target", experts(), COPY, 0, lambda done, of: seen.append((done, of)))
+    scale_out(
+        tmp_path / "source", tmp_path / "target", experts(), COPY, 0, progress=lambda done, of: seen.append((done, of))
+    )
     total = len(tensor_names.tensor_shapes(experts()))
     assert seen == [(done, total) for done in range(total + 1)]
 

@@ -242,7 +242,9 @@ def test_what_grows_beyond_float16_is_refused_by_name_and_leaves_nothing(tmp_pat
 def test_progress_counts_every_tensor_once(tmp_path: Path) -> None:
     write_source(tmp_path / "source", model())
     target, seen = model(num_hidden_layers=3), []
-    scale_up(tmp_path / "source", tmp_path / "target", target, growth(), 0, lambda done, of: seen.append((done, of)))
+    scale_up(
+        tmp_path / "source", tmp_path / "target", target, growth(), 0, progress=lambda done, of: seen.append((done, of))
+    )
     total = len(tensor_names.tensor_shapes(target))
     assert seen == [(done, total) for done in range(total + 1)]
 

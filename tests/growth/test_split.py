@@ -121,7 +121,15 @@ def test_with_one_expert_for_a_token_the_function_is_kept_for_every_shift(
     assert rules.preserves(how, source, more(source))
     found = split.calibrate(tmp_path / "source", more(source), how, 0, texts())
     scale_out(tmp_path / "source", tmp_path / "target", more(source), how, 0, split=found)
-    certificate = certify(tmp_path / "source", tmp_path / "target", texts(4, 33, 2), True, 1e-3, how, 0, split=found)
+    certificate = certify(
+        tmp_path / "source",
+        tmp_path / "target",
+        texts(4, 33, 2),
+        preserving=True,
+        tolerance=1e-3,
+        growth=how,
+        split=found,
+    )
     assert certificate["kl"] < 1e-9
     assert certificate["experts"]["same_originals"] == 1.0
     assert certificate["experts"]["shift"] == pytest.approx([shift] * 2, rel=0.25)
@@ -271,7 +279,7 @@ def test_an_automatic_shift_is_what_98_percent_need_and_16_bits_can_hold(tmp_pat
 
 def measured(tmp_path: Path, how: UpcyclingConfig, name: str) -> Mapping[str, Any]:
     target = grown(tmp_path, mixture(), how, name=name)
-    return certify(tmp_path / "source", target, texts(16, 33, 2), False, 1e-3, how, 0)
+    return certify(tmp_path / "source", target, texts(16, 33, 2), preserving=False, tolerance=1e-3, growth=how)
 
 
 def test_a_certificate_states_how_near_a_split_is_and_warns_of_equal_copies(tmp_path: Path) -> None:
@@ -296,9 +304,14 @@ def test_what_the_criterion_expects_on_the_inputs_of_the_source_is_what_happens_
 ) -> None:
     source, how = mixture(num_hidden_layers=1), parted()
     write_source(tmp_path / "source", source, torch.float32)
-    experts = certify(tmp_path / "source", grown(tmp_path, source, how), texts(16, 33, 2), False, 1e-3, how, 0)[
-        "experts"
-    ]
+    experts = certify(
+        tmp_path / "source",
+        grown(tmp_path, source, how),
+        texts(16, 33, 2),
+        preserving=False,
+        tolerance=1e-3,
+        growth=how,
+    )["experts"]
     assert experts["same_originals"] == 1 - experts["fence"]
 
 

@@ -36,7 +36,7 @@ def draw(counts: tuple[int, ...], dtype: torch.dtype, hidden: int = 24, size: in
 
 def feed_forwards(kernel: ExpertsKernel, counts: tuple[int, ...], rows_sd: Tensor, *weights: Tensor) -> Tensor:
     gate_efd, up_efd, down_edf = weights
-    return experts.expert_feed_forwards(rows_sd, torch.tensor(counts), gate_efd, up_efd, down_edf, kernel)
+    return experts.expert_feed_forwards(rows_sd, torch.tensor(counts), gate_efd, up_efd, down_edf, kernel=kernel)
 
 
 def naive(rows_sd: Tensor, counts: tuple[int, ...], gate_efd: Tensor, up_efd: Tensor, down_edf: Tensor) -> Tensor:

@@ -93,7 +93,7 @@ def test_any_byte_of_any_output_that_changed_is_noticed_by_the_stage_that_reads_
 def test_what_is_removed_as_the_message_states_is_made_again_and_the_readers_verify(
     root: Path, execute: Execute, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("aquilamoe.reports.report.write", lambda **_: None)
+    monkeypatch.setattr("aquilamoe.reports.report.write", lambda *_, **__: None)
     flip(output(root, "tokens") / "tokenizer" / "tokenizer.json", random.Random(1))
     shutil.rmtree(output(root, "export"))
     execute()  # nothing that runs reads the tokens
@@ -205,7 +205,7 @@ def test_a_report_is_not_drawn_from_a_changed_curve(root: Path, execute: Execute
 def test_a_store_from_before_records_had_digests_of_themselves_and_of_inputs_is_read(
     root: Path, execute: Execute, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("aquilamoe.reports.report.write", lambda **_: None)
+    monkeypatch.setattr("aquilamoe.reports.report.write", lambda *_, **__: None)
     for path in (root / "stages").glob(f"*/{RECORD}"):
         record = json.loads(path.read_text())
         for reference in record["inputs"].values():

@@ -80,7 +80,7 @@ def mutations(text: str, draw: random.Random) -> Iterator[str]:
 def test_whatever_a_record_holds_every_command_succeeds_or_ends_in_a_line(
     root: Path, execute: Callable[[str], None], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("aquilamoe.reports.report.write", lambda **_: None)
+    monkeypatch.setattr("aquilamoe.reports.report.write", lambda *_, **__: None)
     monkeypatch.setattr("aquilamoe.pipeline.runner._run_stage", stops)
     draw, outputs = random.Random(0), sorted((root / "stages").iterdir())
     for case in range(CASES):
@@ -149,7 +149,7 @@ def test_a_line_that_is_no_point_is_ignored_with_a_note(
 def test_an_experiment_goes_on_though_the_curve_of_its_interrupted_stage_has_a_line_of_garbage(
     root: Path, execute: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("aquilamoe.reports.report.write", lambda **_: None)
+    monkeypatch.setattr("aquilamoe.reports.report.write", lambda *_, **__: None)
     directory = next((root / "stages").glob("control-*"))
     partial = directory.rename(directory.with_name(f"{directory.name}.partial"))
     weights = (partial / "model" / "model.safetensors").read_bytes()

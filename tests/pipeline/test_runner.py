@@ -36,8 +36,8 @@ CLUSTER = ClusterConfig(
 # A chain of three: the kinds stand for three modules with which the pipeline could be filled.
 NODES = {
     "text": Node(
-        "text",
-        CorpusStage.model_validate(
+        name="text",
+        stage=CorpusStage.model_validate(
             {
                 "kind": "corpus",
                 "inputs": {},
@@ -46,8 +46,8 @@ NODES = {
             }
         ),
     ),
-    "words": Node("words", TokenizerStage(kind="tokenizer", inputs={"corpus": "text"}, vocab_size=300)),
-    "out": Node("out", ExportStage(kind="export", inputs={"source": "words"}, dtype="float32")),
+    "words": Node(name="words", stage=TokenizerStage(kind="tokenizer", inputs={"corpus": "text"}, vocab_size=300)),
+    "out": Node(name="out", stage=ExportStage(kind="export", inputs={"source": "words"}, dtype="float32")),
 }
 
 
@@ -218,7 +218,7 @@ def test_a_second_run_computes_nothing_and_observers_hear_that_all_is_cached(pip
 
 
 def test_two_stages_with_one_recipe_are_computed_once(pipeline: Pipeline) -> None:
-    done = pipeline.run({**NODES, "again": Node("again", NODES["out"].stage)})
+    done = pipeline.run({**NODES, "again": Node(name="again", stage=NODES["out"].stage)})
     assert pipeline.stages["out"].runs == 1
     assert done["again"].directory == done["out"].directory
     assert [stage for stage, about in pipeline.observer.of("finished") if about["cached"]] == ["again"]

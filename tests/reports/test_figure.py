@@ -31,12 +31,31 @@ def test_a_curve_keeps_the_last_of_repeated_points_and_only_finite_ones() -> Non
 def test_the_window_shows_both_sides_of_a_growth_but_neither_the_first_fall_nor_a_ruinous_jump() -> None:
     fall = Series((1e11, 1e12, 1e13), (8.0, 5.0, 4.0))
     rest = Series((1e13, 2e13, 4e13), (4.5, 3.9, 3.7))
-    mild = window([fall, rest], [Jump("scale-up", 1e13, 4.0, 4.5, 1, 2, 2)])
+    mild = window(
+        [fall, rest],
+        [Jump(label="scale-up", flops=1e13, before=4.0, after=4.5, source_params=1, target_params=2, target_active=2)],
+    )
     assert 4.5 < mild.y_high < 5
     assert mild.y_low < 3.7
     assert 1e12 < mild.x_low <= 5e12
     assert mild.x_high == 4e13
-    assert window([fall, rest], [Jump("scale-up", 1e13, 4.0, 12.0, 1, 2, 2)]).y_high < 6
+    assert (
+        window(
+            [fall, rest],
+            [
+                Jump(
+                    label="scale-up",
+                    flops=1e13,
+                    before=4.0,
+                    after=12.0,
+                    source_params=1,
+                    target_params=2,
+                    target_active=2,
+                )
+            ],
+        ).y_high
+        < 6
+    )
     assert window([fall], []).y_high > 8
 
 
@@ -79,7 +98,7 @@ def test_a_label_stays_in_the_axes_beside_its_line_and_off_the_curves_where_ther
     at: float, target: float, lines: list[tuple[tuple[float, float], tuple[float, float]]]
 ) -> None:
     curves = [(*start, *end) for start, end in lines]
-    box = labels.place(at, target, 0.2, 0.1, 0.01, curves)
+    box = labels.place(at, target, width=0.2, height=0.1, gap=0.01, taken=curves)
     left, bottom, right, top = corners(box)
     assert left >= -1e-9 and bottom >= -1e-9 and right <= 1 + 1e-9 and top <= 1 + 1e-9
     assert left >= at or right <= at
@@ -91,7 +110,7 @@ def test_a_label_stays_in_the_axes_beside_its_line_and_off_the_curves_where_ther
 def test_a_label_leaves_the_place_above_a_curve_that_rises_out_of_the_axes() -> None:
     view = View(1.0, 100.0, 0.0, 1.0)
     rising = labels.segments([Series((10.0, 12.0, 14.0, 100.0), (0.5, 0.9, 1.4, 0.9))], view)
-    box = labels.place(0.5, 1.0, 0.14, 0.1, 0.01, rising)
+    box = labels.place(0.5, 1.0, width=0.14, height=0.1, gap=0.01, taken=rising)
     assert not any(labels.meets(box, each) for each in rising)
 
 

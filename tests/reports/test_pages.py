@@ -9,6 +9,7 @@ import pytest
 
 from aquilamoe.reports import lineage_page, router_page, template
 from aquilamoe.reports.canvas import PALETTE, VARIABLES, themed
+from aquilamoe.reports.template import Heading
 from browser import Browser
 
 CHAIN = ["prepare", "scale_up", "dense", "moe"]
@@ -60,7 +61,14 @@ def shares(draw: random.Random, spread: float) -> list[float]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The pages of a family of stages, and of routers with six layers of eight experts."""
     found, draw = tmp_path_factory.mktemp("pages"), random.Random(0)
-    lineage_page.render("embedded", family(), CHAIN, {"moe": PALETTE[0]}, "python x", found / PAGES[0], LINKS)
+    lineage_page.render(
+        Heading("embedded", "", "python x"),
+        found / PAGES[0],
+        records=family(),
+        chain=CHAIN,
+        tints={"moe": PALETTE[0]},
+        pages=LINKS,
+    )
     points: list[dict[str, Any]] = [
         {
             "tokens": step * 4096,
@@ -78,7 +86,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         },
         "cosine": [[[1.0 if i == j else 0.75 for j in range(8)] for i in range(8)]] * 6,
     }  # fmt: skip
-    router_page.render("embedded", family(), {"moe": points}, {"moe": table}, found / PAGES[1], LINKS)
+    router_page.render(
+        Heading("embedded", ""),
+        found / PAGES[1],
+        records=family(),
+        routers={"moe": points},
+        routing={"moe": table},
+        pages=LINKS,
+    )
     return found
 
 

@@ -19,6 +19,7 @@ from aquilamoe.reports.conclusion import checkpoints, find, parts_note, scale_no
 from aquilamoe.reports.curves import Series, chain_of, crossing
 from aquilamoe.reports.figure import loss_figure
 from aquilamoe.reports.stage_rows import HEADER, NOT_REACHED, stage_rows
+from aquilamoe.reports.template import Heading
 
 Records = dict[str, dict[str, Any]]
 Curves = dict[str, list[dict[str, Any]]]
@@ -161,7 +162,16 @@ def html_of(tmp_path: Path, records: Records, curves: Curves, chain: list[str] |
     target = tmp_path / "reports" / "report.html"
     control = options.pop("control", "control")
     description = options.pop("description", "What was tried.")
-    page.render("embedded", description, records, curves, CHAIN if chain is None else chain, control, target, **options)
+    heading = Heading("embedded", description, *([options.pop("command")] if "command" in options else []))
+    page.render(
+        heading,
+        target,
+        records=records,
+        curves=curves,
+        chain=CHAIN if chain is None else chain,
+        control=control,
+        **options,
+    )
     return target.read_text("utf-8")
 
 
@@ -416,7 +426,7 @@ def test_hostile_names_are_text_and_nothing_else(tmp_path: Path) -> None:
     assert "<script" not in html
     assert reader.section(evil), "the name is shown as it is"
     assert evil in reader.words
-    lineage_page.render(evil, renamed, chain, {}, evil, tmp_path / "lineage.html")
+    lineage_page.render(Heading(evil, "", evil), tmp_path / "lineage.html", records=renamed, chain=chain, tints={})
     html = (tmp_path / "lineage.html").read_text("utf-8")
     assert html.count("<script") == 1
     assert html.count(str(escape(evil))) >= 6, "its name, its parents' links, versions and the command"

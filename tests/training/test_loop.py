@@ -846,7 +846,7 @@ def test_the_evaluate_stage_gives_nats_per_token_and_bits_per_byte_of_every_chec
     }
     checkpoints = {"a": Input("x", tmp_path / "one", {}), "b": Input("y", tmp_path / "two", {})}
     cluster = make_job(tokens, tmp_path).cluster
-    node = Node("evaluate", EvaluateStage.model_validate(fields))
+    node = Node(name="evaluate", stage=EvaluateStage.model_validate(fields))
     inputs = {"tokens": Input("tokens", tokens, {}), **checkpoints}
     metrics = evaluate_stage.run(Context(node, inputs, tmp_path, cluster, tmp_path))
     for role, name in (("a", "one"), ("b", "two")):

@@ -65,7 +65,7 @@ class Recorded:
     where: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Case:
     """A variant of a study as a precedent: what was grown, after which training, for how long."""
 
@@ -117,13 +117,13 @@ def _cases(recorded: Recorded) -> Iterator[Case]:
             continue
         sparse = entry.params_active != entry.params_total
         yield Case(
-            recorded,
-            entry,
-            "scale_out" if sparse else "scale_up",
-            source.params,
-            entry.params_total / source.params,
-            source.tokens_per_parameter,
-            seed.tokens,
+            recorded=recorded,
+            entry=entry,
+            kind="scale_out" if sparse else "scale_up",
+            source=source.params,
+            growth=entry.params_total / source.params,
+            tokens_per_parameter=source.tokens_per_parameter,
+            tokens=seed.tokens,
         )
 
 

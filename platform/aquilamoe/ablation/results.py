@@ -47,7 +47,7 @@ def collect(
 
     command: what reproduces it. What records do not have is measured on the weights, as `measures` keeps it.
     """
-    reader = _Reader(store, config.objective.metric)
+    reader = _Reader(store=store, metric=config.objective.metric)
     reference = baseline(config).name
     entries = judge([*_variants(union, reader), *_controls(union, reader)], reference)
     variants = [entry for entry in entries if entry.control is None]
@@ -107,7 +107,7 @@ def _plain(control: ControlLeaf, variants: list[str]) -> Control:
     )
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _Reader:
     """Reads records, each once; keeps what it met on the way."""
 

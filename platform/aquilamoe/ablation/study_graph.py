@@ -16,7 +16,7 @@ from aquilamoe.pipeline import fingerprint as identity
 from aquilamoe.pipeline.plan import recipes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Leaf:
     """A stage whose loss is compared, with one seed.
 
@@ -75,7 +75,11 @@ def build(config: AblationConfig, compose: Compose) -> StudyGraph:
             digests = {name: identity.fingerprint(recipe) for name, recipe in recipes(built).items()}
             for name, control in [(target, None), *((control.name, control) for control in found)]:
                 needed = {stage: built[stage] for stage in built if stage in with_ancestors(built, name)}
-                leaves.append(Leaf(variant, control, seed, name, digests[name], needed))
+                leaves.append(
+                    Leaf(
+                        variant=variant, control=control, seed=seed, stage=name, fingerprint=digests[name], nodes=needed
+                    )
+                )
                 nodes |= {digests[stage]: node for stage, node in needed.items() if digests[stage] not in nodes}
             own.append(digests[target])
         fingerprints[variant.name] = tuple(own)

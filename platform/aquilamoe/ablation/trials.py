@@ -17,6 +17,7 @@ def run(
     store: Store,
     cluster: ClusterConfig,
     trial_cpus: int,
+    *,
     on_end: OnEnd,
     stopping: Stopping | None = None,
 ) -> dict[str, Failure]:

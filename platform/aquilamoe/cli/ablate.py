@@ -156,14 +156,14 @@ def _run(experiment: ExperimentConfig, union: StudyGraph, store: Store, config: 
     runner.run(planning.data_stages(tasks), store, cluster, [])
     first = planning.sources(tasks)
     receipt = ablation_view.TrialLines(out, [*first, *tasks])
-    failures = trials.run(first, store, cluster, config.trial_cpus, receipt)
+    failures = trials.run(first, store, cluster, config.trial_cpus, on_end=receipt)
     tasks, lost = trials.without_source(tasks, first, failures, receipt)
     if config.scheduler == "asha":  # which controls are not subject to
         variants = [task for task in tasks if task.leaf.control is None]
         stopping = Stopping(by_recovery=config.objective.is_recovery)
-        failures |= trials.run(variants, store, cluster, config.trial_cpus, receipt, stopping)
+        failures |= trials.run(variants, store, cluster, config.trial_cpus, on_end=receipt, stopping=stopping)
         tasks = [task for task in tasks if task.leaf.control is not None]
-    failures |= lost | trials.run(tasks, store, cluster, config.trial_cpus, receipt)
+    failures |= lost | trials.run(tasks, store, cluster, config.trial_cpus, on_end=receipt)
     paid = planning.tasks(union, store, Speed.of(cluster))
     out.print()
     out.print(cost_table(ablation_costs.table(union, paid, cluster), out.width))

@@ -136,18 +136,27 @@ def ranking_table(study: Study) -> Table:
     metric = f"{study.objective['stage']} {study.objective['metric']}"
     table = make_table(">rank", "", f">{metric}", ">minus baseline", ">95 % interval", ">seeds")
     for entry in study.ranked():
-        _result_row(table, str(entry.rank), entry.name, entry.mean, entry.to_baseline, len(entry.seeds))
+        _result_row(
+            table, str(entry.rank), entry.name, mean=entry.mean, difference=entry.to_baseline, seeds=len(entry.seeds)
+        )
     table.add_section()
     controls = [entry for entry in study.controls if entry.mean is not None and entry.control is not None]
     for entry in sorted(controls, key=lambda entry: entry.mean or 0.0):
         assert entry.control is not None
         name = f"{entry.name.partition('_x')[0]} (LR x{entry.control.learning_rate_ratio:g})"
-        _result_row(table, "", name, entry.mean, entry.control.differences.get(study.baseline), len(entry.seeds))
+        _result_row(
+            table,
+            "",
+            name,
+            mean=entry.mean,
+            difference=entry.control.differences.get(study.baseline),
+            seeds=len(entry.seeds),
+        )
     return table
 
 
 def _result_row(
-    table: Table, rank: str, name: str, mean: float | None, difference: Interval | None, seeds: int
+    table: Table, rank: str, name: str, *, mean: float | None, difference: Interval | None, seeds: int
 ) -> None:
     interval = ""
     if difference is not None and difference.half_width:

@@ -169,7 +169,14 @@ def _query_lineage(experiment: ExperimentConfig, nodes: Mapping[str, Node], stor
         with _workers(experiment, plan, scratch):
             return runner.run(plan, scratch, experiment.cluster, [view])
 
-    lineage.run_query(experiment, nodes, store, lambda line: out.print(line, soft_wrap=True), run, _lineage_text)
+    lineage.run_query(
+        experiment,
+        nodes,
+        store,
+        print_line=lambda line: out.print(line, soft_wrap=True),
+        run=run,
+        as_json=_lineage_text,
+    )
 
 
 def _lineage_text(library: ArtifactGraph, entry: Artifact) -> str:
@@ -346,15 +353,14 @@ def _report(experiment: ExperimentConfig, done: Mapping[str, Input], store: Stor
     if path.exists() and marker.exists() and marker.read_text() == stamp:
         return path
     from aquilamoe.reports import report
+    from aquilamoe.reports.template import Heading
 
     report.write(
-        experiment=experiment.name,
-        description=experiment.description,
+        Heading(experiment.name, experiment.description, command),
+        path.parent,
         done=done,
         chain=experiment.report.chain,
         control=experiment.report.control,
-        folder=path.parent,
-        command=command,
     )
     records = {name: output.record for name, output in done.items()}
     found = conclusion.find(records, experiment.report.chain, experiment.report.control)

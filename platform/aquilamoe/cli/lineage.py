@@ -28,7 +28,7 @@ AsJson = Callable[[ArtifactGraph, Artifact], str]
 Run = Callable[[Sequence[Planned], Store], Mapping[str, Input]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LineageQuery:
     """An experiment and the outputs that are there.
 
@@ -60,12 +60,21 @@ def run_query(
     experiment: ExperimentConfig,
     nodes: Mapping[str, Node],
     store: Store,
+    *,
     print_line: PrintLine,
     run: Run,
     as_json: AsJson,
 ) -> None:
     """Do one of `ACTIONS`; UserError for queries without a result and for outputs that do not match their records."""
-    query = LineageQuery(experiment, expected_stages(nodes), store, read_graph(store.stages), print_line, run, as_json)
+    query = LineageQuery(
+        experiment=experiment,
+        expected=expected_stages(nodes),
+        store=store,
+        library=read_graph(store.stages),
+        print_line=print_line,
+        run=run,
+        as_json=as_json,
+    )
     actions: dict[str, Callable[[LineageQuery], None]] = {
         "lineage": _lineage,
         "why": _why,
@@ -181,7 +190,9 @@ def _rebuild(query: LineageQuery) -> None:
     """Rebuild an output beside the store and compare it with its record; UserError if other bytes come out."""
     query, entry = query.find("checkpoint", query.experiment.checkpoint)
     speed = Speed.of(query.experiment.cluster)
-    rebuild = rebuilding.prepare(query.experiment, entry, query.library, query.expected, query.store.root, speed)
+    rebuild = rebuilding.prepare(
+        query.experiment, entry, query.library, expected=query.expected, root=query.store.root, speed=speed
+    )
     taken = ", ".join(each.stage for each in rebuild.taken) or "nothing"
     query.print_line(f"Rebuilding {_label(entry)} in {rebuild.store.root}; reusing {taken}.")
     with rebuild.store.lock():

@@ -21,7 +21,12 @@ INTERRUPTIONS = ("KeyboardInterrupt", "SystemExit")
 
 def of_plan(name: str, plan: Sequence[Planned]) -> PipelineProgress:
     """Where a plan begins: nothing done."""
-    stages = [StageProgress(planned.name, planned.node.tokens, planned.node.flops, planned.seconds) for planned in plan]
+    stages = [
+        StageProgress(
+            name=planned.name, tokens=planned.node.tokens, flops=planned.node.flops, expected_s=planned.seconds
+        )
+        for planned in plan
+    ]
     return PipelineProgress(name, stages)
 
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 Point = dict[str, Any]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class StageProgress:
     """One stage. tokens: its budget, 0 if it does not train. expected_s: by the plan, None if unknown. Times: s, 1970.
 

@@ -93,7 +93,9 @@ class Watched:
 
     def _stage(self, stage: dict[str, Any]) -> StageProgress:
         name = stage["name"]
-        progress = StageProgress(name, stage["tokens"], stage["flops"], stage["expected_s"])
+        progress = StageProgress(
+            name=name, tokens=stage["tokens"], flops=stage["flops"], expected_s=stage["expected_s"]
+        )
         record = self._records.get(name) or self._record(stage["fingerprint"])
         if record is not None:
             self._records[name] = record

@@ -33,7 +33,7 @@ ABOUT_OUTPUTS = ("lineage", "why", "verify", "rebuild", "generate", "evaluate") 
 MAKE_CHECKPOINTS = ("checkpoint", "pretrain", "scale_up", "scale_out", "export")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Node:
     """A stage in its graph.
 
@@ -161,12 +161,12 @@ class _Builder:
         if isinstance(stage, CheckpointStage):
             return self._external(name, stage)
         if isinstance(stage, TokenizerStage) and "checkpoint" in stage.inputs:
-            return Node(name, self._tokenizer_of(name, stage, stage.inputs["checkpoint"]))
+            return Node(name=name, stage=self._tokenizer_of(name, stage, stage.inputs["checkpoint"]))
         if isinstance(stage, EvaluateStage):
             self._check_evaluation(name, stage)
-            return Node(name, stage)
+            return Node(name=name, stage=stage)
         if source is None:
-            return Node(name, stage)
+            return Node(name=name, stage=stage)
         model = source.model
         assert model is not None, "an input `source` makes a checkpoint"
         if isinstance(stage, GrowthStage):
@@ -176,8 +176,15 @@ class _Builder:
             growth = stage.growth if isinstance(stage, ScaleUpStage) else None
             model = grown_model(model, stage.model, f"stages.{name}.model", growth)
             stage = stage.model_copy(update={"model": model.model_dump()})
-        spent = (source.lineage_tokens, source.lineage_flops)
-        return Node(name, stage, model, source.model, 0, 0, *spent, source.before)
+        return Node(
+            name=name,
+            stage=stage,
+            model=model,
+            source_model=source.model,
+            ancestor_tokens=source.lineage_tokens,
+            ancestor_flops=source.lineage_flops,
+            before=source.before,
+        )
 
     def _external(self, name: str, stage: CheckpointStage) -> Node:
         """Read what a checkpoint from elsewhere is; a run may download it."""
@@ -191,7 +198,7 @@ class _Builder:
         found: ExternalCheckpoint = plugins.load("stages", stage.kind).inspect(stage, where, root, downloads)
         self.external[name] = found
         stage = stage.model_copy(update={"model": found.model, "files": dict(found.files)})
-        return Node(name, stage, found.model, before=stage.before)
+        return Node(name=name, stage=stage, model=found.model, before=stage.before)
 
     def _tokenizer_of(self, name: str, stage: TokenizerStage, checkpoint: str) -> TokenizerStage:
         """The stage with the size of the checkpoint's tokenizer, where it states none."""
@@ -248,9 +255,17 @@ class _Builder:
         if stage.equal_flops is not None:
             stage = self._equalized(name, stage, flops_before, per_token)
         tokens = stage.num_steps * stage.batch_tokens
-        source_model, before = (source.model, source.before) if source else (None, None)
-        spent = (tokens, tokens * per_token, tokens_before, flops_before)
-        return Node(name, stage, model, source_model, *spent, before)
+        return Node(
+            name=name,
+            stage=stage,
+            model=model,
+            source_model=source.model if source else None,
+            tokens=tokens,
+            flops=tokens * per_token,
+            ancestor_tokens=tokens_before,
+            ancestor_flops=flops_before,
+            before=source.before if source else None,
+        )
 
     def _check_moments(self, where: str, source: Node, optimizer: str) -> None:
         found = self._moments_of(source, where, "keep")

@@ -18,7 +18,7 @@ UNIT = re.compile(r" \[([^\[\]]+)\]$")
 NAMES = {bool: "true, false", int: "integer", float: "number", str: "text", Any: "any"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Key:
     """A field as a user sees it.
 

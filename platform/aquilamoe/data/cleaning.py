@@ -62,7 +62,7 @@ class Settings:
     folder: Path
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Report:
     """What became of a shard's documents. bad: how many, by problem; named: the first of each, with the problem."""
 
@@ -162,7 +162,14 @@ def _clean(task: tuple[Settings, SourceShard]) -> None:
         shard_writer.close()
     documents = {split: writer.documents for split, writer in shard_writer.writers.items()}
     sizes = {split: writer.bytes for split, writer in shard_writer.writers.items()}
-    report = Report(dict(bad), named, filtered, shard_writer.duplicates, documents, sizes)
+    report = Report(
+        bad=dict(bad),
+        named=named,
+        filtered=filtered,
+        duplicates=shard_writer.duplicates,
+        documents=documents,
+        bytes=sizes,
+    )
     _write_report(_report_file(settings.folder, shard.number), report)
 
 
@@ -266,7 +273,14 @@ def _place(settings: Settings, out: Path, task: tuple[SourceShard, int, int]) ->
             part, final = _part(folder, split, shard.number), _final(out, split, shard)
             documents[split], sizes[split] = _write_kept(part, final, shard.source, kept_here)
     duplicates = report.duplicates + int(np.count_nonzero(~kept))
-    return shard.number, Report(report.bad, report.named, report.filtered, duplicates, documents, sizes)
+    return shard.number, Report(
+        bad=report.bad,
+        named=report.named,
+        filtered=report.filtered,
+        duplicates=duplicates,
+        documents=documents,
+        bytes=sizes,
+    )
 
 
 def _write_kept(part: Path, final: Path, source: str, kept: np.ndarray) -> tuple[int, int]:

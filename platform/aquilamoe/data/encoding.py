@@ -43,7 +43,7 @@ SMALL_BYTES = 1 << 25
 Progress = Callable[[int, int], None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RowGroups:
     """Row groups `start` to `stop` of a prepared file. leaves: how the paths of what it leaves begin."""
 
@@ -71,6 +71,7 @@ def tokenize_corpus(
     corpus: Path,
     tokenizer: Path,
     out: Path,
+    *,
     progress: Progress = lambda _done, _total: None,
     scratch: Path | None = None,
     processes: int | None = None,
@@ -84,7 +85,7 @@ def tokenize_corpus(
     out.mkdir(parents=True, exist_ok=True)
     if scratch is None:
         with tempfile.TemporaryDirectory(dir=out) as folder:
-            return tokenize_corpus(corpus, tokenizer, out, progress, Path(folder), processes)
+            return tokenize_corpus(corpus, tokenizer, out, progress=progress, scratch=Path(folder), processes=processes)
     encoder = load_tokenizer(tokenizer)
     vocab_size, end = vocabulary_size(encoder), end_of_text_id(encoder, tokenizer)
     cut = _shards(corpus, scratch)
@@ -126,7 +127,14 @@ def _cut(part: Path, groups: list[tuple[int, int]], shard_bytes: int, leaves: Pa
             size += groups[stop][1]
             stop += 1
         documents = sum(number for number, _ in groups[start:stop])
-        yield RowGroups(part, start, stop, documents, size, leaves.with_name(f"{leaves.name}-{start:06d}"))
+        yield RowGroups(
+            file=part,
+            start=start,
+            stop=stop,
+            documents=documents,
+            bytes=size,
+            leaves=leaves.with_name(f"{leaves.name}-{start:06d}"),
+        )
         start = stop
 
 

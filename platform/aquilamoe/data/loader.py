@@ -44,6 +44,7 @@ class Batches:
         sequence_length: int,
         batch_sequences: int,
         seed: int,
+        *,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:

@@ -45,7 +45,7 @@ class RawDocument(NamedTuple):
     problem: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FileRange:
     """A range of a file (`kind` parquet: row groups, jsonl: bytes, txt: all), or of a data set's shards or rows."""
 
@@ -71,7 +71,11 @@ def shards(source: str, config: SourceConfig, shard_bytes: int) -> list[SourceSh
     if config.hub is not None:
         ranges = hub.ranges(config.hub, f"sources.{source}.hub", shard_bytes)
         return [
-            SourceShard(source, number, (FileRange(HUB, config.hub.name, start, stop, 0, 0),))
+            SourceShard(
+                source,
+                number,
+                (FileRange(kind=HUB, file=config.hub.name, start=start, stop=stop, bytes=0, changed_ns=0),),
+            )
             for number, (start, stop) in enumerate(ranges)
         ]
     found: list[list[FileRange]] = []
@@ -119,14 +123,30 @@ def _parts(path: Path, shard_bytes: int) -> Iterator[FileRange]:
     if path.suffix == ".jsonl":
         for start in range(0, status.st_size, shard_bytes):
             stop = min(start + shard_bytes, status.st_size)
-            yield FileRange(path.suffix, str(path), start, stop, stop - start, status.st_mtime_ns)
+            yield FileRange(
+                kind=path.suffix,
+                file=str(path),
+                start=start,
+                stop=stop,
+                bytes=stop - start,
+                changed_ns=status.st_mtime_ns,
+            )
     elif path.suffix == ".parquet":
         with open_parquet(path) as file:
             sizes = [file.metadata.row_group(group).total_byte_size for group in range(file.num_row_groups)]
         for group, size in enumerate(sizes):
-            yield FileRange(path.suffix, str(path), group, group + 1, size, status.st_mtime_ns)
+            yield FileRange(
+                kind=path.suffix, file=str(path), start=group, stop=group + 1, bytes=size, changed_ns=status.st_mtime_ns
+            )
     else:
-        yield FileRange(path.suffix, str(path), 0, status.st_size, status.st_size, status.st_mtime_ns)
+        yield FileRange(
+            kind=path.suffix,
+            file=str(path),
+            start=0,
+            stop=status.st_size,
+            bytes=status.st_size,
+            changed_ns=status.st_mtime_ns,
+        )
 
 
 def _parquet_rows(part: FileRange, columns_read: list[str]) -> Iterator[RawDocument]:

@@ -24,7 +24,7 @@ from aquilamoe.model.kernels.chunks import chunk_rows
 FLOAT, ROUNDED = 4, 2
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Memory:
     """Each part at its largest, and the most that all take together, which is less where they are not there at once.
 

@@ -46,6 +46,7 @@ def certify(
     source: Path,
     target: Path,
     tokens_bt: Tensor,
+    *,
     preserving: bool,
     tolerance: float,
     growth: GrowthConfig | UpcyclingConfig | None = None,
@@ -93,14 +94,14 @@ def certify(
         if made is not None:
             made.check_rest(after.weights.read)
         rounding = walk.round() if made is not None and made.rounds else None
-    claim = _Claimed(preserving, tolerance, walk.differences, ties, rounding)
+    claim = _Claimed(preserving=preserving, tolerance=tolerance, layers=walk.differences, ties=ties, rounding=rounding)
     experts = {} if walk.choices is None else {"experts": walk.choices.measures(upcycling)}
     certificate = {**_measures(difference), **asdict(claim), **experts}
     _check_finite(certificate)
     return certificate
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Claimed:
     """What a certificate states beside its measures: the claim, and how it was judged."""
 

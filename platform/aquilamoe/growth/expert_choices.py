@@ -25,7 +25,7 @@ def may_compare(source: ModelConfig, target: ModelConfig) -> bool:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _LayerChoices:
     """One layer.
 

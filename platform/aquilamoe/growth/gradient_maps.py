@@ -45,7 +45,7 @@ class Axis:
     unseen: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GradientMap:
     """Where the gradient of a parameter, or of one expert of a stack, comes from.
 
@@ -129,16 +129,16 @@ class _Width:
     def gradient_map(self, role: str, name: str, has_upper: bool = False) -> GradientMap:
         """The gradient map of a tensor that copies `name`; `has_upper`: whether new units can be of the layer above."""
         if role in _NORMS:
-            return GradientMap(name, rows=self._gain(role))
+            return GradientMap(name=name, rows=self._gain(role))
         if role in (tensor_names.EMBEDDING, tensor_names.HEAD):
             more = self.target.vocab_size - self.source.vocab_size
             unseen = role == tensor_names.EMBEDDING and not self.target.tie_word_embeddings
             columns = self._writing() if role == tensor_names.EMBEDDING else self._reading(self.units.residual, False)
-            return GradientMap(name, rows=Axis(padding=more, unseen=unseen), columns=columns)
+            return GradientMap(name=name, rows=Axis(padding=more, unseen=unseen), columns=columns)
         if role in (tensor_names.Q_NORM, tensor_names.K_NORM):
-            return GradientMap(name, rows=self._head_gain(role))
+            return GradientMap(name=name, rows=self._head_gain(role))
         if role in (tensor_names.ROUTER, tensor_names.SHARED_ROUTER):
-            return GradientMap(name, columns=self._reading(self.units.residual, False))
+            return GradientMap(name=name, columns=self._reading(self.units.residual, False))
         above_rows, above_columns = False, False
         if has_upper and hasattr(self.method, "from_above"):
             above_rows, above_columns = self.method.from_above(role, self.growth)
@@ -148,7 +148,7 @@ class _Width:
         if above_rows and row_units is not None:
             rows = _forget(rows, row_units)
         columns = Axis() if column_units is None else self._reading(column_units, above_columns)
-        return GradientMap(name, rows=rows, columns=columns)
+        return GradientMap(name=name, rows=rows, columns=columns)
 
     def _rows(self, role: str) -> Axis:
         units = self.units
@@ -256,7 +256,7 @@ def _scale_out(source: ModelConfig, target: ModelConfig, upcycling: UpcyclingCon
     for name in parameter_shapes(target):
         layer, role = split(name)
         if layer is None or not target.is_sparse(layer) or not role.startswith("mlp."):
-            yield name, [GradientMap(name)]
+            yield name, [GradientMap(name=name)]
         elif role.startswith("mlp.experts."):
             yield name, _experts(name, source, target, upcycling, seed)
         elif source.is_moe:
@@ -264,12 +264,12 @@ def _scale_out(source: ModelConfig, target: ModelConfig, upcycling: UpcyclingCon
             rows = torch.arange(source.num_experts).repeat_interleave(copies)
             # Split copies see a part of the tokens each; equal ones a part of the gradient of every token.
             router = GradientMap(
-                name, rows=Axis(rows), share=1 / copies, spread=copies if upcycling.method == "split" else 1.0
+                name=name, rows=Axis(rows), share=1 / copies, spread=copies if upcycling.method == "split" else 1.0
             )
-            yield name, [router if role == tensor_names.ROUTER else GradientMap(name)]
+            yield name, [router if role == tensor_names.ROUTER else GradientMap(name=name)]
         elif role in (tensor_names.SHARED_GATE, tensor_names.SHARED_UP, tensor_names.SHARED_DOWN):
             # The shared expert begins with a share of one half.
-            yield name, [GradientMap(name.replace("mlp.shared_expert.", "mlp."), share=0.5)]
+            yield name, [GradientMap(name=name.replace("mlp.shared_expert.", "mlp."), share=0.5)]
         else:
             yield name, []
 
@@ -292,7 +292,7 @@ def _experts(
         share /= 2  # what reads them is halved
     chosen = target.num_experts_per_tok / ((source.num_experts_per_tok or 1) * shards)
     gradient_map = GradientMap(
-        name if source.is_moe else f"{_LAYERS}{layer}.{dense_role}", share=share, spread=copies / chosen
+        name=name if source.is_moe else f"{_LAYERS}{layer}.{dense_role}", share=share, spread=copies / chosen
     )
     found = []
     for expert in range(target.num_experts):

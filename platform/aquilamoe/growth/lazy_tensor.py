@@ -36,7 +36,7 @@ class Part(NamedTuple):
     label: str
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class LazyTensor:
     """A tensor of one or two dimensions by its rows: `rows[10:20]`, arithmetic with numbers and equal shapes, `map`.
 
@@ -85,8 +85,8 @@ class LazyTensor:
         """A tensor that `read` makes of rows of this one and of `others`."""
         parts = [self, *(other for other in others if other is not None)]
         return LazyTensor(
-            self.shape if shape is None else shape,
-            read,
+            shape=self.shape if shape is None else shape,
+            read=read,
             parts=tuple(dict.fromkeys(each for part in parts for each in part.parts)),
             notes=tuple(dict.fromkeys(note for part in parts for note in part.notes)),
             in_memory=any(part.in_memory for part in parts),
@@ -213,14 +213,14 @@ def stored(reader: Reader, name: str, label: str = "") -> LazyTensor:
             reader.check(name, reader.get(name))
         return block
 
-    return LazyTensor(reader.shape(name), read, parts=(Part(name, label or name),), copies=name)
+    return LazyTensor(shape=reader.shape(name), read=read, parts=(Part(name, label or name),), copies=name)
 
 
 def as_rows(tensor: LazyTensor | Tensor) -> LazyTensor:
     """A tensor that may be in memory already."""
     if isinstance(tensor, LazyTensor):
         return tensor
-    return LazyTensor(tuple(tensor.shape), lambda index: tensor[index], in_memory=True)
+    return LazyTensor(shape=tuple(tensor.shape), read=lambda index: tensor[index], in_memory=True)
 
 
 def tensor_of(values: np.ndarray) -> Tensor:
@@ -233,7 +233,7 @@ def tensor_of(values: np.ndarray) -> Tensor:
 def from_function(shape: tuple[int, ...], make: Callable[[], np.ndarray]) -> LazyTensor:
     """A tensor that is made without torch, when it is written, in float32 or wider."""
     make = cache(make)
-    return LazyTensor(shape, lambda index: tensor_of(make())[index], make=make)
+    return LazyTensor(shape=shape, read=lambda index: tensor_of(make())[index], make=make)
 
 
 def filled(shape: tuple[int, ...], value: float) -> LazyTensor:
@@ -244,7 +244,7 @@ def filled(shape: tuple[int, ...], value: float) -> LazyTensor:
 
         return torch.full((len(numbers(index)), *shape[1:]), value)
 
-    return LazyTensor(shape, read)
+    return LazyTensor(shape=shape, read=read)
 
 
 def repeated(rows: LazyTensor, times: int) -> LazyTensor:
@@ -258,7 +258,7 @@ def repeated(rows: LazyTensor, times: int) -> LazyTensor:
 def cycled(values: Tensor, times: int) -> LazyTensor:
     """All rows of a tensor in memory, so many times one after the other."""
     size = values.shape[0]
-    return LazyTensor((size * times, *values.shape[1:]), lambda index: values[numbers(index) % size])
+    return LazyTensor(shape=(size * times, *values.shape[1:]), read=lambda index: values[numbers(index) % size])
 
 
 def between(rows: LazyTensor, start: int, stop: int) -> LazyTensor:

@@ -10,7 +10,7 @@ from aquilamoe.growth.bounds import LOGIT_COLUMNS, LOGIT_ROWS
 from aquilamoe.growth.forward import StreamedDecoder
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LogitDifference:
     """What `compare` measured.
 

@@ -29,7 +29,7 @@ def rows_of_stream(shape: tuple[int, ...]) -> int:
     return max(1, STREAM // max(1, prod(shape[1:])))
 
 
-def drawn(shape: tuple[int, ...], std: float, dtype: str, seed: int, name: str, step: int = 0) -> LazyTensor:
+def drawn(shape: tuple[int, ...], std: float, dtype: str, seed: int, name: str, *, step: int = 0) -> LazyTensor:
     """Normal numbers with mean 0, of which every `step` rows have a stream: any thread can make any of them.
 
     dtype: F32 or F64. step: `rows_of_stream` of what they become a part of; left out, their own.
@@ -49,7 +49,7 @@ def drawn(shape: tuple[int, ...], std: float, dtype: str, seed: int, name: str, 
             values *= std
         return tensor_of(values[index.start - begin : index.stop - begin])
 
-    return LazyTensor(shape, read, is_random=True)
+    return LazyTensor(shape=shape, read=read, is_random=True)
 
 
 class Columns:

@@ -40,6 +40,7 @@ def grow_moments(
     configs: tuple[ModelConfig, ModelConfig],
     growth: GrowthConfig | UpcyclingConfig,
     seed: int,
+    *,
     progress: Callable[[int, int], None],
 ) -> None:
     """Write the state of the optimizer of a grown model to the file `target`, out of that of its source.

@@ -33,7 +33,7 @@ def unrounded(
     if isinstance(growth, GrowthConfig):
         recipes = scale_up.recipes(before.reader, old, new, growth, seed)
     else:
-        recipes = scale_out.recipes(before.reader, old, new, growth, seed, split)
+        recipes = scale_out.recipes(before.reader, old, new, growth, seed, split=split)
     return Unrounded(before, after, recipes)
 
 

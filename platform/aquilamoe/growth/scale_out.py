@@ -36,6 +36,7 @@ def scale_out(
     target_config: ModelConfig,
     upcycling: UpcyclingConfig,
     seed: int,
+    *,
     progress: Progress = silent,
     dtype_policy: DtypePolicy = AS_SOURCE,
     split: Split | None = None,
@@ -70,7 +71,13 @@ def scale_out(
     assert (split is None) == (upcycling.method != "split")
     grow = partial(recipes, source=config.model, target=target_config, upcycling=upcycling, seed=seed, split=split)
     return rewrite(
-        source, target, (config, target_config), range(target_config.num_hidden_layers), grow, progress, dtype_policy
+        source,
+        target,
+        (config, target_config),
+        layers=range(target_config.num_hidden_layers),
+        grow=grow,
+        progress=progress,
+        dtype_policy=dtype_policy,
     )
 
 
@@ -80,6 +87,7 @@ def recipes(
     target: ModelConfig,
     upcycling: UpcyclingConfig,
     seed: int,
+    *,
     split: Split | None = None,
 ) -> Iterator[Recipe]:
     """Yield what every tensor of the target is made of.
@@ -89,11 +97,13 @@ def recipes(
     for name in tensor_names.outer_shapes(target):
         yield Recipe([name], stored(reader, name))
     for index in range(target.num_hidden_layers):
-        layer = _Layer(reader, source, target, upcycling, seed, index, split)
+        layer = _Layer(
+            reader=reader, source=source, target=target, upcycling=upcycling, seed=seed, index=index, split=split
+        )
         yield from layer.sparse() if target.is_sparse(index) else layer.dense()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Layer:
     """One layer that gets experts."""
 

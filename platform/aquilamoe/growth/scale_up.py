@@ -35,6 +35,7 @@ def scale_up(
     target_config: ModelConfig,
     growth: GrowthConfig,
     seed: int,
+    *,
     progress: Progress = silent,
     dtype_policy: DtypePolicy = AS_SOURCE,
 ) -> dict[str, str]:
@@ -61,7 +62,15 @@ def scale_up(
     rules.check(config.model, target_config, growth)
     grow = partial(recipes, source=config.model, target=target_config, growth=growth, seed=seed)
     layers = depth.map_layers(config.model, target_config, growth).sources
-    return rewrite(source, target, (config, target_config), layers, grow, progress, dtype_policy)
+    return rewrite(
+        source,
+        target,
+        (config, target_config),
+        layers=layers,
+        grow=grow,
+        progress=progress,
+        dtype_policy=dtype_policy,
+    )
 
 
 def recipes(

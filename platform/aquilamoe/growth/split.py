@@ -40,6 +40,7 @@ def calibrate(
     upcycling: UpcyclingConfig,
     seed: int,
     tokens_bt: Tensor | None,
+    *,
     progress: Progress = silent,
 ) -> Split:
     """Find the directions of every layer.

@@ -45,6 +45,7 @@ def rewrite(
     source: Path,
     target: Path,
     configs: tuple[CheckpointConfig, ModelConfig],
+    *,
     layers: Sequence[int],
     grow: Callable[[reading.Reader], Iterable[Recipe]],
     progress: Progress,

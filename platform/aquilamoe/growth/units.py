@@ -178,7 +178,7 @@ _COLUMNS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Units:
     """The unit maps of one growth in width. All layers share them.
 

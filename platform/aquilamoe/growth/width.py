@@ -37,7 +37,7 @@ Tensors = Mapping[str, LazyTensor]  # by role
 _NORMS = (tensor_names.INPUT_NORM, tensor_names.POST_ATTENTION_NORM, tensor_names.FINAL_NORM)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Width:
     """What a method gets beside its tensors.
 
@@ -144,7 +144,7 @@ class Width:
     def _drawn(self, role: str, name: str, shape: tuple[int, ...]) -> LazyTensor:
         """Normal numbers for some columns of a tensor."""
         step = noise.rows_of_stream(self.shapes[role])
-        return noise.drawn(shape, 1.0, self.dtype, self.seed, self.place + name, step)
+        return noise.drawn(shape, 1.0, self.dtype, self.seed, self.place + name, step=step)
 
     def _with_noise(self, role: str, grown: LazyTensor, tensor: LazyTensor, columns: UnitMap) -> LazyTensor:
         """Add noise that cancels over the copies of an input, and what is read of the padding.

@@ -57,6 +57,7 @@ def prepare(
     experiment: ExperimentConfig,
     entry: Artifact,
     library: ArtifactGraph,
+    *,
     expected: Mapping[str, ExpectedStage],
     root: Path,
     speed: TrainingSpeed,

@@ -139,7 +139,7 @@ class Experts(nn.Module):
     def forward(self, rows_sd: Tensor, counts_e: Tensor) -> Tensor:
         """Rows sorted by expert, and how many each has, to the experts' outputs in the same order."""
         kernel = self.kernels.experts_on(rows_sd.device.type)
-        return expert_feed_forwards(rows_sd, counts_e, self.gate_proj, self.up_proj, self.down_proj, kernel)
+        return expert_feed_forwards(rows_sd, counts_e, self.gate_proj, self.up_proj, self.down_proj, kernel=kernel)
 
 
 class MixtureOfExperts(nn.Module):

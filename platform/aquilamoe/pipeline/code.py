@@ -38,7 +38,7 @@ SHIPPED: Mapping[str, str] = {
     "growth/methods/lemon.py": "2a48cecdaa10",
     "growth/methods/random.py": "4f6a7c6607a0",
     "config/depth.py": "0d919ed00eaf",
-    "growth/scale_out.py": "8307eabe618d",
+    "growth/scale_out.py": "9a68ae567ee8",
     "training/schedules.py": "68c8d7f04e05",
 }
 

@@ -35,7 +35,7 @@ class Look:
     dashes: tuple[float, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MeanCurve:
     """An entry's curve: the mean over seeds where all were measured, and the lowest and highest of them."""
 
@@ -74,12 +74,12 @@ def line_of(entry: Entry, look: Look, reading: Reading) -> MeanCurve | None:
         return None
     columns = [[curve[place] for curve in curves] for place in places]
     return MeanCurve(
-        called(entry),
-        look,
-        tuple(places),
-        tuple(map(statistics.fmean, columns)),
-        tuple(map(min, columns)),
-        tuple(map(max, columns)),
+        name=called(entry),
+        look=look,
+        x=tuple(places),
+        mean=tuple(map(statistics.fmean, columns)),
+        low=tuple(map(min, columns)),
+        high=tuple(map(max, columns)),
     )
 
 

@@ -44,7 +44,7 @@ class Effect:
         return round(self.grown, 3) - round(self.control, 3)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Finding:
     """The one thing that the experiment was made to find out."""
 
@@ -95,20 +95,24 @@ def find(records: Mapping[str, Record], chain: Sequence[str], control: str | Non
     """Compare the end of the chain with the control, by the evaluate stage, else by validation during training."""
     grown = last_trained(records, chain)
     if grown is None:
-        return Finding("open", "Nothing of the chain has been trained yet, so there is nothing to compare.", [])
+        return Finding(
+            outcome="open",
+            headline="Nothing of the chain has been trained yet, so there is nothing to compare.",
+            caveats=[],
+        )
     loss = _loss(records, grown)
     if control is None or control not in records:
         return Finding(
-            "open",
-            f"Whether growing paid is unknown: there is no control at equal FLOPs. {grown} ended at "
+            outcome="open",
+            headline=f"Whether growing paid is unknown: there is no control at equal FLOPs. {grown} ended at "
             f"{decimal(loss, 3)} nats/token.",
-            [_one_seed(None)],
-            grown,
+            caveats=[_one_seed(None)],
+            grown=grown,
         )
     comparisons = _comparisons(records, grown, control)
     if not comparisons:
         headline = f"Whether growing paid is unknown: {grown} or {control} has no held-out loss."
-        return Finding("open", headline, [], grown, control)
+        return Finding(outcome="open", headline=headline, caveats=[], grown=grown, control=control)
     ours = comparisons[0].grown
     theirs = comparisons[0].control
     difference = comparisons[0].difference
@@ -122,7 +126,14 @@ def find(records: Mapping[str, Record], chain: Sequence[str], control: str | Non
         outcome, verdict = "beat", f"Growth beat {small} here: {against} {where}."
     else:
         outcome, verdict = "lost", f"Growth did not beat {small} here: {against} {where}."
-    return Finding(outcome, verdict, [*equal, _one_seed(difference)], grown, control, comparisons)
+    return Finding(
+        outcome=outcome,
+        headline=verdict,
+        caveats=[*equal, _one_seed(difference)],
+        grown=grown,
+        control=control,
+        comparisons=comparisons,
+    )
 
 
 def _loss(records: Mapping[str, Record], stage: str) -> float | None:

@@ -19,7 +19,7 @@ class Series:
     y: tuple[float, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainingCurve:
     """A pretrain stage as the figures see it. FLOPs and tokens on the x axes include all ancestors'."""
 
@@ -36,7 +36,7 @@ class TrainingCurve:
         return (self.params_active or 0) < (self.params_total or 0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Jump:
     """A growth: held-out loss of the source at its end, and of the grown model before it trained."""
 

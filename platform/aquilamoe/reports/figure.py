@@ -73,13 +73,13 @@ def loss_figure(
         _bands(axes, drawn, tints, view)
         full = whole([stage.validation for stage in everything])
         inset = _inset_box(drawn, view, full)
-        taken = _growths(axes, jumps, drawn, control, view, inset)
+        taken = _growths(axes, jumps, drawn, control, view=view, inset=inset)
         crossed = crossing(line_of(drawn), control.validation) if control else None
         if control and crossed and crossed > view.x_low:
             _crossing(axes, crossed, control.validation, view, taken)
         _ends(axes, drawn, control, tints, view)
         if inset:
-            _inset(figure, box.part(*inset.bounds), drawn, control, tints, view, full)
+            _inset(figure, box.part(*inset.bounds), stages=drawn, control=control, tints=tints, view=view, full=full)
 
     return Drawing("loss", title, draw, LOSS_SIZE, LOSS_NARROW)
 
@@ -144,6 +144,7 @@ def _growths(
     jumps: Sequence[Jump],
     stages: Sequence[TrainingCurve],
     control: TrainingCurve | None,
+    *,
     view: View,
     inset: Box | None,
 ) -> list[labels.Segment | Box]:
@@ -171,7 +172,7 @@ def _crossing(axes: "Axes", flops: float, control: Series, view: View, taken: Se
     lines = ("crosses the control", f"at {power(flops)} FLOPs")
     wide, high = (LETTER * max(map(len, lines)) + 4) / width, 2 * LINE / height
     target = view.up(loss) - high - 12 / height
-    box = labels.place(view.across(flops), target, wide, high, 4 / width, taken)
+    box = labels.place(view.across(flops), target, width=wide, height=high, gap=4 / width, taken=taken)
     for row, line in enumerate(lines):
         axes.text(
             box.left + 1 / width,
@@ -196,7 +197,7 @@ def _growth_label(
     right = view.along(min(1.0, view.across(jump.flops) + wide))
     highest = max(extent(curves, jump.flops, right)[1], jump.before, jump.after)
     target = view.up(min(highest, view.y_high)) + 7 / height
-    box = labels.place(view.across(jump.flops), target, wide, high, 4 / width, taken)
+    box = labels.place(view.across(jump.flops), target, width=wide, height=high, gap=4 / width, taken=taken)
     for row, line in enumerate(lines):
         axes.text(
             box.left + 1 / width,
@@ -240,6 +241,7 @@ def _inset_box(stages: Sequence[TrainingCurve], view: View, full: View) -> Box |
 def _inset(
     figure: "Figure",
     box: Box,
+    *,
     stages: Sequence[TrainingCurve],
     control: TrainingCurve | None,
     tints: dict[str, str],

@@ -21,7 +21,7 @@ def segments(curves: Sequence[Series], view: View) -> list[Segment]:
     return found
 
 
-def place(at: float, target: float, width: float, height: float, gap: float, taken: Sequence[Segment | Box]) -> Box:
+def place(at: float, target: float, *, width: float, height: float, gap: float, taken: Sequence[Segment | Box]) -> Box:
     """Return a box of a label beside a line at x = `at`, its lower edge as near to `target` as can be.
 
     All are fractions of the axes; `gap` is kept to the line. Where no place is free, it is one that meets least of what

@@ -11,12 +11,12 @@ from aquilamoe.lineage import tree
 from aquilamoe.lineage.artifacts import Artifact
 from aquilamoe.pipeline.figures import Record, input_stages, number
 from aquilamoe.reports import ancestry, canvas, template
-from aquilamoe.reports.template import Link
+from aquilamoe.reports.template import Heading, Link
 
 NEEDED = ("fingerprint", "recipe", "metrics", "files")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Details:
     """One stage. parents: (role, stage, its position). changes: of its recipe, to its parent's. facts: in words."""
 
@@ -31,24 +31,24 @@ class Details:
 
 
 def render(
-    experiment: str,
+    heading: Heading,
+    target: Path,
+    *,
     records: Mapping[str, Record],
     chain: Sequence[str],
     tints: Mapping[str, str],
-    command: str,
-    target: Path,
     pages: list[Link] | None = None,
 ) -> None:
     """Write the page to `target`. Stages, and fields of records, may be missing."""
     stages = [details(name, records) for name in records]
     shown = next((name for name in reversed(chain) if name in records), next(iter(records), ""))
     context = {
-        "experiment": experiment,
+        "experiment": heading.experiment,
         "graph": canvas.themed(ancestry.graph_svg(records, chain, tints)),
         "stages": stages,
         "first": [stage.stage for stage in stages].index(shown) if stages else 0,
         "tints": tints,
-        "command": command,
+        "command": heading.command,
         "versions": _versions(records),
         "commits": sorted({str(record["git_commit"]) for record in records.values() if record.get("git_commit")}),
     }

@@ -12,12 +12,10 @@ from aquilamoe.reports import conclusion, costs, figure, paper, paper_figure, te
 from aquilamoe.reports.canvas import Drawing
 from aquilamoe.reports.curves import Points, chain_of, line_of, trained
 from aquilamoe.reports.stage_rows import stage_rows
-from aquilamoe.reports.template import Link
-
-COMMAND = "python workflows/efficientscale.py"
+from aquilamoe.reports.template import Heading, Link
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Certificate:
     """What a growth did to the function, as text."""
 
@@ -33,21 +31,20 @@ class Certificate:
 
 
 def render(
-    experiment: str,
-    description: str,
+    heading: Heading,
+    target: Path,
+    *,
     records: Mapping[str, Record],
     curves: Mapping[str, Points],
     chain: Sequence[str],
     control: str | None,
-    target: Path,
-    command: str = COMMAND,
     pages: list[Link] | None = None,
 ) -> list[Drawing]:
     """Write the page of a pipeline to `target` and return its figures.
 
     records: stage name -> record.json; curves: stage name -> points of metrics.jsonl; chain: the training and growth
-    stages of the main line in order; control: the stage that continues the small model to the same FLOPs; command: what
-    reproduces the run. Stages and metrics may be missing: the page is then shorter. Equal input gives equal bytes.
+    stages of the main line in order; control: the stage that continues the small model to the same FLOPs.
+    Stages and metrics may be missing: the page is then shorter. Equal input gives equal bytes.
     """
     stages, jumps = chain_of(records, curves, chain)
     control_record = records.get(control) if control else None
@@ -59,8 +56,8 @@ def render(
     points = conclusion.checkpoints(records)
     found = conclusion.find(records, chain, control)
     context = {
-        "experiment": experiment,
-        "description": description,
+        "experiment": heading.experiment,
+        "description": heading.description,
         "story": conclusion.story(records, chain),
         "scale_note": conclusion.scale_note(records, chain),
         "finding": found,
@@ -84,7 +81,7 @@ def render(
         "languages": sorted({lang for point in points for lang in {**point.lang_nats, **point.lang_bits}}),
         "best": _best(points),
         "certificates": [_certificate(name, r) for name, r in records.items() if r.get("kind") in GROWTH_KINDS],
-        "command": command,
+        "command": heading.command,
         "tints": tints,
     }
     template.write(target, "page.html.jinja", context, pages)

@@ -27,11 +27,18 @@ def beside_the_paper(stages: Sequence[TrainingCurve], control: TrainingCurve | N
         ours, theirs = figure.subplots(2, 1) if narrow else figure.subplots(1, 2)
         names = [stage.stage for stage in drawn]
         curves = [thinned(stage.validation, MOST_POINTS) for stage in drawn]
-        _panel(ours, "this run, held-out loss", names, curves, [tints[name] for name in names])
+        _panel(ours, "this run, held-out loss", names=names, curves=curves, tints=[tints[name] for name in names])
         if control and control.validation.x:
             curve = thinned(control.validation, MOST_POINTS)
             ours.plot(_logs(curve), curve.y, color=canvas.CONTROL, linewidth=1.4, dashes=(4, 2.5), label=control.stage)
-        _panel(theirs, "the paper, training loss", list(paper.CURVES), paper.curves(), list(canvas.PALETTE), "o")
+        _panel(
+            theirs,
+            "the paper, training loss",
+            names=list(paper.CURVES),
+            curves=paper.curves(),
+            tints=list(canvas.PALETTE),
+            marker="o",
+        )
         for axes in (ours, theirs):
             axes.legend(frameon=False, fontsize=8.5, labelcolor="linecolor", handlelength=1.4)
         margins = (0.125, 0.08, 0.95) if narrow else (0.068, 0.15, 0.9)
@@ -44,7 +51,7 @@ def beside_the_paper(stages: Sequence[TrainingCurve], control: TrainingCurve | N
 
 
 def _panel(
-    axes: "Axes", title: str, names: Sequence[str], curves: Sequence[Series], tints: Sequence[str], marker: str = ""
+    axes: "Axes", title: str, *, names: Sequence[str], curves: Sequence[Series], tints: Sequence[str], marker: str = ""
 ) -> None:
     for name, curve, tint in zip(names, curves, tints[: len(curves)], strict=True):
         axes.plot(_logs(curve), curve.y, color=tint, linewidth=2.0, marker=marker, markersize=3.5, label=name)

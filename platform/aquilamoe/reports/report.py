@@ -9,7 +9,7 @@ from aquilamoe.pipeline import integrity
 from aquilamoe.pipeline.stage import Input
 from aquilamoe.pipeline.store import METRICS, read_points
 from aquilamoe.reports import figure, lineage_page, page, router_page
-from aquilamoe.reports.template import Link
+from aquilamoe.reports.template import Heading, Link
 
 INDEX = "index.html"
 LINEAGE = "lineage.html"
@@ -19,13 +19,7 @@ ROUTER_POINTS, ROUTING = "router.jsonl", "routing.json"
 
 
 def write(
-    experiment: str,
-    description: str,
-    done: Mapping[str, Input],
-    chain: Sequence[str],
-    control: str | None,
-    folder: Path,
-    command: str,
+    heading: Heading, folder: Path, *, done: Mapping[str, Input], chain: Sequence[str], control: str | None
 ) -> Path:
     """Write all pages and figures into `folder`; return the first page. What it shows is read from finished outputs."""
     for output in done.values():
@@ -41,12 +35,25 @@ def write(
     tints = figure.tints(records, curves, chain, control)
     first = folder / INDEX
     drawings = page.render(
-        experiment, description, records, curves, chain, control, first, command, _links(addresses, INDEX)
+        heading,
+        first,
+        records=records,
+        curves=curves,
+        chain=chain,
+        control=control,
+        pages=_links(addresses, INDEX),
     )
-    lineage_page.render(experiment, records, chain, tints, command, folder / LINEAGE, _links(addresses, LINEAGE))
+    lineage_page.render(
+        heading, folder / LINEAGE, records=records, chain=chain, tints=tints, pages=_links(addresses, LINEAGE)
+    )
     if ROUTER in addresses:
         drawings += router_page.render(
-            experiment, records, routers, routing, folder / ROUTER, _links(addresses, ROUTER)
+            heading,
+            folder / ROUTER,
+            records=records,
+            routers=routers,
+            routing=routing,
+            pages=_links(addresses, ROUTER),
         )
     for drawing in drawings:
         drawing.save(folder)

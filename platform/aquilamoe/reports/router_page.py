@@ -9,12 +9,12 @@ from aquilamoe.pipeline.figures import Record, input_stages
 from aquilamoe.reports import router_figures, template
 from aquilamoe.reports.canvas import Drawing, Shown
 from aquilamoe.reports.curves import Points
-from aquilamoe.reports.template import Link
+from aquilamoe.reports.template import Heading, Link
 
 SILENT = 0.1  # of the mean load: an expert below it is hardly used
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RouterStage:
     """A stage that trained a Mixture of Experts: its last measured step, and figures of all of them."""
 
@@ -38,11 +38,12 @@ class Examined:
 
 
 def render(
-    experiment: str,
+    heading: Heading,
+    target: Path,
+    *,
     records: Mapping[str, Record],
     routers: Mapping[str, Points],
     routing: Mapping[str, Mapping[str, Any]],
-    target: Path,
     pages: list[Link] | None = None,
 ) -> list[Drawing]:
     """Write the page to `target` and return its figures.
@@ -52,7 +53,7 @@ def render(
     drawings: list[Drawing] = []
     trained = [_trained(stage, points, drawings) for stage, points in routers.items() if points]
     examined = [_examined(stage, table, drawings) for stage, table in routing.items()]
-    context = {"experiment": experiment, "trained": trained, "examined": examined, "kinds": _kinds(records)}
+    context = {"experiment": heading.experiment, "trained": trained, "examined": examined, "kinds": _kinds(records)}
     template.write(target, "router.html.jinja", context, pages)
     return drawings
 
@@ -79,7 +80,15 @@ def _trained(stage: str, points: Points, drawings: list[Drawing]) -> RouterStage
         if share * experts < SILENT
     ]
     dropped = sum(sum(point["dropped"]) for point in points)
-    return RouterStage(stage, dropped, silent, experts, len(last["load"]), load.shown(), entropy.shown())
+    return RouterStage(
+        stage=stage,
+        dropped=dropped,
+        silent=silent,
+        experts=experts,
+        layers=len(last["load"]),
+        load=load.shown(),
+        entropy=entropy.shown(),
+    )
 
 
 def _examined(stage: str, table: Mapping[str, Any], drawings: list[Drawing]) -> Examined:

@@ -1,6 +1,7 @@
 """Pages from templates: one file each that needs nothing else. A page extends `shell.html.jinja` and uses `parts`."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,15 @@ from aquilamoe.format import count, decimal, power, seconds
 from aquilamoe.reports import canvas
 
 Link = tuple[str, str, bool]  # text, where it leads, whether it is the page itself
+
+
+@dataclass(frozen=True)
+class Heading:
+    """What the pages of an experiment have in common: its name, its description, and the command that reproduces it."""
+
+    experiment: str
+    description: str
+    command: str = "python workflows/efficientscale.py"
 
 
 def write(target: Path, template: str, context: Mapping[str, Any], pages: list[Link] | None = None) -> None:

@@ -59,19 +59,26 @@ def run(
     source = context.inputs["source"]
     assert node.model is not None and node.source_model is not None
     before, after = source.directory / "model", context.out / "model"
-    grow(before, after, node.model, growth, stage.seed, lambda done, total: context.progress(done, total, "tensors"))
+    grow(
+        before,
+        after,
+        node.model,
+        growth,
+        stage.seed,
+        progress=lambda done, total: context.progress(done, total, "tensors"),
+    )
     preserving = rules.preserves(growth, node.source_model, node.model)
     tokens_bt = torch.from_numpy(_held_out(context, stage.certificate_tokens))
     certificate: dict[str, Any] = certify(
         before,
         after,
         tokens_bt,
-        preserving,
-        stage.tolerance,
-        growth,
-        stage.seed,
-        lambda done, total: context.progress(done, total, "layers"),
-        split,
+        preserving=preserving,
+        tolerance=stage.tolerance,
+        growth=growth,
+        seed=stage.seed,
+        progress=lambda done, total: context.progress(done, total, "layers"),
+        split=split,
     )
     if growth.method != "split":
         certificate.pop("experts", None)  # the same recipe makes the same files as in older stores
@@ -106,7 +113,7 @@ def calibrate(context: Context, upcycling: UpcyclingConfig) -> "Split":
     def progress(done: int, total: int) -> None:
         context.progress(done, total, "layers")
 
-    return calibrate(source, node.model, upcycling, seed, tokens_bt, progress)
+    return calibrate(source, node.model, upcycling, seed, tokens_bt, progress=progress)
 
 
 def _calibration(context: Context, tokens: int) -> "np.ndarray":

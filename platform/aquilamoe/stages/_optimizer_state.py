@@ -36,5 +36,10 @@ def run(context: Context, growth: GrowthConfig | UpcyclingConfig) -> None:
     target.parent.mkdir(exist_ok=True)
     configs = (node.source_model, node.model)
     grow_moments(
-        source, target, configs, growth, stage.seed, lambda done, total: context.progress(done, total, "moments")
+        source,
+        target,
+        configs,
+        growth,
+        stage.seed,
+        progress=lambda done, total: context.progress(done, total, "moments"),
     )

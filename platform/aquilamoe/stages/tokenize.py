@@ -21,8 +21,8 @@ def run(context: Context) -> Metrics:
             corpus.directory,
             tokenizer.directory,
             context.out,
-            lambda done, total: context.progress(done, total, "documents"),
-            context.out / SCRATCH,
-            context.cluster.data_processes,
+            progress=lambda done, total: context.progress(done, total, "documents"),
+            scratch=context.out / SCRATCH,
+            processes=context.cluster.data_processes,
         )
     )

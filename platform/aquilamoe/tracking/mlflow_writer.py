@@ -221,7 +221,9 @@ class MlflowWriter:
             receipt = self._receipt(directory)
             receipt.update(delivered=False)
             self.sync_stage(
-                finished_stage(directory, read_json(directory / RECORD), entry["stage"], stage.pipeline, receipt)
+                finished_stage(
+                    directory, read_json(directory / RECORD), entry["stage"], pipeline=stage.pipeline, receipt=receipt
+                )
             )
             model = self.models.find(entry["fingerprint"])
         return str(model.model_id)

@@ -87,7 +87,8 @@ class Tracker:
         self, stage: str, fingerprint: str, directory: Path, recipe: dict[str, Any], inputs: dict[str, dict[str, Any]]
     ) -> None:
         now_ms = time.time_ns() // 1_000_000
-        self._events.put(partial(self._on_stage_started, now_ms, stage, fingerprint, directory, recipe, inputs))
+        started = partial(self._on_stage_started, now_ms, stage, fingerprint)
+        self._events.put(partial(started, directory=directory, recipe=recipe, inputs=inputs))
 
     def stage_progress(self, stage: str, points: list[Point]) -> None:
         self._events.put(partial(self._on_stage_progress, stage, points))
@@ -128,7 +129,7 @@ class Tracker:
         self._stages = {stage.key: stage for stage in stages}
         identity = json.dumps([experiment, config.get("stages", config)], sort_keys=True, default=str)
         recipe = hashlib.sha256(identity.encode()).hexdigest()[:12]
-        self._pipeline = Pipeline(SyncState(root, f"pipeline-{recipe}", self.uri), latest_ms=now_ms)
+        self._pipeline = Pipeline(receipt=SyncState(root, f"pipeline-{recipe}", self.uri), latest_ms=now_ms)
         self._pipelines[recipe] = self._pipeline
         for stage in self._stages.values():
             stage.pipeline = self._pipelines[stage.pipeline.recipe]  # one object for the current one
@@ -143,6 +144,7 @@ class Tracker:
         now_ms: int,
         name: str,
         fingerprint: str,
+        *,
         directory: Path,
         recipe: dict[str, Any],
         inputs: dict[str, dict[str, Any]],
@@ -151,7 +153,16 @@ class Tracker:
         final = directory.with_name(key_of(directory))
         receipt = SyncState(self.root, final.name, self.uri)
         receipt.update(stage=name, pipeline=self._pipeline.recipe, directory=final.name, delivered=False)
-        stage = Stage(name, directory, recipe, inputs, fingerprint, self._pipeline, receipt, now_ms)
+        stage = Stage(
+            name=name,
+            directory=directory,
+            recipe=recipe,
+            inputs=inputs,
+            fingerprint=fingerprint,
+            pipeline=self._pipeline,
+            receipt=receipt,
+            started_ms=now_ms,
+        )
         self._announce(stage, final)
         self._pipeline.save(wanted_status="RUNNING")
         return True
@@ -164,7 +175,7 @@ class Tracker:
     def _on_stage_finished(self, name: str, directory: Path, record: Record, cached: bool) -> bool:
         assert self._pipeline is not None, "pipeline_started comes first"
         receipt = SyncState(self.root, directory.name, self.uri)
-        stage = finished_stage(directory, record, name, self._pipeline, receipt, self._known)
+        stage = finished_stage(directory, record, name, pipeline=self._pipeline, receipt=receipt, known=self._known)
         self._announce(stage, directory)
         if stage.dirty:
             receipt.update(stage=name, pipeline=self._pipeline.recipe, directory=directory.name, delivered=False)

@@ -40,7 +40,7 @@ def correct(path: Path, root: Path) -> None:
     lies elsewhere, which other stores may use too, what is where it was stays.
     """
     with suppress(sqlite3.Error), closing(database.open_file(path, "rw")) as opened, opened:
-        before = {found for table in LOCATIONS for found in _moved(opened, *table, path, root)}
+        before = {found for table in LOCATIONS for found in _moved(opened, *table, path=path, root=root)}
         for old in sorted(before):
             _rename(opened, f"{old}/stages/", f"{root.absolute()}/stages/")
 
@@ -53,7 +53,7 @@ def set_artifacts(path: Path, experiment: str, root: Path) -> None:
         )
 
 
-def _moved(opened: sqlite3.Connection, table: str, key: str, column: str, path: Path, root: Path) -> Iterator[Path]:
+def _moved(opened: sqlite3.Connection, table: str, key: str, column: str, *, path: Path, root: Path) -> Iterator[Path]:
     """Correct the locations of one table; returns the roots that they had."""
     new, marker = artifacts(root), f"/{ARTIFACTS}"
     rows = opened.execute(

@@ -23,7 +23,7 @@ MAX_NOTE = 60_000  # characters
 BATCH = 900
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Trial:
     """A variant or control with one seed.
 
@@ -39,7 +39,7 @@ class Trial:
     colour: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrackedStudy:
     """A study as it is sent to MLflow.
 

@@ -55,7 +55,7 @@ def _was_own(values: dict[str, Any]) -> bool:
     return path is not None and any(path == Path(each).parent.parent / NAME for each in directories if each)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Pipeline:
     """An experiment's graph of stages. Running it again, or continuing it, is the same pipeline.
 
@@ -84,7 +84,7 @@ class Pipeline:
         self.receipt.update(stages={name: key_of(path) for name, path in self.stages.items()}, **values)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Stage:
     """A stage as the driver announced it.
 
@@ -155,6 +155,7 @@ def finished_stage(
     directory: Path,
     record: dict[str, Any],
     name: str,
+    *,
     pipeline: Pipeline,
     receipt: SyncState,
     known: Mapping[str, bool] | None = None,
@@ -162,14 +163,14 @@ def finished_stage(
     """A stage that is complete on disk; dirty unless MLflow has it by its receipt, and by the runs that are known."""
     delivered = bool(receipt["delivered"]) and (known is None or known.get(receipt["run_id"], False))
     return Stage(
-        name,
-        directory,
-        record["recipe"],
-        record["inputs"],
-        record["fingerprint"],
-        pipeline,
-        receipt,
-        milliseconds(record["started"]),
+        name=name,
+        directory=directory,
+        recipe=record["recipe"],
+        inputs=record["inputs"],
+        fingerprint=record["fingerprint"],
+        pipeline=pipeline,
+        receipt=receipt,
+        started_ms=milliseconds(record["started"]),
         record=record,
         status="FINISHED",
         reread=True,
@@ -192,7 +193,9 @@ def undelivered(root: Path, uri: str, known: Mapping[str, bool] | None) -> tuple
                 name: root / STAGES / Path(directory).name for name, directory in (receipt["stages"] or {}).items()
             }
             report = root / receipt["report"] if receipt["report"] else None
-            pipeline = Pipeline(receipt, receipt["wanted_status"] or "RUNNING", report, stages=stages)
+            pipeline = Pipeline(
+                receipt=receipt, status=receipt["wanted_status"] or "RUNNING", report=report, stages=stages
+            )
             if pipeline.status == "RUNNING" and receipt["run_id"]:
                 pipeline.status = "KILLED"  # without a record of its end: one driver at a time uses a store
             pipeline.dirty = pipeline.status != (receipt["status"] or "RUNNING")
@@ -205,7 +208,9 @@ def undelivered(root: Path, uri: str, known: Mapping[str, bool] | None) -> tuple
             record = read_json(directory / RECORD)
             if record:
                 pipeline.dirty = True
-                found.append(finished_stage(directory, record, receipt["stage"], pipeline, receipt, {}))
+                found.append(
+                    finished_stage(directory, record, receipt["stage"], pipeline=pipeline, receipt=receipt, known={})
+                )
     return pipelines, sorted(found, key=lambda stage: str(stage.record and stage.record["finished"]))
 
 

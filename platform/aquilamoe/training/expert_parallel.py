@@ -95,7 +95,7 @@ def _elsewhere(experts: Experts, group: dist.ProcessGroup, rows_sd: Tensor, coun
     gate_efd, up_efd = _own(experts.gate_proj, size), _own(experts.up_proj, size)
     down_edf = _own(experts.down_proj, size)
     kernel = experts.kernels.experts_on(rows_sd.device.type)
-    sorted_sd = expert_feed_forwards(sorted_sd, counts_pe.sum(dim=0), gate_efd, up_efd, down_edf, kernel)
+    sorted_sd = expert_feed_forwards(sorted_sd, counts_pe.sum(dim=0), gate_efd, up_efd, down_edf, kernel=kernel)
     return _exchange(gather_rows(sorted_sd, place_s1[:, 0], order_s[:, None]), taken, given, group)
 
 

@@ -582,7 +582,7 @@ def test_a_run_cut_off_in_its_certificate_continues_there_and_ends_with_the_same
     before, after = grown("llama", *FPI)
     target = tmp_path / after.name
 
-    def interrupt(*arguments: Any) -> None:
+    def interrupt(*arguments: Any, **named: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -603,7 +603,7 @@ def test_what_another_recipe_left_unfinished_is_not_continued(
     before, after = grown("llama", *FPI)
     target = tmp_path / after.name
 
-    def interrupt(*arguments: Any) -> None:
+    def interrupt(*arguments: Any, **named: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

@@ -21,7 +21,7 @@ def certify(config: GrowConfig, reporter: Reporter) -> dict[str, Any]:
     settings = comparison.settings_for(claim.growth, config.certificate)
     text = held_out.read(source.directory, source.model, settings, config.seed)
     reporter.comparing(source, target)
-    return comparison.compare(reporter, source, target, text, config.certificate, claim)
+    return comparison.compare(reporter, source, target, text=text, settings=config.certificate, claim=claim)
 
 
 def make(request: Request, config: GrowConfig, command: str, reporter: Reporter) -> Mapping[str, Any]:

@@ -46,7 +46,7 @@ def calibration(source: Path, model: ModelConfig, text: Path | None, tokens: int
         sequence_length=CALIBRATION_LENGTH,
         tolerance=None,
     )
-    found = read(source, model, settings, seed + 1, "upcycling.calibration_text", "train")
+    found = read(source, model, settings, seed + 1, key="upcycling.calibration_text", split="train")
     return found.tokens_bt[:, :-1]
 
 
@@ -55,6 +55,7 @@ def read(
     model: ModelConfig,
     certificate: CertificateConfig,
     seed: int,
+    *,
     key: str = "certificate.text",
     split: str = "validation",
 ) -> HeldOut:

@@ -112,8 +112,8 @@ class Making:
             grow = partial(grow, split=split)
         with self.reporter.step("grow", "tensors", plan.target_bytes(request)) as bar:
             source, target = request.source.directory, self.place.partial
-            settings = request.growth, request.seed, bar.update, request.dtype_policy
-            tensors = grow(source, target, request.model, *settings)
+            settings = {"progress": bar.update, "dtype_policy": request.dtype_policy}
+            tensors = grow(source, target, request.model, request.growth, request.seed, **settings)
             self.seconds["grow_s"] = bar.seconds
             written = plan.target_bytes(request)
             rate = format.size_or_absent(int(written / max(bar.seconds, 1e-3)))
@@ -135,7 +135,9 @@ class Making:
             ids = held_out.calibration(source.directory, source.model, request.calibration_text, count, request.seed)
             tokens_bt = torch.from_numpy(ids)
         with self.reporter.step("calibrate", "layers") as bar:
-            self._split = calibrate(source.directory, request.model, growth, request.seed, tokens_bt, bar.update)
+            self._split = calibrate(
+                source.directory, request.model, growth, request.seed, tokens_bt, progress=bar.update
+            )
             read = 0 if tokens_bt is None else tokens_bt.numel()
             bar.end(f"{read:,} tokens in {format.duration(bar.seconds)}")
         return self._split
@@ -149,7 +151,9 @@ class Making:
         # Where the growth was done by an earlier run, its directions are found again if the claim needs them.
         split = self._calibrated() if request.preserving else None
         claim = Claim(request.preserving, request.growth, request.seed, split)
-        certificate = comparison.compare(self.reporter, request.source, target, text, settings, claim)
+        certificate = comparison.compare(
+            self.reporter, request.source, target, text=text, settings=settings, claim=claim
+        )
         self.seconds["certificate_s"] = time.monotonic() - began
         return certificate
 

@@ -75,7 +75,7 @@ class Size:
     why: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GrowthCost:
     """What a growth takes: bytes of disk, bytes of memory at most, and seconds at `disk_bytes_per_s`."""
 

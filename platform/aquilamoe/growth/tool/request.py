@@ -49,7 +49,7 @@ class CheckpointFiles:
         return sum(tensor.num_bytes for tensor in self.tensors.values())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Request:
     """A growth of one checkpoint to another, checked: it can be done.
 

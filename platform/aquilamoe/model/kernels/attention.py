@@ -93,7 +93,7 @@ def _explicit(q_pqc: Tensor, k_ptc: Tensor, v_ptc: Tensor, window: int) -> tuple
 
 @torch.library.custom_op("aquilamoe::explicit_attention_gradients", mutates_args=())
 def _explicit_gradients(
-    gradient_pqc: Tensor, q_pqc: Tensor, k_ptc: Tensor, v_ptc: Tensor, shares: list[Tensor], window: int
+    gradient_pqc: Tensor, q_pqc: Tensor, k_ptc: Tensor, v_ptc: Tensor, shares: list[Tensor], *, window: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     wide = torch.promote_types(q_pqc.dtype, torch.float32)  # of what is summed over blocks of queries
     by_q_pqc = torch.empty_like(q_pqc)
@@ -140,6 +140,7 @@ def _(
     k_ptc: Tensor,
     v_ptc: Tensor,
     shares: list[Tensor],  # noqa: ARG001
+    *,
     window: int,  # noqa: ARG001
 ) -> tuple[Tensor, ...]:
     return torch.empty_like(q_pqc), torch.empty_like(k_ptc), torch.empty_like(v_ptc)
@@ -152,7 +153,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]
 
 def _differentiate(ctx: Any, by_mixed_pqc: Tensor, _by_shares: Any) -> tuple[Tensor | None, ...]:
     q_pqc, k_ptc, v_ptc, *shares = ctx.saved_tensors
-    gradients = _explicit_gradients(by_mixed_pqc.contiguous(), q_pqc, k_ptc, v_ptc, shares, ctx.window)
+    gradients = _explicit_gradients(by_mixed_pqc.contiguous(), q_pqc, k_ptc, v_ptc, shares, window=ctx.window)
     return *gradients, None
 
 

@@ -42,7 +42,7 @@ def weigh_rows(rows_sd: Tensor, gates_nk: Tensor, token_s: Tensor, slots_nk: Ten
 
 
 def expert_feed_forwards(
-    rows_sd: Tensor, counts_e: Tensor, gate_efd: Tensor, up_efd: Tensor, down_edf: Tensor, kernel: ExpertsKernel
+    rows_sd: Tensor, counts_e: Tensor, gate_efd: Tensor, up_efd: Tensor, down_edf: Tensor, *, kernel: ExpertsKernel
 ) -> Tensor:
     """SwiGLU of each row by its expert, rows_sd being sorted: the first counts_e[0] rows are of expert 0, and so on.
 
