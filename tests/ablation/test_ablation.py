@@ -261,7 +261,7 @@ def test_the_budget_is_that_of_the_compared_stage_in_tokens_or_flops(expand: Cal
                     "m": {"values": {"a": ("growth=fpi",), "b": ("growth=aki",), "c": ("growth=fpi",)}, "baseline": "a"}
                 }
             },
-            "ablation.axes: 'a' and 'c' compute the same; take one of them away, or change one",
+            "ablation.axes: 'a' and 'c' compute the same; remove or change one of them",
         ),
         ({"objective": {"stage": "dens", "metric": "loss_end"}}, "there is no stage 'dens'; did you mean 'dense'?"),
         (

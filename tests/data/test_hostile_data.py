@@ -186,11 +186,6 @@ def test_ids_beyond_the_number_of_tokens_are_refused_with_both(tmp_path: Path) -
     line = refusal(lambda: adopt_tokenizer(str(folder), None, 3, tmp_path / "out"))
     assert "id 70000" in line
     assert "3 tokens" in line
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"a c {n}"}) + "\n" for n in range(40)))
-    prepare_corpus(stage_of(tmp_path / "a.jsonl"), tmp_path / "corpus")
-    line = refusal(lambda: tokenize_corpus(tmp_path / "corpus", folder, tmp_path / "tokens"))
-    assert "id 70000" in line
-    assert "3 tokens" in line
 
 
 def test_token_files_with_ids_beyond_the_tokenizer_are_refused_where_they_are_read(tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ def test_the_certificate_of_a_grown_mixture_passes_and_catches_an_expert_in_anot
     )
     tensors[one], tensors[other] = tensors[other], tensors[one]
     reading.write(folders[1], tensor_names.tensor_shapes(target), torch.float32, iter(tensors.items()))
-    with pytest.raises(UserError, match=r"part in layer 0 of the target, which differs from layer 0 of the source"):
+    with pytest.raises(UserError, match=r"diverge in layer 0 of the target, which differs from layer 0 of the source"):
         certify(*folders, TOKENS_BT, preserving=True, tolerance=1e-3, growth=how, seed=3)
 
 

@@ -36,6 +36,7 @@ def transformers_model(config: ModelConfig) -> transformers.PreTrainedModel:
     renamed = {"rope_theta", "num_experts", "qk_norm", "shared_expert_intermediate_size", "moe_intermediate_size"}
     values = config.model_dump(exclude=renamed)
     values["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_theta}
+    values.setdefault("sliding_window", None)  # which Mistral's class would make 4096
     name = tensor_names.architecture(config)
     if name == "MixtralForCausalLM":
         values["num_local_experts"] = config.num_experts

@@ -329,7 +329,7 @@ def test_the_finding_states_why_the_curves_end_elsewhere_and_whether_they_contra
     records["moe"]["recipe"]["config"]["validation_tokens"] = 16_384
     note = parts_note(records, find(records, CHAIN, "control"))
     assert "validation while training, as in the curves, reads a fixed part of 16.4k tokens of it" in note
-    assert note.endswith("On that part it is the other way round.")
+    assert note.endswith("On that part the order is reversed.")
     records["moe"]["metrics"]["loss_end"] = 3.3
     assert not parts_note(records, find(records, CHAIN, "control")).endswith("other way round.")
     del records["evaluate"]

@@ -21,7 +21,12 @@ def check(source: ModelConfig, target: ModelConfig) -> None:
     before, after = source.rope_scaling, target.rope_scaling
     ratio = target.head_dim // source.head_dim
     expected = before.for_larger_heads(ratio) if before else None
-    if after != expected or (source.rope_theta != target.rope_theta):
+    if source.rope_theta != target.rope_theta:
+        raise UserError(
+            f"rope_theta: target {target.rope_theta}, source {source.rope_theta}; a growth cannot change it, keep the "
+            "source's"
+        )
+    if after != expected:
         raise UserError(
             f"rope_scaling: target {_shown(target)}, source {_shown(source)}; a growth cannot change it, keep the "
             "source's"

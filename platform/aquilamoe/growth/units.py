@@ -4,15 +4,19 @@ A unit is a channel of the residual stream, a neuron of the feed-forward, an att
 whole layer. Everything here is arithmetic on integers; tensors are grown by these maps in `growth.width`.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from random import Random
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from aquilamoe.checkpoint import tensor_names
 from aquilamoe.config.schema import GrowthConfig, ModelConfig
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass(frozen=True)
@@ -47,11 +51,15 @@ class UnitMap:
     @cached_property
     def index(self) -> np.ndarray:
         """`sources` as an array, int64."""
+        import numpy as np
+
         return np.array(self.sources, np.int64)
 
     @cached_property
     def multiplicity(self) -> np.ndarray:
         """`copies` as an array, float64."""
+        import numpy as np
+
         return np.array(self.copies, np.float64)
 
     @cached_property
@@ -67,6 +75,8 @@ class UnitMap:
     @cached_property
     def further(self) -> np.ndarray:
         """`is_new` as an array."""
+        import numpy as np
+
         return np.array(self.is_new, bool)
 
     @property
