@@ -81,7 +81,7 @@ def test_whatever_a_record_holds_every_command_succeeds_or_ends_in_a_line(
     root: Path, execute: Callable[[str], None], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("aquilamoe.reports.report.write", lambda *_, **__: None)
-    monkeypatch.setattr("aquilamoe.pipeline.runner._run_stage", stops)
+    monkeypatch.setattr("aquilamoe.pipeline.runner._StageRun.finish", stops)
     draw, outputs = random.Random(0), sorted((root / "stages").iterdir())
     for case in range(CASES):
         path = draw.choice(outputs) / RECORD

@@ -223,7 +223,7 @@ def test_a_run_that_finds_all_complete_works_on_a_disk_that_cannot_be_written(
     assert line.startswith(f"error: {tmp_path}/runs/.lock: Read-only file system; ")
 
 
-@pytest.mark.parametrize(("redirection", "reason"), [("> /dev/full", "No space"), ("| head -c 1", "gone")])
+@pytest.mark.parametrize(("redirection", "reason"), [("> /dev/full", "No space"), ("| head -c 1", "closed")])
 def test_a_log_that_cannot_be_written_costs_nothing_that_is_computed(
     redirection: str, reason: str, data_only: list[str], tmp_path: Path
 ) -> None:
