@@ -199,7 +199,7 @@ def test_another_growth_runs_what_is_planned_and_that_is_what_depends_on_it(
     assert completed.returncode == 0, completed.stderr
     made = {record["stage"] for name, record in outputs(copy_of_base).items() if name not in before}
     assert made == {"scale_up", "dense", "scale_out", "moe", "evaluate", "export"}
-    assert set(re.findall(r"^(\w+) +runs ", plan, re.MULTILINE)) == made
+    assert set(re.findall(r"^(\w+) +to run ", plan, re.MULTILINE)) == made
     assert "growth.method aki_pro -> fpi" in plan
     grown = next(r for name, r in outputs(copy_of_base).items() if r["stage"] == "scale_up" and name not in before)
     assert grown["metrics"]["preserving"] is (grown["metrics"]["max_abs_dlogit"] < 1e-3)
@@ -212,7 +212,7 @@ def test_the_status_shows_what_is_complete_and_what_is_missing(
     completed = command(*tiny, "action=status", cwd=copy_of_base)
     assert completed.returncode == 0
     assert completed.stdout.startswith("embedded: not running\n")
-    assert "  export: runs, no output yet\n" in completed.stdout
+    assert "  export: to run, no output yet\n" in completed.stdout
     assert completed.stdout.count("complete") == 10
 
 

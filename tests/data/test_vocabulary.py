@@ -146,7 +146,7 @@ def test_a_folder_and_its_tokenizer_json_are_adopted_as_they_are(trained: Path, 
         ("{trained}", 330, "0" * 64, "has SHA-256 [0-9a-f]{64}, not 0000"),
         ("{tmp}/a.tiktoken", 330, None, "a.tiktoken:2: not a token in base64 and its rank"),
         ("{tmp}/b.tiktoken", 330, None, "ranks are not 0 to 1, one each"),
-        ("{tmp}/c.tiktoken", 330, None, "byte 1 is no token"),
+        ("{tmp}/c.tiktoken", 330, None, "byte 1 is not a token"),
         ("{tmp}/d.txt", 330, None, "neither a tokenizer.json nor a .tiktoken file"),
     ],
 )

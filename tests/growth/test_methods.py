@@ -219,7 +219,7 @@ def test_one_file_and_one_yaml_are_a_new_method_of_the_command(tmp_path: Path) -
     (tmp_path / "conf/growth/quiet.yaml").write_text(yaml)
     after = plan()
     assert after.returncode == 0, after.stderr
-    assert re.search(r"scale_up +runs", after.stdout)
+    assert re.search(r"scale_up +to run", after.stdout)
     misspelt = plan("growth.method=quit")
     assert misspelt.returncode == 1
     assert "'quit' is not in growth/methods; did you mean 'quiet'?" in misspelt.stderr
