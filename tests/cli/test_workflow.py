@@ -231,7 +231,7 @@ def test_an_experiment_too_large_for_this_machine_is_refused_in_one_line_and_sho
     assert (completed.returncode, completed.stdout) == (1, "")
     assert re.fullmatch(
         r"error: experiment 7b: needs 256 GPUs with 80 GB each, this machine has \d+ \(and \d+ CPUs\); set "
-        r"cluster.address to a Ray cluster that has them, or look at its plan: "
+        r"cluster.address to a Ray cluster that has them, or view its plan: "
         r"python workflows/efficientscale.py \+experiment=7b action=plan\n",
         completed.stderr,
     )
