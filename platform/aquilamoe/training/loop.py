@@ -68,6 +68,7 @@ def fit(
         elif step % log_every == 0:
             logger.write(values)
 
+        # A worker with a preemption notice saves and continues; it ends by itself: see `training.preemption`.
         if not is_last and (_is_due(step, cluster.checkpoint_every_tokens, stage) or group.any_(rank.is_save_due())):
             _save_checkpoint(train_step, logger)
 

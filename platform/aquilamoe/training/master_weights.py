@@ -15,7 +15,7 @@ class Bf16Copy:
     """
 
     def __init__(self, model: Decoder, group: ParallelContext) -> None:
-        """model: a whole one, with its values. Sharded models are rounded as they are gathered (`Group.build`)."""
+        """model: a whole one, with its values. Sharded ones are rounded when gathered: see `ParallelContext.build`."""
         self.group = group
         self.network = group.build(model.config, "fp32").to(torch.bfloat16)
         self.originals: list[Tensor] = list(model.parameters())
