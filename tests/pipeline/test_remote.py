@@ -348,7 +348,7 @@ def test_a_training_that_was_killed_goes_on_on_another_machine_and_ends_with_the
             process.kill()
     assert saved == ["step-000000032"]
     plan = command(*words, "action=plan", cwd=tmp_path / "b", **keys)
-    assert "fetched" in plan.stdout and f"from {saved[0]}" in " ".join(plan.stdout.split())
+    assert "to fetch" in plan.stdout and f"from {saved[0]}" in " ".join(plan.stdout.split())
     for folder in ("b", "a"):
         completed = command(*words, cwd=tmp_path / folder, **keys)
         assert completed.returncode == 0, completed.stderr
