@@ -133,8 +133,17 @@ class Driver:
 
 
 def in_order(stages: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """Directories and records of the outputs in a store, in the order in which they were finished."""
-    paths = sorted(stages.glob("*/record.json"), key=lambda path: path.stat().st_mtime_ns)
+    """Directories and records of the outputs in a store, in the order in which they were finished.
+
+    Of several within one tick of the file system's clock, in the order of the graph.
+    """
+    graph = ("tokens", "prepare", "grow", "continue", "upcycle", "evaluate")
+
+    def finished(path: Path) -> tuple[int, int]:
+        stage = stage_name(path.parent)
+        return path.stat().st_mtime_ns, graph.index(stage) if stage in graph else -1
+
+    paths = sorted(stages.glob("*/record.json"), key=finished)
     return [(path.parent, json.loads(path.read_text())) for path in paths]
 
 
