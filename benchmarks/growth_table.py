@@ -25,6 +25,7 @@ from aquilamoe.config.schema import GrowthConfig, ModelConfig, UpcyclingConfig
 from aquilamoe.growth import rules
 from aquilamoe.growth.scale_out import scale_out
 from aquilamoe.growth.scale_up import scale_up
+from aquilamoe.growth.split import calibrate
 from aquilamoe.model.transformer import Decoder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -143,6 +144,9 @@ def cases() -> list[Case]:
     found += [Case("growth/aki_pro", {}, WIDER, NORMED), Case("upcycling/copy", {}, ALTERNATING, NORMED)]
     for family in (EXPERTS, SHARED, ALTERNATING, EXPERTS | NORMED):
         found += [Case("upcycling/copy", {}, {"num_experts": 16, "num_experts_per_tok": k}, family) for k in (4, 2)]
+    blind = {"direction": "random", "calibration_tokens": 0, "common_row": False}
+    for options in ({}, {"shift": 30.0}, blind):
+        found.append(Case("upcycling/split", options, {"num_experts": 16, "num_experts_per_tok": 2}, EXPERTS))
     for sizes, family in _mixtures():
         found.append(Case("growth/fpi", {"new_layers": "zero"}, sizes, family))
         found += [Case(f"growth/{method}", {}, sizes, family) for method in ("fpi", "aki_pro") if family is EXPERTS]
@@ -211,8 +215,14 @@ def grow(case: Case, source: Path, target: Path) -> None:
     how = case.how
     if isinstance(how, GrowthConfig):
         scale_up(source, target, case.target, how, seed=0)
-    else:
-        scale_out(source, target, case.target, how, seed=0)
+        return
+    split = None
+    if how.method == "split":
+        length, random = SOURCE.max_position_embeddings, torch.Generator().manual_seed(0)
+        count = (how.calibration_tokens or 0) // length
+        tokens_bt = torch.randint(SOURCE.vocab_size, (count, length), generator=random) if count else None
+        split = calibrate(source, case.target, how, 0, tokens_bt)
+    scale_out(source, target, case.target, how, seed=0, split=split)
 
 
 def measure(case: Case, source: Path) -> Measured:
@@ -294,7 +304,8 @@ every option.
 
 - **exact?** Whether the grown model computes the source's function: no logit of the source's tokens differs by more
   than {exact:g}. Where this column is yes, the certificate of a growth holds the method to it.
-- **difference** The largest of those differences; the logits are around 1. `random` shows what forgetting costs.
+- **difference** The largest of those differences; the logits are around 1. `random` shows what forgetting costs. Of a
+  `split` it is that of the few tokens whose experts change: [signed-split.md](signed-split.md) measures the others.
 - **rank** Of the second layer's up_proj (of a Mixture of Experts, the first expert's), out of the largest possible, and
   its effective rank (the exponential of the entropy of the singular values). Copies that are identical have the
   rank of the source, and AdamW keeps it so.
