@@ -28,6 +28,7 @@ ALLOWED = {
     "platform/aquilamoe/growth/tool/output.py": "the contents of TARGET.partial, refused where others' files are in it",
     "platform/aquilamoe/cli/lineage.py": "rebuild/STAGE-FINGERPRINT, which it has just filled",
     "platform/aquilamoe/lineage/rebuild.py": "STAGE-FINGERPRINT in that folder, of an earlier rebuild",
+    "platform/aquilamoe/lineage/unused.py": "outputs and interrupted work in stages/, listed and confirmed by the user",
     "platform/aquilamoe/pipeline/checkpoint_sync.py": "STAGE-FINGERPRINT.partial, for which a checkpoint was fetched",
     "platform/aquilamoe/pipeline/remote.py": "STAGE-FINGERPRINT.fetched.partial, and the checkpoints that it copied",
     "platform/aquilamoe/pipeline/store.py": "STAGE-FINGERPRINT.partial, and checkpoints/ in it",
@@ -38,6 +39,7 @@ ALLOWED = {
     "platform/aquilamoe/training/ray/launch.py": "the same, also of killed runs",
     "platform/aquilamoe/training/sessions.py": "the folder of the Ray session that this process has started",
     "platform/aquilamoe/training/checkpoint.py": "model/, training/ and hidden folders of a stage's output",
+    "tools/docs_site.py": ".site/ and site/, which it has marked as its own",
 }
 
 

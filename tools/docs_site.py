@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCS, PAGES, SITE = ROOT / "docs", ROOT / ".site", ROOT / "site"
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
 TABLES = "td:first-child code { white-space: nowrap; }\n"  # names of keys in one piece
+MADE_HERE = ".made-by-docs-site"  # lies in the folders that a later build may remove
 FENCE = re.compile(r"(^```.*?^```)", re.MULTILINE | re.DOTALL)
 
 
@@ -27,15 +28,28 @@ def prepare(source: Path, target: Path, repository: str | None = None) -> None:
 
     Args:
         source: folder of the pages, in a folder that has the files outside it.
-        target: folder to make; one that is there is replaced.
+        target: folder to make; one that an earlier build made is replaced.
         repository: address below which the files outside `source` are, e.g. of a branch on a server.
+
+    Raises:
+        SystemExit: `target` is a folder that no build has made.
     """
-    shutil.rmtree(target, ignore_errors=True)
-    shutil.copytree(source, target)
+    make_empty(target)
+    shutil.copytree(source, target, dirs_exist_ok=True)
     (target / "tables.css").write_text(TABLES, encoding="utf-8")
     for page in target.rglob("*.md"):
         original = source / page.relative_to(target)
         page.write_text(rewritten(original, source, repository), encoding="utf-8")
+
+
+def make_empty(folder: Path) -> None:
+    """Make a folder, in place of the one that an earlier build made; SystemExit if another program made it."""
+    if folder.exists():
+        if not (folder / MADE_HERE).is_file():
+            raise SystemExit(f"{folder}: not made by this program; move it, the website is built there")
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    (folder / MADE_HERE).touch()
 
 
 def rewritten(page: Path, docs: Path, repository: str | None) -> str:
@@ -96,7 +110,7 @@ def build() -> None:
     program = Path(sys.executable).parent / "zensical"
     if not program.exists():
         raise SystemExit("zensical: not installed; run: pip install -c constraints.txt -e '.[docs]'")
-    words = [str(program), "build", "--clean", "--strict"]
+    words = [str(program), "build", "--strict"]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise SystemExit(f"{done.stdout}{done.stderr}\ndocs: zensical refuses the pages; correct what it lists above")
@@ -107,7 +121,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repository", help="address of the repository's files, e.g. https://HOST/NAME/blob/main")
     prepare(DOCS, PAGES, parser.parse_args().repository)
-    shutil.rmtree(SITE, ignore_errors=True)
+    make_empty(SITE)
     build()
     if dead := list(dead_links(SITE)):
         raise SystemExit("\n".join([*dead, f"docs: {len(dead)} dead links; correct them in docs/"]))

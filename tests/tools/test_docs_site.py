@@ -88,3 +88,17 @@ def test_dead_links_and_anchors_of_a_website_are_found(tmp_path: Path) -> None:
     assert list(docs_site.dead_links(tmp_path)) == [
         f"a.html: {link} leads nowhere" for link in ("#y", "b.html#x", "no.png", "c.html")
     ]
+
+
+def test_a_folder_of_the_user_is_kept_and_one_of_an_earlier_build_is_replaced(docs: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "site" / "mine.html"
+    mine.parent.mkdir()
+    mine.touch()
+    with pytest.raises(SystemExit, match=r"site: not made by this program; move it"):
+        docs_site.prepare(docs, mine.parent)
+    assert mine.is_file()
+
+    docs_site.prepare(docs, tmp_path / ".site")
+    (tmp_path / ".site" / "old.md").touch()
+    docs_site.prepare(docs, tmp_path / ".site")
+    assert (tmp_path / ".site" / "other.md").is_file() and not (tmp_path / ".site" / "old.md").exists()
