@@ -334,11 +334,7 @@ def lines(node: ast.FunctionDef) -> int:
 MOST_POSITIONAL, MOST_PARAMETERS = 5, 8
 
 
-# `certify` takes nine: three by position, and six by name.
-CALLED_BY_NAME = [path for path in SOURCES if path != PACKAGE / "growth/certificate.py"]
-
-
-@pytest.mark.parametrize("path", CALLED_BY_NAME, ids=lambda path: str(path.relative_to(REPOSITORY)))
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(REPOSITORY)))
 def test_a_call_is_read_without_counting_its_arguments(path: Path) -> None:
     """Functions take few arguments by position, dataclasses of many fields none."""
     long = []

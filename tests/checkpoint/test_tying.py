@@ -10,6 +10,7 @@ from torch import Tensor
 from aquilamoe.checkpoint import tensor_names
 from aquilamoe.checkpoint.hf_config import read_config
 from aquilamoe.growth.certificate import certify
+from aquilamoe.growth.claim import Claim
 from aquilamoe.growth.scale_up import scale_up
 from aquilamoe.growth.tool.request import open_checkpoint
 from small_checkpoints import growth, logits, model, transformers_logits, upcycle, upcycling, write_source
@@ -75,7 +76,7 @@ def test_what_is_grown_of_it_keeps_the_function_that_transformers_sees(other_hea
     before = transformers_logits(source, dtype=torch.float32)
     for name, claim in (("wider", how), ("experts", upcycling())):
         assert not read_config(other_head / name).tie_word_embeddings
-        certify(source, other_head / name, TOKENS_BT, preserving=True, tolerance=1e-6, growth=claim)
+        certify(source, other_head / name, TOKENS_BT, Claim(preserving=True, tolerance=1e-6, growth=claim))
         after = transformers_logits(other_head / name, dtype=torch.float32)
         torch.testing.assert_close(after, before, atol=1e-4, rtol=0)
 

@@ -15,6 +15,7 @@ from aquilamoe.checkpoint.hf_config import read_checkpoint_config
 from aquilamoe.config.graph import grown_model
 from aquilamoe.config.messages import UserError
 from aquilamoe.growth.certificate import certify
+from aquilamoe.growth.claim import Claim
 from aquilamoe.growth.dtypes import AS_SOURCE, DtypePolicy, is_norm_or_router
 from aquilamoe.growth.scale_out import scale_out
 from aquilamoe.growth.scale_up import scale_up
@@ -62,7 +63,7 @@ def upcycle(before: Path, after: Path, dtype_policy: DtypePolicy = AS_SOURCE) ->
 def certified(before: Path, after: Path) -> dict[str, Any]:
     is_upcycled = read_checkpoint_config(after).model.is_moe and not read_checkpoint_config(before).model.is_moe
     method = UPCYCLING if is_upcycled else GROWTH
-    return certify(before, after, TOKENS, preserving=True, tolerance=1e-3, growth=method, seed=0)
+    return certify(before, after, TOKENS, Claim(preserving=True, tolerance=1e-3, growth=method, seed=0))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -19,6 +19,7 @@ from aquilamoe.growth import rules
 from aquilamoe.growth.alignment import align
 from aquilamoe.growth.bounds import default_tolerance
 from aquilamoe.growth.certificate import certify
+from aquilamoe.growth.claim import Claim
 from aquilamoe.growth.depth import map_layers
 from aquilamoe.growth.scale_out import scale_out
 from aquilamoe.growth.scale_up import scale_up
@@ -81,7 +82,7 @@ def judge(directory: Path, growth: GrowthConfig | UpcyclingConfig, tolerance: fl
     """The certificate of the growth from `source` to `target`, both in the directory."""
     source, target = directory / "source", directory / "target"
     assert rules.preserves(growth, read_config(source), read_config(target))
-    return certify(source, target, TOKENS_BT, preserving=True, tolerance=tolerance, growth=growth, seed=SEED)
+    return certify(source, target, TOKENS_BT, Claim(preserving=True, tolerance=tolerance, growth=growth, seed=SEED))
 
 
 def refusal(directory: Path, growth: GrowthConfig | UpcyclingConfig, tolerance: float = 1e-3) -> str:

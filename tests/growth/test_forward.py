@@ -15,6 +15,7 @@ from aquilamoe.checkpoint.hf_config import write_config
 from aquilamoe.config.schema import ModelConfig, UpcyclingConfig
 from aquilamoe.growth.bounds import certificate_bytes
 from aquilamoe.growth.certificate import certify
+from aquilamoe.growth.claim import Claim
 from aquilamoe.growth.forward import StreamedDecoder, opened
 from aquilamoe.growth.scale_out import scale_out
 
@@ -76,7 +77,7 @@ def test_transformers_computes_the_logits_and_losses_that_a_certificate_is_made_
     with torch.no_grad():
         logits = [model(TOKENS_BT[:, :-1]).logits.flatten(0, 1) for model in models]
     assert (streamed_logits(tmp_path / "source") - logits[0]).abs().max() < 1e-5 * logits[0].abs().max()
-    found = certify(tmp_path / "source", tmp_path / "target", TOKENS_BT, preserving=False, tolerance=1e-3)
+    found = certify(tmp_path / "source", tmp_path / "target", TOKENS_BT, Claim(preserving=False, tolerance=1e-3))
     losses = [torch.nn.functional.cross_entropy(each, TOKENS_BT[:, 1:].flatten()).item() for each in logits]
     assert [found["source_loss"], found["target_loss"]] == pytest.approx(losses, rel=1e-5)
     assert found["max_abs_dlogit"] == pytest.approx((logits[0] - logits[1]).abs().max().item(), rel=1e-4)
@@ -113,13 +114,14 @@ import json, re, sys, torch
 from pathlib import Path
 from aquilamoe.config.schema import UpcyclingConfig
 from aquilamoe.growth.certificate import certify
+from aquilamoe.growth.claim import Claim
 torch.set_num_threads(1)
 source, target = map(Path, sys.argv[1:3])
 tokens_bt = torch.arange(int(sys.argv[3]) * int(sys.argv[4])).view(int(sys.argv[3]), -1) * 7919 % 40_000
 peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 before = peak()
 how = UpcyclingConfig(**json.loads(sys.argv[5]))
-found = certify(source, target, tokens_bt, preserving=True, tolerance=0.5, growth=how)
+found = certify(source, target, tokens_bt, Claim(preserving=True, tolerance=0.5, growth=how))
 print(json.dumps({"bytes": peak() - before, "found": found}))
 """
 

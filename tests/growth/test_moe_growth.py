@@ -21,6 +21,7 @@ from aquilamoe.config.schema import GrowthConfig, ModelConfig
 from aquilamoe.growth import gradient_maps as gradients_module
 from aquilamoe.growth import rules
 from aquilamoe.growth.certificate import certify
+from aquilamoe.growth.claim import Claim
 from aquilamoe.growth.gradient_maps import GradientMap
 from aquilamoe.growth.scale_up import scale_up
 from small_checkpoints import growth, write_source
@@ -120,7 +121,7 @@ def test_the_certificate_of_a_grown_mixture_passes_and_catches_an_expert_in_anot
     how = growth(noise=0.3, new_layers="zero")
     target = grown(tmp_path, "qwen2_moe shared", how, 3, "all", torch.float32)
     folders = tmp_path / "source", tmp_path / "target"
-    found = certify(*folders, TOKENS_BT, preserving=True, tolerance=1e-3, growth=how, seed=3)
+    found = certify(*folders, TOKENS_BT, Claim(preserving=True, tolerance=1e-3, growth=how, seed=3))
     assert found["passed"] is True
     assert found["kl"] < 1e-8
     with Reader(folders[1]) as reader:
@@ -131,7 +132,7 @@ def test_the_certificate_of_a_grown_mixture_passes_and_catches_an_expert_in_anot
     tensors[one], tensors[other] = tensors[other], tensors[one]
     reading.write(folders[1], tensor_names.tensor_shapes(target), torch.float32, iter(tensors.items()))
     with pytest.raises(UserError, match=r"diverge in layer 0 of the target, which differs from layer 0 of the source"):
-        certify(*folders, TOKENS_BT, preserving=True, tolerance=1e-3, growth=how, seed=3)
+        certify(*folders, TOKENS_BT, Claim(preserving=True, tolerance=1e-3, growth=how, seed=3))
 
 
 @pytest.mark.parametrize("kind", SOURCES)

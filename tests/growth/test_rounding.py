@@ -14,6 +14,7 @@ from aquilamoe.checkpoint.hf_config import read_config
 from aquilamoe.config.messages import UserError
 from aquilamoe.growth.bounds import default_tolerance
 from aquilamoe.growth.certificate import certify
+from aquilamoe.growth.claim import Claim
 from aquilamoe.growth.depth import map_layers
 from aquilamoe.growth.methods import fpi
 from aquilamoe.growth.scale_out import scale_out
@@ -66,7 +67,7 @@ def test_what_rounding_does_is_what_the_files_compute(grown: Path) -> None:
     """The certificate of files of an unknown growth is that of their logits."""
     source, target = grown / "source", grown / "target"
     tokens_bt = torch.arange(120).view(6, 20) * 7 % 64
-    files = certify(source, target, tokens_bt, preserving=False, tolerance=1e-3)
+    files = certify(source, target, tokens_bt, Claim(preserving=False, tolerance=1e-3))
     rounding = judge(grown, FPI)["rounding"]
     assert files["rounding"] is None
     assert rounding["target_relative"] == pytest.approx(files["max_abs_dlogit"] / files["logit_spread"], rel=1e-4)
@@ -179,9 +180,6 @@ def test_numbers_that_no_token_needed_are_compared_too(tmp_path: Path, place: st
                 tmp_path / "source",
                 tmp_path / "target",
                 tokens_bt,
-                preserving=True,
-                tolerance=1e-3,
-                growth=COPY,
-                seed=SEED,
+                Claim(preserving=True, tolerance=1e-3, growth=COPY, seed=SEED),
             )
         damage(tmp_path / "target", lambda tensors, name=damaged: tensors[name][9].div_(2))

@@ -19,6 +19,7 @@ from aquilamoe.config.messages import UserError
 from aquilamoe.config.schema import ModelConfig, UpcyclingConfig
 from aquilamoe.growth import directions, gradient_maps, rng, rules, split
 from aquilamoe.growth.certificate import certify
+from aquilamoe.growth.claim import Claim
 from aquilamoe.growth.directions import RouterInputs
 from aquilamoe.growth.scale_out import scale_out
 from aquilamoe.growth.tool.card import verdict
@@ -125,10 +126,7 @@ def test_with_one_expert_for_a_token_the_function_is_kept_for_every_shift(
         tmp_path / "source",
         tmp_path / "target",
         texts(4, 33, 2),
-        preserving=True,
-        tolerance=1e-3,
-        growth=how,
-        split=found,
+        Claim(preserving=True, tolerance=1e-3, growth=how, split=found),
     )
     assert certificate["kl"] < 1e-9
     assert certificate["experts"]["same_originals"] == 1.0
@@ -279,7 +277,7 @@ def test_an_automatic_shift_is_what_98_percent_need_and_16_bits_can_hold(tmp_pat
 
 def measured(tmp_path: Path, how: UpcyclingConfig, name: str) -> Mapping[str, Any]:
     target = grown(tmp_path, mixture(), how, name=name)
-    return certify(tmp_path / "source", target, texts(16, 33, 2), preserving=False, tolerance=1e-3, growth=how)
+    return certify(tmp_path / "source", target, texts(16, 33, 2), Claim(preserving=False, tolerance=1e-3, growth=how))
 
 
 def test_a_certificate_states_how_near_a_split_is_and_warns_of_equal_copies(tmp_path: Path) -> None:
@@ -308,9 +306,7 @@ def test_what_the_criterion_expects_on_the_inputs_of_the_source_is_what_happens_
         tmp_path / "source",
         grown(tmp_path, source, how),
         texts(16, 33, 2),
-        preserving=False,
-        tolerance=1e-3,
-        growth=how,
+        Claim(preserving=False, tolerance=1e-3, growth=how),
     )["experts"]
     assert experts["same_originals"] == 1 - experts["fence"]
 

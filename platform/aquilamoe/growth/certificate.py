@@ -5,17 +5,17 @@ layer of the target is also given the stream of the *source*, and has to add wha
 difference is then the fault of that layer alone, however deep it is, and rounding does not accumulate over the layers.
 
 Fields of a certificate: `max_abs_dlogit`; `logit_spread`; `kl`, the mean of KL(source || target) in nats/token;
-`source_loss` and `target_loss` in nats/token; `tokens` (predicted); `preserving` and `tolerance` as passed; `passed`:
-true, also of a growth that claims nothing; `layers`: of a claim with its growth, the relative difference behind the
-embedding and behind each layer of the target; `ties`: whether logits differ by more than the tolerance, and only
-because tokens chose between experts with equal scores: a Mixture of Experts is not continuous there; `rounding`: where
-the growth was measured before it was rounded, what rounding does to it (see `_Walk.round`), otherwise None; `experts`:
-only of more experts that a token chooses fewer of than it keeps the function for, see `growth.expert_choices`.
+`source_loss` and `target_loss` in nats/token; `tokens` (predicted); `preserving` and `tolerance` of the claim;
+`passed`: true, also of a growth that claims nothing; `layers`: of a claim with its growth, the relative difference
+behind the embedding and behind each layer of the target; `ties`: whether logits differ by more than the tolerance, and
+only because tokens chose between experts with equal scores: a Mixture of Experts is not continuous there; `rounding`:
+where the growth was measured before it was rounded, what rounding does to it (see `_Walk.round`), otherwise None;
+`experts`: only of more experts that a token chooses fewer of than it keeps the function for, see
+`growth.expert_choices`.
 """
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,14 @@ from torch import Tensor
 
 from aquilamoe.checkpoint import tensor_names
 from aquilamoe.config.messages import UserError
-from aquilamoe.config.schema import GrowthConfig, ModelConfig, UpcyclingConfig
+from aquilamoe.config.schema import ModelConfig, UpcyclingConfig
 from aquilamoe.growth.alignment import LEAST_UPDATE, Alignment, align
 from aquilamoe.growth.bounds import COMPARED_TOKENS
+from aquilamoe.growth.claim import Claim
 from aquilamoe.growth.expert_choices import ExpertChoices, may_compare
 from aquilamoe.growth.forward import Opened, StreamedDecoder, opened
 from aquilamoe.growth.logits import LogitDifference, compare
 from aquilamoe.growth.rounding import RoundedAgain, Unrounded, unrounded
-from aquilamoe.growth.split import Split
 from aquilamoe.growth.stream import Progress, silent
 from aquilamoe.model.transformer import Routing
 
@@ -46,13 +46,8 @@ def certify(
     source: Path,
     target: Path,
     tokens_bt: Tensor,
-    *,
-    preserving: bool,
-    tolerance: float,
-    growth: GrowthConfig | UpcyclingConfig | None = None,
-    seed: int = 0,
+    claim: Claim,
     progress: Progress = silent,
-    split: Split | None = None,
 ) -> dict[str, Any]:
     """Compare two checkpoints on held-out tokens.
 
@@ -64,10 +59,7 @@ def certify(
     Args:
         source, target: directories of the checkpoints before and after the growth.
         tokens_bt: int64 (sequences, length + 1); the last column is only predicted.
-        preserving: whether the growth claims to keep the function.
-        tolerance: the largest difference of a logit that such a growth may show, as a fraction of the spread of the
-            source's logits; an eighth of it is a layer's. See `bounds.default_tolerance`.
-        growth, seed, split: how the target was made, so that layers can be compared; None compares only logits.
+        claim: what the target is held to.
         progress: called with the number of layers computed, and of all layers of both.
 
     Returns:
@@ -78,39 +70,28 @@ def certify(
     """
     with opened(source, target) as (before, after):
         _check_vocabulary(before.config, after.config, tokens_bt)
-        upcycling = growth if isinstance(growth, UpcyclingConfig) else None
-        growth = growth if preserving else None
-        made = unrounded(before, after, growth, seed, split) if growth is not None else None
+        upcycling = claim.growth if isinstance(claim.growth, UpcyclingConfig) else None
+        growth = claim.growth if claim.preserving else None
+        made = unrounded(before, after, growth, claim.seed, claim.split) if growth is not None else None
         walk = _Walk(before, after, made if after.weights.is_rounded else None, tokens_bt, progress)
-        walk.choices = _choices(before.config, after.config, upcycling, preserving)
+        walk.choices = _choices(before.config, after.config, upcycling, claim.preserving)
         if growth is None:
             walk.apart()
         else:
-            walk.together(align(before.config, after.config, growth, seed, before.weights.dtype))
+            walk.together(align(before.config, after.config, growth, claim.seed, before.weights.dtype))
         difference = walk.compare()
-        fault, ties = walk.judge(difference, tolerance) if preserving else (None, False)
+        fault, ties = walk.judge(difference, claim.tolerance) if claim.preserving else (None, False)
         if fault is not None:
-            raise _broken(fault, difference, tolerance, growth is not None)
+            raise _broken(fault, difference, claim.tolerance, growth is not None)
         if made is not None:
             made.check_rest(after.weights.read)
         rounding = walk.round() if made is not None and made.rounds else None
-    claim = _Claimed(preserving=preserving, tolerance=tolerance, layers=walk.differences, ties=ties, rounding=rounding)
+    judged = {"layers": walk.differences, "ties": ties, "rounding": rounding, "passed": True}
+    claimed = {"preserving": claim.preserving, "tolerance": claim.tolerance}
     experts = {} if walk.choices is None else {"experts": walk.choices.measures(upcycling)}
-    certificate = {**_measures(difference), **asdict(claim), **experts}
+    certificate = {**_measures(difference), **claimed, **judged, **experts}
     _check_finite(certificate)
     return certificate
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Claimed:
-    """What a certificate states beside its measures: the claim, and how it was judged."""
-
-    preserving: bool
-    tolerance: float
-    layers: list[float]
-    ties: bool
-    rounding: dict[str, Any] | None
-    passed: bool = True
 
 
 def _choices(

@@ -9,6 +9,7 @@ from aquilamoe.config.schema import GrowthConfig, GrowthStage, UpcyclingConfig
 from aquilamoe.estimates import work
 from aquilamoe.files import write_atomically
 from aquilamoe.growth import rules
+from aquilamoe.growth.claim import Claim
 from aquilamoe.pipeline.stage import Context, Estimate, Metrics
 from aquilamoe.pipeline.store import to_json
 
@@ -69,16 +70,9 @@ def run(
     )
     preserving = rules.preserves(growth, node.source_model, node.model)
     tokens_bt = torch.from_numpy(_held_out(context, stage.certificate_tokens))
+    claim = Claim(preserving=preserving, tolerance=stage.tolerance, growth=growth, seed=stage.seed, split=split)
     certificate: dict[str, Any] = certify(
-        before,
-        after,
-        tokens_bt,
-        preserving=preserving,
-        tolerance=stage.tolerance,
-        growth=growth,
-        seed=stage.seed,
-        progress=lambda done, total: context.progress(done, total, "layers"),
-        split=split,
+        before, after, tokens_bt, claim, lambda done, total: context.progress(done, total, "layers")
     )
     if growth.method != "split":
         certificate.pop("experts", None)  # the same recipe makes the same files as in older stores

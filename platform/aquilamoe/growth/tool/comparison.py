@@ -1,8 +1,7 @@
 """Source and target compared on held-out tokens: the certificate, with the text that it was made on."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -11,41 +10,44 @@ from aquilamoe.checkpoint.safetensors_header import ITEM_BYTES
 from aquilamoe.config.grow import CertificateConfig
 from aquilamoe.config.schema import GrowthConfig, UpcyclingConfig
 from aquilamoe.growth.bounds import NEARLY_TOKENS, certificate_bytes, default_tolerance, file_tolerance
+from aquilamoe.growth.claim import Claim
 from aquilamoe.growth.tool import held_out, identity
 from aquilamoe.growth.tool.held_out import HeldOut
 from aquilamoe.growth.tool.reporter import Reporter
 from aquilamoe.growth.tool.request import CheckpointFiles, Request
 
-if TYPE_CHECKING:
-    from aquilamoe.growth.split import Split
+
+def existing(
+    source: CheckpointFiles, target: CheckpointFiles, record: Mapping[str, Any] | None, certificate: CertificateConfig
+) -> Claim:
+    """The claim of a target that exists: by its record, if it is by this tool, otherwise by the tolerance that is set.
+
+    Of one whose recipe is lost, it is that of its logits alone.
+    """
+    if record is None:
+        growth, preserving = None, certificate.tolerance is not None
+    else:
+        growth, preserving = _recorded(record), bool(record.get("preserving"))
+    if preserving and growth is not None and growth.method == "split":  # directions are not kept
+        growth = None
+    return Claim(
+        preserving=preserving,
+        tolerance=tolerance(source, certificate, growth, target),
+        growth=growth,
+        seed=0 if record is None or growth is None else record["recipe"]["config"]["seed"],
+    )
 
 
-@dataclass(frozen=True)
-class Claim:
-    """What a target is held to: whether it keeps the function, and by which growth, where that is known."""
-
-    preserving: bool
-    growth: GrowthConfig | UpcyclingConfig | None = None
-    seed: int = 0
-    split: "Split | None" = None
-
-    @classmethod
-    def of_record(cls, record: Mapping[str, Any]) -> Self:
-        """The claim of a target by this tool; of one whose recipe is lost, that of its logits alone."""
-        settings = record["recipe"]["config"]
-        if record["recipe"].get("version") != identity.VERSION:  # the same recipe made other weights then
-            return cls(bool(record.get("preserving")))
-        try:
-            growth: GrowthConfig | UpcyclingConfig | None = (
-                GrowthConfig.model_validate(settings["growth"])
-                if "growth" in settings
-                else UpcyclingConfig.model_validate(settings["upcycling"])
-            )
-            if record["preserving"] and growth is not None and growth.method == "split":  # directions are not kept
-                growth = None
-            return cls(record["preserving"], growth, settings["seed"])
-        except (KeyError, ValidationError):
-            return cls(bool(record.get("preserving")))
+def _recorded(record: Mapping[str, Any]) -> GrowthConfig | UpcyclingConfig | None:
+    settings = record["recipe"]["config"]
+    if record["recipe"].get("version") != identity.VERSION:  # the same recipe made other weights then
+        return None
+    try:
+        if "growth" in settings:
+            return GrowthConfig.model_validate(settings["growth"])
+        return UpcyclingConfig.model_validate(settings["upcycling"])
+    except (KeyError, ValidationError):
+        return None
 
 
 def tolerance(
@@ -85,7 +87,6 @@ def compare(
     target: CheckpointFiles,
     *,
     text: HeldOut,
-    settings: CertificateConfig,
     claim: Claim,
 ) -> dict[str, Any]:
     """Measure how far apart two checkpoints are; UserError when they claim to be equal and are not."""
@@ -98,12 +99,8 @@ def compare(
             source.directory,
             target.directory,
             torch.from_numpy(text.tokens_bt),
-            preserving=claim.preserving,
-            tolerance=tolerance(source, settings, claim.growth, target),
-            growth=claim.growth,
-            seed=claim.seed,
-            progress=bar.update,
-            split=claim.split,
+            claim,
+            bar.update,
         )
         bar.end(f"{found['tokens']:,} tokens in {format.duration(bar.seconds)}")
     return {**found, "text": text.text}

@@ -5,7 +5,6 @@ from typing import Any
 
 from aquilamoe.config.grow import GrowConfig
 from aquilamoe.growth.tool import comparison, held_out, identity, output
-from aquilamoe.growth.tool.comparison import Claim
 from aquilamoe.growth.tool.making import Making
 from aquilamoe.growth.tool.output import TargetFolder
 from aquilamoe.growth.tool.reporter import Reporter
@@ -17,11 +16,11 @@ def certify(config: GrowConfig, reporter: Reporter) -> dict[str, Any]:
     source = open_checkpoint("source", source_directory(config))
     target = open_checkpoint("target", directory("target", config.target))
     record = output.record(target.directory)
-    claim = Claim.of_record(record) if record else Claim(config.certificate.tolerance is not None)
+    claim = comparison.existing(source, target, record, config.certificate)
     settings = comparison.settings_for(claim.growth, config.certificate)
     text = held_out.read(source.directory, source.model, settings, config.seed)
     reporter.comparing(source, target)
-    return comparison.compare(reporter, source, target, text=text, settings=config.certificate, claim=claim)
+    return comparison.compare(reporter, source, target, text=text, claim=claim)
 
 
 def make(request: Request, config: GrowConfig, command: str, reporter: Reporter) -> Mapping[str, Any]:

@@ -12,10 +12,10 @@ from aquilamoe import format
 from aquilamoe.config.grow import GrowConfig
 from aquilamoe.config.schema import UpcyclingConfig
 from aquilamoe.files import write_atomically
+from aquilamoe.growth.claim import Claim
 from aquilamoe.growth.scale_out import scale_out
 from aquilamoe.growth.scale_up import scale_up
 from aquilamoe.growth.tool import card, comparison, held_out, identity, output, plan, unchanged
-from aquilamoe.growth.tool.comparison import Claim
 from aquilamoe.growth.tool.held_out import HeldOut
 from aquilamoe.growth.tool.output import TargetFolder
 from aquilamoe.growth.tool.reporter import Reporter
@@ -150,10 +150,14 @@ class Making:
         request, settings = self.request, self.config.certificate
         # Where the growth was done by an earlier run, its directions are found again if the claim needs them.
         split = self._calibrated() if request.preserving else None
-        claim = Claim(request.preserving, request.growth, request.seed, split)
-        certificate = comparison.compare(
-            self.reporter, request.source, target, text=text, settings=settings, claim=claim
+        claim = Claim(
+            preserving=request.preserving,
+            tolerance=comparison.tolerance(request.source, settings, request.growth, target),
+            growth=request.growth,
+            seed=request.seed,
+            split=split,
         )
+        certificate = comparison.compare(self.reporter, request.source, target, text=text, claim=claim)
         self.seconds["certificate_s"] = time.monotonic() - began
         return certificate
 
