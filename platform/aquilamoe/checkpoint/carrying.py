@@ -7,9 +7,11 @@ its training weighed: all that the growth neither reads nor changes is in the ta
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from aquilamoe.checkpoint import hf_config, positions, tensor_names
+from aquilamoe.checkpoint import hf_config, positions
+from aquilamoe.checkpoint.families import registry
+from aquilamoe.checkpoint.families.family import Family
+from aquilamoe.checkpoint.families.registry import FAMILIES
 from aquilamoe.checkpoint.hf_config import CheckpointConfig
-from aquilamoe.checkpoint.positions import EACH_LAYER, SWITCHED
 from aquilamoe.config.network import FULL, ModelConfig
 
 # About the source's files, its code or the program that wrote it. So is whatever begins with an underscore.
@@ -26,10 +28,6 @@ COMPUTED = (
 )
 # Special tokens (begin, end, padding) that the config classes of transformers assume where a file has no such key.
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-DEFAULT_TOKENS: Mapping[str, tuple[int | None, ...]] = {
-    **dict.fromkeys(("LlamaForCausalLM", "MistralForCausalLM", "MixtralForCausalLM"), (1, 2, None)),
-    "OlmoeForCausalLM": (None, 50279, 1),
-}
 
 
 def carried(source: CheckpointConfig, target: ModelConfig, layers: Sequence[int], dtype: str) -> dict[str, Any]:
@@ -37,13 +35,13 @@ def carried(source: CheckpointConfig, target: ModelConfig, layers: Sequence[int]
 
     layers: of the source, for every layer of the target. dtype: of the weights, e.g. `bfloat16`.
     """
-    architecture = target_architecture(source, target)
-    computed = hf_config.config_to_dict(target, dtype=dtype, architecture=architecture)
+    family, old = FAMILIES[target_architecture(source, target)], FAMILIES[source.architecture]
+    computed = hf_config.config_to_dict(target, dtype=dtype, architecture=family.architecture)
     kept = {key: value for key, value in source.values.items() if _is_kept(key)}
     settings = {key: value for key, value in computed.items() if key not in TOKENS}
-    tokens = _assumed_tokens(source.architecture, architecture)
+    tokens = _assumed_tokens(old, family)
     values = {**settings, **tokens, **_mapped(kept, source.model, layers), **_rope(source, target)}
-    values |= _unused_windows(source, target, architecture, layers) | _unused_size(source, target, architecture)
+    values |= _unused_windows(source, target, family, layers) | _unused_size(source, target, family)
     assert hf_config.parse(values, "target").model == target, "what was written is read back"
     return values
 
@@ -57,22 +55,20 @@ def target_architecture(source: CheckpointConfig, target: ModelConfig) -> str:
 
     A Mistral stays one, although without windows it is the network of a Llama.
     """
-    architecture = tensor_names.architecture(target)
-    stays = source.architecture == "MistralForCausalLM" and architecture == "LlamaForCausalLM"
-    return source.architecture if stays else architecture
+    architecture = registry.of(target).architecture
+    return source.architecture if FAMILIES[source.architecture].same_as == architecture else architecture
 
 
-def _assumed_tokens(source: str, target: str) -> dict[str, int | None]:
+def _assumed_tokens(source: Family, target: Family) -> dict[str, int | None]:
     """Special tokens that only a config class states, where the target's class does not state the same."""
-    none = (None,) * len(TOKENS)
-    assumed = zip(TOKENS, DEFAULT_TOKENS.get(source, none), DEFAULT_TOKENS.get(target, none), strict=True)
+    assumed = zip(TOKENS, source.default_tokens, target.default_tokens, strict=True)
     return {key: token for key, token, other in assumed if token != other}
 
 
-def _unused_size(source: CheckpointConfig, target: ModelConfig, architecture: str) -> dict[str, Any]:
+def _unused_size(source: CheckpointConfig, target: ModelConfig, family: Family) -> dict[str, Any]:
     """The size that dense layers would have in a mixture without any, where experts have a key of their own."""
     sparse = [model for model in (source.model, target) if model.is_moe and not model.mlp_only_layers]
-    if architecture != source.architecture or architecture not in hf_config.MIXED or len(sparse) < 2:
+    if family.architecture != source.architecture or not family.is_mixed or len(sparse) < 2:
         return {}
     return {"intermediate_size": source.values["intermediate_size"]}
 
@@ -91,21 +87,21 @@ def _rope(source: CheckpointConfig, target: ModelConfig) -> dict[str, Any]:
     """The scaling with all that the source states of it, also what nothing here reads."""
     if target.rope_scaling is None:
         return {}
-    stated = positions.rope_parameters(source.values, source.architecture)
+    stated = positions.rope_parameters(source.values, FAMILIES[source.architecture])
     parameters = {**stated, **target.rope_scaling.model_dump(mode="json")}
     scaling = {key: value for key, value in parameters.items() if key != "rope_theta"}
     return {"rope_scaling": scaling, "rope_parameters": parameters}
 
 
 def _unused_windows(
-    source: CheckpointConfig, target: ModelConfig, architecture: str, layers: Sequence[int]
+    source: CheckpointConfig, target: ModelConfig, family: Family, layers: Sequence[int]
 ) -> dict[str, Any]:
     """A source's fields of windows that are off stay, too."""
-    if target.sliding_window is not None or architecture not in SWITCHED:
+    if target.sliding_window is not None or not family.window_switch:
         return {}
-    is_listed = architecture in EACH_LAYER and source.values.get("layer_types") is not None
+    is_listed = family.windows == "each" and source.values.get("layer_types") is not None
     values: dict[str, Any] = {"layer_types": [FULL] * target.num_hidden_layers} if is_listed else {}
-    if source.architecture in SWITCHED:
+    if FAMILIES[source.architecture].window_switch:
         values |= {key: source.values[key] for key in ("sliding_window",) if key in source.values}
         values |= {"use_sliding_window": False, "max_window_layers": _first_window(source, layers)}
     return values

@@ -12,31 +12,16 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from aquilamoe.checkpoint import jsonfile, positions, spelling, tensor_names, tying
+from aquilamoe.checkpoint import jsonfile, positions, spelling, tying
+from aquilamoe.checkpoint.families import registry
+from aquilamoe.checkpoint.families.family import Family
+from aquilamoe.checkpoint.families.registry import FAMILIES
 from aquilamoe.config.messages import UserError, first_problem
 from aquilamoe.config.network import ABSENT_SHARED_EXPERT_SIZE
 from aquilamoe.config.schema import ModelConfig
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
-
-MODEL_TYPES = {
-    "LlamaForCausalLM": "llama",
-    "MistralForCausalLM": "mistral",
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen3ForCausalLM": "qwen3",
-    "MixtralForCausalLM": "mixtral",
-    "Qwen2MoeForCausalLM": "qwen2_moe",
-    "Qwen3MoeForCausalLM": "qwen3_moe",
-    "OlmoeForCausalLM": "olmoe",
-}
-MOE = ("MixtralForCausalLM", "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM", "OlmoeForCausalLM")
-QK_NORM = {"Qwen3ForCausalLM": "head", "Qwen3MoeForCausalLM": "head", "OlmoeForCausalLM": "projection"}
-# Where layers may be dense and experts have a size of their own.
-MIXED = ("Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM")
-# What the config classes of transformers assume for fields that a file lacks.
-DEFAULT_BALANCE = {"OlmoeForCausalLM": 0.01}
-DEFAULT_HEAD_DIM = {"Qwen3ForCausalLM": 128}
 
 _SAME_SPELLING = (
     "vocab_size",
@@ -61,10 +46,10 @@ def config_to_dict(
     config: ModelConfig, *, dtype: str, eos_token_id: int | None = None, architecture: str | None = None
 ) -> dict[str, Any]:
     """Contents of config.json; `dtype` is that of the weights, e.g. `bfloat16`."""
-    architecture = architecture or tensor_names.architecture(config)
+    family = FAMILIES[architecture] if architecture else registry.of(config)
     return {
-        "architectures": [architecture],
-        "model_type": MODEL_TYPES[architecture],
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
         **{key: getattr(config, key) for key in _SAME_SPELLING},
         "intermediate_size": config.intermediate_size,
         "num_key_value_heads": config.num_key_value_heads,
@@ -81,39 +66,34 @@ def config_to_dict(
         "pad_token_id": None,
         "dtype": dtype,
         "torch_dtype": dtype,  # where transformers 4 looks
-        **_particulars(config, architecture),
+        **_particulars(config, family),
     }
 
 
-def _particulars(config: ModelConfig, architecture: str) -> dict[str, Any]:
+def _particulars(config: ModelConfig, family: Family) -> dict[str, Any]:
     """Keys that only some architectures have, set to what our network computes."""
-    values = positions.spelled_windows(config, architecture)
-    if architecture == "LlamaForCausalLM":
-        values["mlp_bias"] = False
-    if architecture in ("LlamaForCausalLM", *QK_NORM):
-        values["attention_bias"] = False
-    if architecture == "OlmoeForCausalLM":
-        values["clip_qkv"] = None
-    if architecture == "Qwen2MoeForCausalLM":
+    values = {**positions.spelled_windows(config, family), **family.fixed}
+    if family.has_shared_expert:
         shared = config.shared_expert_intermediate_size or ABSENT_SHARED_EXPERT_SIZE
         values |= {"qkv_bias": config.qkv_bias, "shared_expert_intermediate_size": shared}
-    if architecture in MIXED:
+    if family.is_mixed:
         values |= {
             "moe_intermediate_size": config.moe_intermediate_size,
             "decoder_sparse_step": 1,
             "mlp_only_layers": list(config.mlp_only_layers),
         }
-    return values | (_experts(config, architecture) if config.is_moe else {})
+    return values | _experts(config, family)
 
 
-def _experts(config: ModelConfig, architecture: str) -> dict[str, Any]:
-    is_mixtral = architecture == "MixtralForCausalLM"
+def _experts(config: ModelConfig, family: Family) -> dict[str, Any]:
+    if family.experts_key is None:
+        return {}
     return {
-        "num_local_experts" if is_mixtral else "num_experts": config.num_experts,
+        family.experts_key: config.num_experts,
         "num_experts_per_tok": config.num_experts_per_tok,
         "output_router_logits": False,
-        "router_aux_loss_coef": DEFAULT_BALANCE.get(architecture, 0.001),
-        **({} if is_mixtral else {"norm_topk_prob": config.norm_topk_prob}),
+        "router_aux_loss_coef": family.default_balance,
+        **({} if family.norm_topk_prob else {"norm_topk_prob": config.norm_topk_prob}),
     }
 
 
@@ -143,21 +123,22 @@ def parse(values: Mapping[str, Any], where: str = CONFIG_FILE) -> CheckpointConf
         UserError: the model cannot be grown.
     """
     spelling.check(values, where)
-    architecture = _architecture_of(values, where)
-    model = _model(values, architecture, where)
-    return CheckpointConfig(values, architecture, model)
+    family = _family_of(values, where)
+    return CheckpointConfig(values, family.architecture, _model(values, family, where))
 
 
-def _model(values: Mapping[str, Any], architecture: str, where: str) -> ModelConfig:
+def _model(values: Mapping[str, Any], family: Family, where: str) -> ModelConfig:
     # Qwen3-MoE has the one spelling from transformers 4, the other from 5.
     experts = values.get("num_experts", values.get("num_local_experts"))
-    if architecture in MOE and experts is not None:
+    if family.is_moe and experts is not None:
         values = {"num_experts": experts, "num_local_experts": experts, **values}
-    keys = _required_keys(architecture)
+    keys = _required_keys(family)
     missing = [key for key in keys.values() if values.get(key) is None]
     if missing:
-        raise UserError(f"{where}: '{missing[0]}' is missing for {architecture}; use the config.json of the checkpoint")
-    problem = next(_differences(values, architecture), None)
+        raise UserError(
+            f"{where}: '{missing[0]}' is missing for {family.architecture}; use the config.json of the checkpoint"
+        )
+    problem = next(_differences(values, family), None)
     if problem is not None:
         raise UserError(f"{where}: {problem}")
     fields = {
@@ -165,13 +146,13 @@ def _model(values: Mapping[str, Any], architecture: str, where: str) -> ModelCon
         "num_experts_per_tok": 0,
         "num_key_value_heads": values.get("num_key_value_heads") or values["num_attention_heads"],
         **{field: values[key] for field, key in keys.items()},
-        "head_dim": values.get("head_dim") or DEFAULT_HEAD_DIM.get(architecture),
-        **positions.read(values, architecture, where),
+        "head_dim": values.get("head_dim") or family.default_head_dim,
+        **positions.read(values, family, where),
         "initializer_range": _stated(values, "initializer_range", 0.02),
         "tie_word_embeddings": _stated(values, "tie_word_embeddings", False),
-        "qkv_bias": _has_qkv_bias(values, architecture),
-        "qk_norm": QK_NORM.get(architecture, "none"),
-        **(_sparsity(values, architecture) if architecture in MOE else {}),
+        "qkv_bias": _stated(values, "qkv_bias", True) if family.qkv_bias is None else family.qkv_bias,
+        "qk_norm": family.qk_norm,
+        **(_sparsity(values, family) if family.is_moe else {}),
     }
     try:
         return ModelConfig.model_validate(fields)
@@ -185,52 +166,42 @@ def _stated(values: Mapping[str, Any], key: str, default: Any) -> Any:
     return default if found is None else found
 
 
-def _required_keys(architecture: str) -> dict[str, str]:
+def _required_keys(family: Family) -> dict[str, str]:
     """Keys of config.json by the field that they fill."""
     keys = {key: key for key in (*_SAME_SPELLING, "intermediate_size")}
-    if architecture in MOE:
-        keys["num_experts"] = "num_local_experts" if architecture == "MixtralForCausalLM" else "num_experts"
-        keys["num_experts_per_tok"] = "num_experts_per_tok"
-    if architecture in MIXED:
+    if family.experts_key is not None:
+        keys |= {"num_experts": family.experts_key, "num_experts_per_tok": "num_experts_per_tok"}
+    if family.is_mixed:
         keys["moe_intermediate_size"] = "moe_intermediate_size"
-    if architecture not in ("LlamaForCausalLM", "OlmoeForCausalLM"):  # without the key, these have as many as heads
+    if not family.default_kv_heads:
         keys["num_key_value_heads"] = "num_key_value_heads"
     return keys
 
 
-def _has_qkv_bias(values: Mapping[str, Any], architecture: str) -> bool:
-    return architecture == "Qwen2ForCausalLM" or (
-        architecture == "Qwen2MoeForCausalLM" and _stated(values, "qkv_bias", True)
-    )
-
-
-def _sparsity(values: Mapping[str, Any], architecture: str) -> dict[str, Any]:
+def _sparsity(values: Mapping[str, Any], family: Family) -> dict[str, Any]:
     """Fields that define which layers have experts, and how these are weighed."""
     step, layers = _stated(values, "decoder_sparse_step", 1), values["num_hidden_layers"]
-    named = set(values.get("mlp_only_layers") or ()) if architecture in MIXED else set()
-    skipped = {layer for layer in range(layers) if architecture in MIXED and (layer + 1) % step}
-    has_shared = architecture == "Qwen2MoeForCausalLM"
-    shared = _stated(values, "shared_expert_intermediate_size", 5632) if has_shared else 0
+    named = set(values.get("mlp_only_layers") or ()) if family.is_mixed else set()
+    skipped = {layer for layer in range(layers) if family.is_mixed and (layer + 1) % step}
+    shared = _stated(values, "shared_expert_intermediate_size", 5632) if family.has_shared_expert else 0
     return {
         "mlp_only_layers": tuple(sorted(named | skipped)),
-        "norm_topk_prob": architecture == "MixtralForCausalLM" or bool(values.get("norm_topk_prob")),
+        "norm_topk_prob": family.norm_topk_prob or bool(values.get("norm_topk_prob")),
         "shared_expert_intermediate_size": 0 if shared == ABSENT_SHARED_EXPERT_SIZE else shared,
     }
 
 
-def _architecture_of(values: Mapping[str, Any], where: str) -> str:
-    stated = values.get("architectures") or [
-        name for name, model_type in MODEL_TYPES.items() if model_type == values.get("model_type")
-    ]
-    if not (isinstance(stated, list) and len(stated) == 1 and stated[0] in MODEL_TYPES):
+def _family_of(values: Mapping[str, Any], where: str) -> Family:
+    family = registry.stated(values)
+    if family is None:
         raise UserError(
-            f"{where}: architectures {stated} with model_type {values.get('model_type')!r} is not a model that can be "
-            f"read; choose one of {', '.join(MODEL_TYPES)}"
+            f"{where}: architectures {values.get('architectures') or []} with model_type {values.get('model_type')!r} "
+            f"is not a model that can be read; choose one of {', '.join(FAMILIES)}"
         )
-    return stated[0]
+    return family
 
 
-def _differences(values: Mapping[str, Any], architecture: str) -> Iterator[str]:
+def _differences(values: Mapping[str, Any], family: Family) -> Iterator[str]:
     """What the checkpoint computes and our network does not: value, ours, remedy."""
     other = "choose another checkpoint"
     if _stated(values, "hidden_act", "silu") != "silu":
@@ -238,12 +209,12 @@ def _differences(values: Mapping[str, Any], architecture: str) -> Iterator[str]:
     if values.get("quantization_config"):
         yield "quantization_config is set, only plain weights are read; use the checkpoint before quantization"
     for key in ("attention_bias", "mlp_bias"):
-        if architecture in ("LlamaForCausalLM", *QK_NORM) and values.get(key):
+        if "attention_bias" in family.fixed and values.get(key):
             yield f"{key} true puts biases on o_proj or the MLP, only q, k and v can have them; {other}"
     if values.get("clip_qkv") is not None:
         yield f"clip_qkv {values['clip_qkv']} cuts queries, keys and values, which is not computed; {other}"
     step = _stated(values, "decoder_sparse_step", 1)
-    if architecture in MIXED and step < 1:
+    if family.is_mixed and step < 1:
         yield f"decoder_sparse_step {step!r} is not a number of layers; use 1 for experts in every layer"
 
 

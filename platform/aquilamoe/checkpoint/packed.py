@@ -5,10 +5,11 @@
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from aquilamoe.checkpoint import jsonfile, safetensors_header, tensor_names
+from aquilamoe.checkpoint.families import registry
 from aquilamoe.checkpoint.safetensors_header import MAX_TENSORS, TensorInfo
 from aquilamoe.config.messages import UserError
 
@@ -22,13 +23,15 @@ def read(directory: Path) -> dict[str, TensorInfo]:
     packed = {name: found for name in tensors if (found := PACKED.fullmatch(name))}
     if not packed:
         return tensors
-    is_mixtral = _is_mixtral(directory)
+    family = registry.stated(jsonfile.read(directory / "config.json", directory))
+    # Some files spell router and experts in their own way.
+    spelled = family.spell if family else str
     unpacked: dict[str, TensorInfo] = {}
     for name, info in tensors.items():
         if name in packed:
-            unpacked |= _experts(directory, name, info, packed[name], is_mixtral)
-        elif is_mixtral and (router := ROUTER.fullmatch(name)):
-            unpacked[f"{router['layer']}{tensor_names.mixtral_role(tensor_names.ROUTER)}"] = info
+            unpacked |= _experts(directory, name, info, packed[name], spelled)
+        elif router := ROUTER.fullmatch(name):
+            unpacked[f"{router['layer']}{spelled(tensor_names.ROUTER)}"] = info
         else:
             unpacked[name] = info
         if len(unpacked) > MAX_TENSORS:
@@ -36,14 +39,8 @@ def read(directory: Path) -> dict[str, TensorInfo]:
     return unpacked
 
 
-def _is_mixtral(directory: Path) -> bool:
-    """Whether files of this architecture spell router and experts in their own way (see `names`)."""
-    stated: Mapping[str, object] = jsonfile.read(directory / "config.json", directory)
-    return stated.get("architectures") == ["MixtralForCausalLM"] or stated.get("model_type") == "mixtral"
-
-
 def _experts(
-    directory: Path, name: str, info: TensorInfo, match: re.Match[str], is_mixtral: bool
+    directory: Path, name: str, info: TensorInfo, match: re.Match[str], spelled: Callable[[str], str]
 ) -> dict[str, TensorInfo]:
     roles = (tensor_names.DOWN,) if match["projection"] == "down_proj" else (tensor_names.GATE, tensor_names.UP)
     if len(info.shape) != 3 or info.shape[1] % len(roles) or info.shape[0] > MAX_TENSORS:
@@ -54,7 +51,6 @@ def _experts(
     places = ((expert, role) for expert in range(info.shape[0]) for role in roles)
     shape = (info.shape[1] // len(roles), info.shape[2])
     parts = zip(places, _runs(info, info.shape[0] * len(roles)), strict=True)
-    spelled = tensor_names.mixtral_role if is_mixtral else str
     return {
         f"{match['layer']}{spelled(tensor_names.expert_role(expert, role))}": TensorInfo(
             info.file, info.dtype, shape, start, end

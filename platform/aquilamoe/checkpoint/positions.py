@@ -3,21 +3,16 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from aquilamoe.checkpoint.families.family import Family
 from aquilamoe.config.messages import UserError
 from aquilamoe.config.network import FULL, SLIDING, ModelConfig
 from aquilamoe.config.rope import FIELDS, STRETCHED
 
-# Architectures by what windows they compute: of every layer by itself, or one for all; the others have none.
-EACH_LAYER = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen2MoeForCausalLM")
-ALL_LAYERS = ("MistralForCausalLM", "MixtralForCausalLM", "Qwen3MoeForCausalLM")
-SWITCHED = (*EACH_LAYER, "Qwen3MoeForCausalLM")  # by use_sliding_window
-# What the config classes of transformers assume for fields that a file lacks.
-DEFAULT_ROPE_THETA = {"MixtralForCausalLM": 1e6}
-DEFAULT_WINDOW = {"MistralForCausalLM": 4096, **dict.fromkeys(SWITCHED, 4096)}
+# What the config classes of transformers assume for a file that lacks max_window_layers.
 DEFAULT_WINDOW_LAYERS = 28
 
 
-def rope_parameters(values: Mapping[str, Any], architecture: str) -> dict[str, Any]:
+def rope_parameters(values: Mapping[str, Any], family: Family) -> dict[str, Any]:
     """Parameters of the rotary embedding, from the spellings of transformers 4 (rope_scaling) and 5, which prefers it.
 
     Fields that a file lacks are filled in as transformers does.
@@ -27,7 +22,7 @@ def rope_parameters(values: Mapping[str, Any], architecture: str) -> dict[str, A
     found = {key: value for key, value in found.items() if key != "type" and value is not None}
     found["rope_type"] = rope_type
     theta = values.get("rope_theta")
-    found.setdefault("rope_theta", DEFAULT_ROPE_THETA.get(architecture, 1e4) if theta is None else theta)
+    found.setdefault("rope_theta", family.default_theta if theta is None else theta)
     if values.get("partial_rotary_factor") is not None:
         found.setdefault("partial_rotary_factor", values["partial_rotary_factor"])
     if rope_type in STRETCHED:
@@ -38,12 +33,12 @@ def rope_parameters(values: Mapping[str, Any], architecture: str) -> dict[str, A
     return found
 
 
-def read(values: Mapping[str, Any], architecture: str, where: str) -> dict[str, Any]:
+def read(values: Mapping[str, Any], family: Family, where: str) -> dict[str, Any]:
     """Read the fields of a model that concern positions from a config.json whose types were checked.
 
     Args:
         values: of the file.
-        architecture: that it states.
+        family: that it states.
         where: begins messages.
 
     Returns:
@@ -52,19 +47,19 @@ def read(values: Mapping[str, Any], architecture: str, where: str) -> dict[str, 
     Raises:
         UserError: the architecture does not compute what the file states.
     """
-    parameters = rope_parameters(values, architecture)
+    parameters = rope_parameters(values, family)
     nested = [key for key, value in parameters.items() if isinstance(value, dict)]
     if nested:
         raise UserError(
-            f"{where}: rope_parameters differ by layer ('{nested[0]}'), {architecture} has one set for all; choose "
-            "another checkpoint"
+            f"{where}: rope_parameters differ by layer ('{nested[0]}'), {family.architecture} has one set for all; "
+            "choose another checkpoint"
         )
     if parameters.get("partial_rotary_factor", 1.0) != 1.0:
         raise UserError(
             f"{where}: partial_rotary_factor {parameters['partial_rotary_factor']}, only 1.0 is computed; choose "
             "another checkpoint"
         )
-    window, types = _windows(values, architecture, where)
+    window, types = _windows(values, family, where)
     return {
         "rope_theta": parameters["rope_theta"],
         "rope_scaling": _scaling(parameters),
@@ -82,30 +77,30 @@ def _scaling(parameters: Mapping[str, Any]) -> dict[str, Any] | None:
     return {"rope_type": rope_type, **{key: value for key, value in parameters.items() if key in fields}}
 
 
-def _windows(values: Mapping[str, Any], architecture: str, where: str) -> tuple[int | None, Sequence[str]]:
-    window = values.get("sliding_window", DEFAULT_WINDOW.get(architecture))
-    if architecture in SWITCHED and not values.get("use_sliding_window"):
+def _windows(values: Mapping[str, Any], family: Family, where: str) -> tuple[int | None, Sequence[str]]:
+    window = values.get("sliding_window", family.default_window)
+    if family.window_switch and not values.get("use_sliding_window"):
         window = None
-    types = _layer_types(values, architecture, where)
-    if architecture not in (*EACH_LAYER, *ALL_LAYERS):
+    types = _layer_types(values, family, where)
+    if family.windows == "none":
         window = None
-    elif architecture in EACH_LAYER and SLIDING in types and window is None:
+    elif family.windows == "each" and SLIDING in types and window is None:
         raise UserError(f"{where}: layer_types has '{SLIDING}', use_sliding_window or sliding_window is off; set both")
     if window is not None and window < 1:
         raise UserError(f"{where}: sliding_window {window} leaves nothing to attend to; use at least 1, or null")
-    return window, types if architecture in EACH_LAYER and window is not None else ()
+    return window, types if family.windows == "each" and window is not None else ()
 
 
-def _layer_types(values: Mapping[str, Any], architecture: str, where: str) -> list[str]:
+def _layer_types(values: Mapping[str, Any], family: Family, where: str) -> list[str]:
     """The kind of every layer, as stated, or as the config class derives it."""
     types, layers = values.get("layer_types"), values["num_hidden_layers"]
     if types is None:
-        return _derived_types(values, architecture, layers)
-    known = {FULL, SLIDING} if architecture in EACH_LAYER else {FULL}
+        return _derived_types(values, family, layers)
+    known = {FULL, SLIDING} if family.windows == "each" else {FULL}
     if unknown := set(types) - known:
         raise UserError(
-            f"{where}: layer_types has '{min(unknown)}', {architecture} computes {', '.join(sorted(known))}; choose "
-            "another checkpoint"
+            f"{where}: layer_types has '{min(unknown)}', {family.architecture} computes "
+            f"{', '.join(sorted(known))}; choose another checkpoint"
         )
     if len(types) != layers:
         raise UserError(
@@ -115,11 +110,11 @@ def _layer_types(values: Mapping[str, Any], architecture: str, where: str) -> li
     return list(types)
 
 
-def _derived_types(values: Mapping[str, Any], architecture: str, layers: int) -> list[str]:
+def _derived_types(values: Mapping[str, Any], family: Family, layers: int) -> list[str]:
     first = values.get("max_window_layers")
     first = DEFAULT_WINDOW_LAYERS if first is None else first
     on = bool(values.get("use_sliding_window")) and values.get("sliding_window", 1) is not None
-    if architecture == "Qwen2MoeForCausalLM":
+    if family.alternating_windows:
         slides = [layer % 2 == 0 and layer < first for layer in range(layers)]
     else:
         slides = [layer >= first for layer in range(layers)]
@@ -134,13 +129,13 @@ def spelled_rope(model: ModelConfig) -> dict[str, Any]:
     return {**theta, **parameters, **({"rope_scaling": scaling} if scaling else {})}
 
 
-def spelled_windows(model: ModelConfig, architecture: str) -> dict[str, Any]:
+def spelled_windows(model: ModelConfig, family: Family) -> dict[str, Any]:
     """Spell how far layers look back, for an architecture of transformers that computes the model."""
     window, layers = model.sliding_window, model.num_hidden_layers
-    if architecture in SWITCHED:
+    if family.window_switch:
         types = [FULL if model.window(layer) is None else SLIDING for layer in range(layers)]
         # How many layers are full before the first window: what versions before `layer_types` read.
         leading = types.index(SLIDING) if window else layers
         values = {"use_sliding_window": window is not None, "sliding_window": window, "max_window_layers": leading}
-        return values | ({"layer_types": types} if window is not None and architecture in EACH_LAYER else {})
-    return {"sliding_window": window} if architecture in ALL_LAYERS else {}
+        return values | ({"layer_types": types} if window is not None and family.windows == "each" else {})
+    return {"sliding_window": window} if family.windows == "all" else {}

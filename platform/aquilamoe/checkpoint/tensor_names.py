@@ -1,9 +1,10 @@
 """Names and shapes of the tensors of a checkpoint: the one place for how Hugging Face spells them.
 
 Inside a layer a tensor is known by its role, e.g. `self_attn.q_proj.weight`: its name after `model.layers.N.`
-in the spelling of Llama, Qwen2 and Qwen2-MoE. Only Mixtral spells its router and experts differently on disk.
+in the spelling of Llama, Qwen2 and Qwen2-MoE. `families` has what others call it on disk.
 """
 
+from aquilamoe.checkpoint.families import registry
 from aquilamoe.config.network import ABSENT_SHARED_EXPERT_SIZE
 from aquilamoe.config.schema import ModelConfig
 
@@ -33,24 +34,11 @@ EXPERT_GATE, EXPERT_UP = "mlp.experts.gate_proj.weight", "mlp.experts.up_proj.we
 EXPERT_DOWN = "mlp.experts.down_proj.weight"
 
 _WRITERS = (O_WEIGHT, DOWN, EXPERT_DOWN, SHARED_DOWN)
-_MIXTRAL_PROJECTIONS = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 
 
 def architecture(config: ModelConfig) -> str:
     """Name of the class in `transformers` that computes this model."""
-    if config.is_moe:
-        if config.qk_norm != "none":
-            return "Qwen3MoeForCausalLM" if config.qk_norm == "head" else "OlmoeForCausalLM"
-        further = config.qkv_bias, config.shared_expert_intermediate_size, config.mlp_only_layers, config.layer_types
-        is_mixtral = not any(further)
-        return "MixtralForCausalLM" if is_mixtral and config.norm_topk_prob else "Qwen2MoeForCausalLM"
-    if config.qk_norm == "head":
-        return "Qwen3ForCausalLM"
-    if config.qkv_bias:
-        return "Qwen2ForCausalLM"
-    # The same network as Llama, but with windows, and heads that do not divide the hidden size.
-    is_mistral = config.sliding_window is not None or config.hidden_size % config.num_attention_heads
-    return "MistralForCausalLM" if is_mistral else "LlamaForCausalLM"
+    return registry.of(config).architecture
 
 
 def expert_role(expert: int, role: str) -> str:
@@ -121,24 +109,14 @@ def filler_roles(config: ModelConfig) -> list[str]:
 
 
 def _filler_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    if architecture(config) != "Qwen2MoeForCausalLM" or config.shared_expert_intermediate_size:
+    if not registry.of(config).has_shared_expert or config.shared_expert_intermediate_size:
         return {}
     return _shared_expert(config.hidden_size, ABSENT_SHARED_EXPERT_SIZE)
 
 
 def layer_name(config: ModelConfig, layer: int, role: str) -> str:
     """On-disk name of a role in a layer, e.g. `model.layers.3.self_attn.q_proj.weight`."""
-    if architecture(config) == "MixtralForCausalLM" and role.startswith("mlp."):
-        role = mixtral_role(role)
-    return f"model.layers.{layer}.{role}"
-
-
-def mixtral_role(role: str) -> str:
-    """A role of a sparse layer as Mixtral's files spell it."""
-    role = role.replace("mlp.", "block_sparse_moe.", 1)
-    for ours, mixtral in _MIXTRAL_PROJECTIONS.items():
-        role = role.replace(f".{ours}.", f".{mixtral}.")
-    return role
+    return f"model.layers.{layer}.{registry.of(config).spell(role)}"
 
 
 def layer_names(config: ModelConfig, layer: int) -> dict[str, str]:

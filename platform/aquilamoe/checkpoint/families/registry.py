@@ -1,0 +1,28 @@
+"""The architectures of transformers that are read and written, a file for each. Torch-free."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from aquilamoe.checkpoint.families import llama, mistral, mixtral, olmoe, qwen2, qwen2_moe, qwen3, qwen3_moe
+from aquilamoe.checkpoint.families.family import Family
+from aquilamoe.config.network import ModelConfig
+
+# By the name of the class in transformers.
+FAMILIES = {
+    module.FAMILY.architecture: module.FAMILY
+    for module in (llama, mistral, qwen2, qwen3, mixtral, qwen2_moe, qwen3_moe, olmoe)
+}
+
+
+def of(model: ModelConfig) -> Family:
+    """The family as which a network is written."""
+    return next(family for family in FAMILIES.values() if family.computes(model))
+
+
+def stated(values: Mapping[str, Any]) -> Family | None:
+    """The family that a config.json states, by its class or else by its model_type; None where it is no known one."""
+    names = values.get("architectures") or [
+        family.architecture for family in FAMILIES.values() if family.model_type == values.get("model_type")
+    ]
+    is_one = isinstance(names, list) and len(names) == 1 and isinstance(names[0], str)
+    return FAMILIES.get(names[0]) if is_one else None
