@@ -115,7 +115,7 @@ def test_workers_leave_what_lies_beside_the_notes_of_ray_train(tmp_path: Path, m
     for path in (mine, left):
         path.parent.mkdir(parents=True)
         path.write_text("1")
-    monkeypatch.setattr(launch, "start_session", lambda _: None)
+    monkeypatch.setattr(launch, "start_session", lambda *_: None)
     monkeypatch.setattr(launch, "_start_crew", lambda *_: None)
     workers = Workers(example.cluster(executor="ray"), tmp_path, "pipeline")
     workers.crew.result()

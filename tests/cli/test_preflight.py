@@ -101,11 +101,16 @@ def test_several_workers_need_ray(check: Callable[..., str | None]) -> None:
 
 def test_a_batch_must_be_shared_evenly_by_the_workers(check: Callable[..., str | None]) -> None:
     words = ("cluster.workers=3", "stages.prepare.batch_tokens=4096", "stages.prepare.sequence_length=128")
-    assert check(*words) == (
-        "stages.prepare.batch_tokens: 4096 tokens are 32 sequences, which 3 workers cannot share evenly; "
+    line = (
+        "stages.{}.batch_tokens: 4096 tokens are 32 sequences, which 3 workers cannot share evenly; "
         "choose a multiple of 384"
     )
+    assert check(*words) == "\n".join(line.format(name) for name in ("prepare", "dense", "moe", "control"))
     assert check("cluster.workers=4") is None
+    assert check("++stages.moe.cluster.workers=3") == line.format("moe")
+    assert check("++stages.moe.cluster.workers=4", "cluster.executor=process") == (
+        "stages.moe.cluster.workers: 4 workers need cluster.executor=ray; use cluster=local, or 1 worker"
+    )
 
 
 def test_a_run_that_does_not_fit_the_disk_is_refused_with_both_sizes(

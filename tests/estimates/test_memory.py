@@ -106,7 +106,7 @@ def big(**changes: Any) -> Training:
     """A stage of a model of 0.1 billion parameters."""
     sizes = {"hidden_size": 1024, "num_hidden_layers": 8, "intermediate_size": 4096, "batch_tokens": 2**16}
     job = make_job(**{**sizes, **changes})
-    return Training("big", job.model, job.stage)
+    return Training("big", job.model, job.stage, cluster())
 
 
 @pytest.mark.parametrize("part", ["weights", "gradients", "optimizer"])

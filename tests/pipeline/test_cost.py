@@ -132,7 +132,7 @@ def test_a_plan_estimates_what_the_papers_line_costs_before_anything_runs(compos
     table = costs.estimated(plan(experiment, tmp_path), experiment.cluster)
     by_name = {row.name: row for row in table.rows}
     stages, cluster = graph.build(experiment), experiment.cluster
-    seconds = Speed.of(cluster).seconds(stages["prepare"].flops, None)
+    seconds = Speed.of(cluster).seconds(stages["prepare"], None)
     assert seconds is not None
     hours = seconds / 3600
     assert by_name["prepare"].own.money == pytest.approx(hours * 256 * cluster.price_per_device_hour)
@@ -177,7 +177,8 @@ def test_the_figures_of_a_record_are_flat_and_survive_json() -> None:
 
 
 def test_the_speed_of_another_number_of_devices_is_not_used_for_this_one(compose: Compose, tmp_path: Path) -> None:
-    nodes, store = graph.build(graph.parse(compose())), Store(tmp_path)
+    experiment, store = graph.parse(compose()), Store(tmp_path)
+    nodes = graph.build(experiment)
     planned = {each.name: each for each in planning.make(nodes, store, Speed(1e9))}["prepare"]
     cost = costing.entry(Cost(), {"fingerprint": "x"}, [], attempts=1, devices=1)
     record = stage_record(recipe=planned.recipe, metrics={"flops": 2e9}, cost=cost)
@@ -185,7 +186,8 @@ def test_the_speed_of_another_number_of_devices_is_not_used_for_this_one(compose
     store.publish(partial, record)
 
     def seconds(devices: int) -> dict[str, float | None]:
-        return {each.name: each.seconds for each in planning.make(nodes, store, Speed(1e9), devices)}
+        where = experiment.cluster.model_copy(update={"workers": devices})
+        return {each.name: each.seconds for each in planning.make(nodes, store, Speed(1e9), where)}
 
     for name in ("prepare", "moe"):
         assert seconds(1)[name] == pytest.approx(nodes[name].flops / 2e9)

@@ -7,9 +7,8 @@ from functools import cache
 
 from aquilamoe.ablation.study_graph import Leaf, StudyGraph, with_ancestors
 from aquilamoe.ablation.variants import Variant
-from aquilamoe.estimates.duration import Speed
 from aquilamoe.pipeline import plan as planning
-from aquilamoe.pipeline.plan import Planned
+from aquilamoe.pipeline.plan import Planned, TrainingSpeed
 from aquilamoe.pipeline.store import Store
 
 DATA_KINDS = ("corpus", "tokenizer", "tokenize")
@@ -47,7 +46,7 @@ class Task:
         return self.stages[-1].state == "cached"
 
 
-def tasks(union: StudyGraph, store: Store, speed: Speed) -> list[Task]:
+def tasks(union: StudyGraph, store: Store, speed: TrainingSpeed) -> list[Task]:
     """Every distinct leaf once, seed by seed: an ablation that is cut has whole comparisons of its first seeds."""
     plans: dict[str, tuple[Leaf, list[Planned]]] = {}
     store = Glance(store)

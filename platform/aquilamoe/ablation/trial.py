@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from aquilamoe.ablation.plan import Task
+from aquilamoe.config import stage_cluster
 from aquilamoe.config.messages import one_line
 from aquilamoe.config.passwords import learn, without_passwords
 from aquilamoe.config.points import note
@@ -118,7 +119,9 @@ def compute(task: Task, store: Store, cluster: ClusterConfig, logs: Path, observ
         each.unlink(missing_ok=True)
     try:
         # Ray Train's notes are separate for each trial: starting workers clears the folder of those before.
-        with workers_for(cluster, store.root / "trials" / task.name, task.name, will_train=True):
+        trained = [planned.node for planned in task.stages if planned.node.stage.kind == "pretrain"]
+        clusters = [stage_cluster.of(node, cluster) for node in trained]
+        with workers_for(clusters, store.root / "trials" / task.name, task.name):
             runner.run(
                 task.stages,
                 store,

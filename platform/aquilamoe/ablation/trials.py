@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from aquilamoe.ablation.plan import Task
 from aquilamoe.ablation.trial import Failure, Field, OnEnd, Stopping, compute
+from aquilamoe.config import stage_cluster
 from aquilamoe.config.schema import ClusterConfig
 from aquilamoe.pipeline.store import Store
 
@@ -30,7 +31,8 @@ def run(
     if not field.waiting():
         return {}
     in_ray = cluster.executor == "ray"
-    if cluster.workers == 1:
+    stages = [planned.node for task in tasks for planned in task.stages]
+    if all(stage_cluster.of(node, cluster).workers == 1 for node in stages):
         cluster = cluster.model_copy(update={"executor": "process", "cpus_per_worker": trial_cpus})
     if in_ray:
         from aquilamoe.ablation import tuning

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from aquilamoe.ablation.plan import Task
 from aquilamoe.ablation.trial import Field, Stopped, Stopping, compute
+from aquilamoe.config import stage_cluster
 from aquilamoe.config.schema import ClusterConfig
 from aquilamoe.pipeline import integrity
 from aquilamoe.pipeline.store import METRICS, Record, Store, read_points
@@ -93,7 +94,7 @@ def run(field: Field, cluster: ClusterConfig, stopping: Stopping | None) -> None
             param_space={"task": tune.grid_search(names)},
             tune_config=tune.TuneConfig(
                 scheduler=_halving(field.tasks.values(), stopping) if stopping else None,
-                max_concurrent_trials=_room(cluster) if nested else None,
+                max_concurrent_trials=_room(field, cluster) if nested else None,
                 reuse_actors=stopping is None,  # the worker of a stopped trial continues training until it is ended
             ),
             run_config=tune.RunConfig(
@@ -108,14 +109,17 @@ def run(field: Field, cluster: ClusterConfig, stopping: Stopping | None) -> None
         shutil.rmtree(notes, ignore_errors=True)  # Tune's own notes: nothing is resumed from them
 
 
-def _room(cluster: ClusterConfig) -> int:
+def _room(field: Field, cluster: ClusterConfig) -> int:
     """How many trials' workers the cluster has room for at once; at least 1, which then reports what is missing."""
     import ray
 
     from aquilamoe.training.ray.session import resources_per_worker
 
-    has, each = ray.cluster_resources(), resources_per_worker(cluster)
-    return max(1, min(int(has.get(name, 0.0) // (amount * cluster.workers)) for name, amount in each.items()))
+    has, rooms = ray.cluster_resources(), []
+    for own in (stage_cluster.of(planned.node, cluster) for task in field.tasks.values() for planned in task.stages):
+        each = resources_per_worker(own)
+        rooms += [int(has.get(name, 0.0) // (amount * own.workers)) for name, amount in each.items()]
+    return max(1, min(rooms))
 
 
 def _trial(

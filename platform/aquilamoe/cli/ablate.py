@@ -23,7 +23,7 @@ from aquilamoe.config import graph
 from aquilamoe.config.ablation import AblationConfig
 from aquilamoe.config.messages import UserError, first_problem
 from aquilamoe.config.schema import ClusterConfig, ExperimentConfig
-from aquilamoe.estimates.duration import Speed
+from aquilamoe.estimates.duration import StageSpeed
 from aquilamoe.files import write_atomically
 from aquilamoe.pipeline import runner
 from aquilamoe.pipeline.store import Store
@@ -71,7 +71,7 @@ def execute(values: Mapping[str, Any], known: list[str], compose: Compose, comma
 def _print_document(experiment: ExperimentConfig, union: StudyGraph, store: Store, study: Callable[[], Study]) -> None:
     """Print the plan, or the results so far as `summary.json` holds them, as JSON."""
     if experiment.action == "plan":
-        tasks = planning.tasks(union, store, Speed.of(experiment.cluster))
+        tasks = planning.tasks(union, store, StageSpeed(experiment.cluster))
         print(documents.text(ablation_view.plan_document(experiment.name, union, tasks)))
     elif experiment.action == "status":
         document = json.loads(study_text(study()))
@@ -82,7 +82,7 @@ def _print_document(experiment: ExperimentConfig, union: StudyGraph, store: Stor
 
 def _show_plan(experiment: ExperimentConfig, union: StudyGraph, store: Store, config: AblationConfig) -> None:
     cluster = experiment.cluster
-    tasks = planning.tasks(union, store, Speed.of(cluster))
+    tasks = planning.tasks(union, store, StageSpeed(cluster))
     out = console()
     out.print(f"{experiment.name}: {experiment.description}\n")
     out.print(ablation_view.plan_table(union, tasks, config))
@@ -150,7 +150,7 @@ def _written(study: Study, folder: Path) -> Path:
 def _run(experiment: ExperimentConfig, union: StudyGraph, store: Store, config: AblationConfig) -> dict[str, Failure]:
     """Data, then what several variants grow from, then variants and controls; what failed, by task."""
     out, cluster = console(), experiment.cluster
-    tasks = planning.tasks(union, store, Speed.of(cluster))
+    tasks = planning.tasks(union, store, StageSpeed(cluster))
     out.print(f"{experiment.name}: {experiment.description}\n")
     out.print(f"{ablation_view.plan_summary(union, planning.totals(tasks), _at_once(cluster, config))}\n")
     runner.run(planning.data_stages(tasks), store, cluster, [])
@@ -164,7 +164,7 @@ def _run(experiment: ExperimentConfig, union: StudyGraph, store: Store, config: 
         failures |= trials.run(variants, store, cluster, config.trial_cpus, on_end=receipt, stopping=stopping)
         tasks = [task for task in tasks if task.leaf.control is not None]
     failures |= lost | trials.run(tasks, store, cluster, config.trial_cpus, on_end=receipt)
-    paid = planning.tasks(union, store, Speed.of(cluster))
+    paid = planning.tasks(union, store, StageSpeed(cluster))
     out.print()
     out.print(cost_table(ablation_costs.table(union, paid, cluster), out.width))
     out.print()

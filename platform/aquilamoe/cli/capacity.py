@@ -16,7 +16,7 @@ from aquilamoe.pipeline.plan import Planned
 PARTS = ("weights", "gradients", "optimizer", "activations", "loss", "buffers")
 
 
-def training_table(plan: Sequence[Planned], stages: Sequence[Training], cluster: ClusterConfig) -> Table:
+def training_table(plan: Sequence[Planned], stages: Sequence[Training]) -> Table:
     """Steps and their time, forward passes of a step, and what a checkpoint weighs."""
     table = make_table(
         "training", ">steps", ">tokens\na step", ">passes\na step", ">a step", ">tokens/s", ">checkpoint"
@@ -29,7 +29,7 @@ def training_table(plan: Sequence[Planned], stages: Sequence[Training], cluster:
             each.name,
             f"{steps:,}",
             format.count(each.stage.batch_tokens),
-            str(memory.micro_batches(each.stage, cluster)[1]),
+            str(memory.micro_batches(each.stage, each.cluster)[1]),
             format.duration(expected / steps) if expected else format.ABSENT,
             format.count(speed),
             format.size_or_absent(memory.checkpoint_bytes(each.model, each.stage)),
@@ -37,11 +37,11 @@ def training_table(plan: Sequence[Planned], stages: Sequence[Training], cluster:
     return table
 
 
-def memory_table(stages: Sequence[Training], cluster: ClusterConfig) -> Table:
+def memory_table(stages: Sequence[Training]) -> Table:
     """Memory of one device by what it is for; the peak is less than the sum, because not all is there at once."""
     table = make_table("a device", *(f">{part}" for part in PARTS), ">peak")
     for each in stages:
-        found = memory.estimate(each.model, each.stage, cluster)
+        found = memory.estimate(each.model, each.stage, each.cluster)
         parts = (found.weights, found.gradients, found.optimizer, found.activations, found.loss, found.communication)
         table.add_row(
             each.name,

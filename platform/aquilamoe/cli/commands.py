@@ -17,10 +17,10 @@ from aquilamoe.config.graph import Node
 from aquilamoe.config.messages import UserError
 from aquilamoe.config.passwords import masked
 from aquilamoe.config.paths import shown
-from aquilamoe.config.schema import ClusterConfig, ExperimentConfig
+from aquilamoe.config.schema import ExperimentConfig, PretrainStage
 from aquilamoe.estimates import layouts
 from aquilamoe.estimates.dry_run_graph import shrunk
-from aquilamoe.estimates.duration import Speed
+from aquilamoe.estimates.duration import StageSpeed
 from aquilamoe.files import write_atomically
 from aquilamoe.lineage.artifacts import Artifact
 from aquilamoe.lineage.expected import expected_stages
@@ -28,7 +28,6 @@ from aquilamoe.lineage.graph import ArtifactGraph, read_graph
 from aquilamoe.lineage.unused import Unused, remove, unused
 from aquilamoe.pipeline import plan as planning
 from aquilamoe.pipeline import runner
-from aquilamoe.pipeline.cost import training_devices
 from aquilamoe.pipeline.plan import Planned
 from aquilamoe.pipeline.stage import Input
 from aquilamoe.pipeline.store import Store
@@ -68,7 +67,7 @@ def execute(values: Mapping[str, Any], command: str) -> None:
         _rehearse(values, experiment, nodes)
         return
     cluster = experiment.cluster
-    plan = planning.make(nodes, store, Speed.of(cluster), training_devices(cluster))
+    plan = planning.make(nodes, store, StageSpeed(cluster), cluster)
     if experiment.action == "plan":
         _show_plan(experiment, plan, store)
     elif experiment.action == "status":
@@ -79,7 +78,7 @@ def execute(values: Mapping[str, Any], command: str) -> None:
         preflight.check(experiment, plan, store.root)
         with _held(store, plan) as is_writable:
             # Planned again under the lock: what another run has finished meanwhile is cached now.
-            plan = planning.make(nodes, store, Speed.of(cluster), training_devices(cluster))
+            plan = planning.make(nodes, store, StageSpeed(cluster), cluster)
             with watch.announced(store, experiment.name, plan) if is_writable else nullcontext():
                 _run(experiment, plan, store, command)
 
@@ -164,7 +163,7 @@ def _query_lineage(experiment: ExperimentConfig, nodes: Mapping[str, Node], stor
 
     def run(plan: Sequence[Planned], scratch: Store) -> dict[str, Input]:
         preflight.check(experiment, plan, scratch.root)
-        _set_environment(experiment.cluster)
+        _set_environment(experiment)
         view = live.LiveView(out, experiment.name, plan)
         with _workers(experiment, plan, scratch):
             return runner.run(plan, scratch, experiment.cluster, [view])
@@ -185,7 +184,7 @@ def _lineage_text(library: ArtifactGraph, entry: Artifact) -> str:
 
 def _examine(experiment: ExperimentConfig, nodes: Mapping[str, Node], store: Store) -> None:
     """Let a checkpoint write, or evaluate it on tasks."""
-    _set_environment(experiment.cluster)
+    _set_environment(experiment)
     out = console.console()
     if experiment.action == "generate":
         evaluation.generate(experiment, nodes, store, lambda line: out.print(line, soft_wrap=True))
@@ -198,11 +197,13 @@ def _examine(experiment: ExperimentConfig, nodes: Mapping[str, Node], store: Sto
 
 def _rehearse(values: Mapping[str, Any], experiment: ExperimentConfig, nodes: Mapping[str, Node]) -> None:
     """Check every tensor at full size without values, then run the graph small; nothing is left of it."""
-    _set_environment(experiment.cluster)
+    _set_environment(experiment)
     from aquilamoe.estimates.dry_run_shapes import check_growth, check_model
 
     out, started = console.console(), time.monotonic()
     out.print(f"{experiment.name}: {experiment.description}\n")
+    if refused := preflight.refused_layouts(nodes.values(), experiment.cluster):
+        raise UserError(*refused)
     for node in nodes.values():
         planning.estimate(node)  # its checks apply here, too
         if node.model is not None and node.stage.kind != "export":
@@ -213,7 +214,7 @@ def _rehearse(values: Mapping[str, Any], experiment: ExperimentConfig, nodes: Ma
     with TemporaryDirectory(prefix=f"{experiment.name}-dryrun-") as scratch:
         small, width = shrunk(values, Path(scratch))
         rehearsed, store = graph.parse(small), Store(Path(scratch))
-        plan = planning.make(graph.build(rehearsed), store, Speed.of(rehearsed.cluster))
+        plan = planning.make(graph.build(rehearsed), store, StageSpeed(rehearsed.cluster))
         out.print(f"\nThe graph with widths divided by {width}, a batch for every stage, and invented text:")
         done = runner.run(plan, store, rehearsed.cluster, [live.LiveView(out, rehearsed.name, plan)])
     out.print(f"\nAll {len(done)} stages ran, in {format.duration(time.monotonic() - started)}; nothing of it is kept.")
@@ -229,7 +230,8 @@ def _show_plan(experiment: ExperimentConfig, plan: Sequence[Planned], store: Sto
     out.print()
     out.print(tables.cost_table(costs.estimated(plan, experiment.cluster), out.width))
     _show_devices(out, experiment, plan)
-    for line in preflight.missing_files(plan):
+    refused = preflight.refused_layouts((planned.node for planned in plan), experiment.cluster)
+    for line in [*refused, *preflight.missing_files(plan)]:
         out.print(f"\na run would stop: {line}", style="yellow", soft_wrap=True)
     for line in preflight.warnings(plan):
         out.print(f"\nwarning: {line}", style="yellow", soft_wrap=True)
@@ -238,13 +240,14 @@ def _show_plan(experiment: ExperimentConfig, plan: Sequence[Planned], store: Sto
 
 def _show_devices(out: Any, experiment: ExperimentConfig, plan: Sequence[Planned]) -> None:
     """What training takes of every device, and of a GPU also which layouts have room."""
-    cluster, stages = experiment.cluster, layouts.training(planned.node for planned in plan)
+    cluster = experiment.cluster
+    stages = layouts.training((planned.node for planned in plan), cluster)
     if not stages:
         return
     out.print(f"\n{capacity.speed(cluster)}\n")
-    out.print(capacity.training_table(plan, stages, cluster))
+    out.print(capacity.training_table(plan, stages))
     out.print()
-    out.print(capacity.memory_table(stages, cluster))
+    out.print(capacity.memory_table(stages))
     if cluster.gpus_per_worker and cluster.gpu_memory_bytes and (now := layouts.choice(stages, cluster, {})):
         out.print()
         out.print(capacity.layout_table(layouts.ladder(stages, cluster), now))
@@ -288,7 +291,7 @@ def _kept(plan: Sequence[Planned]) -> dict[str, str]:
 
 
 def _run(experiment: ExperimentConfig, plan: Sequence[Planned], store: Store, command: str) -> None:
-    _set_environment(experiment.cluster)
+    _set_environment(experiment)
     out = console.console()
     out.print(f"{experiment.name}: {experiment.description}")
     if hint := preflight.slow_precision(experiment, plan):
@@ -333,13 +336,15 @@ def _run(experiment: ExperimentConfig, plan: Sequence[Planned], store: Store, co
 
 def _workers(experiment: ExperimentConfig, plan: Sequence[Planned], store: Store) -> AbstractContextManager[None]:
     """Workers for the stages that train; none for a run that has everything."""
-    will_train = any(planned.node.stage.kind == "pretrain" and planned.is_computed for planned in plan)
-    return workers_for(experiment.cluster, store.root, experiment.name, will_train)
+    clusters = preflight.training_clusters(experiment.cluster, plan)
+    return workers_for(list(clusters.values()), store.root, experiment.name)
 
 
-def _set_environment(cluster: ClusterConfig) -> None:
+def _set_environment(experiment: ExperimentConfig) -> None:
     """Before a stage of this process imports torch."""
-    temporary.use(short=cluster.executor == "ray", keep_compiled=cluster.compile)
+    cluster, stages = experiment.cluster, experiment.stages.values()
+    own = [stage.cluster.get("compile") for stage in stages if isinstance(stage, PretrainStage)]
+    temporary.use(short=cluster.executor == "ray", keep_compiled=cluster.compile or any(own))
     for key, value in WORKER_ENVIRONMENT.items():
         os.environ.setdefault(key, value)
 

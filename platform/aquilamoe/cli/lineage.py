@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from aquilamoe.config.graph import Node
 from aquilamoe.config.messages import UserError
 from aquilamoe.config.schema import ExperimentConfig
-from aquilamoe.estimates.duration import Speed
+from aquilamoe.estimates.duration import StageSpeed
 from aquilamoe.format import size
 from aquilamoe.lineage import differences
 from aquilamoe.lineage import rebuild as rebuilding
@@ -189,7 +189,7 @@ def _verdict(verified: Verified, width: int) -> str:
 def _rebuild(query: LineageQuery) -> None:
     """Rebuild an output beside the store and compare it with its record; UserError if other bytes come out."""
     query, entry = query.find("checkpoint", query.experiment.checkpoint)
-    speed = Speed.of(query.experiment.cluster)
+    speed = StageSpeed(query.experiment.cluster)
     rebuild = rebuilding.prepare(
         query.experiment, entry, query.library, expected=query.expected, root=query.store.root, speed=speed
     )

@@ -1,12 +1,14 @@
 """Whether an experiment can run here: checked before anything is started."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
+from aquilamoe.config import stage_cluster
+from aquilamoe.config.graph import Node
 from aquilamoe.config.messages import UserError
-from aquilamoe.config.schema import CorpusStage, ExperimentConfig, PretrainStage, TokenizerStage
+from aquilamoe.config.schema import ClusterConfig, CorpusStage, ExperimentConfig, PretrainStage, TokenizerStage
 from aquilamoe.data.corpus import source_files
 from aquilamoe.data.vocabulary import find_file
 from aquilamoe.files import free_bytes
@@ -16,12 +18,22 @@ from aquilamoe.pipeline.plan import Planned
 
 def check(experiment: ExperimentConfig, plan: Sequence[Planned], root: Path) -> None:
     """UserError with what is needed, what is available and what to do."""
-    if any(planned.is_computed and planned.node.stage.kind == "pretrain" for planned in plan):
-        _check_gpus(experiment)
-    _check_workers(experiment)
+    clusters = training_clusters(experiment.cluster, plan)
+    _check_gpus(experiment, list(clusters.values()))
+    if refused := refused_layouts((planned.node for planned in plan), experiment.cluster):
+        raise UserError(*refused)
     _check_disk(plan, root)
     if missing := missing_files(plan):
         raise UserError(*missing)
+
+
+def training_clusters(cluster: ClusterConfig, plan: Sequence[Planned]) -> dict[str, ClusterConfig]:
+    """The cluster of every stage that will train, by name, in their order."""
+    return {
+        planned.name: stage_cluster.of(planned.node, cluster)
+        for planned in plan
+        if planned.is_computed and isinstance(planned.node.stage, PretrainStage)
+    }
 
 
 def missing_files(plan: Sequence[Planned]) -> list[str]:
@@ -51,8 +63,10 @@ def warnings(plan: Sequence[Planned]) -> list[str]:
     ]
 
 
-def _check_gpus(experiment: ExperimentConfig) -> None:
-    cluster = experiment.cluster
+def _check_gpus(experiment: ExperimentConfig, clusters: Sequence[ClusterConfig]) -> None:
+    cluster = max(clusters, key=lambda each: each.workers * each.gpus_per_worker, default=None)
+    if cluster is None:
+        return
     needed, found = cluster.workers * cluster.gpus_per_worker, len(local_gpus())
     if cluster.address is None and needed > found:
         memory = f" with {size(cluster.gpu_memory_bytes)} each" if cluster.gpu_memory_bytes else ""
@@ -74,15 +88,15 @@ BF16_FLAGS = {"avx512bw", "amx_bf16", "avx_ne_convert"}
 
 def slow_precision(experiment: ExperimentConfig, plan: Sequence[Planned]) -> str | None:
     """A warning where training on the CPU of this machine would be many times slower than it has to be."""
-    cluster = experiment.cluster
+    on_cpu = {name for name, each in training_clusters(experiment.cluster, plan).items() if not each.gpus_per_worker}
     rounded = [
         planned.name
         for planned in plan
-        if planned.is_computed
+        if planned.name in on_cpu
         and isinstance(planned.node.stage, PretrainStage)
         and planned.node.stage.precision != "fp32"
     ]
-    if not rounded or cluster.gpus_per_worker or cluster.address is not None or has_bf16_products():
+    if not rounded or experiment.cluster.address is not None or has_bf16_products():
         return None
     return (
         f"precision: stages {', '.join(rounded)} compute in bfloat16, about 20 times slower than float32 on this CPU, "
@@ -100,16 +114,25 @@ def has_bf16_products() -> bool:
     return found is None or not BF16_FLAGS.isdisjoint(found)
 
 
-def _check_workers(experiment: ExperimentConfig) -> None:
-    workers = experiment.cluster.workers
-    if experiment.cluster.executor == "process" and workers > 1:
-        raise UserError(f"cluster.workers: {workers} workers need cluster.executor=ray; use cluster=local, or 1 worker")
-    for name, stage in experiment.stages.items():
-        if isinstance(stage, PretrainStage) and (rows := stage.batch_tokens // stage.sequence_length) % workers:
-            raise UserError(
-                f"stages.{name}.batch_tokens: {stage.batch_tokens} tokens are {rows} sequences, which {workers} "
-                f"workers cannot share evenly; choose a multiple of {workers * stage.sequence_length}"
+def refused_layouts(nodes: Iterable[Node], cluster: ClusterConfig) -> list[str]:
+    """What workers of stages that train would refuse when they have started, a line each."""
+    found = []
+    for node in nodes:
+        if not isinstance(stage := node.stage, PretrainStage):
+            continue
+        own = stage_cluster.of(node, cluster)
+        workers = own.workers
+        where = f"stages.{node.name}.cluster" if "workers" in stage.cluster else "cluster"
+        if own.executor == "process" and workers > 1:
+            found.append(
+                f"{where}.workers: {workers} workers need cluster.executor=ray; use cluster=local, or 1 worker"
             )
+        elif (rows := stage.batch_tokens // stage.sequence_length) % workers:
+            found.append(
+                f"stages.{node.name}.batch_tokens: {stage.batch_tokens} tokens are {rows} sequences, which "
+                f"{workers} workers cannot share evenly; choose a multiple of {workers * stage.sequence_length}"
+            )
+    return list(dict.fromkeys(found))
 
 
 def _check_disk(plan: Sequence[Planned], root: Path) -> None:

@@ -7,6 +7,9 @@ from pydantic import Field, model_validator
 from aquilamoe.config.numbers import Config, Float, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from aquilamoe.config.passwords import masked
 
+# Of a whole run: its one Ray session, and what prepares text before any stage trains.
+RUN_KEYS = ("executor", "address", "runtime_env", "data_processes")
+
 
 class ClusterConfig(Config):
     """Where and how stages run. Nothing here enters a fingerprint."""

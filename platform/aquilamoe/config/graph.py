@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from aquilamoe.ancestors import ancestors
-from aquilamoe.config import passwords, plugins
+from aquilamoe.config import passwords, plugins, stage_cluster
 from aquilamoe.config.external import TOKENIZER, Before, ExternalCheckpoint
 from aquilamoe.config.messages import UserError, first_problem, nearest
 from aquilamoe.config.numbers import MAX_LAYERS
@@ -84,7 +84,7 @@ def build(experiment: ExperimentConfig) -> dict[str, Node]:
     """Return the nodes in an order in which every stage comes after what it reads."""
     builder = _Builder(experiment)
     for name in experiment.stages:
-        builder.resolve(name)
+        stage_cluster.of(builder.resolve(name), experiment.cluster)  # its checks apply before anything runs
     for name in experiment.report.chain:
         builder.check_makes_checkpoint(name, "report.chain")
     if experiment.report.control is not None:

@@ -144,7 +144,14 @@ class PretrainStage(StageConfig):
     kind: Literal["pretrain"] = Field(description=KIND)
     roles = ("tokens",)
     optional_roles = ("source",)
+    places = ("cluster",)
 
+    cluster: dict[str, Any] = Field(
+        default_factory=dict,
+        exclude=True,
+        description="Keys of the group cluster that this stage has otherwise, e.g. {workers: 8, parallel: fsdp}; no "
+        "part of the recipe",
+    )
     model: ModelConfig | None = Field(description="Network to train from scratch; null: inputs.source is continued")
     total_tokens: PositiveInt | None = Field(description="Budget; null with equal_flops [tokens]")
     equal_flops: str | None = Field(

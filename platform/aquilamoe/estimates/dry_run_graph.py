@@ -28,6 +28,7 @@ TRAINING: Mapping[str, Any] = {
     "sequence_length": LENGTH,
     "validate_every_tokens": BATCH,
     "validation_tokens": LENGTH,
+    "cluster": {},
     "precision": "fp32",  # which any CPU computes as fast as it can
 }
 CLUSTER: Mapping[str, Any] = {

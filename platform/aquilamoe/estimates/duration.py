@@ -4,6 +4,8 @@ import os
 from dataclasses import dataclass
 from typing import Self
 
+from aquilamoe.config import stage_cluster
+from aquilamoe.config.graph import Node
 from aquilamoe.config.schema import ClusterConfig
 from aquilamoe.estimates import processor_speed
 
@@ -27,8 +29,19 @@ class Speed:
             return cls(None, min(cluster.workers * cluster.cpus_per_worker, os.cpu_count() or 1))
         return cls(None)
 
-    def seconds(self, flops: float, work: float | None) -> float | None:
-        """For so much training; None where it is unknown."""
+    def seconds(self, node: Node, work: float | None) -> float | None:
+        """For a stage that trains; None where it is unknown."""
         if self.flops_per_s is not None:
-            return flops / self.flops_per_s
-        return (work or flops) / processor_speed.work_per_s(self.cores) if self.cores else None
+            return node.flops / self.flops_per_s
+        return (work or node.flops) / processor_speed.work_per_s(self.cores) if self.cores else None
+
+
+@dataclass(frozen=True)
+class StageSpeed:
+    """Of training on a cluster whose stages may each have a part of it, or another layout."""
+
+    cluster: ClusterConfig
+
+    def seconds(self, node: Node, work: float | None) -> float | None:
+        """For a stage that trains; None where it is unknown."""
+        return Speed.of(stage_cluster.of(node, self.cluster)).seconds(node, work)

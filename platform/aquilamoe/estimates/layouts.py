@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from aquilamoe.config import stage_cluster
 from aquilamoe.config.graph import Node
 from aquilamoe.config.network import ModelConfig
 from aquilamoe.config.schema import ClusterConfig, PretrainStage
@@ -19,11 +20,12 @@ KEYS = ("parallel", "shard_size", "expert_parallel", "activation_checkpointing",
 
 @dataclass(frozen=True)
 class Training:
-    """A stage that trains."""
+    """A stage that trains, and where."""
 
     name: str
     model: ModelConfig
     stage: PretrainStage
+    cluster: ClusterConfig
 
 
 @dataclass(frozen=True)
@@ -53,10 +55,10 @@ def _typed(value: Any) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def training(nodes: Iterable[Node]) -> list[Training]:
+def training(nodes: Iterable[Node], cluster: ClusterConfig) -> list[Training]:
     """The stages among these that train."""
     return [
-        Training(node.name, node.model, node.stage)
+        Training(node.name, node.model, node.stage, stage_cluster.of(node, cluster))
         for node in nodes
         if isinstance(node.stage, PretrainStage) and node.model is not None
     ]
@@ -69,12 +71,15 @@ def choice(stages: Sequence[Training], cluster: ClusterConfig, changes: Changes)
         changed = ClusterConfig.model_validate({**cluster.model_dump(), **kept})
     except ValidationError:
         return None
-    experts = changed.expert_parallel
-    if experts > 1 and not all(each.model.is_moe and each.model.num_experts % experts == 0 for each in stages):
-        return None
     if any(changed.micro_batch_tokens < each.stage.sequence_length for each in stages):
         return None
-    peaks = {each.name: memory.estimate(each.model, each.stage, changed).peak for each in stages}
+    peaks = {}
+    for each in stages:
+        kept_here = {key: value for key, value in kept.items() if each.model.is_moe or key != "expert_parallel"}
+        own = each.cluster.model_copy(update=kept_here)
+        if own.expert_parallel > 1 and each.model.num_experts % own.expert_parallel:
+            return None
+        peaks[each.name] = memory.estimate(each.model, each.stage, own).peak
     return Choice(changed, kept, peaks)
 
 

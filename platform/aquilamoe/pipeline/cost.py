@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from aquilamoe.ancestors import ancestors
+from aquilamoe.config import stage_cluster
 from aquilamoe.config.graph import Node
 from aquilamoe.config.schema import ClusterConfig
 from aquilamoe.pipeline.store import Record
@@ -59,8 +60,9 @@ def training_devices(cluster: ClusterConfig) -> int:
 
 def rates(node: Node, cluster: ClusterConfig) -> Rates:
     """Of a stage on a cluster."""
-    devices = training_devices(cluster) if node.tokens else 1
-    return Rates(devices, cluster.price_per_device_hour, cluster.device_watts)
+    own = stage_cluster.of(node, cluster)
+    devices = training_devices(own) if node.tokens else 1
+    return Rates(devices, own.price_per_device_hour, own.device_watts)
 
 
 def own(record: Record) -> Cost:

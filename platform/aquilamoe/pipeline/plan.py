@@ -49,22 +49,24 @@ class Planned:
 class TrainingSpeed(Protocol):
     """How fast training is where no record has it; the plan itself does not depend on devices."""
 
-    def seconds(self, flops: float, work: float | None) -> float | None:
-        """For so much training; None where it is unknown. work: as `Estimate.work`."""
+    def seconds(self, node: Node, work: float | None) -> float | None:
+        """For a stage that trains; None where it is unknown. work: as `Estimate.work`."""
         ...
 
 
-def make(nodes: Mapping[str, Node], store: Store, speed: TrainingSpeed, devices: int | None = None) -> list[Planned]:
+def make(
+    nodes: Mapping[str, Node], store: Store, speed: TrainingSpeed, cluster: ClusterConfig | None = None
+) -> list[Planned]:
     """Fingerprint every stage in order and compare with what the store holds.
 
-    speed: of training, where the store has no record of one to learn it from. devices: how many train; records of
-    another number do not count for the speed. None: all do.
+    speed: of training, where the store has no record of one to learn it from. cluster: where stages train; records of
+    another number of devices do not count for the speed. None: all do.
     """
     plan: dict[str, Planned] = {}
     made_by: dict[str, str] = {}
     for name, recipe in recipes(nodes).items():
         node = nodes[name]
-        planned = _available(node, recipe, store) or _to_run(node, recipe, Surroundings(store, plan, speed, devices))
+        planned = _available(node, recipe, store) or _to_run(node, recipe, Surroundings(store, plan, speed, cluster))
         first = made_by.setdefault(planned.fingerprint, node.name)
         if first != node.name and planned.is_computed:
             # Two names for one recipe: it is computed once.
@@ -117,12 +119,12 @@ def _available(node: Node, recipe: Recipe, store: Store) -> Planned | None:
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What decides of a stage without an output: the store, the stages `done` before it, the speed of training."""
+    """What decides of a stage without an output: the store, the stages `done` before it, how fast it trains where."""
 
     store: Store
     done: Mapping[str, Planned]
     speed: TrainingSpeed
-    devices: int | None
+    cluster: ClusterConfig | None
 
 
 def _to_run(node: Node, recipe: Recipe, where: Surroundings) -> Planned:
@@ -134,8 +136,8 @@ def _to_run(node: Node, recipe: Recipe, where: Surroundings) -> Planned:
     known = expectation.Experience(
         history=history,
         store=store,
-        by_speed=where.speed.seconds(node.flops, expected.work) if node.flops else None,
-        devices=where.devices,
+        by_speed=where.speed.seconds(node, expected.work) if node.flops else None,
+        devices=rates(node, where.cluster).devices if where.cluster else None,
     )
     inputs = {role: where.done[name] for role, name in node.stage.inputs.items()}
     seconds = expectation.seconds(node, expected, _sizes(inputs), known)

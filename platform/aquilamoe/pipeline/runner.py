@@ -13,6 +13,7 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Any, Protocol
 
+from aquilamoe.config import stage_cluster
 from aquilamoe.config.points import parse_points
 from aquilamoe.config.schema import ClusterConfig
 from aquilamoe.pipeline import cost, integrity
@@ -54,7 +55,7 @@ def run(
     Args:
         plan: the stages, inputs before their readers.
         store: where outputs are looked up and published.
-        cluster: where stages run.
+        cluster: where stages run, but for keys that a stage has otherwise.
         observers: are notified of starts, points, ends and failures.
         alone: entered around each stage, for runs that share a store and its lock.
 
@@ -148,7 +149,8 @@ class _StageRun:
         attempts.begin(rates)
         copying = self.checkpoint_sync.follow() if self.checkpoint_sync and stage.RESUMES else nullcontext()
         with _following(partial / METRICS, planned.name, self.observers, attempts), copying:
-            metrics = stage.run(Context(planned.node, inputs, partial, self.cluster, self.store.root))
+            where = stage_cluster.of(planned.node, self.cluster)
+            metrics = stage.run(Context(planned.node, inputs, partial, where, self.store.root))
         finished = datetime.now(UTC)
         seconds = (finished - started).total_seconds()
         record = {

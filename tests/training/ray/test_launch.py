@@ -189,6 +189,20 @@ def test_two_workers_give_the_loss_curve_of_one(tokens: Path, tmp_path: Path, ad
         )
 
 
+def test_a_stage_with_another_number_of_workers_gets_its_own_and_stages_of_one_shape_share_them(
+    tokens: Path, tmp_path: Path, address: str
+) -> None:
+    spread = cluster("ray", workers=2, parallel="fsdp", expert_parallel=2)
+    release()
+    before = len(ray_workers.started())
+    for name, experts, on in (("dense", 0, cluster("ray")), ("moe", 4, spread), ("again", 4, spread)):
+        metrics = launch(make_job(tokens, tmp_path / name, on, experts=experts, steps=6), tmp_path)
+        if name != "again":
+            alone = launch(make_job(tokens, tmp_path / f"{name}-1", LOCAL_PROCESS, experts=experts, steps=6), tmp_path)
+        assert metrics["loss_end"] == pytest.approx(alone["loss_end"], abs=1e-5)
+    assert len(ray_workers.started()) == before + 1 + 2
+
+
 @pytest.fixture
 def another_session() -> Iterator[None]:
     """A foreign Ray session on this machine."""

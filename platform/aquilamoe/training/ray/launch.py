@@ -6,7 +6,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
@@ -51,24 +51,28 @@ def run_on_workers(name: str, work: Work, cluster: ClusterConfig, root: Path) ->
     return prestart(cluster, root, name).do(name, work)
 
 
-def prestart(cluster: ClusterConfig, root: Path, label: str) -> "Workers":
+def prestart(cluster: ClusterConfig, root: Path, label: str, cpus: int = 0) -> "Workers":
     """Let the workers of this cluster begin to start, if they do not stand already; return them at once.
 
     label: what Ray calls them, and their metrics. Workers of another shape than those that stand take their place.
+    cpus: cores that a session of our own has at least, for workers of other stages.
     """
     global _workers
     if _workers is not None and (_workers.shape != _shape(cluster) or _workers.is_over):
         release()
     if _workers is None:
-        _workers = Workers(cluster, root, label)
+        _workers = Workers(cluster, root, label, cpus)
     return _workers
 
 
 @contextmanager
-def workers_for(cluster: ClusterConfig, root: Path, label: str, will_train: bool) -> Iterator[None]:
-    """For a whole run: let workers start beside whatever comes first, if it will train, and go when it ends."""
-    if will_train and cluster.executor == "ray":
-        prestart(cluster, root, label)
+def workers_for(clusters: Sequence[ClusterConfig], root: Path, label: str) -> Iterator[None]:
+    """For a whole run: let workers start beside whatever comes first, if it will train, and go when it ends.
+
+    clusters: of the stages that will train, in their order. Stages with workers of one shape share them.
+    """
+    if clusters and clusters[0].executor == "ray":
+        prestart(clusters[0], root, label, max(each.workers * each.cpus_per_worker for each in clusters))
     try:
         yield
     finally:
@@ -88,14 +92,16 @@ _workers: "Workers | None" = None
 
 def _shape(cluster: ClusterConfig) -> tuple[Any, ...]:
     least = cluster.min_workers or cluster.workers
-    return (cluster.address, least, cluster.workers, cluster.cpus_per_worker, cluster.gpus_per_worker)
+    resources = (least, cluster.workers, cluster.cpus_per_worker, cluster.gpus_per_worker)
+    return (cluster.address, *resources, cluster.max_failures, cluster.start_timeout_s)
 
 
 class Workers:
     """The driver's side of a crew, which starts in the background when this is made."""
 
-    def __init__(self, cluster: ClusterConfig, root: Path, label: str) -> None:
+    def __init__(self, cluster: ClusterConfig, root: Path, label: str, cpus: int = 0) -> None:
         self.cluster = cluster
+        self.cpus = cpus
         self.shape = _shape(cluster)
         self.is_over = False
         self.label = label
@@ -108,7 +114,7 @@ class Workers:
         try:
             for left in Path(self.storage).glob(f"{MADE_HERE}*-*[0-9]"):  # by killed runs; all else there is not ours
                 shutil.rmtree(left, ignore_errors=True)
-            start_session(self.cluster)
+            start_session(self.cluster, self.cpus)
             self.crew.set_result(_start_crew(self.cluster, self.storage, self.name, self.label))
         except BaseException as error:
             self.crew.set_exception(error)

@@ -37,17 +37,20 @@ CONNECT_TIMEOUT_S = 10.0
 PATIENCE_S, REMIND_S = 30.0, 60.0
 
 
-def start_session(cluster: ClusterConfig) -> None:
-    """Connect this driver to Ray once: to `cluster.address`, or to a session of its own on this machine."""
+def start_session(cluster: ClusterConfig, cpus: int = 0) -> None:
+    """Connect this driver to Ray once: to `cluster.address`, or to a session of its own on this machine.
+
+    cpus: cores that a session of its own offers at least, where other workers than this cluster's follow.
+    """
     before = signal.getsignal(signal.SIGTERM)
     try:
-        _start_session(cluster)
+        _start_session(cluster, cpus)
     finally:  # Ray's own handler of SIGTERM is an exit of this process, with another status
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
-def _start_session(cluster: ClusterConfig) -> None:
+def _start_session(cluster: ClusterConfig, cpus: int) -> None:
     own = OWN_SESSION_ENVIRONMENT if cluster.address is None else {}
     for key, value in {**RAY_ENVIRONMENT, **own, **WORKER_ENVIRONMENT}.items():  # a session of our own inherits them
         os.environ.setdefault(key, value)
@@ -59,7 +62,7 @@ def _start_session(cluster: ClusterConfig) -> None:
         return
     if ray.is_initialized():
         return
-    needed, folder = cluster.workers * cluster.cpus_per_worker, temporary.for_sockets() / "ray"
+    needed, folder = max(cpus, cluster.workers * cluster.cpus_per_worker), temporary.for_sockets() / "ray"
     with sessions.removed_at_exit(folder):
         _in_a_thread_that_stays(
             partial(
