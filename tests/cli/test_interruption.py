@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from aquilamoe.checkpoint.state_dict import save_model
-from aquilamoe.data.tokens import TokenCounts, TokensRecord, write_record, write_token_file
+from aquilamoe.data.tokens import TokenCounts, TokensRecord, write_record
 from aquilamoe.model.transformer import Decoder
 from aquilamoe.process import interruption
 from aquilamoe.training import example
 from aquilamoe.training.loop import train
+from token_files import write_token_file
 
 REPOSITORY = Path(__file__).parents[2]
 TWO_METHODS = (

@@ -18,8 +18,9 @@ from aquilamoe.data.corpus import prepare_corpus
 from aquilamoe.data.encoding import tokenize_corpus
 from aquilamoe.data.loader import Batches, validation_batches
 from aquilamoe.data.tokenizer import END_OF_TEXT, encode, load_tokenizer
-from aquilamoe.data.tokens import TokenCounts, TokensRecord, write_record, write_token_file
+from aquilamoe.data.tokens import TokenCounts, TokensRecord, write_record
 from aquilamoe.data.vocabulary import adopt_tokenizer
+from token_files import write_token_file
 
 DEEP = 200_000
 

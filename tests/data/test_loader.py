@@ -22,8 +22,8 @@ from aquilamoe.data.tokens import (
     TokensRecord,
     token_dtype,
     write_record,
-    write_token_file,
 )
+from token_files import write_token_file
 
 LENGTH = 4
 # Tokens encode their position: "en" counts from 0, "zh" from 10000, and validation from 30000 more.

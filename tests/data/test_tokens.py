@@ -18,7 +18,8 @@ from aquilamoe.data import tokens as tokens_module
 from aquilamoe.data.corpus import SPLITS, prepare_corpus, read_documents, split_file
 from aquilamoe.data.encoding import tokenize_corpus
 from aquilamoe.data.tokenizer import END_OF_TEXT, load_tokenizer, train_tokenizer
-from aquilamoe.data.tokens import TokenFile, read_record, write_token_file
+from aquilamoe.data.tokens import TokenFile, read_record
+from token_files import write_token_file
 
 CONF = Path(__file__).parents[2] / "conf" / "data"
 WIDE, NARROW = 65500, 65499

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from aquilamoe.data.tokens import TokenCounts, TokensRecord, write_record, write_token_file
+from aquilamoe.data.tokens import TokenCounts, TokensRecord, write_record
 from aquilamoe.training import example
 from aquilamoe.training.job import Job
 from aquilamoe.training.loop import train
+from token_files import write_token_file
 
 TOLERANCE = 2e-3
 VOCABULARY, LENGTH, ROWS, STEPS = 96, 16, 8, 20

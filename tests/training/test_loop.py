@@ -27,7 +27,7 @@ from aquilamoe.config.graph import Node
 from aquilamoe.config.messages import UserError
 from aquilamoe.config.schema import ClusterConfig, EvaluateStage, ModelConfig, PretrainStage
 from aquilamoe.data.loader import Batches
-from aquilamoe.data.tokens import TokenCounts, TokensRecord, write_record, write_token_file
+from aquilamoe.data.tokens import TokenCounts, TokensRecord, write_record
 from aquilamoe.model.transformer import Attention, Decoder, Experts
 from aquilamoe.pipeline.stage import Context, Input
 from aquilamoe.stages import evaluate as evaluate_stage
@@ -44,6 +44,7 @@ from aquilamoe.training.parallel import ParallelContext
 from aquilamoe.training.spikes import TrainProgress
 from aquilamoe.training.step import TrainStep
 from aquilamoe.training.validation import evaluate
+from token_files import write_token_file
 from waiting import PATIENCE_S, until
 
 VOCABULARY, END = 64, 63

@@ -22,7 +22,7 @@ from aquilamoe.checkpoint.dtensor import gather, own_part
 from aquilamoe.checkpoint.state_dict import load_state, save_model
 from aquilamoe.config.messages import UserError
 from aquilamoe.config.schema import ModelConfig
-from aquilamoe.data.tokens import TokenCounts, TokensRecord, write_record, write_token_file
+from aquilamoe.data.tokens import TokenCounts, TokensRecord, write_record
 from aquilamoe.model.transformer import Decoder
 from aquilamoe.training import checkpoint, example
 from aquilamoe.training import optimizer as optimizers
@@ -31,6 +31,7 @@ from aquilamoe.training.loop import train
 from aquilamoe.training.objective import RouterObjective
 from aquilamoe.training.parallel import ParallelContext, initialize
 from aquilamoe.training.step import TrainStep
+from token_files import write_token_file
 
 pytestmark = pytest.mark.process
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from aquilamoe.config.messages import UserError
 from aquilamoe.data.loader import Batches
-from aquilamoe.data.tokens import TokenCounts, TokensRecord, write_record, write_token_file
+from aquilamoe.data.tokens import TokenCounts, TokensRecord, write_record
 from aquilamoe.model.transformer import Decoder
 from aquilamoe.training import checkpoint, example
 from aquilamoe.training.job import FIRST, Job, Rank
@@ -29,6 +29,7 @@ from aquilamoe.training.metrics import PointsFile
 from aquilamoe.training.objective import RouterObjective
 from aquilamoe.training.parallel import ParallelContext
 from aquilamoe.training.step import TrainStep
+from token_files import write_token_file
 
 VOCABULARY, LENGTH, ROWS, STEPS = 32, 8, 4, 8
 BATCH = LENGTH * ROWS

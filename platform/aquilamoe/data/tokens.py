@@ -9,7 +9,6 @@ import json
 import mmap
 import shutil
 import struct
-import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -111,20 +110,6 @@ class TokenFile:
     @staticmethod
     def _corrupt(problem: str) -> UserError:
         return UserError(f"{problem}; the file is corrupt: make it again, or copy it again")
-
-
-def write_token_file(prefix: Path, vocab_size: int, documents: Iterable[np.ndarray]) -> tuple[int, int]:
-    """Write `.bin` and `.idx` from a stream of documents: 1-D integers below `vocab_size`, the end included.
-
-    Returns the numbers of tokens and documents. Memory does not grow with the stream: lengths wait in a temporary file.
-    """
-    dtype = token_dtype(vocab_size)
-    with tempfile.TemporaryFile(dir=prefix.parent) as lengths:
-        with bin_file(prefix).open("wb") as out:
-            tokens, count = write_ids(out, lengths, vocab_size, documents)
-        lengths.seek(0)
-        write_index(prefix, lengths, count, dtype)
-    return tokens, count
 
 
 def write_ids(out: IO[bytes], lengths: IO[bytes], vocab_size: int, documents: Iterable[np.ndarray]) -> tuple[int, int]:

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 import ray_workers
-from aquilamoe.data.tokens import TokenCounts, TokensRecord, write_record, write_token_file
+from aquilamoe.data.tokens import TokenCounts, TokensRecord, write_record
 from aquilamoe.training import checkpoint, example
 from aquilamoe.training.loop import train
 from aquilamoe.training.ray import session
@@ -26,6 +26,7 @@ from aquilamoe.training.ray.environment import WORKER_ENVIRONMENT
 from aquilamoe.training.ray.launch import prestart, release, run_on_workers
 from held_training import HeldTraining
 from ports import free_port
+from token_files import write_token_file
 
 pytestmark = [
     pytest.mark.slow,

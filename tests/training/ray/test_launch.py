@@ -29,7 +29,7 @@ from pydantic import ValidationError
 import ray_workers
 from aquilamoe.config.messages import UserError
 from aquilamoe.config.schema import ClusterConfig
-from aquilamoe.data.tokens import TokenCounts, TokensRecord, write_record, write_token_file
+from aquilamoe.data.tokens import TokenCounts, TokensRecord, write_record
 from aquilamoe.training import checkpoint as state
 from aquilamoe.training import example, sessions
 from aquilamoe.training.job import Job, Rank
@@ -39,6 +39,7 @@ from aquilamoe.training.ray.environment import WORKER_ENVIRONMENT
 from aquilamoe.training.ray.launch import launch, release, run_on_workers
 from held_training import HeldTraining
 from processes import command, descendants, left
+from token_files import write_token_file
 from waiting import PATIENCE_S, until
 
 # Ray Data, which Ray Train imports, warns of its own options, which are at their defaults.
