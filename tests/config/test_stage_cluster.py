@@ -69,6 +69,13 @@ def test_another_division_of_the_model_needs_no_word_about_shard_groups(
     assert (found["moe"].parallel, found["moe"].shard_size) == ("hsdp", 4)
 
 
+def test_a_null_key_is_as_the_clusters_and_a_null_group_has_none(
+    clusters: Callable[..., dict[str, ClusterConfig]],
+) -> None:
+    assert clusters("++stages.moe.cluster={workers:null,parallel:null}") == clusters()
+    assert clusters("++stages.moe.cluster=null") == clusters()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from aquilamoe.config.schema import ClusterConfig
 from aquilamoe.config.steps import OptimizerConfig
-from aquilamoe.estimates import layouts, memory
+from aquilamoe.estimates import memory
 from aquilamoe.estimates.layouts import Training
 from aquilamoe.model.transformer import Decoder
 from aquilamoe.training import example
@@ -129,38 +129,3 @@ def test_a_checkpoint_weighs_what_its_files_do() -> None:
     moments = [value for key, value in optimizers.read_state(model, optimizer).items() if not key.endswith("/step")]
     weights = [*model.parameters(), *moments]
     assert memory.checkpoint_bytes(muon.model, muon.stage) == sum(4 * tensor.numel() for tensor in weights)
-
-
-def test_the_nearest_layout_that_fits_changes_one_key_where_one_is_enough() -> None:
-    stages = [big()]
-    now = layouts.choice(stages, cluster(parallel="ddp", gpu_memory_bytes=1_500_000_000), {})
-    assert now is not None
-    assert not now.fits
-    found = layouts.nearest(stages, now.cluster)
-    assert found is not None
-    assert found.fits
-    assert found.overrides == "cluster.parallel=fsdp"
-    again = layouts.choice(stages, now.cluster.model_copy(update=found.changes), {})
-    assert again is not None
-    assert again.peaks == found.peaks
-
-
-def test_a_layout_that_fits_is_its_own_nearest_and_nothing_fits_into_nothing() -> None:
-    assert (found := layouts.nearest([big()], cluster(gpu_memory_bytes=10**12))) is not None
-    assert found.changes == {}
-    assert layouts.nearest([big()], cluster(gpu_memory_bytes=10**6)) is None
-
-
-def test_experts_are_divided_among_workers_only_where_every_stage_has_them() -> None:
-    split = {"expert_parallel": 8}
-    assert layouts.choice([big(**EXPERTS), big()], cluster(), split) is None
-    assert (found := layouts.choice([big(**EXPERTS)], cluster(), split)) is not None
-    assert (whole := layouts.choice([big(**EXPERTS)], cluster(), {})) is not None
-    assert found.peaks["big"] < whole.peaks["big"]
-
-
-def test_a_finer_division_of_the_model_never_takes_more_of_a_device() -> None:
-    found = layouts.ladder([big()], cluster())
-    assert [each.cluster.parallel for each in found] == ["ddp", "hsdp", "fsdp"]
-    peaks = [each.peaks["big"] for each in found]
-    assert peaks == sorted(peaks, reverse=True)

@@ -187,7 +187,7 @@ def test_a_cluster_of_containers_is_the_local_one_but_for_where_and_how_large(
     found, local = compose(f"cluster={name}")["cluster"], compose()["cluster"]
     assert found.keys() == local.keys()
     differ = {key for key in found if found[key] != local[key]}
-    sizes = {"cpus_per_worker", "gpus_per_worker", "device_flops_per_s", "mfu", "device_watts"}
+    sizes = {"cpus_per_worker", "gpus_per_worker", "device_flops_per_s", "kernel_efficiency", "device_watts"}
     assert differ == {"address", *(sizes if name == "kuberay" else {"flops_per_s"})}
 
 

@@ -18,7 +18,6 @@ from aquilamoe.config.messages import UserError
 from aquilamoe.config.passwords import masked
 from aquilamoe.config.paths import shown
 from aquilamoe.config.schema import ExperimentConfig, PretrainStage
-from aquilamoe.estimates import layouts
 from aquilamoe.estimates.dry_run_graph import shrunk
 from aquilamoe.estimates.duration import StageSpeed
 from aquilamoe.files import write_atomically
@@ -229,30 +228,13 @@ def _show_plan(experiment: ExperimentConfig, plan: Sequence[Planned], store: Sto
     out.print(tables.plan_table(plan, out.width))
     out.print()
     out.print(tables.cost_table(costs.estimated(plan, experiment.cluster), out.width))
-    _show_devices(out, experiment, plan)
+    capacity.show(out, experiment.cluster, plan)
     refused = preflight.refused_layouts((planned.node for planned in plan), experiment.cluster)
     for line in [*refused, *preflight.missing_files(plan)]:
         out.print(f"\na run would stop: {line}", style="yellow", soft_wrap=True)
     for line in preflight.warnings(plan):
         out.print(f"\nwarning: {line}", style="yellow", soft_wrap=True)
     out.print(f"\nOutputs go to {shown(store.root)}; nothing was started.")
-
-
-def _show_devices(out: Any, experiment: ExperimentConfig, plan: Sequence[Planned]) -> None:
-    """What training takes of every device, and of a GPU also which layouts have room."""
-    cluster = experiment.cluster
-    stages = layouts.training((planned.node for planned in plan), cluster)
-    if not stages:
-        return
-    out.print(f"\n{capacity.speed(cluster)}\n")
-    out.print(capacity.training_table(plan, stages))
-    out.print()
-    out.print(capacity.memory_table(stages))
-    if cluster.gpus_per_worker and cluster.gpu_memory_bytes and (now := layouts.choice(stages, cluster, {})):
-        out.print()
-        out.print(capacity.layout_table(layouts.ladder(stages, cluster), now))
-        out.print()
-        out.print(capacity.verdict(now, None if now.fits else layouts.nearest(stages, cluster)), soft_wrap=True)
 
 
 def _show_status(experiment: ExperimentConfig, plan: Sequence[Planned], store: Store) -> None:

@@ -39,8 +39,26 @@ class ClusterConfig(Config):
     device_flops_per_s: PositiveFloat | None = Field(
         default=None, description="Peak of one device in the precision of training, dense; null: unknown [FLOP/s]"
     )
+    kernel_efficiency: Annotated[Float, Field(gt=0.0, le=1.0)] | None = Field(
+        default=None,
+        description="Share of that peak that large matrix products reach in training, with what runs between them; "
+        "null: unknown [fraction]",
+    )
+    workers_per_node: PositiveInt | None = Field(
+        default=None, description="Workers of one machine, for estimates; null: all [workers]"
+    )
+    intra_node_bandwidth: PositiveFloat | None = Field(
+        default=None,
+        description="What a worker takes in from workers of its machine, for estimates; null: unknown [bytes/s]",
+    )
+    inter_node_bandwidth: PositiveFloat | None = Field(
+        default=None,
+        description="What a worker takes in from workers of other machines, for estimates; null: unknown [bytes/s]",
+    )
     mfu: Annotated[Float, Field(gt=0.0, le=1.0)] | None = Field(
-        default=None, description="Share of that peak that a training reaches; null: unknown [fraction]"
+        default=None,
+        description="Share of that peak that a whole training reaches, if it was measured; null: predicted by layout "
+        "[fraction]",
     )
     price_per_device_hour: NonNegativeFloat = Field(
         default=0.0,

@@ -149,8 +149,8 @@ class PretrainStage(StageConfig):
     cluster: dict[str, Any] = Field(
         default_factory=dict,
         exclude=True,
-        description="Keys of the group cluster that this stage has otherwise, e.g. {workers: 8, parallel: fsdp}; no "
-        "part of the recipe",
+        description="Keys of the group cluster that this stage has otherwise, e.g. {workers: 8, parallel: fsdp}; a "
+        "null key is as there; no part of the recipe",
     )
     model: ModelConfig | None = Field(description="Network to train from scratch; null: inputs.source is continued")
     total_tokens: PositiveInt | None = Field(description="Budget; null with equal_flops [tokens]")
@@ -178,6 +178,12 @@ class PretrainStage(StageConfig):
     )
     validate_every_tokens: PositiveInt = Field(description="Interval between validations [tokens]")
     validation_tokens: PositiveInt = Field(description="Held-out text of each language in a validation [tokens]")
+
+    @field_validator("cluster", mode="before")
+    @classmethod
+    def _leave_out_null_keys(cls, cluster: Any) -> Any:
+        """An experiment that is made of another takes keys of it away so."""
+        return {} if cluster is None else without_null(cluster)
 
     @model_validator(mode="after")
     def _check_budget(self) -> Self:

@@ -6,8 +6,8 @@ from typing import Self
 
 from aquilamoe.config import stage_cluster
 from aquilamoe.config.graph import Node
-from aquilamoe.config.schema import ClusterConfig
-from aquilamoe.estimates import processor_speed
+from aquilamoe.config.schema import ClusterConfig, PretrainStage
+from aquilamoe.estimates import processor_speed, step_time
 
 
 @dataclass(frozen=True)
@@ -44,4 +44,10 @@ class StageSpeed:
 
     def seconds(self, node: Node, work: float | None) -> float | None:
         """For a stage that trains; None where it is unknown."""
-        return Speed.of(stage_cluster.of(node, self.cluster)).seconds(node, work)
+        own = stage_cluster.of(node, self.cluster)
+        if own.flops_per_s is None and own.mfu is None and isinstance(node.stage, PretrainStage):
+            assert node.model is not None
+            step = step_time.predict(node.model, node.stage, own)
+            if step is not None:
+                return step.seconds * node.stage.num_steps
+        return Speed.of(own).seconds(node, work)

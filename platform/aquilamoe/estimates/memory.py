@@ -22,6 +22,7 @@ from aquilamoe.model.kernels.choice import Kernels
 from aquilamoe.model.kernels.chunks import chunk_rows
 
 FLOAT, ROUNDED = 4, 2
+UNEVEN = 1.25  # rows of the busiest device's experts, in equal shares: an assumption, the balance loss works on it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +109,7 @@ class _Device:
         # Before the last pass there is the sum of the others; in the first nothing yet.
         summed = gradients if self.passes > 1 else 0
         kept, working, casts = self._activations()
+        uneven = self._uneven()
         loss_forward, loss_backward = self._loss()
         gathered, moving, root_gradients = self._sharded()
         buckets = self._buckets()
@@ -125,11 +127,21 @@ class _Device:
             weights=weights,
             gradients=gradients + self._arriving(),
             optimizer=optimizer,
-            activations=kept + max(working, casts),
+            activations=kept + max(working, casts) + uneven,
             loss=max(loss_forward, loss_backward),
             communication=buckets + gathered + moving + root_gradients,
-            peak=weights + optimizer + buckets + max(moments.values()),
+            peak=weights + optimizer + buckets + uneven + max(moments.values()),
         )
+
+    def _uneven(self) -> int:
+        """Rows of experts that a device gets beyond an equal share, where it has other experts than its neighbours."""
+        model = self.model
+        if self.layout.expert_parallel == 1:
+            return 0
+        layers = 1 if self.checkpointing else model.num_sparse_layers
+        inner = 2 * model.hidden_size + 4 * model.moe_intermediate_size
+        rows = layers * self.run.tokens * model.num_experts_per_tok
+        return int((UNEVEN - 1) * rows * self.precision.compute * inner)
 
     def _update(self) -> int:
         """What an optimizer step works on: AdamW in place, Muon a matrix at a time, in float32 and three of bf16."""
@@ -205,7 +217,7 @@ class _Device:
         """Parameters of the largest layer that one device gathers: of experts those that it has."""
         found = []
         for layer in kinds(self.model):
-            params = _params(self.model, layer)
+            params = layer_params(self.model, layer)
             experts = sum(size for role, size in params.items() if role.startswith("mlp.experts."))
             found.append(sum(params.values()) - experts + experts // self.layout.expert_parallel)
         return max(found)
@@ -216,7 +228,7 @@ class _Device:
         return 0 if alone else FLOAT * self.model.num_params
 
 
-def _params(model: ModelConfig, layer: int) -> dict[str, int]:
+def layer_params(model: ModelConfig, layer: int) -> dict[str, int]:
     """Parameters of a layer by role, those left out that only a file has."""
     shapes = tensor_names.role_shapes(model, layer)
     return {role: prod(shape) for role, shape in shapes.items() if role not in tensor_names.filler_roles(model)}
