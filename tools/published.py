@@ -40,19 +40,29 @@ float32 within {tolerance} of their spread; equal tokenizer, chat template and g
 
 {table}
 
-*wider*: hidden size and heads times 1.5; *more neurons*: feed-forwards, or experts, times 1.5; *deeper*: two silent
-layers. All three by `growth=fpi growth.noise=0.5 growth.norm=exact growth.depth=interpolate growth.new_layers=zero`.
-*(more) experts*: `upcycling=copy` to 4 experts of which a token chooses 2, and of a mixture to twice as many of which
-it chooses twice as many.
+*wider*: hidden size and heads times 1.5, with LayerNorm times 2; *more neurons*: feed-forwards, or experts, times 1.5;
+*deeper*: two silent layers. All three by `growth=fpi growth.noise=0.5 growth.norm=exact growth.depth=interpolate
+growth.new_layers=zero`. *(more) experts*: `upcycling=copy` to 4 experts of which a token chooses 2, and of a mixture to
+twice as many of which it chooses twice as many. *refused with*: in one line, where no architecture of transformers has
+this beside experts.
 """
 VOCABULARY, CONTEXT, LAYERS, EXPERTS, HEAD_DIM = 96, 24, 3, 4, 16
 EXACT = {"norm": "exact", "depth": "interpolate", "new_layers": "zero"}
 FPI = {"method": "fpi", "noise": 0.5, **EXACT}
 TOLERANCE = 1e-4  # of the spread of the logits, in float32
+# Fields of config.json that no architecture has beside experts, and what a refusal names.
+REFUSED = {
+    "no_rope_layers": "nope_layers",
+    "layer_norm_eps": "layer_norm",
+    "partial_rotary_factor": "partial_rotary_factor",
+}
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 TEXT = "The mother of the river walked home."
 # What a growth may change of config.json beside the sizes that it was given; the weights here are in float32.
-FREE = {"architectures", "model_type", "num_hidden_layers", "layer_types", "max_window_layers", "torch_dtype"}
+FREE = {
+    *("architectures", "model_type", "num_hidden_layers", "torch_dtype"),
+    *("layer_types", "max_window_layers", "no_rope_layers"),
+}
 # Mixtral's and OLMoE's spelling of sizes of experts.
 ALSO = {"num_experts": "num_local_experts", "moe_intermediate_size": "intermediate_size"}
 Sizes = Mapping[str, Any]
@@ -92,18 +102,28 @@ def small(published: Sizes) -> dict[str, Any]:
         "num_experts": EXPERTS,
         "num_local_experts": EXPERTS,
         "num_experts_per_tok": 2,
+        "pad_token_id": min(published.get("pad_token_id") or 0, VOCABULARY - 1),  # has a row in the embedding
     }
-    return {**published, **{key: value for key, value in sizes.items() if key in published}}
+    # Of lists with an entry for each layer the last: SmolLM3's fourth layer is the first that is another.
+    layers = published["num_hidden_layers"]
+    lists: dict[str, Any] = {
+        key: value[-LAYERS:] for key, value in published.items() if isinstance(value, list) and len(value) == layers
+    }
+    if (scaling := published.get("rope_scaling")) and "long_factor" in scaling:
+        pairs = int(HEAD_DIM * published.get("partial_rotary_factor", 1.0)) // 2
+        factors = {key: scaling[key][-pairs:] for key in ("short_factor", "long_factor")}
+        lists["rope_scaling"] = {**scaling, **factors}
+    return {**published, **lists, **{key: value for key, value in sizes.items() if published.get(key) is not None}}
 
 
 def _wider(config: Sizes) -> dict[str, Any]:
     hidden, heads, kv_heads = (config[key] for key in ("hidden_size", "num_attention_heads", "num_key_value_heads"))
+    times = 2 if "layer_norm_eps" in config else 1.5  # LayerNorm keeps the function at integer ratios
     if heads == kv_heads:
-        return {
-            "hidden_size": hidden * 3 // 2,
-            "num_attention_heads": heads * 3 // 2,
-            "num_key_value_heads": heads * 3 // 2,
-        }
+        larger = {"hidden_size": hidden, "num_attention_heads": heads, "num_key_value_heads": heads}
+        return {name: int(size * times) for name, size in larger.items()}
+    if "long_factor" in (config.get("rope_scaling") or {}):  # a Phi-3's heads have to fill its hidden size
+        return {"hidden_size": hidden * 4 // 3}
     return {
         "hidden_size": hidden * 3 // 2,
         **({"num_attention_heads": heads + kv_heads} if "head_dim" in config else {}),
@@ -252,10 +272,13 @@ def load(directory: Path) -> Loaded:
     info: dict[str, Any] = loaded[1]
     notes = [f"{key}: {sorted(map(str, names))}" for key, names in info.items() if names and "keys" in key]
     notes += [str(each.message) for each in caught]
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(VOCABULARY, (1, CONTEXT), generator=generator)
     with torch.inference_mode():
-        return Loaded(model.eval()(ids).logits, tuple(notes))
+        return Loaded(model.eval()(tokens()).logits, tuple(notes))
+
+
+def tokens(count: int = CONTEXT) -> Tensor:
+    """A fixed sequence, shape (1, count)."""
+    return torch.randint(VOCABULARY, (1, count), generator=torch.Generator().manual_seed(1))
 
 
 def verify(name: str, keys: Iterable[str], folder: Path) -> dict[str, list[str]]:
@@ -272,10 +295,15 @@ def verify(name: str, keys: Iterable[str], folder: Path) -> dict[str, list[str]]
     source, found = make(name, folder), {}
     for key in keys:
         target = source.with_name(f"{source.name}-{key}")
+        reason = _refused(CONFIGS[name], key)
         try:
-            found[key] = list(problems(OPERATIONS[key], source, apply(OPERATIONS[key], source, target)))
+            apply(OPERATIONS[key], source, target)
         except UserError as error:
-            found[key] = [str(error)]
+            found[key] = [] if reason and reason in str(error) else [str(error)]
+            continue
+        found[key] = (
+            [f"is not refused, {reason} is lost"] if reason else list(problems(OPERATIONS[key], source, target))
+        )
     return found
 
 
@@ -286,15 +314,27 @@ def page() -> str:
         names.setdefault(config["architectures"][0], []).append(name)
     titles = ["architecture", *(operation.title for operation in OPERATIONS.values()), "published configurations"]
     head = f"| {' | '.join(titles)} |"
-    rows = [
-        f"| `{architecture}` | {' | '.join(['exact'] * len(OPERATIONS))} | {', '.join(found)} |"
-        for architecture, found in names.items()
-    ]
+    rows = [f"| `{name}` | {' | '.join(_cells(found))} | {', '.join(found)} |" for name, found in names.items()]
     return PAGE.format(
         count=len(CONFIGS),
         tolerance=f"{TOLERANCE:g}",
         table="\n".join([head, "|---" * (len(OPERATIONS) + 2) + "|", *rows]),
     )
+
+
+def _refused(config: Sizes, key: str) -> str | None:
+    """What the refusal of an operation names; None for one that can be done."""
+    if key != "experts" or _is_sparse(config):
+        return None
+    return next((reason for field, reason in REFUSED.items() if field in config), None)
+
+
+def _cells(names: Iterable[str]) -> Iterator[str]:
+    """Whether these configurations keep the function, by operation: a row of the table."""
+    for key in OPERATIONS:
+        reasons = [_refused(CONFIGS[name], key) for name in names]
+        refused = f"refused with `{reasons[-1]}`" if reasons[-1] else ""
+        yield refused if all(reasons) else "; ".join(filter(None, ["exact", refused]))
 
 
 def main(folder: Path) -> None:

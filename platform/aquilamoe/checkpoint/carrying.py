@@ -25,6 +25,7 @@ COMPUTED = (
     *("architectures", "model_type", "dtype", "torch_dtype", "num_local_experts", "decoder_sparse_step"),
     *("attention_bias", "mlp_bias", "clip_qkv", "partial_rotary_factor"),
     *("rope_scaling", "rope_parameters", "layer_types", "sliding_window", "use_sliding_window", "max_window_layers"),
+    *("layer_norm_eps", "use_qkv_bias"),
 )
 # Special tokens (begin, end, padding) that the config classes of transformers assume where a file has no such key.
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -37,7 +38,8 @@ def carried(source: CheckpointConfig, target: ModelConfig, layers: Sequence[int]
     """
     family, old = FAMILIES[target_architecture(source, target)], FAMILIES[source.architecture]
     computed = hf_config.config_to_dict(target, dtype=dtype, architecture=family.architecture)
-    kept = {key: value for key, value in source.values.items() if _is_kept(key)}
+    own = old.spell_particulars(source.model)
+    kept = {key: value for key, value in source.values.items() if _is_kept(key) and key not in own}
     settings = {key: value for key, value in computed.items() if key not in TOKENS}
     tokens = _assumed_tokens(old, family)
     values = {**settings, **tokens, **_mapped(kept, source.model, layers), **_rope(source, target)}
@@ -88,7 +90,11 @@ def _rope(source: CheckpointConfig, target: ModelConfig) -> dict[str, Any]:
     if target.rope_scaling is None:
         return {}
     stated = positions.rope_parameters(source.values, FAMILIES[source.architecture])
+    # What is beside the scaling in the source's file stays there.
+    nested = source.values.get("rope_scaling") or source.values.get("rope_parameters") or {}
+    beside = {key for key in source.values if key not in nested}
     parameters = {**stated, **target.rope_scaling.model_dump(mode="json")}
+    parameters = {key: value for key, value in parameters.items() if key == "rope_theta" or key not in beside}
     scaling = {key: value for key, value in parameters.items() if key != "rope_theta"}
     return {"rope_scaling": scaling, "rope_parameters": parameters}
 

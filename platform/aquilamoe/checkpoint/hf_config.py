@@ -50,7 +50,7 @@ def config_to_dict(
     return {
         "architectures": [family.architecture],
         "model_type": family.model_type,
-        **{key: getattr(config, key) for key in _SAME_SPELLING},
+        **{family.norm_key if key == "rms_norm_eps" else key: getattr(config, key) for key in _SAME_SPELLING},
         "intermediate_size": config.intermediate_size,
         "num_key_value_heads": config.num_key_value_heads,
         "head_dim": config.head_dim,
@@ -72,10 +72,12 @@ def config_to_dict(
 
 def _particulars(config: ModelConfig, family: Family) -> dict[str, Any]:
     """Keys that only some architectures have, set to what our network computes."""
-    values = {**positions.spelled_windows(config, family), **family.fixed}
+    values = {**positions.spelled_windows(config, family), **family.fixed, **family.spell_particulars(config)}
+    if family.qkv_bias_key is not None:
+        values[family.qkv_bias_key] = config.qkv_bias
     if family.has_shared_expert:
         shared = config.shared_expert_intermediate_size or ABSENT_SHARED_EXPERT_SIZE
-        values |= {"qkv_bias": config.qkv_bias, "shared_expert_intermediate_size": shared}
+        values["shared_expert_intermediate_size"] = shared
     if family.is_mixed:
         values |= {
             "moe_intermediate_size": config.moe_intermediate_size,
@@ -149,10 +151,11 @@ def _model(values: Mapping[str, Any], family: Family, where: str) -> ModelConfig
         "head_dim": values.get("head_dim") or family.default_head_dim,
         **positions.read(values, family, where),
         "initializer_range": _stated(values, "initializer_range", 0.02),
-        "tie_word_embeddings": _stated(values, "tie_word_embeddings", False),
-        "qkv_bias": _stated(values, "qkv_bias", True) if family.qkv_bias is None else family.qkv_bias,
+        "tie_word_embeddings": _stated(values, "tie_word_embeddings", family.default_tied),
+        "qkv_bias": _stated(values, family.qkv_bias_key or "", family.qkv_bias),
         "qk_norm": family.qk_norm,
         **(_sparsity(values, family) if family.is_moe else {}),
+        "particulars": family.read_particulars(values) or None,
     }
     try:
         return ModelConfig.model_validate(fields)
@@ -168,7 +171,7 @@ def _stated(values: Mapping[str, Any], key: str, default: Any) -> Any:
 
 def _required_keys(family: Family) -> dict[str, str]:
     """Keys of config.json by the field that they fill."""
-    keys = {key: key for key in (*_SAME_SPELLING, "intermediate_size")}
+    keys = {key: key for key in (*_SAME_SPELLING, "intermediate_size")} | {"rms_norm_eps": family.norm_key}
     if family.experts_key is not None:
         keys |= {"num_experts": family.experts_key, "num_experts_per_tok": "num_experts_per_tok"}
     if family.is_mixed:
@@ -211,6 +214,9 @@ def _differences(values: Mapping[str, Any], family: Family) -> Iterator[str]:
     for key in ("attention_bias", "mlp_bias"):
         if "attention_bias" in family.fixed and values.get(key):
             yield f"{key} true puts biases on o_proj or the MLP, only q, k and v can have them; {other}"
+    for key in ("use_parallel_residual", "qk_layernorm"):
+        if key in family.fixed and values.get(key):
+            yield f"{key} true is another network, which is not computed; {other}"
     if values.get("clip_qkv") is not None:
         yield f"clip_qkv {values['clip_qkv']} cuts queries, keys and values, which is not computed; {other}"
     step = _stated(values, "decoder_sparse_step", 1)

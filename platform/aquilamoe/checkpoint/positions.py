@@ -19,6 +19,7 @@ def rope_parameters(values: Mapping[str, Any], family: Family) -> dict[str, Any]
     """
     found = dict(values.get("rope_scaling") or values.get("rope_parameters") or {})
     rope_type = found.get("rope_type") or found.get("type") or "default"
+    rope_type = family.rope_types.get(rope_type, rope_type) if isinstance(rope_type, str) else rope_type
     found = {key: value for key, value in found.items() if key != "type" and value is not None}
     found["rope_type"] = rope_type
     theta = values.get("rope_theta")
@@ -54,7 +55,8 @@ def read(values: Mapping[str, Any], family: Family, where: str) -> dict[str, Any
             f"{where}: rope_parameters differ by layer ('{nested[0]}'), {family.architecture} has one set for all; "
             "choose another checkpoint"
         )
-    if parameters.get("partial_rotary_factor", 1.0) != 1.0:
+    rotates_part = "partial_rotary_factor" in family.particulars
+    if parameters.get("partial_rotary_factor", 1.0) != 1.0 and not rotates_part:
         raise UserError(
             f"{where}: partial_rotary_factor {parameters['partial_rotary_factor']}, only 1.0 is computed; choose "
             "another checkpoint"
@@ -114,10 +116,7 @@ def _derived_types(values: Mapping[str, Any], family: Family, layers: int) -> li
     first = values.get("max_window_layers")
     first = DEFAULT_WINDOW_LAYERS if first is None else first
     on = bool(values.get("use_sliding_window")) and values.get("sliding_window", 1) is not None
-    if family.alternating_windows:
-        slides = [layer % 2 == 0 and layer < first for layer in range(layers)]
-    else:
-        slides = [layer >= first for layer in range(layers)]
+    slides = [family.slides(values, layer, first) for layer in range(layers)]
     return [SLIDING if on and each else FULL for each in slides]
 
 

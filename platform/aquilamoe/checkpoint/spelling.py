@@ -21,6 +21,7 @@ from aquilamoe.config.numbers import (
     Vocabulary,
     Width,
 )
+from aquilamoe.config.particulars import Multiplier
 
 
 def _tokens(value: Any) -> Any:
@@ -60,6 +61,10 @@ class Spelled(BaseModel):
     attention_bias: bool | None = None
     mlp_bias: bool | None = None
     qkv_bias: bool | None = None
+    use_qkv_bias: bool | None = None
+    use_parallel_residual: bool | None = None
+    qk_layernorm: bool | None = None
+    layer_norm_eps: Epsilon | None = None
     clip_qkv: float | None = None
     num_experts: Experts | None = None
     num_local_experts: Experts | None = None
@@ -69,6 +74,10 @@ class Spelled(BaseModel):
     norm_topk_prob: bool | None = None
     mlp_only_layers: Annotated[list[Layer], Field(fail_fast=True)] | None = None
     decoder_sparse_step: Annotated[int, Field(le=2**31)] | None = None
+    embedding_multiplier: Multiplier | None = None
+    residual_multiplier: Multiplier | None = None
+    attention_multiplier: Multiplier | None = None
+    logits_scaling: Multiplier | None = None
     rope_theta: RopeTheta | None = None
     rope_scaling: dict[str, Any] | None = None
     rope_parameters: dict[str, Any] | None = None
@@ -78,6 +87,8 @@ class Spelled(BaseModel):
     use_sliding_window: bool | None = None
     max_window_layers: Window | None = None
     layer_types: Names | None = None
+    no_rope_layers: Annotated[list[Annotated[int, Field(ge=0, le=1)]], Field(fail_fast=True)] | None = None
+    no_rope_layer_interval: Annotated[int, Field(ge=1, le=2**31)] | None = None
     bos_token_id: Tokens = None
     eos_token_id: Tokens = None
     pad_token_id: Tokens = None

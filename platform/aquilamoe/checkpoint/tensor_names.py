@@ -5,6 +5,7 @@ in the spelling of Llama, Qwen2 and Qwen2-MoE. `families` has what others call i
 """
 
 from aquilamoe.checkpoint.families import registry
+from aquilamoe.checkpoint.sharding import Joined
 from aquilamoe.config.network import ABSENT_SHARED_EXPERT_SIZE
 from aquilamoe.config.schema import ModelConfig
 
@@ -19,6 +20,9 @@ K_WEIGHT, K_BIAS = "self_attn.k_proj.weight", "self_attn.k_proj.bias"
 V_WEIGHT, V_BIAS = "self_attn.v_proj.weight", "self_attn.v_proj.bias"
 O_WEIGHT = "self_attn.o_proj.weight"
 Q_NORM, K_NORM = "self_attn.q_norm.weight", "self_attn.k_norm.weight"
+# Of norms that add one.
+FINAL_NORM_BIAS = "model.norm.bias"
+INPUT_NORM_BIAS, POST_ATTENTION_NORM_BIAS = "input_layernorm.bias", "post_attention_layernorm.bias"
 # Of a dense layer.
 GATE = "mlp.gate_proj.weight"
 UP = "mlp.up_proj.weight"
@@ -76,6 +80,8 @@ def role_shapes(config: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]:
     hidden = config.hidden_size
     q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     shapes: dict[str, tuple[int, ...]] = {INPUT_NORM: (hidden,)}
+    if config.has_layer_norm:
+        shapes[INPUT_NORM_BIAS] = (hidden,)
     for weight, bias, size in ((Q_WEIGHT, Q_BIAS, q), (K_WEIGHT, K_BIAS, kv), (V_WEIGHT, V_BIAS, kv)):
         shapes[weight] = (size, hidden)
         if config.qkv_bias:
@@ -84,6 +90,8 @@ def role_shapes(config: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]:
         per_head = config.qk_norm == "head"
         shapes |= {Q_NORM: (config.head_dim if per_head else q,), K_NORM: (config.head_dim if per_head else kv,)}
     shapes |= {O_WEIGHT: (hidden, q), POST_ATTENTION_NORM: (hidden,)}
+    if config.has_layer_norm:
+        shapes[POST_ATTENTION_NORM_BIAS] = (hidden,)
     if not config.is_sparse(layer):
         return shapes | _feed_forward(hidden, config.intermediate_size)
     shapes[ROUTER] = (config.num_experts, hidden)
@@ -124,11 +132,31 @@ def layer_names(config: ModelConfig, layer: int) -> dict[str, str]:
     return {role: layer_name(config, layer, role) for role in role_shapes(config, layer)}
 
 
+def joined(config: ModelConfig) -> dict[str, Joined]:
+    """Tensors that files have as one and that are known here by their parts, by on-disk name. Mostly none."""
+    family = registry.of(config)
+    found = {}
+    for layer in range(config.num_hidden_layers) if family.joined or family.joined_experts else ():
+        shapes = role_shapes(config, layer)
+        for name, roles in family.joined.items():
+            if roles[0] in shapes:
+                rows = sum(shapes[role][0] for role in roles)
+                parts = tuple(layer_name(config, layer, role) for role in roles)
+                found[f"model.layers.{layer}.{name}"] = Joined((rows, *shapes[roles[0]][1:]), parts)
+        for name, roles in family.joined_experts.items() if config.is_sparse(layer) else ():
+            each = [expert_role(expert, role) for expert in range(config.num_experts) for role in roles]
+            rows = sum(shapes[role][0] for role in each[: len(roles)])
+            parts = tuple(layer_name(config, layer, role) for role in each)
+            found[f"model.layers.{layer}.{name}"] = Joined((config.num_experts, rows, *shapes[each[0]][1:]), parts)
+    return found
+
+
 def outer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors outside the layers: embedding, final norm, and the head unless it is tied."""
     vocabulary = (config.vocab_size, config.hidden_size)
     head = {} if config.tie_word_embeddings else {HEAD: vocabulary}
-    return {EMBEDDING: vocabulary, FINAL_NORM: (config.hidden_size,), **head}
+    bias = {FINAL_NORM_BIAS: (config.hidden_size,)} if config.has_layer_norm else {}
+    return {EMBEDDING: vocabulary, FINAL_NORM: (config.hidden_size,), **bias, **head}
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

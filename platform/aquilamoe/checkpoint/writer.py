@@ -47,6 +47,7 @@ class CheckpointWriter:
         shapes: shape of every tensor; the index keeps their order.
         dtype: of all tensors, a torch.dtype or as safetensors spells it; or a mapping from every name to the latter.
         max_shard_bytes: bytes of tensors in a file.
+        joined: tensors of the files that are written in parts, by name; the parts are in `shapes`.
 
     Raises:
         UserError: the disk is too small or becomes full.
@@ -59,12 +60,14 @@ class CheckpointWriter:
         shapes: Mapping[str, tuple[int, ...]],
         dtype: "torch.dtype | sharding.Dtypes",
         max_shard_bytes: int = MAX_SHARD_BYTES,
+        *,
+        joined: Mapping[str, sharding.Joined] | None = None,
     ) -> None:
         self.directory = directory
         self.digests: dict[str, str] = {}  # SHA-256 of every tensor's bytes, complete after the exit
         self._shapes = {name: tuple(shape) for name, shape in shapes.items()}
         self._dtypes = dict(dtype) if isinstance(dtype, Mapping) else dict.fromkeys(self._shapes, sharding.spell(dtype))
-        self._shards = sharding.plan_shards(self._shapes, self._dtypes, max_shard_bytes)
+        self._shards = sharding.plan_shards(self._shapes, self._dtypes, max_shard_bytes, joined)
         self._index = sharding.index(self._shards, self._shapes, self._dtypes)
         self._claimed: set[str] = set()
         self._missing = dict.fromkeys(self._shapes)

@@ -314,7 +314,8 @@ class _Builder:
 
     def _check_computed(self, where: str, model: ModelConfig) -> None:
         if model.uncomputed:
-            raise UserError(f"{where}: {model.uncomputed}; choose linear, yarn or llama3, or another checkpoint")
+            known = "" if model.particulars else "linear, yarn or llama3, or "
+            raise UserError(f"{where}: {model.uncomputed}; choose {known}another checkpoint")
 
     def _check_corpus(self, name: str, stage: PretrainStage, model: ModelConfig) -> None:
         """The tokenizer's ids must be in the model's vocabulary, the mixture's languages in the corpus."""
@@ -361,6 +362,8 @@ def grown_model(
             values["rope_scaling"] = source.rope_scaling.for_larger_heads(head_dim // source.head_dim).model_dump()
         if growth is not None and "rms_norm_eps" not in changes:
             values["rms_norm_eps"] = growth.grown_eps(source, hidden_size)
+    if values["num_experts"] and source.particulars is not None and "particulars" not in changes:
+        values["particulars"] = source.with_experts
     if growth is not None:
         values |= _of_layers(source, values["num_hidden_layers"], growth, changes)
     try:
@@ -387,4 +390,8 @@ def _of_layers(
         layers = tuple(min(layer, source.num_hidden_layers - 1) for layer in range(num_layers))
     types = [source.layer_types[layer] for layer in layers] if source.layer_types else []
     dense = [layer for layer, origin in enumerate(layers) if origin in source.mlp_only_layers]
-    return {key: value for key, value in (("layer_types", types), ("mlp_only_layers", dense)) if key not in changes}
+    found = {"layer_types": types, "mlp_only_layers": dense}
+    if source.particulars is not None and source.particulars.nope_layers:
+        nope = tuple(layer for layer, origin in enumerate(layers) if origin in source.particulars.nope_layers)
+        found["particulars"] = source.particulars.model_copy(update={"nope_layers": nope}).model_dump()
+    return {key: value for key, value in found.items() if key not in changes}

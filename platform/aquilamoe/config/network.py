@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from aquilamoe.config.numbers import (
     MAX_TENSORS,
@@ -22,6 +22,7 @@ from aquilamoe.config.numbers import (
     Vocabulary,
     Width,
 )
+from aquilamoe.config.particulars import Particulars
 from aquilamoe.config.rope import STRETCHED, TRAINED, RopeScaling
 
 LayerType = Literal["full_attention", "sliding_attention"]
@@ -88,7 +89,12 @@ class ModelConfig(Extended):
         default=(),
         description="full_attention or sliding_attention for each layer; []: sliding_window in all [list of layers]",
     )
-    added = ("rope_scaling", "sliding_window", "layer_types")
+    particulars: Particulars | None = Field(
+        default=None,
+        description="What a family has beside the network of Llama, as a growth reads it from a checkpoint; training "
+        "computes none of it; null: nothing",
+    )
+    added = ("rope_scaling", "sliding_window", "layer_types", "particulars")
 
     @model_validator(mode="before")
     @classmethod
@@ -144,6 +150,12 @@ class ModelConfig(Extended):
                 values = {**values, "head_dim": hidden // heads}
         return values
 
+    @field_validator("particulars")
+    @classmethod
+    def _leave_out_nothing(cls, particulars: Particulars | None) -> Particulars | None:
+        """One form of each network: without particulars where all are as in Llama."""
+        return particulars if particulars is not None and particulars.present else None
+
     @model_validator(mode="after")
     def _check_shape(self) -> Self:
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
@@ -161,6 +173,8 @@ class ModelConfig(Extended):
             self._check_dense()
         self._check_norms()
         self._check_positions()
+        if self.particulars is not None:
+            self.particulars.check(self)
         tensors = self.num_hidden_layers * 9 + self.num_sparse_layers * 3 * self.num_experts
         if tensors > MAX_TENSORS:
             raise ValueError(
@@ -189,7 +203,7 @@ class ModelConfig(Extended):
     def _check_positions(self) -> None:
         """Refuse a rotary embedding without frequencies, and windows that no architecture of transformers computes."""
         if self.rope_scaling is not None:
-            self.rope_scaling.check(self.rope_theta, self.head_dim)
+            self.rope_scaling.check(self.rope_theta, self.rotary_dim)
         types = self.layer_types
         if types and self.sliding_window is None:
             raise ValueError(f"layer_types has '{SLIDING}' without sliding_window; set that, in tokens")
@@ -252,6 +266,21 @@ class ModelConfig(Extended):
         return self.num_experts > 0
 
     @property
+    def with_experts(self) -> Particulars | None:
+        """The particulars of what this becomes with experts: files with experts do not join projections."""
+        return self.particulars and self.particulars.model_copy(update={"joined_projections": False})
+
+    @property
+    def has_layer_norm(self) -> bool:
+        """Whether norms subtract the mean and add a bias."""
+        return self.particulars is not None and self.particulars.layer_norm
+
+    @property
+    def rotary_dim(self) -> int:
+        """Channels of a head that rotate, the first ones."""
+        return int(self.head_dim * self.particulars.partial_rotary_factor) if self.particulars else self.head_dim
+
+    @property
     def _attention_matrices(self) -> int:
         return 2 * self.hidden_size * self.head_dim * (self.num_attention_heads + self.num_key_value_heads)
 
@@ -270,6 +299,8 @@ class ModelConfig(Extended):
     @property
     def uncomputed(self) -> str | None:
         """What growth supports and training, evaluation and generation do not; None where they compute the model."""
+        if self.particulars is not None:
+            return f"{', '.join(sorted(self.particulars.present))} in its config.json, {ONLY_GROWN}"
         if self.rope_scaling is None or self.rope_scaling.rope_type in TRAINED:
             return None
         return f"rope_scaling of rope_type '{self.rope_scaling.rope_type}', {ONLY_GROWN}"
@@ -291,10 +322,11 @@ class ModelConfig(Extended):
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         biases = self.head_dim * (heads + 2 * kv_heads) if self.qkv_bias else 0
         gains = {"none": 0, "head": 2 * self.head_dim, "projection": self.head_dim * (heads + kv_heads)}[self.qk_norm]
-        layer = self._attention_matrices + biases + gains + 2 * self.hidden_size
+        norm = self.hidden_size * (2 if self.has_layer_norm else 1)
+        layer = self._attention_matrices + biases + gains + 2 * norm
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
         feed_forwards = self._ffn_matrices(experts) + self._router_matrices
-        return self.num_hidden_layers * layer + feed_forwards + embeddings + self.hidden_size
+        return self.num_hidden_layers * layer + feed_forwards + embeddings + norm
 
     @property
     def num_params(self) -> int:

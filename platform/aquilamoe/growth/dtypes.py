@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from aquilamoe.checkpoint import sharding, tensor_names
 from aquilamoe.checkpoint.safetensors_header import DTYPE_NAMES, ITEM_BYTES, TensorInfo, main_dtype
 from aquilamoe.config.grow import TargetDtype
+from aquilamoe.config.messages import UserError
 from aquilamoe.config.network import ModelConfig
 
 SPELLED = {name: dtype for dtype, name in DTYPE_NAMES.items()}
@@ -51,7 +52,19 @@ def of_target(
         is_kept = dtype_policy.keep_float32 and own == "F32" and is_norm_or_router(role)
         found[name] = own if dtype_policy.dtype == "source" or is_kept else SPELLED[dtype_policy.dtype]
     assert found.keys() == tensor_names.tensor_shapes(target).keys()
+    _check_joined(found, target)
     return found
+
+
+def _check_joined(types: Mapping[str, str], target: ModelConfig) -> None:
+    """UserError for parts of one tensor that the source has in several types."""
+    for name, tensor in tensor_names.joined(target).items():
+        kinds = sorted({DTYPE_NAMES[types[part]] for part in tensor.parts})
+        if len(kinds) > 1:
+            raise UserError(
+                f"dtype: source, but parts of the target's '{name}' are {' and '.join(kinds)} there; use "
+                f"dtype={kinds[-1]}"
+            )
 
 
 def stated(types: Mapping[str, str], shapes: sharding.Shapes) -> str:

@@ -1,8 +1,8 @@
 """A checkpoint that computes without being loaded: every tensor is read when it is needed, and released after.
 
 The modules are those of `aquilamoe.model.transformer`, on the meta device; only where their weights come from is
-different. In memory are the hidden states of all tokens, and of the weights an attention, a feed-forward, an expert, or
-a slice of the head.
+different, and that `growth.folding` folds into them what other families have. In memory are the hidden states of all
+tokens, and of the weights an attention, a feed-forward, an expert, or a slice of the head.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -22,9 +23,10 @@ from aquilamoe.checkpoint.reader import Reader
 from aquilamoe.checkpoint.safetensors_header import FIXED, main_dtype
 from aquilamoe.checkpoint.state_dict import check
 from aquilamoe.config.schema import ModelConfig
+from aquilamoe.growth import folding
 from aquilamoe.growth.bounds import LOOKUPS, TOKENS_AT_ONCE
 from aquilamoe.model.kernels.choice import Kernels
-from aquilamoe.model.transformer import Block, FeedForward, RMSNorm, Routing, rotary_table
+from aquilamoe.model.transformer import Block, FeedForward, RMSNorm, Routing
 
 Tensors = dict[str, Tensor]
 
@@ -107,7 +109,8 @@ class StreamedDecoder:
         out_btd = torch.empty(*tokens_bt.shape, self.config.hidden_size, dtype=self.dtype)
         for tokens_n, out_nd in _together(LOOKUPS, tokens_bt.flatten(), out_btd.flatten(0, 1)):
             out_nd.copy_(self.weights.look_up(tensor_names.EMBEDDING, tokens_n))
-        return out_btd
+        particulars = self.config.particulars
+        return out_btd if particulars is None else out_btd.mul_(particulars.embedding_multiplier)
 
     def run_layer(
         self, layer: int, x_btd: Tensor, watch: Callable[[Tensor], None] | None = None
@@ -121,6 +124,8 @@ class StreamedDecoder:
             block = Block(self.config, layer)
         # The other one keeps the softmax, and is of a kind that imports torch's compiler when it is first called.
         block.self_attn.kernels = Kernels(attention="sdpa")
+        for name in ("input_layernorm", "post_attention_layernorm") if self.config.has_layer_norm else ():
+            block.set_submodule(name, nn.LayerNorm(self.config.hidden_size, self.config.rms_norm_eps, device="meta"))
         read = partial(self._read, layer)
         block.set_submodule("self_attn", _Streamed(block.self_attn, partial(read, "self_attn."), flat=False))
         resident = [role for role in roles if not role.startswith(("self_attn.", "mlp."))]
@@ -137,15 +142,23 @@ class StreamedDecoder:
             block.set_submodule("mlp", _Streamed(block.mlp, partial(read, "mlp."), flat=True))
         if watch is not None:
             block.mlp.register_forward_pre_hook(lambda _, inputs: watch(inputs[0].flatten(0, -2)))
-        table = rotary_table(self.config, x_btd.shape[1], torch.device("cpu"), self.dtype)
-        weights = {role: self.weights.get(tensor_names.layer_name(self.config, layer, role)) for role in resident}
+        table = folding.table(self.config, layer, x_btd.shape[1], self.dtype)
+        weights = {role: self._get(layer, role) for role in resident}
         return functional_call(block, weights, (x_btd, *table))
 
     def normalize(self, x_btd: Tensor) -> Tensor:
         """What the head reads (n, d), of the stream behind the last layer."""
+        if self.config.has_layer_norm:
+            weight_d, bias_d = (
+                self.weights.get(name) for name in (tensor_names.FINAL_NORM, tensor_names.FINAL_NORM_BIAS)
+            )
+            return F.layer_norm(x_btd.flatten(0, 1), weight_d.shape, weight_d, bias_d, self.config.rms_norm_eps)
         with torch.device("meta"):
             norm = RMSNorm(self.config.hidden_size, self.config.rms_norm_eps)
-        return functional_call(norm, {"weight": self.weights.get(tensor_names.FINAL_NORM)}, (x_btd.flatten(0, 1),))
+        weight_d = self.weights.get(tensor_names.FINAL_NORM)
+        if self.config.particulars is not None:
+            weight_d /= self.config.particulars.logits_scaling
+        return functional_call(norm, {"weight": weight_d}, (x_btd.flatten(0, 1),))
 
     def head_rows(self, start: int, stop: int) -> Tensor:
         """Rows of the head (stop - start, d): what makes the logits of these tokens of the vocabulary."""
@@ -154,10 +167,12 @@ class StreamedDecoder:
 
     def _read(self, layer: int, prefix: str) -> Tensors:
         """The tensors of a part of a layer, by their names inside it."""
-        on_disk = tensor_names.layer_names(self.config, layer)
-        return {
-            role.removeprefix(prefix): self.weights.get(on_disk[role]) for role in on_disk if role.startswith(prefix)
-        }
+        roles = tensor_names.role_shapes(self.config, layer)
+        return {role.removeprefix(prefix): self._get(layer, role) for role in roles if role.startswith(prefix)}
+
+    def _get(self, layer: int, role: str) -> Tensor:
+        """A tensor of a layer, as the modules of a network without particulars take it."""
+        return folding.fold(self.config, role, self.weights.get(tensor_names.layer_name(self.config, layer, role)))
 
 
 class _Streamed(nn.Module):

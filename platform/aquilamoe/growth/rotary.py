@@ -34,8 +34,8 @@ def check(source: ModelConfig, target: ModelConfig) -> None:
     if before is None or after is None:
         return
     for length in (1, 2 * max(source.max_position_embeddings, target.max_position_embeddings)):
-        old = before.frequencies(source.rope_theta, source.head_dim, source.max_position_embeddings, length)
-        new = after.frequencies(target.rope_theta, target.head_dim, target.max_position_embeddings, length)
+        old = before.frequencies(source.rope_theta, source.rotary_dim, source.max_position_embeddings, length)
+        new = after.frequencies(target.rope_theta, target.rotary_dim, target.max_position_embeddings, length)
         pairs = zip(old[0], new[0][::ratio], strict=True)
         if abs(old[1] - new[1]) > TOLERANCE or any(abs(a - b) > TOLERANCE * a for a, b in pairs):
             field = "head_dim" if ratio > 1 else "max_position_embeddings"

@@ -4,6 +4,7 @@ import math
 
 from aquilamoe.config import plugins
 from aquilamoe.config.messages import UserError
+from aquilamoe.config.particulars import Particulars
 from aquilamoe.config.schema import GrowthConfig, ModelConfig, UpcyclingConfig
 from aquilamoe.growth import rotary
 from aquilamoe.growth.depth import map_layers
@@ -99,14 +100,16 @@ def _check_scale_up(source: ModelConfig, target: ModelConfig, growth: GrowthConf
         if field != "intermediate_size" or source.num_sparse_layers < source.num_hidden_layers:  # else no layer has it
             _check_not_smaller(field, source, target, "scale-up")
     for field in ModelConfig.model_fields:
-        further = ("rms_norm_eps", "mlp_only_layers", "layer_types", *_FREE, *_ROTARY)
+        further = ("rms_norm_eps", "mlp_only_layers", "layer_types", "particulars", *_FREE, *_ROTARY)
         if field not in (*grows, *further):
             _check_kept(field, source, target, "a scale-up cannot change it, keep the source's")
     _check_eps(source, target, growth)
+    _check_mean(source, target)
     _check_head_dim(source, target)
     rotary.check(source, target)
     _check_layers(source, target, growth)
     _check_windows(source, target, growth)
+    _check_particulars(source, target, growth)
     _check_experts_of_layers(source, target, growth)
     if not map_units(source, target, growth).q_heads.is_surjective:
         _refuse_heads(source, target)
@@ -126,12 +129,27 @@ def _check_eps(source: ModelConfig, target: ModelConfig, growth: GrowthConfig) -
         )
 
 
+def _check_mean(source: ModelConfig, target: ModelConfig) -> None:
+    """Norms that subtract the mean of all channels need as many copies of each."""
+    old, new = source.hidden_size, target.hidden_size
+    if source.has_layer_norm and new % old:
+        raise UserError(
+            f"hidden_size: target {new}, source {old}; LayerNorm subtracts the mean of all channels, which stays at "
+            f"integer ratios only, use {new // old * old} or {(new // old + 1) * old}"
+        )
+
+
 def _check_head_dim(source: ModelConfig, target: ModelConfig) -> None:
     old, new = source.head_dim, target.head_dim
     if new > old and source.qk_norm != "none":
         raise UserError(
             f"head_dim: target {new}, source {old}; a norm over each head (qk_norm {source.qk_norm}) would count the "
             f"new channels, keep {old} and grow num_attention_heads"
+        )
+    if new > old and source.rotary_dim < old:
+        raise UserError(
+            f"head_dim: target {new}, source {old}; of each head {source.rotary_dim} channels rotate, and others would "
+            f"in a longer one, keep {old} and grow num_attention_heads"
         )
     if new % old:
         raise UserError(
@@ -166,6 +184,24 @@ def _check_windows(source: ModelConfig, target: ModelConfig, growth: GrowthConfi
             f"layer_types: window {_tokens(found[layer])} in layer {layer}, which copies layer {layers[layer]} with "
             f"{_tokens(expected[layer])}; leave layer_types and sliding_window out, they follow the source's"
         )
+
+
+def _check_particulars(source: ModelConfig, target: ModelConfig, growth: GrowthConfig) -> None:
+    """A copy of a layer rotates as the layer does; all else stays."""
+    layers, old = map_layers(source, target, growth).sources, source.particulars
+    nope = tuple(layer for layer, origin in enumerate(layers) if old is not None and origin in old.nope_layers)
+    _check_settings(source, target, old and old.model_copy(update={"nope_layers": nope}))
+
+
+def _check_settings(source: ModelConfig, target: ModelConfig, expected: Particulars | None) -> None:
+    if target.particulars != (expected if expected and expected.present else None):
+        raise UserError(
+            f"particulars: target {_settings(target)}, source {_settings(source)}; a growth keeps them, leave them out"
+        )
+
+
+def _settings(model: ModelConfig) -> str:
+    return "none" if model.particulars is None else f"{model.particulars.model_dump(mode='json')}"
 
 
 def _tokens(window: int | None) -> str:
@@ -206,8 +242,9 @@ def _check_scale_out(source: ModelConfig, target: ModelConfig, upcycling: Upcycl
     for field in ModelConfig.model_fields:
         if field in (*_WIDTHS, "num_hidden_layers") and field != "intermediate_size":
             _check_kept(field, source, target, "a scale-out keeps the sizes, change them in a scale_up stage before it")
-        elif field not in (*_EXPERTS, *_FEED_FORWARDS, *_FREE, *_ROTARY):
+        elif field not in (*_EXPERTS, *_FEED_FORWARDS, *_FREE, *_ROTARY, "particulars"):
             _check_kept(field, source, target, "a scale-out cannot change it, keep the source's")
+    _check_settings(source, target, source.with_experts)
     rotary.check(source, target)
     if source.is_moe:
         _check_more_experts(source, target)

@@ -89,6 +89,7 @@ def recipes(
         seed=seed,
         place="",
         dtype=compute_dtype(reader),
+        divides_scores=source.particulars is None or source.particulars.attention_multiplier is None,
     )
     for name in outer:
         alone = {name: stored(reader, name)}

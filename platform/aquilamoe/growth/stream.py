@@ -72,7 +72,7 @@ def rewrite(
         types = dtypes.of_target(reader.tensors, (source_config.model, target_config), layers, dtype_policy)
         values = carrying.carried(source_config, target_config, layers, dtypes.stated(types, shapes))
         recipes = list(grow(reader))
-        with reading.CheckpointWriter(target, shapes, types) as writer:
+        with reading.CheckpointWriter(target, shapes, types, joined=names.joined(target_config)) as writer:
             _write(recipes, reader, writer, types, lambda done: progress(done, len(shapes)))
     hf_config.write_json(target / hf_config.CONFIG_FILE, values)
     companions.copy_companions(source, target)

@@ -34,7 +34,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Tensors = Mapping[str, LazyTensor]  # by role
-_NORMS = (tensor_names.INPUT_NORM, tensor_names.POST_ATTENTION_NORM, tensor_names.FINAL_NORM)
+_FINAL_NORM = (tensor_names.FINAL_NORM, tensor_names.FINAL_NORM_BIAS)
+# Biases of norms become what gains become: with them, only whole copies of all channels are exact (see `rules`).
+_NORMS = (
+    *(tensor_names.INPUT_NORM, tensor_names.INPUT_NORM_BIAS),
+    *(tensor_names.POST_ATTENTION_NORM, tensor_names.POST_ATTENTION_NORM_BIAS),
+    *_FINAL_NORM,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +55,7 @@ class Width:
     seed, place: `place` is where the tensors go (`model.layers.3.`, or empty outside the layers); with the role it
         names a stream of random numbers.
     dtype: of the computation, F32 or F64.
+    divides_scores: whether attention divides scores by the root of head_dim, and not by a constant.
     """
 
     units: Units
@@ -59,6 +66,7 @@ class Width:
     seed: int
     place: str
     dtype: str
+    divides_scores: bool = True
 
     def copy(
         self,
@@ -223,7 +231,7 @@ class Width:
         # Padding is counted by the mean square that the norm divides by.
         share = (len(residual.sources) / residual.size) ** 0.5
         factor = share / self._residual_factor
-        if role == tensor_names.FINAL_NORM and self.tied:
+        if role in _FINAL_NORM and self.tied:
             factor = share / (np.square(self._residual_factor) * residual.multiplicity)
         return extended(_multiply_rows(_copy_rows(gain, residual), factor), residual.size, _number(1.0))
 
@@ -254,7 +262,7 @@ class Width:
     def _query_factor(self) -> np.ndarray:
         """Of every query channel: attention divides by the root of head_dim, and pairs between the old are silent."""
         inside = self.units.rotary
-        factor = (len(inside.sources) / inside.num_sources) ** 0.5
+        factor = (len(inside.sources) / inside.num_sources) ** 0.5 if self.divides_scores else 1.0
         of_head = np.array([0.0 if new else factor for new in inside.is_new])
         return np.tile(of_head, len(self.units.q_heads.sources))
 

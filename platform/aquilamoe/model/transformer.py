@@ -53,14 +53,14 @@ def rotary_table(config: ModelConfig, length: int, device: torch.device, dtype: 
         dtype: that they are rounded to; they are computed in float64.
 
     Returns:
-        cos and sin of shape (length, head_dim), multiplied by the attention factor of the scaling.
+        cos and sin of shape (length, rotary_dim), multiplied by the attention factor of the scaling.
     """
     scale = 1.0
     if config.rope_scaling is None:
-        pairs = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float64)
-        frequencies = config.rope_theta ** (-pairs / config.head_dim)
+        pairs = torch.arange(0, config.rotary_dim, 2, device=device, dtype=torch.float64)
+        frequencies = config.rope_theta ** (-pairs / config.rotary_dim)
     else:
-        sizes = config.rope_theta, config.head_dim, config.max_position_embeddings
+        sizes = config.rope_theta, config.rotary_dim, config.max_position_embeddings
         scaled, scale = config.rope_scaling.frequencies(*sizes, length)
         frequencies = torch.tensor(scaled, device=device, dtype=torch.float64)
     angles = torch.outer(torch.arange(length, device=device, dtype=torch.float64), frequencies).repeat(1, 2)

@@ -10,9 +10,10 @@ FAMILY = Family(
     experts_key="num_experts",
     is_mixed=True,
     has_shared_expert=True,
-    qkv_bias=None,
+    qkv_bias=True,
+    qkv_bias_key="qkv_bias",
     windows="each",
     window_switch=True,
-    alternating_windows=True,
+    slides=lambda _values, layer, first: layer % 2 == 0 and layer < first,
     default_window=4096,
 )

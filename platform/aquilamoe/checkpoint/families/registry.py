@@ -3,20 +3,60 @@
 from collections.abc import Mapping
 from typing import Any
 
-from aquilamoe.checkpoint.families import llama, mistral, mixtral, olmoe, qwen2, qwen2_moe, qwen3, qwen3_moe
+from aquilamoe.checkpoint.families import (
+    granite,
+    granitemoe,
+    llama,
+    mistral,
+    mixtral,
+    olmoe,
+    phi3,
+    qwen2,
+    qwen2_moe,
+    qwen3,
+    qwen3_moe,
+    smollm3,
+    stablelm,
+)
 from aquilamoe.checkpoint.families.family import Family
+from aquilamoe.config.messages import UserError
 from aquilamoe.config.network import ModelConfig
 
 # By the name of the class in transformers.
 FAMILIES = {
     module.FAMILY.architecture: module.FAMILY
-    for module in (llama, mistral, qwen2, qwen3, mixtral, qwen2_moe, qwen3_moe, olmoe)
+    for module in (
+        llama,
+        mistral,
+        qwen2,
+        qwen3,
+        mixtral,
+        qwen2_moe,
+        qwen3_moe,
+        olmoe,
+        smollm3,
+        granite,
+        granitemoe,
+        phi3,
+        stablelm,
+    )
 }
 
 
 def of(model: ModelConfig) -> Family:
-    """The family as which a network is written."""
-    return next(family for family in FAMILIES.values() if family.computes(model))
+    """The family as which a network is written.
+
+    Raises:
+        UserError: no architecture computes it.
+    """
+    present = model.particulars.present if model.particulars else frozenset()
+    families = (family for family in FAMILIES.values() if present <= family.particulars and family.computes(model))
+    found = next(families, None)
+    if found is None:
+        raise UserError(
+            f"architecture: {', '.join(sorted(present))} with these sizes is no known architecture; keep the source's"
+        )
+    return found
 
 
 def stated(values: Mapping[str, Any]) -> Family | None:

@@ -12,6 +12,7 @@ from aquilamoe.checkpoint import sharding, tensor_names
 from aquilamoe.checkpoint.reader import Reader
 from aquilamoe.checkpoint.safetensors_header import ITEM_BYTES
 from aquilamoe.config.network import ModelConfig
+from aquilamoe.config.numbers import Config
 from aquilamoe.config.schema import GrowthConfig
 from aquilamoe.files import free_bytes
 from aquilamoe.growth.bounds import calibration_bytes, growth_bytes
@@ -202,6 +203,8 @@ def sizes(request: Request) -> list[Size]:
 def _shown(value: object) -> str:
     if isinstance(value, tuple):
         return ranges(value) or "none"
+    if isinstance(value, Config):
+        return ", ".join(f"{key} {_shown(each)}" for key, each in value.model_dump().items())
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
@@ -239,7 +242,8 @@ def target_bytes(request: Request) -> int:
 
 
 def _shards(request: Request) -> list[sharding.ShardLayout]:
-    return sharding.plan_shards(request.shapes, request.dtypes, sharding.MAX_SHARD_BYTES)
+    joined = tensor_names.joined(request.model)
+    return sharding.plan_shards(request.shapes, request.dtypes, sharding.MAX_SHARD_BYTES, joined)
 
 
 def _calibration_bytes(request: Request) -> int:

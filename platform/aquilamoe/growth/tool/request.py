@@ -224,6 +224,7 @@ def _derived(source: ModelConfig, model: ModelConfig, config: GrowConfig) -> dic
         "mlp_only_layers": "follows growth.depth" if config.growth else "follows upcycling.layers",
         "layer_types": "follows growth.depth",
         "rope_scaling": "follows head_dim",
+        "particulars": "follows growth.depth" if config.growth else "follows num_experts",
         "intermediate_size": "follows moe_intermediate_size, no layer is dense",
     }
     named = {field for field, value in config.model.items() if value is not None}
