@@ -41,6 +41,7 @@ def test_a_group_is_described_with_all_of_its_keys_and_a_stage_with_those_of_its
     assert [line.partition(" ")[0] for line in text.splitlines() if not line.startswith(" ")] == [
         "optimizer",
         *(f"optimizer.{key}" for key in ("name", "betas", "momentum", "eps", "weight_decay", "max_grad_norm", "roles")),
+        "optimizer.groups",
         "",
         "stages.tokenizer",
         *(f"stages.tokenizer.{key}" for key in ("kind", "inputs", "vocab_size", "path", "sha256")),

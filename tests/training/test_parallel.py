@@ -9,6 +9,8 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,12 @@ from safetensors.torch import load_file, save_file
 
 from aquilamoe.checkpoint.dtensor import gather, own_part
 from aquilamoe.checkpoint.state_dict import load_state, save_model
+from aquilamoe.config.growth import Growth
 from aquilamoe.config.messages import UserError
-from aquilamoe.config.schema import ModelConfig
+from aquilamoe.config.schema import GrowthConfig, ModelConfig
+from aquilamoe.config.steps import GroupsConfig
 from aquilamoe.data.tokens import TokenCounts, TokensRecord, write_record
+from aquilamoe.growth.new_parts import new_parts
 from aquilamoe.model.transformer import Decoder
 from aquilamoe.training import checkpoint, example
 from aquilamoe.training import optimizer as optimizers
@@ -163,7 +168,8 @@ def losses(rank: Rank, job: Job) -> list[dict[str, float]]:
     train(job, rank)
     points = [json.loads(line) for line in (job.out / "metrics.jsonl").read_text().splitlines()]
     kept = ("train/loss", "train/balance_loss", "train/z_loss", "train/grad_norm", "val/loss")
-    return [{key: point[key] for key in kept if key in point} for point in points]
+    of_parts = ("train/grad_norm_new", "train/grad_norm_old", "train/learning_rate_new", "train/learning_rate_old")
+    return [{key: point[key] for key in (*kept, *of_parts) if key in point} for point in points]
 
 
 def losses_until(rank: Rank, job: Job, step: int) -> None:
@@ -370,6 +376,41 @@ def test_muon_orthogonalises_whole_matrices_however_they_are_cut(
     many = workers.run(world_size, losses, job)[0]
     for here, there in zip(many, one, strict=True):  # its iteration rounds to bf16
         assert here == pytest.approx(there, rel=3e-3)
+
+
+FPI: dict[str, Any] = {
+    "method": "fpi",
+    "scope": "all",
+    "norm": "exact",
+    "maps": "circular",
+    "noise": 0.0,
+    "depth": "stack",
+    "new_layers": "copy",
+}
+
+
+@pytest.mark.parametrize("groups", [{"new": 1.3}, {"old": 0}], ids=["faster", "frozen"])
+@pytest.mark.parametrize("layout", ["2 ddp", "2 fsdp, recomputed", "4 hsdp"])
+def test_new_and_old_parts_train_at_their_rates_however_they_are_cut(
+    workers: Workers, tokens: Path, tmp_path: Path, layout: str, groups: dict[str, Any]
+) -> None:
+    world_size, changes = LAYOUTS[layout]
+    jobs = []
+    for name, laid_out in (("one", {}), ("many", changes)):
+        job = make_job(tokens, tmp_path / name, experts=3, **laid_out)
+        optimizer = job.stage.optimizer.model_copy(update={"groups": GroupsConfig.model_validate(groups)})
+        source = job.model.model_copy(update={"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1})
+        grown = (Growth(source, job.model, GrowthConfig(**FPI), seed=0),)
+        stage = job.stage.model_copy(update={"optimizer": optimizer})
+        jobs.append(replace(job, stage=stage, marks=partial(new_parts, grown)))
+    one, many = workers.run(1, losses, jobs[0])[0], workers.run(world_size, losses, jobs[1])[0]
+    for here, there in zip(many, one, strict=True):
+        assert here == pytest.approx(there, abs=1e-5)
+    assert {"train/grad_norm_new", "train/grad_norm_old"} <= one[-1].keys()
+    file = "model/model.safetensors"
+    alone, cut = load_file(tmp_path / "one" / file), load_file(tmp_path / "many" / file)
+    for name in alone:
+        torch.testing.assert_close(cut[name], alone[name], rtol=0, atol=2e-4)
 
 
 # What a process holds

@@ -1,15 +1,16 @@
 """From an experiment's stages to a graph: references resolved, model sizes and FLOPs known, before anything runs."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from pydantic import ValidationError
 
 from aquilamoe.ancestors import ancestors
-from aquilamoe.config import passwords, plugins, stage_cluster
-from aquilamoe.config.external import TOKENIZER, Before, ExternalCheckpoint
+from aquilamoe.config import passwords, plugins, stage_cluster, training
+from aquilamoe.config.external import TOKENIZER, ExternalCheckpoint
 from aquilamoe.config.messages import UserError, first_problem, nearest
+from aquilamoe.config.node import Node as Node
+from aquilamoe.config.node import grown
 from aquilamoe.config.numbers import MAX_LAYERS
 from aquilamoe.config.paths import local
 from aquilamoe.config.relative import absolute_sizes
@@ -31,43 +32,6 @@ from aquilamoe.config.schema import (
 KIND_READ = {"corpus": "corpus", "tokenizer": "tokenizer", "tokens": "tokenize"}  # by role; all others read checkpoints
 ABOUT_OUTPUTS = ("lineage", "why", "verify", "rebuild", "generate", "evaluate")  # actions that `checkpoint` is for
 MAKE_CHECKPOINTS = ("checkpoint", "pretrain", "scale_up", "scale_out", "export")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Node:
-    """A stage in its graph.
-
-    name: the stage's name in the experiment.
-    stage: its configuration; budgets are tokens, and a growth's `model` holds every size, not only those that change.
-    model: what its checkpoint is, None for stages that make none.
-    source_model: what its source checkpoint is, None without one.
-    tokens, flops: trained in this stage (model FLOPs, see `ModelConfig.flops_per_token`).
-    ancestor_tokens, ancestor_flops: of everything before it on its line of checkpoints, as far as it was trained here.
-    before: of a line that begins with a checkpoint from elsewhere, what that had cost before; None for other lines.
-    """
-
-    name: str
-    stage: Stage
-    model: ModelConfig | None = None
-    source_model: ModelConfig | None = None
-    tokens: int = 0
-    flops: int = 0
-    ancestor_tokens: int = 0
-    ancestor_flops: int = 0
-    before: Before | None = None
-
-    @property
-    def is_external(self) -> bool:
-        """Whether it is a checkpoint from elsewhere itself."""
-        return self.before is not None and self.source_model is None
-
-    @property
-    def lineage_tokens(self) -> int:
-        return self.ancestor_tokens + self.tokens
-
-    @property
-    def lineage_flops(self) -> int:
-        return self.ancestor_flops + self.flops
 
 
 def parse(values: Mapping[str, Any]) -> ExperimentConfig:
@@ -172,7 +136,7 @@ class _Builder:
         if isinstance(stage, GrowthStage):
             self._check_tokenizer(name, stage, source.name)
             if stage.optimizer_state == "grow":
-                self._moments_of(source, f"stages.{name}.optimizer_state", "grow")
+                training.moments_of(self.nodes, source, f"stages.{name}.optimizer_state", "grow")
             growth = stage.growth if isinstance(stage, ScaleUpStage) else None
             model = grown_model(model, stage.model, f"stages.{name}.model", growth)
             stage = stage.model_copy(update={"model": model.model_dump()})
@@ -184,6 +148,8 @@ class _Builder:
             ancestor_tokens=source.lineage_tokens,
             ancestor_flops=source.lineage_flops,
             before=source.before,
+            growths=grown(source, stage, model),
+            num_trainings=source.num_trainings,
         )
 
     def _external(self, name: str, stage: CheckpointStage) -> Node:
@@ -249,7 +215,8 @@ class _Builder:
         if source:
             self._check_tokenizer(name, stage, source.name)
         if stage.optimizer_state == "keep" and source:
-            self._check_moments(f"stages.{name}.optimizer_state", source, stage.optimizer.name)
+            training.check_moments(self.nodes, f"stages.{name}.optimizer_state", source, stage)
+        training.check_groups(f"stages.{name}.optimizer.groups", stage, source)
         tokens_before, flops_before = (source.lineage_tokens, source.lineage_flops) if source else (0, 0)
         per_token = model.flops_per_token(stage.sequence_length)
         if stage.equal_flops is not None:
@@ -265,26 +232,9 @@ class _Builder:
             ancestor_tokens=tokens_before,
             ancestor_flops=flops_before,
             before=source.before if source else None,
+            growths=source.growths if source else (),
+            num_trainings=1 + (source.num_trainings if source else 0),
         )
-
-    def _check_moments(self, where: str, source: Node, optimizer: str) -> None:
-        found = self._moments_of(source, where, "keep")
-        if found != optimizer:
-            raise UserError(
-                f"{where}: '{source.name}' has the moments of {found}, not of {optimizer} to keep; use reset, or one "
-                "optimizer for both"
-            )
-
-    def _moments_of(self, source: Node, where: str, purpose: str) -> str:
-        """Name of the optimizer whose moments a stage leaves; refuse to resume from one that leaves none."""
-        stage, remedy = source.stage, "use reset, or continue a pretrain stage"
-        if isinstance(stage, PretrainStage):
-            return stage.optimizer.name
-        if isinstance(stage, GrowthStage):
-            if stage.optimizer_state == "grow":
-                return self._moments_of(self.nodes[stage.inputs["source"]], where, purpose)
-            remedy = f"use reset, or set stages.{source.name}.optimizer_state to grow"
-        raise UserError(f"{where}: '{source.name}' is a {stage.kind} stage and has no moments to {purpose}; {remedy}")
 
     def _equalized(self, name: str, stage: PretrainStage, flops_before: int, per_token: int) -> PretrainStage:
         """Give the stage the tokens that bring its line of checkpoints to the FLOPs of the other, less a batch."""

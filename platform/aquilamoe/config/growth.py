@@ -1,5 +1,6 @@
 """How a growth is done: from a dense model to a larger one, and to a Mixture of Experts."""
 
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, field_validator, model_validator
@@ -165,6 +166,21 @@ class UpcyclingConfig(Extended):
                     f"calibration_tokens to e.g. 8192, or {field} to {remedy}"
                 )
         return self
+
+
+@dataclass(frozen=True)
+class Growth:
+    """A growth that was done on a line of checkpoints.
+
+    source, target: the models before and after. how, seed: what it was done by.
+    num_trainings: stages of the line that trained before it.
+    """
+
+    source: ModelConfig
+    target: ModelConfig
+    how: GrowthConfig | UpcyclingConfig
+    seed: int
+    num_trainings: int = 0
 
 
 GROWTH_KINDS = ("scale_up", "scale_out")

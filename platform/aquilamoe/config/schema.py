@@ -166,6 +166,14 @@ class ExperimentConfig(Config):
         """`a,b` and `[a,b]` as one word: both are how lists are typed on a command line."""
         return names.strip("[]").replace(",", " ").split() if isinstance(names, str) else names
 
+    @field_validator("optimizer")
+    @classmethod
+    def _check_groups(cls, optimizer: OptimizerConfig) -> OptimizerConfig:
+        """New and old parts are of a stage after a growth, which has defaults of its own for them."""
+        if optimizer.groups != OptimizerConfig.model_fields["groups"].default:
+            raise ValueError("groups are of one stage; set stages.NAME.optimizer.groups")
+        return optimizer
+
     @field_validator("stages", mode="before")
     @classmethod
     def _leave_out_null(cls, stages: Any) -> Any:

@@ -1,11 +1,13 @@
 """What a training step does: the optimizer, its rate over a stage, the router's losses, and steps that go wrong."""
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from aquilamoe.config.inheritance import without_null
 from aquilamoe.config.numbers import (
     Config,
+    Extended,
     Float,
     Fraction,
     NonNegativeFloat,
@@ -26,7 +28,70 @@ class RoleConfig(Config):
     )
 
 
-class OptimizerConfig(Config):
+class OldPartsConfig(Config):
+    """How the parts of a grown model train that are its source's."""
+
+    learning_rate_ratio: NonNegativeFloat = Field(
+        default=1.0, description="Learning rate; 0: frozen [ratio to the stage's]"
+    )
+
+
+class NewPartsConfig(Config):
+    """How the parts of a grown model train that are further copies, padding or initialised."""
+
+    learning_rate_ratio: NonNegativeFloat = Field(
+        default=1.0, description="Learning rate after the re-warm-up; 0: frozen [ratio to the stage's]"
+    )
+    rewarm_tokens: NonNegativeInt = Field(
+        default=0, description="Linear re-warm-up of the new parts alone, from rewarm_from; 0: none [tokens]"
+    )
+    rewarm_from: NonNegativeFloat = Field(
+        default=1.0, description="Learning rate where the re-warm-up begins [ratio to the stage's]"
+    )
+
+    def ratio_after(self, tokens: int) -> float:
+        """Ratio to the stage's learning rate when the stage has trained on so many tokens."""
+        if tokens >= self.rewarm_tokens:
+            return self.learning_rate_ratio
+        return self.rewarm_from + (self.learning_rate_ratio - self.rewarm_from) * tokens / self.rewarm_tokens
+
+
+class GroupsConfig(Config):
+    """What trains after a growth: the new parts of the model and the old ones."""
+
+    new: NewPartsConfig = Field(default=NewPartsConfig(), description="Further copies, padding, initialised weights")
+    old: OldPartsConfig = Field(default=OldPartsConfig(), description="All other weights: the source's")
+    growths: Literal["all", "last"] = Field(
+        default="all",
+        description="Growths whose parts are new. all: of the line of checkpoints | last: those without a training "
+        "between them and the last one",
+    )
+
+    @field_validator("new", "old", mode="before")
+    @classmethod
+    def _read_ratio(cls, values: Any) -> Any:
+        """`old=0` is `old.learning_rate_ratio=0`."""
+        is_number = isinstance(values, (int, float)) and not isinstance(values, bool)
+        return {"learning_rate_ratio": values} if is_number else without_null(values)
+
+    @model_validator(mode="after")
+    def _check_ratios(self) -> Self:
+        if not self.new.learning_rate_ratio and not self.old.learning_rate_ratio:
+            raise ValueError("new and old have learning_rate_ratio 0, so that nothing trains; raise one of them")
+        return self
+
+    @property
+    def are_one(self) -> bool:
+        """Whether all parts train alike."""
+        return self == GroupsConfig(growths=self.growths)
+
+    @property
+    def freezes(self) -> bool:
+        """Whether some parts do not train."""
+        return not (self.new.learning_rate_ratio and self.old.learning_rate_ratio)
+
+
+class OptimizerConfig(Extended):
     """The optimizer of a stage that trains."""
 
     name: Literal["adamw", "muon"] = Field(
@@ -44,6 +109,13 @@ class OptimizerConfig(Config):
         description="Exceptions by role: embedding (with a tied head), head, attention, feed_forward (with a shared "
         "expert), expert, router, norm; e.g. {router: {learning_rate_ratio: 0.1}}",
     )
+    groups: GroupsConfig = Field(default=GroupsConfig(), description="New and old parts of a model that was grown")
+    added = ("groups",)
+
+    @field_validator("groups", mode="before")
+    @classmethod
+    def _leave_out_null(cls, groups: Any) -> Any:
+        return {} if groups is None else without_null(groups)
 
     @model_validator(mode="after")
     def _check_norms(self) -> Self:

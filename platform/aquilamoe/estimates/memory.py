@@ -144,12 +144,16 @@ class _Device:
         return int((UNEVEN - 1) * rows * self.precision.compute * inner)
 
     def _update(self) -> int:
-        """What an optimizer step works on: AdamW in place, Muon a matrix at a time, in float32 and three of bf16."""
+        """What an optimizer step works on: AdamW in place, Muon a matrix at a time, in float32 and three of bf16.
+
+        Where new and old parts have rates of their own, parameters that are both are kept until they are updated.
+        """
+        kept = 0 if self.stage.optimizer.groups.are_one else FLOAT * self.model.num_params // self.layout.shards
         if self.stage.optimizer.name == "adamw":
-            return 0
+            return kept
         model = self.model
         neurons = max(model.intermediate_size, model.moe_intermediate_size, model.num_attention_heads * model.head_dim)
-        return model.hidden_size * neurons * (2 * FLOAT + 3 * ROUNDED)
+        return max(kept, model.hidden_size * neurons * (2 * FLOAT + 3 * ROUNDED))
 
     def _arriving(self) -> int:
         """Gradients of the last pass that are not added yet, beside those that are."""

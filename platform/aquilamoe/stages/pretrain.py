@@ -1,5 +1,6 @@
 """Training, from scratch or from a checkpoint."""
 
+from functools import partial
 from typing import cast
 
 from aquilamoe.config.graph import Node
@@ -26,17 +27,18 @@ def run(context: Context) -> Metrics:
     from aquilamoe.checkpoint.continuing import carry
     from aquilamoe.checkpoint.hf_config import write_config
     from aquilamoe.data.tokens import read_record
+    from aquilamoe.growth.new_parts import counted, new_parts
     from aquilamoe.training.job import Job
     from aquilamoe.training.metrics import recovery_tokens
     from aquilamoe.training.ray.launch import launch
 
-    node = context.node
+    node, stage = context.node, cast(PretrainStage, context.node.stage)
     source = context.inputs.get("source")
     tokens = context.inputs["tokens"]
     assert node.model is not None
     job = Job(
         name=node.name,
-        stage=cast(PretrainStage, node.stage),
+        stage=stage,
         model=node.model,
         tokens=tokens.directory,
         source=source.directory if source else None,
@@ -44,6 +46,7 @@ def run(context: Context) -> Metrics:
         ancestor_tokens=node.ancestor_tokens,
         ancestor_flops=node.ancestor_flops,
         cluster=context.cluster,
+        marks=partial(new_parts, counted(node.growths, stage.optimizer.groups)) if node.growths else None,
     )
     metrics: Metrics = {
         "params_total": node.model.num_params,

@@ -10,6 +10,8 @@ from aquilamoe.config.schema import ClusterConfig, ModelConfig, PretrainStage
 if TYPE_CHECKING:
     import torch
 
+    from aquilamoe.model.marks import Marks
+
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
@@ -19,6 +21,7 @@ class Job:
     source: directory of a stage whose `model/` is continued, None to start from scratch.
     out: directory for metrics, checkpoints and the result.
     ancestor_tokens, ancestor_flops: what the checkpoint has behind it; the data continue where the ancestors stopped.
+    marks: returns what of each parameter of the model is new, by name; None if nothing was grown.
     """
 
     name: str
@@ -30,6 +33,7 @@ class Job:
     ancestor_tokens: int
     ancestor_flops: int
     cluster: ClusterConfig
+    marks: "Callable[[], Mapping[str, Marks]] | None" = None
 
 
 class MetricsExporter(Protocol):

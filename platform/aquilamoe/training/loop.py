@@ -17,6 +17,7 @@ from aquilamoe.training import optimizer as optimizers
 from aquilamoe.training.job import FIRST, Job, Rank
 from aquilamoe.training.metrics_logger import CHECKPOINT, STEP, VALIDATION, WAIT, MetricsLogger
 from aquilamoe.training.parallel import ParallelContext, initialize
+from aquilamoe.training.parts import Parts
 from aquilamoe.training.spikes import SpikeError, TrainProgress
 from aquilamoe.training.step import TrainStep
 from aquilamoe.training.validation import validate
@@ -130,7 +131,9 @@ def _build(job: Job, group: ParallelContext, saved: Path | None, rolled_back: Tr
         checkpoint.load_weights(job.source, model)
     elif saved is None:
         initialize(model, stage.seed)
-    optimizer = optimizers.build(model, stage.optimizer, stage.learning_rate)
+    groups = stage.optimizer.groups
+    parts = None if groups.are_one or job.marks is None else Parts(model, job.marks(), groups)
+    optimizer = optimizers.build(model, stage.optimizer, stage.learning_rate, parts.part_of if parts else {})
     progress, extra = TrainProgress(), checkpoint.NOTHING
     if saved is not None:
         step, extra = checkpoint.load(saved, model, optimizer), checkpoint.load_extra(saved)
@@ -140,7 +143,7 @@ def _build(job: Job, group: ParallelContext, saved: Path | None, rolled_back: Tr
         extra = checkpoint.load_extra(job.source)
     if rolled_back is not None:
         progress = rolled_back.at(progress.step, stage.batch_tokens // stage.sequence_length)
-    train_step = TrainStep(job, model, optimizer, group, progress)
+    train_step = TrainStep(job, model, optimizer, group, progress, parts=parts)
     train_step.restore(extra)
     return train_step
 

@@ -20,6 +20,8 @@ class Bf16Copy:
         self.network = group.build(model.config, "fp32").to(torch.bfloat16)
         self.originals: list[Tensor] = list(model.parameters())
         self.copies: list[Tensor] = list(self.network.parameters())
+        for original, copy in zip(self.originals, self.copies, strict=True):
+            copy.requires_grad_(original.requires_grad)
         self.round()
 
     @torch.no_grad()

@@ -7,6 +7,7 @@ how parameters are grouped.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,17 +18,37 @@ from aquilamoe.config.steps import OptimizerConfig, Role, RoleConfig
 from aquilamoe.training.gathering_muon import GatheringMuon
 
 RATIO = "learning_rate_ratio"  # of a group, to the learning rate of the step
+PART = "part"  # of a group: of a model that was grown, new | old | mixed; empty where all parts train alike
+ALIKE: Mapping[str, Any] = {}
 ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")
 MUON_STATE = ("momentum_buffer",)
 # What scores experts is no hidden matrix: its rows are classes, as the head's are.
 _ROUTERS = ("mlp.gate.weight", "mlp.shared_expert_gate.weight")
 
 
-def build(model: nn.Module, config: OptimizerConfig, learning_rate: float) -> AnyOptimizer:
-    """The optimizer of a model. Gains and biases are not decayed; every matrix, embeddings included, is."""
-    if config.name == "muon":
-        return MuonAndAdamW(model, config, learning_rate)
-    return _adamw(model.named_parameters(), config, learning_rate)
+def build(
+    model: nn.Module, config: OptimizerConfig, learning_rate: float, part_of: Mapping[str, str] = ALIKE
+) -> AnyOptimizer:
+    """The optimizer of a model. Gains and biases are not decayed; every matrix, embeddings included, is.
+
+    part_of: new, old or mixed, by the name of a parameter. Parameters without gradients are left out.
+    """
+    if config.name == "muon" and any(is_hidden_matrix(*each) for each in _trained(model)):
+        return MuonAndAdamW(model, config, learning_rate, part_of)
+    return _adamw(_trained(model), _Settings(config, learning_rate, part_of))
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What parameters are grouped by."""
+
+    config: OptimizerConfig
+    learning_rate: float
+    part_of: Mapping[str, str]
+
+
+def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
 def role_of(name: str) -> Role:
@@ -46,26 +67,27 @@ def role_of(name: str) -> Role:
     return next(role for place, role in places.items() if place in name)
 
 
-def _groups(
-    parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig, learning_rate: float
-) -> list[dict[str, Any]]:
+def _groups(parameters: Iterable[tuple[str, nn.Parameter]], settings: _Settings) -> list[dict[str, Any]]:
     """Parameters by how they are treated, which their role may change; torch needs equal settings in a group."""
-    groups: dict[tuple[float, float, Any], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, float, str, Any], list[nn.Parameter]] = {}
+    config = settings.config
     for name, parameter in parameters:
         own = config.roles.get(role_of(name), RoleConfig())
         decay = config.weight_decay if own.weight_decay is None else own.weight_decay
         # One fused update is for tensors that are cut among the same processes.
         mesh = getattr(parameter, "device_mesh", None)
-        key = (own.learning_rate_ratio, decay if parameter.ndim >= 2 else 0.0, mesh)
+        part = settings.part_of.get(name, "")
+        key = (own.learning_rate_ratio, decay if parameter.ndim >= 2 else 0.0, part, mesh)
         groups.setdefault(key, []).append(parameter)
     return [
-        {"params": members, "weight_decay": decay, RATIO: ratio, "lr": ratio * learning_rate}
-        for (ratio, decay, _), members in groups.items()
+        {"params": members, "weight_decay": decay, RATIO: ratio, PART: part, "lr": ratio * settings.learning_rate}
+        for (ratio, decay, part, _), members in groups.items()
     ]
 
 
-def _adamw(parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig, learning_rate: float) -> AdamW:
-    return AdamW(_groups(parameters, config, learning_rate), betas=config.betas, eps=config.eps, fused=True)
+def _adamw(parameters: Iterable[tuple[str, nn.Parameter]], settings: _Settings) -> AdamW:
+    betas, eps = settings.config.betas, settings.config.eps
+    return AdamW(_groups(parameters, settings), betas=betas, eps=eps, fused=True)
 
 
 def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
@@ -79,21 +101,23 @@ class MuonAndAdamW:
     Updates are scaled to the root mean square of AdamW's, so that one learning rate serves both.
     """
 
-    def __init__(self, model: nn.Module, config: OptimizerConfig, learning_rate: float) -> None:
-        hidden = {n: p for n, p in model.named_parameters() if is_hidden_matrix(n, p)}
+    def __init__(
+        self, model: nn.Module, config: OptimizerConfig, learning_rate: float, part_of: Mapping[str, str] = ALIKE
+    ) -> None:
+        settings = _Settings(config, learning_rate, part_of)
+        trained = _trained(model)
+        hidden = {n: p for n, p in trained if is_hidden_matrix(n, p)}
         self.matrices = {parameter: _matrices(parameter) for parameter in hidden.values()}
         is_cut = any(hasattr(parameter, "device_mesh") for parameter in self.matrices)
         self.muon = (GatheringMuon if is_cut else Muon)(
             _groups(
                 ((name, matrix) for name, parameter in hidden.items() for matrix in self.matrices[parameter]),
-                config,
-                learning_rate,
+                settings,
             ),
             momentum=config.momentum,
             adjust_lr_fn="match_rms_adamw",
         )
-        others = ((n, p) for n, p in model.named_parameters() if n not in hidden)
-        self.adamw = _adamw(others, config, learning_rate)
+        self.adamw = _adamw(((n, p) for n, p in trained if n not in hidden), settings)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -129,9 +153,7 @@ def _matrices(parameter: nn.Parameter) -> list[nn.Parameter]:
 def read_state(model: nn.Module, optimizer: AnyOptimizer) -> dict[str, Tensor]:
     """The optimizer's state by `parameter/key`; that of stacked experts is stacked, too, and cut as they are."""
     return {
-        f"{name}/{key}": value
-        for name, parameter in model.named_parameters()
-        for key, value in _state(parameter, optimizer)
+        f"{name}/{key}": value for name, parameter in _trained(model) for key, value in _state(parameter, optimizer)
     }
 
 
@@ -149,7 +171,7 @@ def _state(parameter: nn.Parameter, optimizer: AnyOptimizer) -> Iterable[tuple[s
 
 def write_state(model: nn.Module, optimizer: AnyOptimizer, state: Mapping[str, Tensor]) -> None:
     """Restore what `read_state` returned. KeyError for a tensor that is not there."""
-    for name, parameter in model.named_parameters():
+    for name, parameter in _trained(model):
         if isinstance(optimizer, MuonAndAdamW) and parameter in optimizer.matrices:
             for key in MUON_STATE:
                 buffers = _unbind(state[f"{name}/{key}"].to(parameter.device, copy=True))
@@ -160,7 +182,7 @@ def write_state(model: nn.Module, optimizer: AnyOptimizer, state: Mapping[str, T
             adamw.state[parameter] = {key: state[f"{name}/{key}"].to(parameter.device) for key in ADAMW_STATE}
 
 
-def set_learning_rate(optimizer: AnyOptimizer, learning_rate: float) -> None:
-    """Set that of every group, which its role may raise or lower."""
+def set_learning_rate(optimizer: AnyOptimizer, learning_rate: float, by_part: Mapping[str, float] = ALIKE) -> None:
+    """Set that of every group, which its role may raise or lower. by_part: those of new, old and mixed parameters."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate * group[RATIO]
+        group["lr"] = by_part.get(group[PART], learning_rate) * group[RATIO]

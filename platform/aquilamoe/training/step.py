@@ -15,6 +15,7 @@ from aquilamoe.training.job import Job, micro_batch_rows
 from aquilamoe.training.master_weights import Bf16Copy
 from aquilamoe.training.objective import RouterObjective
 from aquilamoe.training.parallel import MASTER_IN_FLOAT32, ParallelContext
+from aquilamoe.training.parts import Parts, RatesByPart
 from aquilamoe.training.router_load import RouterLoad
 from aquilamoe.training.schedules import learning_rate_factor
 from aquilamoe.training.spikes import TrainProgress
@@ -26,7 +27,8 @@ class TrainStep:
     """Takes optimizer steps with the model of a job.
 
     progress: counts the steps that are skipped. router_load, selection_bias: what the routers of a Mixture of Experts
-    did and are to do, None where there are none; a checkpoint keeps them.
+    did and are to do, None where there are none; a checkpoint keeps them. parts: new and old weights that train at
+    rates of their own; None where all train alike.
     """
 
     def __init__(
@@ -36,11 +38,14 @@ class TrainStep:
         optimizer: optimizers.AnyOptimizer,
         group: ParallelContext,
         progress: TrainProgress | None = None,
+        *,
+        parts: Parts | None = None,
     ) -> None:
         self.job = job
         self.model = model
         self.optimizer = optimizer
         self.group = group
+        self.parts = parts
         self.progress = progress or TrainProgress()
         self.rows = micro_batch_rows(job.cluster, job.stage.sequence_length)
         router = job.stage.router
@@ -89,20 +94,27 @@ class TrainStep:
         stage = self.job.stage
         total = stage.num_steps * stage.batch_tokens
         learning_rate = stage.learning_rate * learning_rate_factor(step * stage.batch_tokens, total, stage.schedule)
-        optimizers.set_learning_rate(self.optimizer, learning_rate)
+        rates = self.parts.rates(learning_rate, step * stage.batch_tokens) if self.parts else None
+        optimizers.set_learning_rate(self.optimizer, learning_rate, rates.by_part if rates else {})
         router = RouterObjective(stage.router, self.group)
         losses = self.accumulate(rows, router)
+        if self.parts:
+            self.parts.drop_frozen_gradients()
+            losses |= self.parts.norms(self.group)
         norm = self.group.clip(self.model, stage.optimizer.max_grad_norm)
         values = self.measured(losses | {"train/grad_norm": norm})
         if spike := spikes.find(self.job, self.progress, values, weights_of=step - 1):
             self._skip(spike)
         else:
-            self._update(router)
+            self._update(router, rates)
         self.optimizer.zero_grad(set_to_none=True)
-        return values | {"train/learning_rate": learning_rate}
+        return values | {"train/learning_rate": learning_rate} | (rates.measured if rates else {})
 
-    def _update(self, router: RouterObjective) -> None:
-        self.optimizer.step()
+    def _update(self, router: RouterObjective, rates: RatesByPart | None) -> None:
+        if self.parts and rates:
+            self.parts.update(self.optimizer, rates)
+        else:
+            self.optimizer.step()
         if self.rounded:
             self.rounded.round()
         if self.selection_bias:
