@@ -128,7 +128,8 @@ def test_with_one_expert_for_a_token_the_function_is_kept_for_every_shift(
         texts(4, 33, 2),
         Claim(preserving=True, tolerance=1e-3, growth=how, split=found),
     )
-    assert certificate["kl"] < 1e-9
+    # In float32 a KL is known to its rounding, which depends on the processor.
+    assert certificate["kl"] < (1e-9 if dtype == torch.float64 else torch.finfo(torch.float32).eps)
     assert certificate["experts"]["same_originals"] == 1.0
     assert certificate["experts"]["shift"] == pytest.approx([shift] * 2, rel=0.25)
 

@@ -28,6 +28,7 @@ from aquilamoe.config.schema import ModelConfig, UpcyclingConfig
 from aquilamoe.growth.alignment import LEAST_UPDATE, Alignment, align
 from aquilamoe.growth.bounds import COMPARED_TOKENS
 from aquilamoe.growth.claim import Claim
+from aquilamoe.growth.copied import Copied
 from aquilamoe.growth.expert_choices import ExpertChoices, may_compare
 from aquilamoe.growth.forward import Opened, StreamedDecoder, opened
 from aquilamoe.growth.logits import LogitDifference, compare
@@ -73,7 +74,8 @@ def certify(
         upcycling = claim.growth if isinstance(claim.growth, UpcyclingConfig) else None
         growth = claim.growth if claim.preserving else None
         made = unrounded(before, after, growth, claim.seed, claim.split) if growth is not None else None
-        walk = _Walk(before, after, made if after.weights.is_rounded else None, tokens_bt, progress)
+        weights = _weights(before, after, made)
+        walk = _Walk((before, after), weights, made is not None and made.rounds, tokens_bt, progress)
         walk.choices = _choices(before.config, after.config, upcycling, claim.preserving)
         if growth is None:
             walk.apart()
@@ -84,7 +86,7 @@ def certify(
         if fault is not None:
             raise _broken(fault, difference, claim.tolerance, growth is not None)
         if made is not None:
-            made.check_rest(after.weights.read)
+            made.check_rest(after.weights.read | weights.equal)
         rounding = walk.round() if made is not None and made.rounds else None
     judged = {"layers": walk.differences, "ties": ties, "rounding": rounding, "passed": True}
     claimed = {"preserving": claim.preserving, "tolerance": claim.tolerance}
@@ -92,6 +94,13 @@ def certify(
     certificate = {**_measures(difference), **claimed, **judged, **experts}
     _check_finite(certificate)
     return certificate
+
+
+def _weights(source: Opened, target: Opened, made: Unrounded | None) -> Copied:
+    """What the target computes with: where its files are rounded, what the growth makes before that."""
+    is_made = made is not None and target.weights.is_rounded
+    copies = {} if made is None else made.copies
+    return Copied(made if made is not None and is_made else target.weights, source.weights, target.weights, copies)
 
 
 def _choices(
@@ -145,21 +154,22 @@ def _check_finite(certificate: Mapping[str, Any]) -> None:
 class _Walk:
     """Source and target on their way through the layers.
 
-    unrounded: the target's weights before they were rounded to what is in its files, where that is what walks.
+    weights: of the target, before they were rounded to what is in its files, where that is what walks.
+    is_rounded: whether what rounding does is measured afterwards.
     differences: of the streams behind the embedding and behind each layer of the target, once they walk together.
     """
 
     def __init__(
         self,
-        source: Opened,
-        target: Opened,
-        unrounded: Unrounded | None,
+        checkpoints: tuple[Opened, Opened],
+        weights: Copied,
+        is_rounded: bool,
         tokens_bt: Tensor,
         progress: Progress,
     ) -> None:
-        self._opened = source, target
+        source, target = self._opened = checkpoints
         self.source = StreamedDecoder(*source)
-        self.target = StreamedDecoder(unrounded or target.weights, target.config)
+        self.target = StreamedDecoder(weights, target.config)
         inputs_bt, self.labels_bt = tokens_bt[:, :-1], tokens_bt[:, 1:]
         self._inputs_bt = inputs_bt
         self.source_btd, self.target_btd = self.source.embed(inputs_bt), self.target.embed(inputs_bt)
@@ -169,7 +179,7 @@ class _Walk:
         self.choices: ExpertChoices | None = None
         self._progress = progress
         self._done = 0
-        self._rounds = 2 if unrounded is not None and unrounded.rounds else 1
+        self._rounds = 2 if is_rounded else 1
         self._step(0)
 
     def _step(self, layers: int = 1) -> None:

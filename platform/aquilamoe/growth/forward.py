@@ -8,6 +8,7 @@ tokens, and of the weights an attention, a feed-forward, an expert, or a slice o
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -45,6 +46,9 @@ class Weights(Protocol):
     def look_up(self, name: str, numbers_n: Tensor) -> Tensor:
         """Rows by their numbers."""
 
+    def origin(self, name: str) -> str:
+        """Tensors of one origin are equal, to the last bit; of most it is the name of the tensor itself."""
+
 
 class Stored:
     """The tensors of a checkpoint's files.
@@ -77,6 +81,10 @@ class Stored:
     def look_up(self, name: str, numbers_n: Tensor) -> Tensor:
         """Rows by their numbers."""
         return self._take(name, self.reader.get(name)[numbers_n])
+
+    def origin(self, name: str) -> str:
+        """Not known to be equal to another."""
+        return name
 
     def _take(self, name: str, mapped: Tensor) -> Tensor:
         if name != tensor_names.EMBEDDING:  # of which few rows are looked up
@@ -130,7 +138,7 @@ class StreamedDecoder:
         block.set_submodule("self_attn", _Streamed(block.self_attn, partial(read, "self_attn."), flat=False))
         resident = [role for role in roles if not role.startswith(("self_attn.", "mlp."))]
         if self.config.is_sparse(layer):
-            block.mlp.set_submodule("experts", _StreamedExperts(self.config, read))
+            block.mlp.set_submodule("experts", _StreamedExperts(self.config, read, partial(self._origins, layer)))
             resident.append(tensor_names.ROUTER)
             if self.config.shared_expert_intermediate_size:
                 shared = block.get_submodule("mlp.shared_expert")
@@ -165,6 +173,12 @@ class StreamedDecoder:
         head = tensor_names.EMBEDDING if self.config.tie_word_embeddings else tensor_names.HEAD
         return self.weights.rows(head, start, stop)
 
+    def _origins(self, layer: int, expert: int) -> tuple[str, ...]:
+        """Of the tensors of an expert: experts of the same origins are one function."""
+        on_disk = tensor_names.layer_names(self.config, layer)
+        prefix = f"mlp.experts.{expert}."
+        return tuple(self.weights.origin(on_disk[role]) for role in on_disk if role.startswith(prefix))
+
     def _read(self, layer: int, prefix: str) -> Tensors:
         """The tensors of a part of a layer, by their names inside it."""
         roles = tensor_names.role_shapes(self.config, layer)
@@ -197,23 +211,32 @@ class _Streamed(nn.Module):
 
 
 class _StreamedExperts(nn.Module):
-    """In the place of `model.Experts`: each expert is read for its rows, and not read when it has none."""
+    """In the place of `model.Experts`: each expert is read for its rows, and not read when it has none.
 
-    def __init__(self, config: ModelConfig, read: Callable[[str], Tensors]) -> None:
+    Neighbours that are known to be equal are read once, and compute the rows of all of them.
+    """
+
+    def __init__(
+        self, config: ModelConfig, read: Callable[[str], Tensors], origins: Callable[[int], tuple[str, ...]]
+    ) -> None:
         super().__init__()
         self._read = read
+        self._origins = origins
         with torch.device("meta"):
             self._expert = FeedForward(config.hidden_size, config.moe_intermediate_size)
 
     def forward(self, rows_sd: Tensor, counts_e: Tensor) -> Tensor:
         outputs_sd = torch.empty_like(rows_sd)
-        parts = zip(rows_sd.split(counts_e.tolist()), outputs_sd.split(counts_e.tolist()), strict=True)
-        for expert, (inputs, outputs) in enumerate(parts):
-            if len(inputs) == 0:
-                continue
-            weights = self._read(f"mlp.experts.{expert}.")
-            for rows_in, rows_out in _together(TOKENS_AT_ONCE, inputs, outputs):
+        counts = counts_e.tolist()
+        chosen = [expert for expert, count in enumerate(counts) if count]
+        done = 0
+        for _, equal in groupby(chosen, self._origins):
+            experts = list(equal)
+            part = slice(done, done + sum(counts[expert] for expert in experts))
+            weights = self._read(f"mlp.experts.{experts[0]}.")
+            for rows_in, rows_out in _together(TOKENS_AT_ONCE, rows_sd[part], outputs_sd[part]):
                 rows_out.copy_(functional_call(self._expert, weights, (rows_in,), strict=True))
+            done = part.stop
         return outputs_sd
 
 

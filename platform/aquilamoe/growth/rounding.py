@@ -80,6 +80,20 @@ class Unrounded:
         self._release(name)
         return out
 
+    def origin(self, name: str) -> str:
+        """Not known to be equal to another."""
+        return name
+
+    @property
+    def copies(self) -> dict[str, str]:
+        """The source's tensor of every tensor that has its bytes, by their names."""
+        types = self._source.reader.dtype, self._target.reader.dtype
+        return {
+            name: rows.copies
+            for name, rows in self._rows.items()
+            if rows.copies is not None and types[0](rows.copies) == types[1](name)
+        }
+
     def check_rest(self, read: Set[str] = frozenset()) -> None:
         """Compare what was not read as a whole: experts that no token chose, and the embedding of other tokens.
 
@@ -166,6 +180,10 @@ class RoundedAgain:
     def look_up(self, name: str, numbers_n: Tensor) -> Tensor:
         """Rows by their numbers."""
         return self._round(name, self._weights.look_up(name, numbers_n))
+
+    def origin(self, name: str) -> str:
+        """Not known to be equal to another."""
+        return name
 
     def _round(self, name: str, tensor: Tensor) -> Tensor:
         target = self._target

@@ -109,8 +109,9 @@ def _embedded(split: str) -> Iterator[str]:
     import pyarrow.parquet as pq
 
     for path in sorted(EMBEDDED.glob("*.parquet")):
-        rows = pq.read_table(path, columns=["text", "split"], filters=[("split", "=", split)])
-        yield "\n\n".join(rows.column("text").to_pylist())
+        # Not `read_table`, whose filters import pandas.
+        rows = pq.ParquetFile(path).read(columns=["text", "split"]).to_pydict()
+        yield "\n\n".join(text for text, of in zip(rows["text"], rows["split"], strict=True) if of == split)
 
 
 def _read_text(key: str, path: Path, tokens: int) -> str:
