@@ -58,6 +58,18 @@ def test_the_certificate_computes_what_transformers_computes(name: str, make: Ma
     assert (certified(make(name)) - expected).abs().max() < 1e-5 * (expected.max() - expected.min())
 
 
+def test_a_part_of_each_head_turns_by_the_long_factors_beyond_the_first_context(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    short = {"max_position_embeddings": 64, "original_max_position_embeddings": published.CONTEXT - 1}
+    monkeypatch.setitem(published.CONFIGS, "long", {**published.CONFIGS[PHI], **short})
+    source = published.make("long", tmp_path)
+    expected = published.load(source).logits
+    assert (certified(source) - expected).abs().max() < 1e-5 * (expected.max() - expected.min())
+    target = published.apply(published.OPERATIONS["larger"], source, tmp_path / "target")
+    assert list(published.problems(published.OPERATIONS["larger"], source, target)) == []
+
+
 @pytest.mark.parametrize(
     ("name", "field"),
     [
