@@ -21,10 +21,12 @@ from aquilamoe.checkpoint import tensor_names
 from aquilamoe.checkpoint.hf_config import read_config
 from aquilamoe.checkpoint.state_dict import load_model
 from aquilamoe.config import graph
+from aquilamoe.config.growth import Growth
 from aquilamoe.config.messages import UserError
 from aquilamoe.config.schema import GrowthConfig, ModelConfig, OptimizerConfig, UpcyclingConfig
 from aquilamoe.growth import gradient_maps, optimizer_state, rules
 from aquilamoe.growth.gradient_maps import GradientMap
+from aquilamoe.growth.new_parts import new_parts
 from aquilamoe.growth.optimizer_state import FIRST, MOMENTUM, SECOND, STEP, grow_moments
 from aquilamoe.growth.scale_out import scale_out
 from aquilamoe.growth.scale_up import scale_up
@@ -490,6 +492,39 @@ def test_the_first_update_of_what_was_forgotten_is_no_larger_than_a_learning_rat
     assert largest_update(late) < 0.2
     forgetful = late | {f"{UP}/{SECOND}": grown.second(UP).masked_fill(grown.first(UP) == 0, 0)}
     assert largest_update(forgetful) == pytest.approx((1 - betas[0]) / (1 - betas[1]) ** 0.5, rel=1e-2)
+
+
+@pytest.mark.parametrize("how", [growth(), growth(noise=0.5, new_layers="zero"), upcycling()])
+def test_an_asymmetric_state_is_the_grown_one_of_old_weights_and_zero_of_new_ones(how: How, tmp_path: Path) -> None:
+    source = model()
+    target = resized(source, how, **(WIDER if isinstance(how, GrowthConfig) else EXPERTS))
+    state, configs = state_of(tmp_path, source), (source, target)
+    for name, asymmetric in (("grown", False), ("asymmetric", True)):
+        grow_moments(state, tmp_path / name, configs, how, 0, progress=silent, asymmetric=asymmetric)
+    grown, found = load_file(tmp_path / "grown"), load_file(tmp_path / "asymmetric")
+    assert grown.keys() == found.keys()
+    for name, marks in new_parts([Growth(source, target, how, 0)]).items():
+        assert torch.equal(found[f"{name}/{STEP}"], grown[f"{name}/{STEP}"])
+        for key in (FIRST, SECOND):
+            moment = found[f"{name}/{key}"]
+            is_new = marks.part(tuple(slice(0, size) for size in moment.shape)).expand(moment.shape)
+            assert torch.equal(moment, grown[f"{name}/{key}"].masked_fill(is_new, 0))
+        assert is_new.all() or not is_new.any() or (moment == 0).any()
+
+
+@pytest.mark.parametrize(
+    ("betas", "refused"), [("[0.9,0.95]", False), ("[0.9,0.99]", False), ("[0.9,0.999]", True), ("[0.9,1.0]", True)]
+)
+def test_moments_of_zero_are_kept_only_with_betas_that_bound_the_first_update(
+    compose: Callable[..., dict[str, Any]], betas: str, refused: bool
+) -> None:
+    words = ["stages.scale_up.optimizer_state=grow_asymmetric", "stages.dense.optimizer_state=keep"]
+    parsed = graph.parse(compose(*words, f"stages.dense.optimizer.betas={betas}"))
+    if not refused:
+        graph.build(parsed)
+        return
+    with pytest.raises(UserError, match=r"^stages.dense.optimizer_state: 'scale_up' leaves moments of zero .*; use"):
+        graph.build(parsed)
 
 
 @pytest.mark.parametrize("how", [growth(noise=0.5), growth(method="random"), upcycling()])

@@ -69,9 +69,11 @@ class World:
     """Processes that wait for something to do together; for good, because torch forgets no group of processes."""
 
     def __init__(self, world_size: int, folder: Path) -> None:
+        support = str(Path(__file__).parents[1] / "support")
         self.processes = [
             subprocess.Popen(
                 [sys.executable, __file__, str(rank), str(world_size), str(folder)],
+                env={**os.environ, "PYTHONPATH": support},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
             )

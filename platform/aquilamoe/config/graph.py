@@ -135,7 +135,7 @@ class _Builder:
         assert model is not None, "an input `source` makes a checkpoint"
         if isinstance(stage, GrowthStage):
             self._check_tokenizer(name, stage, source.name)
-            if stage.optimizer_state == "grow":
+            if stage.optimizer_state != "reset":
                 training.moments_of(self.nodes, source, f"stages.{name}.optimizer_state", "grow")
             growth = stage.growth if isinstance(stage, ScaleUpStage) else None
             model = grown_model(model, stage.model, f"stages.{name}.model", growth)

@@ -267,8 +267,9 @@ class GrowthStage(StageConfig):
     model: dict[str, Any] = Field(
         description="Sizes that change, of those in the group model; null: as the source, or as follows from the others"
     )
-    optimizer_state: Literal["reset", "grow"] = Field(
-        description="Moments of the optimizer. reset: none | grow: the source's, mapped as the weights are"
+    optimizer_state: Literal["reset", "grow", "grow_asymmetric"] = Field(
+        description="Moments of the optimizer. reset: none | grow: the source's, mapped as the weights are | "
+        "grow_asymmetric: as grow, and zero for further copies, which then learn apart"
     )
     seed: Seed = Field(description="Seed of noise, routers and sampled maps")
     tolerance: PositiveFloat = Field(

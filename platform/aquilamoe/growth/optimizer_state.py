@@ -8,9 +8,12 @@ one a first gradient would pass (1 - beta1) / sqrt(1 - beta2) times the learning
 and 0.999. Only a tensor that is new as a whole (a router) begins at step 0 with nothing, as at any start.
 
 Muon's momentum is a first moment, and all that it has.
+
+`grow_asymmetric` (SPARKLING, arXiv 2602.02472) begins both moments of new weights at zero all the same, so that copies
+that are equal learn apart. Betas under which the first update would then be too large are refused with the experiment.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,10 +25,13 @@ from torch import Tensor
 from aquilamoe.checkpoint import tensor_names
 from aquilamoe.checkpoint.safetensors_header import SINGLE_FILE
 from aquilamoe.checkpoint.writer import CheckpointWriter
+from aquilamoe.config.growth import Growth
 from aquilamoe.config.messages import UserError
 from aquilamoe.config.schema import GrowthConfig, ModelConfig, UpcyclingConfig
 from aquilamoe.growth import gradient_maps
 from aquilamoe.growth.gradient_maps import Axis, GradientMap
+from aquilamoe.growth.new_parts import new_parts
+from aquilamoe.model.marks import Marks
 
 STEP = "step"
 FIRST = "exp_avg"
@@ -42,6 +48,7 @@ def grow_moments(
     seed: int,
     *,
     progress: Callable[[int, int], None],
+    asymmetric: bool = False,
 ) -> None:
     """Write the state of the optimizer of a grown model to the file `target`, out of that of its source.
 
@@ -49,10 +56,12 @@ def grow_moments(
         `momentum_buffer` instead), as training leaves it.
     configs: of the source and of the target. growth, seed: what the weights were grown by.
     progress: called with the number of tensors written, and of all tensors.
+    asymmetric: whether new weights (`growth.new_parts`) begin with moments of zero, whatever the source has to give.
     In memory there is one tensor (of experts: one expert) of the source and its copy. UserError where the file is
     missing or damaged, or is not that of the source.
     """
     shapes = gradient_maps.parameter_shapes(configs[1])
+    marks = new_parts([Growth(*configs, growth, seed)]) if asymmetric else {}
     workplace = target.parent / f".{target.name}"
     with _open(source) as file:
         muon = any(key.endswith(f"/{MOMENTUM}") for key in file.keys())  # noqa: SIM118 - it is no mapping
@@ -67,7 +76,10 @@ def grow_moments(
             for done, (name, maps) in enumerate(gradient_maps.gradient_maps(*configs, growth, seed)):
                 progress(done, len(shapes))
                 for key in _keys(name, shapes[name], muon):
-                    blocks = [_step(file, maps)] if key == STEP else _blocks(file, maps, key, shapes[name], dtype)
+                    if key == STEP:
+                        blocks: Iterable[Tensor] = [_step(file, maps)]
+                    else:
+                        blocks = _without_new(_blocks(file, maps, key, shapes[name], dtype), marks.get(name))
                     writer.write(f"{name}/{key}", blocks)
     (workplace / SINGLE_FILE).replace(target)
     workplace.rmdir()
@@ -121,6 +133,17 @@ def _blocks(
     for gradient_map in maps:
         grown = _second(file, gradient_map) if key == SECOND else first(_read(file, gradient_map, key), gradient_map)
         yield grown[None] if len(shape) > grown.dim() else grown
+
+
+def _without_new(blocks: Iterable[Tensor], marks: Marks | None) -> Iterator[Tensor]:
+    """Blocks of a moment, zero where a weight is new: the whole tensor, or an expert at a time."""
+    for index, block in enumerate(blocks):
+        if marks is None:
+            yield block
+        else:
+            first = slice(index, index + 1) if block.ndim > 2 else slice(0, len(block))
+            place = (first, *(slice(0, size) for size in block.shape[1:]))
+            yield block.masked_fill(marks.part(place), 0)
 
 
 def _read(file: Any, gradient_map: GradientMap, key: str) -> Tensor:

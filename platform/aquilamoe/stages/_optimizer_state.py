@@ -42,4 +42,5 @@ def run(context: Context, growth: GrowthConfig | UpcyclingConfig) -> None:
         growth,
         stage.seed,
         progress=lambda done, total: context.progress(done, total, "moments"),
+        asymmetric=stage.optimizer_state == "grow_asymmetric",
     )
