@@ -21,8 +21,9 @@ from torch import Tensor
 from aquilamoe.checkpoint import tensor_names as names
 from aquilamoe.checkpoint.reader import CheckpointWriter, Reader
 from aquilamoe.checkpoint.state_dict import load_model, save_model
+from aquilamoe.config.growth import ShrinkConfig
 from aquilamoe.config.schema import GrowthConfig, ModelConfig, UpcyclingConfig
-from aquilamoe.growth import rules
+from aquilamoe.growth import rules, shrink
 from aquilamoe.growth.scale_out import scale_out
 from aquilamoe.growth.scale_up import scale_up
 from aquilamoe.growth.split import calibrate
@@ -165,6 +166,23 @@ def _mixtures() -> list[tuple[dict[str, Any], dict[str, Any]]]:
     ]
 
 
+def ways_back() -> list[Case]:
+    """Growths that keep the function, which shrink=exact takes back."""
+    deeper = {"new_layers": "zero"}
+    found = [Case("growth/fpi", options, WIDER | DEEPER) for options in (deeper, deeper | {"maps": "sampled"})]
+    found += [Case("growth/fpi", {"norm": "copy", "noise": 0, **deeper}, sizes) for sizes in (TWICE, TWICE | DEEPER)]
+    found += [Case("growth/lemon", {}, WIDER | DEEPER), Case("growth/hypercloning", {}, TWICE)]
+    found += [Case("growth/fpi", {}, sizes) for sizes in ({"head_dim": 16}, {"num_key_value_heads": 8})]
+    found += [Case("growth/fpi", {"norm": norm}, WIDER, NORMED) for norm in ("exact", "zero_pad")]
+    found += [Case("growth/fpi", deeper, sizes, family) for sizes, family in _mixtures()]
+    found += [Case("upcycling/copy", {}, sizes) for sizes in (EXPERTS, PARTS, SHARED, SHARED | ALTERNATING | PARTS)]
+    found += [Case("upcycling/permute", {}, EXPERTS)]
+    found += [
+        Case("upcycling/copy", {}, {"num_experts": 16, "num_experts_per_tok": 4}, family) for family in (EXPERTS, OLMOE)
+    ]
+    return found
+
+
 @torch.no_grad()
 def write_source(directory: Path, config: ModelConfig = SOURCE, dtype: torch.dtype = torch.float64) -> None:
     """A checkpoint as training leaves it: no gain is one, no bias zero, and every part of the network matters."""
@@ -255,6 +273,12 @@ def table() -> list[tuple[Case, Measured]]:
         return [(case, measure(case, source_of(case, Path(name)))) for case in cases()]
 
 
+def table_back() -> list[str]:
+    """Measure every way back."""
+    with tempfile.TemporaryDirectory() as name:
+        return [line_back(case, source_of(case, Path(name))) for case in ways_back()]
+
+
 def source_of(case: Case, folder: Path, dtype: torch.dtype = torch.float64) -> Path:
     """The checkpoint in `folder` that a case grows, written when it is first requested."""
     directory = folder / ("-".join(f"{key}={_cell(value)}" for key, value in case.changes.items()) or "plain")
@@ -276,15 +300,35 @@ def similarity(matrices: list[Tensor]) -> float:
     return sum(cosines) / len(cosines)
 
 
+def line_back(case: Case, source: Path) -> str:
+    """A row of the way back: grown, and shrunk to the sizes of the source at once."""
+    with tempfile.TemporaryDirectory() as name:
+        grown, back = Path(name) / "grown", Path(name) / "back"
+        grow(case, source, grown)
+        target = case.source.model_copy(update={"rms_norm_eps": case.target.rms_norm_eps})
+        found = shrink.find(grown, target, ShrinkConfig(method="exact", layers=None))
+        shrink.shrink(grown, back, target, found)
+        difference = (logits(source) - logits(back)).abs().max().item()
+        with Reader(source) as one, Reader(back) as other:
+            same = sum(one.digest(each) == other.digest(each) for each in one.names)
+            share = f"{same} of {len(one.names)}"
+    assert difference <= EXACT, case
+    return f"| grown by {' | '.join([f'`{case.title}`', _sizes(case), 'yes', '0', share])} |"
+
+
+def _sizes(case: Case) -> str:
+    sizes = ", ".join(f"{key} {_cell(getattr(case.source, key))} → {_cell(size)}" for key, size in case.sizes.items())
+    if case.changes:
+        sizes += f" (source: {', '.join(f'{key} {_cell(value)}' for key, value in case.changes.items())})"
+    return sizes
+
+
 def _cell(value: Any) -> str:
     return str(list(value) if isinstance(value, tuple) else value).replace(" ", "").lower()
 
 
 def line(case: Case, measured: Measured) -> str:
     """A row of the table."""
-    sizes = ", ".join(f"{key} {_cell(getattr(case.source, key))} → {_cell(size)}" for key, size in case.sizes.items())
-    if case.changes:
-        sizes += f" (source: {', '.join(f'{key} {_cell(value)}' for key, value in case.changes.items())})"
     exact = measured.difference <= EXACT
     up = measured.ups[0]
     if case.yaml.startswith("upcycling/"):
@@ -293,7 +337,7 @@ def line(case: Case, measured: Measured) -> str:
         learns_apart = f"{int(torch.linalg.matrix_rank(up))} of {min(up.shape)} ({effective_rank(up):.0f})"
     costs = [f"{cost:.2f}" for cost in (measured.parameters, measured.flops, measured.reads)]
     verdict = ["yes", "0"] if exact else ["no", f"{measured.difference:.1g}"]
-    return f"| {' | '.join([f'`{case.title}`', sizes, *verdict, learns_apart, *costs])} |"
+    return f"| {' | '.join([f'`{case.title}`', _sizes(case), *verdict, learns_apart, *costs])} |"
 
 
 HEAD = """# What growing does to a model
@@ -315,7 +359,19 @@ every option.
 """
 
 
-def page(rows: list[tuple[Case, str]]) -> str:
+BACK = """
+## The way back
+
+Grown in float64 as above, and shrunk at once to the source's sizes by `shrink=exact`, which finds the copies in the
+weights. **tensors** is how many of the source's have their bytes again; all of them where ratios are powers of two and
+copies have no noise.
+
+| | sizes | exact? | difference | tensors |
+|---|---|---|---|---|
+"""
+
+
+def page(rows: list[tuple[Case, str]], back: list[str]) -> str:
     """The document."""
     head = HEAD.format(
         layers=SOURCE.num_hidden_layers,
@@ -330,7 +386,7 @@ def page(rows: list[tuple[Case, str]]) -> str:
         lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
         lines += [row for case, row in rows if case.yaml.startswith(group)]
         parts.append(f"\n## {title}\n\n" + "\n".join(lines) + "\n")
-    return "".join(parts)
+    return "".join(parts) + BACK + "".join(f"{row}\n" for row in back)
 
 
 def main() -> None:
@@ -338,7 +394,8 @@ def main() -> None:
     measured = table()
     for case, result in measured:
         assert (result.difference <= EXACT) == rules.preserves(case.how, case.source, case.target), case
-    PAGE.write_text(page([(case, line(case, result)) for case, result in measured]), encoding="utf-8")
+    rows = [(case, line(case, result)) for case, result in measured]
+    PAGE.write_text(page(rows, table_back()), encoding="utf-8")
     print(f"{PAGE.relative_to(ROOT)}: {len(measured)} ways of growing")
 
 

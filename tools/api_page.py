@@ -10,7 +10,7 @@ import griffe
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "api.md"
 COMMAND = "python tools/api_page.py"
-PUBLIC = ("plan_growth", "grow", "upcycle", "certify", "Store", "GrowthPlan", "GrownCheckpoint")
+PUBLIC = ("plan_growth", "grow", "upcycle", "shrink", "certify", "Store", "GrowthPlan", "GrownCheckpoint")
 WIDTH = 100  # characters of a signature on one line
 INTRODUCTION = f"""# Python API
 

@@ -3,10 +3,10 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from aquilamoe.api import GrownCheckpoint, GrowthPlan, Store, certify, grow, plan_growth, upcycle
+    from aquilamoe.api import GrownCheckpoint, GrowthPlan, Store, certify, grow, plan_growth, shrink, upcycle
 
 __version__ = "0.1.0"
-__all__ = ["GrownCheckpoint", "GrowthPlan", "Store", "certify", "grow", "plan_growth", "upcycle"]
+__all__ = ["GrownCheckpoint", "GrowthPlan", "Store", "certify", "grow", "plan_growth", "shrink", "upcycle"]
 
 
 def __getattr__(name: str) -> Any:

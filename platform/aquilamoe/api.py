@@ -74,17 +74,20 @@ def plan_growth(
     model: Mapping[str, Any],
     growth: Method | None = None,
     upcycling: Method | None = None,
+    shrink: Method | None = None,
     seed: int = 1234,
     dtype: TargetDtype = "source",
 ) -> GrowthPlan:
-    """Plan a growth from the headers of the source; nothing is written.
+    """Plan a growth from the headers of the source, or a shrink from its weights; nothing is written.
 
     Args:
         source: directory of a Hugging Face checkpoint with safetensors.
         target: directory that the growth would make.
         model: the sizes that change, e.g. `{"hidden_size": 96}`.
-        growth: the method of a scale-up, e.g. "aki_pro"; exactly one of `growth` and `upcycling` is given.
+        growth: the method of a scale-up, e.g. "aki_pro"; exactly one of `growth`, `upcycling` and `shrink` is
+            given.
         upcycling: the method of a scale-out, e.g. "copy".
+        shrink: the method of the way back, e.g. "exact".
         seed: of all random numbers.
         dtype: of the target's tensors, e.g. "bfloat16"; "source" keeps the type of each.
 
@@ -94,7 +97,7 @@ def plan_growth(
     Raises:
         UserError: the source cannot be read, or the growth cannot be done.
     """
-    config = _config(source, target, model, growth=growth, upcycling=upcycling, seed=seed, dtype=dtype)
+    config = _config(source, target, model, growth=growth, upcycling=upcycling, shrink=shrink, seed=seed, dtype=dtype)
     request = resolve(config)
     return GrowthPlan(
         model=request.model.model_dump(mode="json"),
@@ -166,6 +169,34 @@ def upcycle(
     """
     config = _config(source, target, model, upcycling=upcycling, seed=seed, certificate=certificate, dtype=dtype)
     return _made(config, "upcycle")
+
+
+def shrink(
+    source: str | Path,
+    target: str | Path,
+    *,
+    model: Mapping[str, Any],
+    shrink: Method = "exact",
+    dtype: TargetDtype = "source",
+    certificate: Mapping[str, Any] | None = None,
+) -> GrownCheckpoint:
+    """Make a checkpoint smaller without changing its function: merge copies, drop what does nothing.
+
+    Args:
+        source: directory of a Hugging Face checkpoint with safetensors.
+        target: directory to make; one that this very call has made is returned as it is.
+        model: the sizes that change, e.g. `{"hidden_size": 64, "num_hidden_layers": 4}`.
+        shrink: the method, by name or with settings.
+        dtype: of the target's tensors, e.g. "bfloat16"; "source" keeps the type of each.
+        certificate: settings that differ from conf/grow.yaml, e.g. `{"tokens": 256}` or `{"enabled": False}`.
+
+    Returns:
+        The published directory with its record and certificate.
+
+    Raises:
+        UserError: more units of the source differ than the target has.
+    """
+    return _made(_config(source, target, model, shrink=shrink, certificate=certificate, dtype=dtype), "shrink")
 
 
 def certify(source: str | Path, target: str | Path, **settings: Any) -> Mapping[str, Any]:
@@ -247,6 +278,7 @@ def _config(
     *,
     growth: Method | None = None,
     upcycling: Method | None = None,
+    shrink: Method | None = None,
     certificate: Mapping[str, Any] | None = None,
     **others: str | int,
 ) -> GrowConfig:
@@ -258,6 +290,8 @@ def _config(
     values["certificate"] |= certificate or {}
     if growth is not None:
         values["growth"] = _method("growth", growth)
+    if shrink is not None:
+        values["shrink"] = _method("shrink", shrink)
     if upcycling is not None:
         values["upcycling"] |= _method("upcycling", upcycling)
     return grow_config.parse(values)

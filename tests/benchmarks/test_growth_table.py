@@ -77,3 +77,17 @@ def test_the_effective_rank_counts_directions_that_matter(table: ModuleType) -> 
     assert table.effective_rank(torch.eye(5, dtype=torch.float64)) == pytest.approx(5)
     assert table.effective_rank(torch.ones(5, 5, dtype=torch.float64)) == pytest.approx(1)
     assert 1 < table.effective_rank(torch.diag(torch.tensor([1.0, 0.1], dtype=torch.float64))) < 2
+
+
+def test_every_way_back_keeps_the_function_and_is_measured_again(table: ModuleType, tmp_path: Path) -> None:
+    text = table.PAGE.read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines() if line.startswith("| grown by")]
+    ways = table.ways_back()
+    assert len(lines) == len(ways)
+    for case, line in zip(ways, lines, strict=True):
+        assert rules.preserves(case.how, case.source, case.target)
+        assert line.split("|")[1].strip() == f"grown by `{case.title}`"
+    for index in (2, 8):
+        assert table.line_back(ways[index], table.source_of(ways[index], tmp_path)) == lines[index]
+    assert {f"shrink={path.stem}" for path in (ROOT / "conf/shrink").iterdir()} <= {"shrink=exact"}
+    assert table.page([], lines).endswith(text.partition("\n## The way back")[2])

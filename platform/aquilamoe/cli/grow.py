@@ -44,7 +44,7 @@ def _plan(request: Request, config: GrowConfig) -> None:
         return
     record = output.published(request.target)
     state = "the target exists, made by this tool: a run compares the recipes" if record else "the target is new"
-    tolerance = comparison.tolerance(request.source, config.certificate, request.growth)
+    tolerance = comparison.tolerance(request.source, config.certificate, comparison.known(request.growth))
     grow_view.show_plan(console(), request, config, state, tolerance)
 
 

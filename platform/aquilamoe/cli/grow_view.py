@@ -120,13 +120,17 @@ def show_plan(out: Console, request: Request, config: GrowConfig, state: str, to
     if copies := plan.copies(request):
         out.print(f"\ncopies  {', '.join(copies)}", soft_wrap=True)
     if layers := plan.layers(request):
-        out.print(f"layers  {', '.join(layers)}   (target <- source; * is a further copy)", soft_wrap=True)
+        star = "" if request.kind == "shrink" else "; * is a further copy"
+        out.print(f"layers  {', '.join(layers)}   (target <- source{star})", soft_wrap=True)
     out.print()
     _show_tensors(out, request, config.plan == "full")
     out.print()
     _show_cost(out, request, config)
     _show_claim(out, request, config, tolerance)
-    out.print("\nOnly headers and config.json were read; nothing was started.")
+    read = (
+        "The weights were read and compared" if request.kind == "shrink" else "Only headers and config.json were read"
+    )
+    out.print(f"\n{read}; nothing was started.")
 
 
 def _show_heads(out: Console, request: Request, state: str) -> None:
@@ -179,8 +183,9 @@ def _show_cost(out: Console, request: Request, config: GrowConfig) -> None:
     if config.certificate.enabled:
         needed = comparison.memory_bytes(request, config.certificate)
         certifying = f", the certificate at most {size_or_absent(needed)}"
+    what = "shrink" if request.kind == "shrink" else "growth"
     out.print(
-        f"memory  the growth at most {size_or_absent(cost.memory_bytes)}{certifying}, beside the libraries",
+        f"memory  the {what} at most {size_or_absent(cost.memory_bytes)}{certifying}, beside the libraries",
         soft_wrap=True,
     )
     rate = f"{size_or_absent(int(config.disk_bytes_per_s))}/s, as set by disk_bytes_per_s (not measured)"
@@ -201,7 +206,8 @@ def _show_claim(out: Console, request: Request, config: GrowConfig, tolerance: f
         tokens = f"{comparison.settings_for(request.growth, config.certificate).tokens:,} tokens"
         limit = f"{tolerance:.3g} of the logits' spread"
         is_rounded = any(ITEM_BYTES[dtype] < 4 for dtype in request.dtypes.values())
-        before = f", before it is rounded to {request.dtype_name}" if is_rounded else ""
+        is_before = is_rounded and request.kind != "shrink"
+        before = f", before it is rounded to {request.dtype_name}" if is_before else ""
         out.print(
             f"claim   the function is kept; refused if a logit is off by more than {limit} on {tokens}{before}",
             soft_wrap=True,

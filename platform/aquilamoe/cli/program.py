@@ -44,7 +44,7 @@ class Ablations(Experiment):
 
 PIPELINE = Program("config", Experiment, ("experiment",), WITH_DEFAULTS, (("experiment", "embedded"),))
 ABLATIONS = Program("ablations", Ablations, ("experiment", "ablation"), WITH_DEFAULTS)
-GROW = Program("grow", GrowConfig, ("growth", "upcycling"))
+GROW = Program("grow", GrowConfig, ("growth", "upcycling", "shrink"))
 
 
 def run_pipeline() -> None:

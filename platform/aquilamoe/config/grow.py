@@ -7,11 +7,11 @@ from pydantic import Field, ValidationError, field_validator
 
 from aquilamoe.config import passwords
 from aquilamoe.config.external import NAME
+from aquilamoe.config.growth import GrowthConfig, ShrinkConfig, UpcyclingConfig
 from aquilamoe.config.messages import UserError, first_problem, nearest
 from aquilamoe.config.numbers import Config, Int, NonNegativeInt, PositiveFloat, Seed
-from aquilamoe.config.schema import GrowthConfig, UpcyclingConfig
 
-EXAMPLES = {"growth": "fpi", "upcycling": "copy"}
+EXAMPLES = {"growth": "fpi", "upcycling": "copy", "shrink": "exact"}
 SparseLayers = Literal["all", "every_other"]
 TargetDtype = Literal["source", "float32", "bfloat16", "float16"]
 
@@ -89,7 +89,7 @@ class CertificateConfig(Config):
 
 
 class GrowConfig(Config):
-    """One call of the growth tool. `model` has the sizes that change; exactly one of growth and upcycling is set."""
+    """One call of the growth tool. `model` has the sizes that change; one of growth, upcycling and shrink is set."""
 
     source: str = Field(
         description="Directory of a checkpoint: safetensors (one file or shards), config.json, tokenizer [path]"
@@ -119,6 +119,9 @@ class GrowConfig(Config):
     )
     upcycling: SparseUpcycling | None = Field(
         description="Scale-out to a Mixture of Experts: upcycling=NAME, then upcycling.KEY=VALUE; null: none"
+    )
+    shrink: ShrinkConfig | None = Field(
+        default=None, description="The way back to a smaller model: shrink=NAME, then shrink.KEY=VALUE; null: none"
     )
     certificate: CertificateConfig = Field(
         description="Comparison of source and target on held-out tokens, before the target is published"
@@ -164,18 +167,19 @@ def _chosen(upcycling: Any) -> Any:
 
 
 def _check_one_growth(values: Mapping[str, Any]) -> None:
-    growth, upcycling = values.get("growth"), values["upcycling"]
-    for key, chosen in (("growth", growth), ("upcycling", upcycling)):
-        if isinstance(chosen, Mapping) and chosen and "method" not in chosen:
-            first = next(iter(chosen))
-            raise UserError(f"{key}.{first}: {chosen[first]} of no {key}; name one, e.g. {key}={EXAMPLES[key]}")
-    if growth is not None and upcycling is not None:
+    chosen = {key: values.get(key) for key in EXAMPLES}
+    for key, settings in chosen.items():
+        if isinstance(settings, Mapping) and settings and "method" not in settings:
+            first = next(iter(settings))
+            raise UserError(f"{key}.{first}: {settings[first]} of no {key}; name one, e.g. {key}={EXAMPLES[key]}")
+    named = [key for key, settings in chosen.items() if settings is not None]
+    if len(named) > 1:
         raise UserError(
-            "growth, upcycling: both are named, a call does one of them; grow first, then upcycle the result in a "
-            "second call"
+            f"{', '.join(named)}: {'all' if len(named) > 2 else 'both'} are named, a call does one of them; grow "
+            "first, then upcycle the result in a second call"
         )
-    if growth is None and upcycling is None and values.get("action") != "certify":
+    if not named and values.get("action") != "certify":
         raise UserError(
-            "growth: neither growth nor upcycling is named; name one, e.g. growth=aki_pro with larger sizes, or "
-            "upcycling=copy with model.num_experts=8 model.num_experts_per_tok=2"
+            "growth: none of growth, upcycling and shrink is named; name one, e.g. growth=aki_pro with larger sizes, "
+            "upcycling=copy with model.num_experts=8 model.num_experts_per_tok=2, or shrink=exact with smaller sizes"
         )

@@ -168,6 +168,24 @@ class UpcyclingConfig(Extended):
         return self
 
 
+class ShrinkConfig(Config):
+    """How a model becomes a smaller one."""
+
+    method: Literal["exact"] = Field(
+        description="What goes. exact: layers that do nothing, and copies of units, found in the weights; the function "
+        "is kept"
+    )
+    layers: tuple[NonNegativeInt, ...] | None = Field(
+        description="Layers of the source that stay, counted from 0; null: by the method [list of layers]"
+    )
+
+    @model_validator(mode="after")
+    def _check_layers(self) -> Self:
+        if self.layers is not None and (not self.layers or list(self.layers) != sorted(set(self.layers))):
+            raise ValueError(f"layers {list(self.layers)} is not a rising list; name each layer that stays once")
+        return self
+
+
 @dataclass(frozen=True)
 class Growth:
     """A growth that was done on a line of checkpoints.

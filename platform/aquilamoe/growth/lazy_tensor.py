@@ -309,6 +309,14 @@ def multiply(block: Tensor, factor: Tensor) -> Tensor:
     return block * factor.to(block.dtype)
 
 
+def multiply_rows(rows: LazyTensor, factor: np.ndarray) -> LazyTensor:
+    """Every row times its factor."""
+    if (factor == 1).all():
+        return rows
+    shape = (-1, *(1 for _ in rows.shape[1:]))
+    return rows.derive(lambda index: multiply(rows[index], tensor_of(factor)[index].view(shape)))
+
+
 def scaled(rows: LazyTensor, factor: float) -> LazyTensor:
     """A tensor times a number."""
     if factor == 1:

@@ -24,6 +24,7 @@ from aquilamoe.growth.lazy_tensor import (
     gathered,
     is_exact,
     multiply,
+    multiply_rows,
     narrow,
     tensor_of,
     wide,
@@ -195,7 +196,7 @@ class Width:
             factor = self._query_factor
         else:
             return grown
-        return _multiply_rows(grown, factor)
+        return multiply_rows(grown, factor)
 
     def _gain_channels(self, role: str) -> UnitMap:
         """The channels that a norm on queries or keys is over, where it is over those of all heads."""
@@ -219,7 +220,7 @@ class Width:
         """Gains of the norm on queries or keys: of one head, shared by all, or of all heads together."""
         if gain.shape == self.shapes[role]:
             return gain
-        return _multiply_rows(_copy_rows(gain, self._gain_channels(role)), 1 / self._head_factor(role))
+        return multiply_rows(_copy_rows(gain, self._gain_channels(role)), 1 / self._head_factor(role))
 
     def _copy_gain(self, role: str, gain: LazyTensor) -> LazyTensor:
         """Gains of a norm, changed so that readers see equal copies; the gain of padding multiplies zeros.
@@ -233,7 +234,7 @@ class Width:
         factor = share / self._residual_factor
         if role in _FINAL_NORM and self.tied:
             factor = share / (np.square(self._residual_factor) * residual.multiplicity)
-        return extended(_multiply_rows(_copy_rows(gain, residual), factor), residual.size, _number(1.0))
+        return extended(multiply_rows(_copy_rows(gain, residual), factor), residual.size, _number(1.0))
 
     def _pad(self, role: str, grown: LazyTensor) -> LazyTensor:
         """Zeros where padding is written: behind the rows, or behind the columns of the embedding."""
@@ -270,14 +271,6 @@ class Width:
 def _number(value: float) -> Callable[[], Tensor]:
     """What further rows are filled with."""
     return lambda: tensor_of(np.array(value, np.float32))
-
-
-def _multiply_rows(tensor: LazyTensor, factor: np.ndarray) -> LazyTensor:
-    """Every row times its factor."""
-    if (factor == 1).all():
-        return tensor
-    shape = (-1, *(1 for _ in tensor.shape[1:]))
-    return tensor.derive(lambda index: multiply(tensor[index], tensor_of(factor)[index].view(shape)))
 
 
 def _read_copies(tensor: LazyTensor, columns: UnitMap | None, new_columns: LazyTensor | None = None) -> LazyTensor:

@@ -25,6 +25,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from aquilamoe.checkpoint import safetensors_header
+from aquilamoe.checkpoint.raw_reader import RawReader
 from aquilamoe.cli import grow as grow_command
 from aquilamoe.config.messages import UserError
 from aquilamoe.format import size
@@ -124,7 +125,7 @@ def tokenizer(first: int = 0) -> PreTrainedTokenizerFast:
 def composed(words: tuple[str, ...]) -> dict[str, Any]:
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        prefixed = ["+" + word if word.startswith(("growth=", "upcycling=")) else word for word in words]
+        prefixed = ["+" + word if word.startswith(("growth=", "upcycling=", "shrink=")) else word for word in words]
         values = OmegaConf.to_container(hydra.compose("grow", prefixed), resolve=True)
     assert isinstance(values, dict)
     return {str(key): value for key, value in values.items()}
@@ -716,10 +717,40 @@ def test_a_checkpoint_by_this_tool_is_held_to_what_its_record_claims(
     assert "claims" in refusal(grow, before, other, "action=certify", "certificate.tolerance=1e-3")
 
 
+@pytest.mark.parametrize("name", ["llama tied bf16 sharded", "mistral fp16", "qwen2"])
+def test_a_shrink_of_a_grown_checkpoint_computes_in_transformers_what_its_source_computes(
+    name: str, grown: Callable[..., tuple[Path, Path]], grow: Grow, tmp_path: Path
+) -> None:
+    before, after = grown(name, *FPI)
+    sizes = [f"{word.split('=')[0]}={SHAPE[word.split('=')[0].removeprefix('model.')]}" for word in LARGER]
+    words = [after, tmp_path / "back", "shrink=exact", *sizes]
+    assert "layers  0 <- 0, 1 <- 2, 2 <- 4" in grow(*words, "action=plan")
+    assert list(tmp_path.iterdir()) == []
+    assert "shrink" in grow(*words)
+    torch.testing.assert_close(logits(tmp_path / "back"), logits(before), atol=tolerance(name), rtol=0)
+    record = json.loads((tmp_path / "back" / RECORD).read_text())
+    assert record["recipe"]["config"]["shrink"] == {"method": "exact", "layers": [0, 2, 4]}
+    assert record["preserving"] and record["certificate"]["passed"]
+    assert "shrunk in width and depth by `exact`" in (tmp_path / "back" / "README.md").read_text()
+    assert "cached" in grow(*words)
+    grow(after, tmp_path / "back", "action=certify")
+
+
+def test_experts_that_are_copies_become_a_dense_checkpoint_byte_by_byte(
+    grown: Callable[..., tuple[Path, Path]], grow: Grow, tmp_path: Path
+) -> None:
+    before, after = grown("llama", *COPY)
+    grow(after, tmp_path / "dense", "shrink=exact", "model.num_experts=0")
+    with RawReader(before) as one, RawReader(tmp_path / "dense") as other:
+        assert set(one.names) == set(other.names)
+        assert [one.digest(name) for name in one.names] == [other.digest(name) for name in one.names]
+    assert logits(tmp_path / "dense").equal(logits(before))
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        ([], "growth: neither growth nor upcycling is named; name one, e.g. growth=aki_pro with larger sizes"),
+        ([], "growth: none of growth, upcycling and shrink is named; name one, e.g. growth=aki_pro with larger sizes"),
         ([*FPI, *COPY], "growth, upcycling: both are named, a call does one of them; "),
         (["upcycling.layers=all", *FPI], "upcycling.layers: all of no upcycling; "),
         ([*COPY, "upcycling.layers=every"], "upcycling.layers: 'every' is not a choice; "),
@@ -740,6 +771,19 @@ def test_a_checkpoint_by_this_tool_is_held_to_what_its_record_claims(
         ([*FPI, "+model.hiden_size=40"], "model.hiden_size: unknown key; did you mean 'hidden_size'?"),
         ([*COPY, "model.num_experts_per_tok=5"], "model: num_experts_per_tok 5 is not between 1 and num_experts 4"),
         ([*FPI, "certificate.tokens=0"], "certificate.tokens: 0 is refused: "),
+        ([*FPI, "shrink=exact"], "growth, shrink: both are named, a call does one of them; "),
+        (["+shrink.layers=[0]"], "shrink.layers: [0] of no shrink; name one, e.g. shrink=exact"),
+        (["shrink=exact", "shrink.layers=[1,0]"], "shrink: layers [1, 0] is not a rising list; "),
+        (["shrink=exact", "shrink.layers=[0,7]"], "shrink.layers: layer 7 in the list, the source has 3 layers; "),
+        (["shrink=exact", "shrink.layers=[0,1]"], "shrink.layers: layer 2 is not in the list, and adds something"),
+        (["shrink=exact"], "model.num_hidden_layers: no size of the target is smaller than the source's; "),
+        (["shrink=exact", "model.hidden_size=40"], "model.hidden_size: target 40 is larger than the source's 32; "),
+        (["shrink=exact", "model.num_hidden_layers=2"], "model.num_hidden_layers: target 2, but 0 of 3 layers of the "),
+        (["shrink=exact", "model.vocab_size=200"], "model.vocab_size: target 200, source 260; a shrink cannot change"),
+        (
+            ["shrink=exact", "model.intermediate_size=40"],
+            "model.intermediate_size: target 40, but 48 of 48 neurons in ",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_that_names_the_place(

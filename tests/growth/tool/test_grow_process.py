@@ -269,7 +269,7 @@ def test_a_group_is_chosen_with_or_without_a_plus_and_a_path_may_have_any_charac
     ("words", "line"),
     [
         (("source=source",), "error: target: required but not set; name the directory to make, target=DIR"),
-        (("source=source", "target=t"), "error: growth: neither growth nor upcycling is named; "),
+        (("source=source", "target=t"), "error: growth: none of growth, upcycling and shrink is named; "),
         (("source=source", "target=t", *FPI, *COPY), "error: growth, upcycling: both are named, "),
         (
             ("source=source", "target=t", "growth=fpy"),

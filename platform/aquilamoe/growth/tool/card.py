@@ -133,15 +133,16 @@ def _summary(request: Request, source: str) -> str:
     claim = "claims to compute the same function" if request.preserving else "does not claim to keep the function"
     if not request.preserving and request.growth.method == "split":
         claim = "is meant to be nearly function-preserving, which the certificate measures"
-    if request.kind == "scale_up":
+    if request.kind != "scale_out":
         what = f"{deed(request)} by `{request.growth.method}`"
     else:
         experts = f"{new.num_experts} experts, {new.num_experts_per_tok} for a token"
         what = f"upcycled to {experts}, by `{request.growth.method}`"
+    deed_of = "shrink" if request.kind == "shrink" else "growth"
     return (
         f"`{source}` with {format.count(old.num_params)} parameters, {what} to {format.count(new.num_params)} "
         "parameters "
-        f"({format.count(new.num_active_params)} active). It has not been trained since; the growth {claim}. "
+        f"({format.count(new.num_active_params)} active). It has not been trained since; the {deed_of} {claim}. "
         f"{' '.join([*remarks(request), f'Made by {TOOL}.'])}"
     )
 

@@ -8,13 +8,13 @@ from pydantic import ValidationError
 from aquilamoe import format
 from aquilamoe.checkpoint.safetensors_header import ITEM_BYTES
 from aquilamoe.config.grow import CertificateConfig
-from aquilamoe.config.schema import GrowthConfig, UpcyclingConfig
+from aquilamoe.config.growth import GrowthConfig, ShrinkConfig, UpcyclingConfig
 from aquilamoe.growth.bounds import NEARLY_TOKENS, certificate_bytes, default_tolerance, file_tolerance
 from aquilamoe.growth.claim import Claim
 from aquilamoe.growth.tool import held_out, identity
 from aquilamoe.growth.tool.held_out import HeldOut
 from aquilamoe.growth.tool.reporter import Reporter
-from aquilamoe.growth.tool.request import CheckpointFiles, Request
+from aquilamoe.growth.tool.request import AnyGrowth, CheckpointFiles, Request
 
 
 def existing(
@@ -38,9 +38,16 @@ def existing(
     )
 
 
+def known(growth: AnyGrowth) -> GrowthConfig | UpcyclingConfig | None:
+    """The growth by which layers of the target can be compared with those of the source."""
+    return None if isinstance(growth, ShrinkConfig) else growth
+
+
 def _recorded(record: Mapping[str, Any]) -> GrowthConfig | UpcyclingConfig | None:
     settings = record["recipe"]["config"]
     if record["recipe"].get("version") != identity.VERSION:  # the same recipe made other weights then
+        return None
+    if "shrink" in settings:
         return None
     try:
         if "growth" in settings:
@@ -67,7 +74,7 @@ def tolerance(
     return max(file_tolerance(files.dtype) for files in (source, target) if files is not None)
 
 
-def settings_for(growth: GrowthConfig | UpcyclingConfig | None, certificate: CertificateConfig) -> CertificateConfig:
+def settings_for(growth: AnyGrowth | None, certificate: CertificateConfig) -> CertificateConfig:
     """The certificate's settings, with at least `NEARLY_TOKENS` tokens for a split: its KL and shares are means."""
     if growth is None or growth.method != "split":
         return certificate

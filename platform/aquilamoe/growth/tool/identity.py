@@ -55,7 +55,7 @@ def _digest(path: Path, stop: Event) -> str:
 
 def recipe(request: Request, source: Mapping[str, str]) -> Recipe:
     """All that the bytes of the weights depend on; `source` are the digests of its files."""
-    name = "growth" if request.kind == "scale_up" else "upcycling"
+    name = {"scale_up": "growth", "scale_out": "upcycling"}.get(request.kind, request.kind)
     # What a growth only carries follows from the source's config.json.
     model = request.model.model_dump(mode="json", exclude=set(ModelConfig.added))
     growth = request.growth.model_dump(mode="json")

@@ -15,6 +15,7 @@ from aquilamoe.files import write_atomically
 from aquilamoe.growth.claim import Claim
 from aquilamoe.growth.scale_out import scale_out
 from aquilamoe.growth.scale_up import scale_up
+from aquilamoe.growth.shrink import shrink
 from aquilamoe.growth.tool import card, comparison, held_out, identity, output, plan, unchanged
 from aquilamoe.growth.tool.held_out import HeldOut
 from aquilamoe.growth.tool.output import TargetFolder
@@ -24,6 +25,7 @@ from aquilamoe.pipeline.store import to_json
 from aquilamoe.process import errors, interruption
 
 if TYPE_CHECKING:
+    from aquilamoe.growth.reduction import Reduction
     from aquilamoe.growth.split import Split
 
 # Card, record, tokenizer and what file systems keep for themselves.
@@ -84,7 +86,10 @@ class Making:
     def _held_out(self) -> HeldOut | None:
         if not self.config.certificate.enabled:
             return None
-        source, settings = self.request.source, comparison.settings_for(self.request.growth, self.config.certificate)
+        source, settings = (
+            self.request.source,
+            comparison.settings_for(self.request.growth, self.config.certificate),
+        )
         return held_out.read(source.directory, source.model, settings, self.config.seed)
 
     def _grow(self) -> dict[str, Any]:
@@ -107,18 +112,30 @@ class Making:
     def _grow_tensors(self) -> dict[str, str]:
         """SHA-256 of every tensor that the engine wrote."""
         request = self.request
-        grow: Any = scale_up if request.kind == "scale_up" else scale_out
+        source, target = request.source.directory, self.place.partial
+        grow: Any
+        if request.kind == "shrink":
+            grow = partial(shrink, source, target, request.model, self._reduced())
+        else:
+            grow = scale_up if request.kind == "scale_up" else scale_out
+            grow = partial(grow, source, target, request.model, request.growth, request.seed)
         if (split := self._calibrated()) is not None:
             grow = partial(grow, split=split)
-        with self.reporter.step("grow", "tensors", plan.target_bytes(request)) as bar:
-            source, target = request.source.directory, self.place.partial
-            settings = {"progress": bar.update, "dtype_policy": request.dtype_policy}
-            tensors = grow(source, target, request.model, request.growth, request.seed, **settings)
+        name = "shrink" if request.kind == "shrink" else "grow"
+        with self.reporter.step(name, "tensors", plan.target_bytes(request)) as bar:
+            tensors = grow(progress=bar.update, dtype_policy=request.dtype_policy)
             self.seconds["grow_s"] = bar.seconds
             written = plan.target_bytes(request)
             rate = format.size_or_absent(int(written / max(bar.seconds, 1e-3)))
             bar.end(f"{format.size_or_absent(written)} in {format.duration(bar.seconds)}, {rate}/s, on disk")
         return dict(tensors)
+
+    def _reduced(self) -> "Reduction":
+        """What stays of the source, of a shrink."""
+        with self.reporter.step("compare", "layers") as bar:
+            found = self.request.find_reduction(bar.update)
+            bar.end(f"units of {len(found.layers)} layers in {format.duration(bar.seconds)}")
+        return found
 
     def _calibrated(self) -> "Split | None":
         """What separates the copies of an expert, of a split; found once."""
@@ -150,10 +167,11 @@ class Making:
         request, settings = self.request, self.config.certificate
         # Where the growth was done by an earlier run, its directions are found again if the claim needs them.
         split = self._calibrated() if request.preserving else None
+        known = comparison.known(request.growth)
         claim = Claim(
             preserving=request.preserving,
-            tolerance=comparison.tolerance(request.source, settings, request.growth, target),
-            growth=request.growth,
+            tolerance=comparison.tolerance(request.source, settings, known, target),
+            growth=known,
             seed=request.seed,
             split=split,
         )

@@ -11,13 +11,14 @@ from typing import Any
 from aquilamoe.checkpoint import sharding, tensor_names
 from aquilamoe.checkpoint.reader import Reader
 from aquilamoe.checkpoint.safetensors_header import ITEM_BYTES
+from aquilamoe.config.growth import GrowthConfig, ShrinkConfig
 from aquilamoe.config.network import ModelConfig
 from aquilamoe.config.numbers import Config
-from aquilamoe.config.schema import GrowthConfig
 from aquilamoe.files import free_bytes
 from aquilamoe.growth.bounds import calibration_bytes, growth_bytes
 from aquilamoe.growth.depth import map_layers
 from aquilamoe.growth.lazy_tensor import LazyTensor
+from aquilamoe.growth.reduction import recipes as shrink_recipes
 from aquilamoe.growth.scale_out import recipes as scale_out_recipes
 from aquilamoe.growth.scale_up import ABOVE
 from aquilamoe.growth.scale_up import recipes as scale_up_recipes
@@ -132,6 +133,8 @@ def origins(request: Request) -> list[Origin]:
 
 def _recipes(reader: Reader, request: Request) -> Iterator[Recipe]:
     source, model = request.source.model, request.model
+    if isinstance(request.growth, ShrinkConfig):
+        return shrink_recipes(reader, source, model, request.reduction)
     if isinstance(request.growth, GrowthConfig):
         return scale_up_recipes(reader, source, model, request.growth, request.seed)
     return scale_out_recipes(reader, source, model, request.growth, request.seed)
@@ -225,6 +228,10 @@ def _times(space: UnitMap) -> str:
 
 def layers(request: Request) -> list[str]:
     """The source's layer of every target layer: `0-1 <- 0`, `2 <- 1`; new copies are marked. None when all stay."""
+    if isinstance(request.growth, ShrinkConfig):
+        kept = request.growth.layers or ()
+        is_all = len(kept) == request.source.model.num_hidden_layers
+        return [] if is_all else [f"{layer} <- {source}" for layer, source in enumerate(kept)]
     if not isinstance(request.growth, GrowthConfig):
         return []
     found = map_layers(request.source.model, request.model, request.growth)
@@ -259,6 +266,8 @@ def _calibration_bytes(request: Request) -> int:
 def cost(request: Request, disk_bytes_per_s: float) -> GrowthCost:
     """What the growth reads, writes and keeps in memory; the certificate comes on top."""
     largest = max(sharding.num_bytes(shape, request.dtypes[name]) for name, shape in request.shapes.items())
+    if request.kind == "shrink":
+        largest = max(tensor.num_bytes for tensor in request.source.tensors.values())
     read, written = request.source.weight_bytes, target_bytes(request)
     return GrowthCost(
         read_bytes=read,

@@ -2,6 +2,7 @@
 
 from aquilamoe.checkpoint import carrying, hf_config, tensor_names
 from aquilamoe.checkpoint.safetensors_header import ITEM_BYTES
+from aquilamoe.config.growth import ShrinkConfig
 from aquilamoe.growth import rules
 from aquilamoe.growth.bounds import MOST_IN_16_BITS
 from aquilamoe.growth.tool.request import CheckpointFiles, Request
@@ -16,22 +17,25 @@ _DIRECTIONS = {
 
 
 def deed(request: Request) -> str:
-    """What was done to a dense model that stays dense: `grown in width and depth`."""
+    """What was done to the sizes of a model: `grown in width and depth`, `shrunk in width`."""
     source, target = request.source.model, request.model
-    larger = [
+    changed = [
         name
-        for name, fields in _DIRECTIONS.items()
-        if any(getattr(target, field) > getattr(source, field) for field in fields)
+        for name, fields in {**_DIRECTIONS, "experts": ("num_experts",)}.items()
+        if any(getattr(target, field) != getattr(source, field) for field in fields)
     ]
-    if not larger:
+    if not changed:
         return "copied in all its sizes"
-    first, last = ", ".join(larger[:-1]), larger[-1]
-    return f"grown in {first} and {last}" if first else f"grown in {last}"
+    verb = "shrunk" if request.kind == "shrink" else "grown"
+    first, last = ", ".join(changed[:-1]), changed[-1]
+    return f"{verb} in {first} and {last}" if first else f"{verb} in {last}"
 
 
 def remarks(request: Request) -> list[str]:
     """Sentences on a format that changes, on a head that is read otherwise than config.json declares, and warnings."""
-    warnings = rules.warnings(request.growth, request.source.model, request.model)
+    warnings = []
+    if not isinstance(request.growth, ShrinkConfig):
+        warnings = rules.warnings(request.growth, request.source.model, request.model)
     return [*_format(request), *_head(request.source), *(f"Warning: {line}." for line in warnings), *_shift(request)]
 
 

@@ -1,7 +1,8 @@
 """What a call requests: source and target with all sizes, which of them follow, and what the growth claims."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,18 +10,23 @@ from typing import Any
 
 from aquilamoe.checkpoint import carrying, companions, fit, hf_config, links, packed, safetensors_header, tensor_names
 from aquilamoe.checkpoint.hf_config import CheckpointConfig
+from aquilamoe.checkpoint.reader import Reader
 from aquilamoe.config.external import ADDRESS, HUB
 from aquilamoe.config.graph import grown_model
 from aquilamoe.config.grow import GrowConfig, SparseUpcycling
+from aquilamoe.config.growth import GrowthConfig, ShrinkConfig, UpcyclingConfig
 from aquilamoe.config.messages import UserError
 from aquilamoe.config.network import ModelConfig
 from aquilamoe.config.paths import local
-from aquilamoe.config.schema import GrowthConfig, UpcyclingConfig
-from aquilamoe.growth import dtypes, rules
+from aquilamoe.config.relative import absolute_sizes
+from aquilamoe.growth import dtypes, rules, shrink
 from aquilamoe.growth.depth import map_layers
 from aquilamoe.growth.dtypes import AS_SOURCE, DtypePolicy
+from aquilamoe.growth.reduction import Reduction
+from aquilamoe.growth.stream import Progress, silent
 
 CARD = "README.md"
+AnyGrowth = GrowthConfig | UpcyclingConfig | ShrinkConfig
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,7 @@ class Request:
     source: CheckpointFiles
     target: Path
     model: ModelConfig
-    growth: GrowthConfig | UpcyclingConfig
+    growth: AnyGrowth
     seed: int
     derived: Mapping[str, str]
     preserving: bool
@@ -82,7 +88,21 @@ class Request:
     @property
     def kind(self) -> str:
         """The stage of the pipeline that does this."""
+        if isinstance(self.growth, ShrinkConfig):
+            return "shrink"
         return "scale_up" if isinstance(self.growth, GrowthConfig) else "scale_out"
+
+    @cached_property
+    def reduction(self) -> Reduction:
+        """What stays of the source, of a shrink: found in its weights. UserError where that is more than it may be."""
+        assert isinstance(self.growth, ShrinkConfig)
+        return self.find_reduction()
+
+    def find_reduction(self, progress: Progress = silent) -> Reduction:
+        """The same, with its progress."""
+        assert isinstance(self.growth, ShrinkConfig)
+        with in_group_model():
+            return shrink.find(self.source.directory, self.model, self.growth, progress=progress)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -134,17 +154,13 @@ def resolve(config: GrowConfig) -> Request:
     source_path, target = source_directory(config), directory("target", config.target)
     _check_apart(source_path, target)
     source = open_checkpoint("source", source_path)
-    growth = config.upcycling.plain if config.upcycling else config.growth
-    assert growth is not None, "a configuration to run or plan names one"
-    changes = _changes(config, source.model)
-    model = grown_model(source.model, changes, "model", config.growth)
-    try:
-        rules.check(source.model, model, growth)
+    growth, model = _sized(source, config)
+    with in_group_model():
+        if isinstance(growth, ShrinkConfig):
+            shrink.check(source.model, model)
+        else:
+            rules.check(source.model, model, growth)
         carrying.carried(source.config, model, _layers(source.model, model, growth), source.dtype_name)
-    except UserError as error:
-        # A rule's message begins with the field: of the model, or of the growth itself.
-        inside = "" if str(error).startswith(("growth", "upcycling", "architecture")) else "model."
-        raise UserError(f"{inside}{error}") from None
     return Request(
         source=source,
         target=target,
@@ -152,10 +168,40 @@ def resolve(config: GrowConfig) -> Request:
         growth=growth,
         seed=config.seed,
         derived=_derived(source.model, model, config),
-        preserving=rules.preserves(growth, source.model, model),
+        preserving=isinstance(growth, ShrinkConfig) or rules.preserves(growth, source.model, model),
         dtype_policy=DtypePolicy(config.dtype, config.keep_float32),
         calibration_text=_calibration_text(config),
     )
+
+
+@contextmanager
+def in_group_model() -> Iterator[None]:
+    """A rule's message begins with the field: of the model, or of the growth itself."""
+    try:
+        yield
+    except UserError as error:
+        inside = "" if str(error).startswith(("growth", "upcycling", "architecture", "shrink")) else "model."
+        raise UserError(f"{inside}{error}") from None
+
+
+def _sized(source: CheckpointFiles, config: GrowConfig) -> tuple[AnyGrowth, ModelConfig]:
+    """The growth with all that it leaves open, and the target's model; not yet checked."""
+    if config.shrink is not None:
+        return _shrunk(source, config.shrink, config)
+    growth = config.upcycling.plain if config.upcycling else config.growth
+    assert growth is not None, "a configuration to run or plan names one"
+    return growth, grown_model(source.model, _changes(config, source.model), "model", config.growth)
+
+
+def _shrunk(source: CheckpointFiles, shrinking: ShrinkConfig, config: GrowConfig) -> tuple[ShrinkConfig, ModelConfig]:
+    """A shrink with the layers that stay, and the smaller model: what is not named follows from these, or stays."""
+    named = {field: value for field, value in config.model.items() if value is not None}
+    named = absolute_sizes(source.model, named, "model")
+    with in_group_model(), Reader(source.directory) as reader:
+        layers = shrink.kept_layers(reader, source.model, named.get("num_hidden_layers"), shrinking)
+    followers = shrink.followers(source.model, layers, named)
+    model = grown_model(source.model, {**followers, **named}, "model")
+    return shrinking.model_copy(update={"layers": layers}), model
 
 
 def _calibration_text(config: GrowConfig) -> Path | None:
@@ -179,8 +225,10 @@ def _calibration_text(config: GrowConfig) -> Path | None:
     return path
 
 
-def _layers(source: ModelConfig, model: ModelConfig, growth: GrowthConfig | UpcyclingConfig) -> Sequence[int]:
+def _layers(source: ModelConfig, model: ModelConfig, growth: AnyGrowth) -> Sequence[int]:
     """The layer of the source behind every layer of the target."""
+    if isinstance(growth, ShrinkConfig):
+        return growth.layers or range(model.num_hidden_layers)
     if isinstance(growth, GrowthConfig):
         return map_layers(source, model, growth).sources
     return range(model.num_hidden_layers)
@@ -227,6 +275,10 @@ def _derived(source: ModelConfig, model: ModelConfig, config: GrowConfig) -> dic
         "particulars": "follows growth.depth" if config.growth else "follows num_experts",
         "intermediate_size": "follows moe_intermediate_size, no layer is dense",
     }
+    if config.shrink is not None:
+        layers = dict.fromkeys(("mlp_only_layers", "layer_types", "num_hidden_layers"), "follows the layers that stay")
+        experts = dict.fromkeys(("num_experts_per_tok", "moe_intermediate_size"), "follows num_experts")
+        reasons |= {**layers, **experts}
     named = {field for field, value in config.model.items() if value is not None}
     different = [field for field in ModelConfig.model_fields if getattr(source, field) != getattr(model, field)]
     return {field: reasons.get(field, "follows the others") for field in different if field not in named}
