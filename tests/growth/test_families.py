@@ -290,6 +290,17 @@ def test_training_refuses_what_only_growth_computes(make: Make) -> None:
             True,
             "attention_bias true puts biases on o_proj or the MLP, only q, k and v can have them",
         ),
+        (
+            SMOLLM3,
+            "no_rope_layers",
+            [1, 0],
+            "no_rope_layers has 2 entries, num_hidden_layers is 3; use the checkpoint's",
+        ),
+        (SMOLLM3, "no_rope_layers", [1, 1, 2], "no_rope_layers"),
+        (PHI, "partial_rotary_factor", 0.0, "partial_rotary_factor"),
+        (PHI, "partial_rotary_factor", 0.5, "short_factor has 6 numbers"),
+        (PHI, "partial_rotary_factor", 0.70, "of head_dim 16 are 11 channels, rotary embeddings need pairs"),
+        (PHI, "partial_rotary_factor", "x", "partial_rotary_factor"),
         (GRANITE, "residual_multiplier", "x", "residual_multiplier"),
         (GRANITE, "logits_scaling", 0.0, "logits_scaling"),
     ],
@@ -297,7 +308,7 @@ def test_training_refuses_what_only_growth_computes(make: Make) -> None:
 def test_a_config_of_another_network_is_refused(
     name: str, key: str, value: object, message: str, make: Make, tmp_path: Path
 ) -> None:
-    values = json.loads((make(name) / "config.json").read_text()) | {key: value}
+    values = json.loads((make(name) / "config.json").read_text()) | {key: value, "layer_types": None}
     (tmp_path / "config.json").write_text(json.dumps(values))
     with pytest.raises(UserError, match=message) as error:
         read_checkpoint_config(tmp_path)

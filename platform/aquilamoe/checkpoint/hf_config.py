@@ -217,6 +217,12 @@ def _differences(values: Mapping[str, Any], family: Family) -> Iterator[str]:
     for key in ("use_parallel_residual", "qk_layernorm"):
         if key in family.fixed and values.get(key):
             yield f"{key} true is another network, which is not computed; {other}"
+    rotated, layers = values.get("no_rope_layers"), values["num_hidden_layers"]
+    if "nope_layers" in family.particulars and rotated is not None and len(rotated) < layers:
+        yield (
+            f"no_rope_layers has {len(rotated)} entries, num_hidden_layers is {layers}; use the checkpoint's own "
+            "config.json"
+        )
     if values.get("clip_qkv") is not None:
         yield f"clip_qkv {values['clip_qkv']} cuts queries, keys and values, which is not computed; {other}"
     step = _stated(values, "decoder_sparse_step", 1)

@@ -172,9 +172,9 @@ class ModelConfig(Extended):
         else:
             self._check_dense()
         self._check_norms()
-        self._check_positions()
         if self.particulars is not None:
             self.particulars.check(self)
+        self._check_positions()
         tensors = self.num_hidden_layers * 9 + self.num_sparse_layers * 3 * self.num_experts
         if tensors > MAX_TENSORS:
             raise ValueError(

@@ -116,15 +116,15 @@ class RopeScaling(Config):
         return {key: value for key, value in dump(self).items() if getattr(self, key) != fields[key].default}
 
     def check(self, theta: float, head_dim: int) -> None:
-        """Raise ValueError where a model with these sizes has no frequencies."""
+        """Raise ValueError where a model has no frequencies; head_dim: channels of a head that rotate."""
         if self.rope_type == "yarn" and theta == 1.0:
             raise ValueError("rope_theta 1 leaves yarn no distinct frequencies; choose a larger rope_theta")
         for name in ("short_factor", "long_factor") if self.rope_type == "longrope" else ():
             count = len(getattr(self, name))
             if count != head_dim // 2:
                 raise ValueError(
-                    f"{name} has {count} numbers, head_dim {head_dim} has {head_dim // 2} pairs; give a number for "
-                    "each pair"
+                    f"{name} has {count} numbers, {head_dim} rotating channels of a head are {head_dim // 2} pairs; "
+                    "give a number for each pair"
                 )
 
     def for_larger_heads(self, ratio: int) -> Self:
