@@ -102,6 +102,19 @@ def test_longer_heads_keep_the_function_whatever_attention_is_scaled_by(name: st
     assert (found - expected).abs().max() < 1e-4 * (expected.max() - expected.min())
 
 
+@pytest.mark.parametrize("name", [SMOLLM3, GRANITE, PHI])
+def test_a_grown_checkpoint_of_a_family_is_shrunk_to_its_source(name: str, make: Make, tmp_path: Path) -> None:
+    source, quick = make(name), {"tokens": 32, "sequence_length": 32}
+    old = read_checkpoint_config(source).model
+    sizes = {"intermediate_size": old.intermediate_size, "num_hidden_layers": old.num_hidden_layers}
+    larger = {"intermediate_size": "x1.5", "num_hidden_layers": old.num_hidden_layers + 2}
+    growth = {"method": "fpi", "new_layers": "zero"}
+    api.grow(source, tmp_path / "grown", model=larger, growth=growth, certificate=quick)
+    shrunk = api.shrink(tmp_path / "grown", tmp_path / "back", model=sizes, certificate=quick)
+    assert shrunk.certificate is not None and shrunk.certificate["kl"] < 1e-6
+    assert read_checkpoint_config(tmp_path / "back").model == old
+
+
 def test_a_tied_head_behind_layer_norm_keeps_the_function(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The final norm divides for the head, its bias too."""
     monkeypatch.setitem(published.CONFIGS, "tied", {**published.CONFIGS[STABLELM], "tie_word_embeddings": True})

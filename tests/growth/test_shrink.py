@@ -149,7 +149,7 @@ def test_a_part_of_the_copies_can_go(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"hidden_size": 6}, "hidden_size: target 6, but 8 of 8 channels of the source differ; use 8 or more, or shr"),
+        ({"hidden_size": 6}, "hidden_size: target 6, but 8 of 8 channels of the source differ; use 8 or more"),
         ({"intermediate_size": 10}, "intermediate_size: target 10, but 12 of 12 neurons in layer 0 of the source di"),
         ({"num_attention_heads": 4}, "num_attention_heads: target 4, 2 for each of 2 key-value heads, but key-value "),
         ({"num_key_value_heads": 1}, "num_key_value_heads: target 1, but 2 of 2 key-value heads in layer 0 of the s"),

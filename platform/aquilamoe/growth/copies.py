@@ -79,7 +79,7 @@ class _Finder:
         for index, origin in enumerate(self.layers):
             found.append(_LayerFinder(self, index, origin, residual).run())
             progress(index + 1, len(self.layers))
-        return Reduction(residual=residual, layers=tuple(found), rescales=True)
+        return Reduction(residual=residual, layers=tuple(found))
 
     @property
     def tolerance(self) -> float:
@@ -197,7 +197,7 @@ class _LayerFinder:
                 raise UserError(
                     f"num_attention_heads: target {target.num_attention_heads}, {slots} for each of "
                     f"{target.num_key_value_heads} key-value heads, but key-value head {group}{self.place} of the "
-                    f"source has {which} query heads; use a number that every group can have, or shrink=prune"
+                    f"source has {which} query heads; use a number that every group can have"
                 )
             copies = [head for head in members if firsts[head] != head]
             kept += sorted([*different, *copies[: slots - len(different)]])
@@ -253,7 +253,7 @@ class _LayerFinder:
             raise UserError(
                 f"num_experts: target {count}, but {len(kept)} of {source.num_experts} experts{self.place} of the "
                 f"source differ (by what they compute, or by their scores), and copies have to be as many of each; "
-                "keep num_experts, or use shrink=prune"
+                "keep num_experts"
             )
         return tuple(kept)
 
@@ -317,8 +317,7 @@ class _LayerFinder:
                 which = "zero" if other < 0 else f"equal to channel {other}"
                 raise UserError(
                     f"hidden_size: target {self.finder.target.hidden_size}, but channel {wrong[0]}, {which} in the "
-                    f"embedding, is not so in {role} of layer {self.origin}; keep {self.finder.source.hidden_size}, or "
-                    "use shrink=prune"
+                    f"embedding, is not so in {role} of layer {self.origin}; keep {self.finder.source.hidden_size}"
                 )
 
 
@@ -328,7 +327,7 @@ def merge(firsts: Sequence[int], size: int, field: str, what: str) -> UnitChoice
     if different > size:
         raise UserError(
             f"{field}: target {size}, but {different} of {len(firsts)} {what} of the source differ; use {different} or "
-            "more, or shrink=prune, which changes the function"
+            "more"
         )
     return UnitChoice.merging(firsts, size)
 

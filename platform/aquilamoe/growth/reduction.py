@@ -131,14 +131,10 @@ class LayerReduction:
 
 @dataclass(frozen=True, kw_only=True)
 class Reduction:
-    """All that stays.
-
-    rescales: whether norms get what they got: where copies are merged. Where units are pruned, weights stay.
-    """
+    """All that stays."""
 
     residual: UnitChoice
     layers: tuple[LayerReduction, ...]
-    rescales: bool
 
 
 def layer_tensors(
@@ -330,8 +326,6 @@ class _Reducer:
         if role in (names.Q_WEIGHT, names.Q_BIAS) and self.target.head_dim != self.source.head_dim:
             size = self.target.num_attention_heads * self.target.head_dim
             return np.full(size, (self.target.head_dim / self.source.head_dim) ** 0.5)
-        if not self.reduction.rescales:
-            return None
         residual = self.reduction.residual
         if role in _NORMS:
             if role == names.FINAL_NORM and self.target.tie_word_embeddings:
