@@ -42,6 +42,7 @@ def test_a_group_is_described_with_all_of_its_keys_and_a_stage_with_those_of_its
         "optimizer",
         *(f"optimizer.{key}" for key in ("name", "betas", "momentum", "eps", "weight_decay", "max_grad_norm", "roles")),
         "optimizer.groups",
+        "optimizer.learning_rate_scale",
         "",
         "stages.tokenizer",
         *(f"stages.tokenizer.{key}" for key in ("kind", "inputs", "vocab_size", "path", "sha256")),

@@ -110,12 +110,28 @@ class OptimizerConfig(Extended):
         "expert), expert, router, norm; e.g. {router: {learning_rate_ratio: 0.1}}",
     )
     groups: GroupsConfig = Field(default=GroupsConfig(), description="New and old parts of a model that was grown")
-    added = ("groups",)
+    learning_rate_scale: Literal["keep", "fan_in"] = Field(
+        default="keep",
+        description="Learning rate of matrices whose fan-in grew since the line of checkpoints began. keep: the "
+        "stage's | fan_in: times the old fan-in over the new one, so that a step changes the function as before",
+    )
+    added = ("groups", "learning_rate_scale")
 
     @field_validator("groups", mode="before")
     @classmethod
     def _leave_out_null(cls, groups: Any) -> Any:
         return {} if groups is None else without_null(groups)
+
+    @model_validator(mode="after")
+    def _check_scale(self) -> Self:
+        if self.learning_rate_scale == "fan_in" and self.name == "muon":
+            raise ValueError("learning_rate_scale fan_in is a rule of AdamW, name is muon; use keep")
+        if self.learning_rate_scale == "fan_in" and self.groups.new.learning_rate_ratio > 1:
+            raise ValueError(
+                f"learning_rate_scale fan_in lowers learning rates after a growth, groups.new.learning_rate_ratio "
+                f"{self.groups.new.learning_rate_ratio:g} raises them; use one of them"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_norms(self) -> Self:

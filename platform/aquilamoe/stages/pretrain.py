@@ -46,6 +46,7 @@ def run(context: Context) -> Metrics:
         ancestor_tokens=node.ancestor_tokens,
         ancestor_flops=node.ancestor_flops,
         cluster=context.cluster,
+        beginning=node.growths[0].source if node.growths else None,
         marks=partial(new_parts, counted(node.growths, stage.optimizer.groups)) if node.growths else None,
     )
     metrics: Metrics = {

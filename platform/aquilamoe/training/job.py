@@ -21,6 +21,7 @@ class Job:
     source: directory of a stage whose `model/` is continued, None to start from scratch.
     out: directory for metrics, checkpoints and the result.
     ancestor_tokens, ancestor_flops: what the checkpoint has behind it; the data continue where the ancestors stopped.
+    beginning: the model that its line of checkpoints began with; None if nothing was grown.
     marks: returns what of each parameter of the model is new, by name; None if nothing was grown.
     """
 
@@ -33,6 +34,7 @@ class Job:
     ancestor_tokens: int
     ancestor_flops: int
     cluster: ClusterConfig
+    beginning: ModelConfig | None = None
     marks: "Callable[[], Mapping[str, Marks]] | None" = None
 
 

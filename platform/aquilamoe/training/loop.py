@@ -12,7 +12,7 @@ from aquilamoe.checkpoint.allocator import keep_large_buffers
 from aquilamoe.config.schema import PretrainStage
 from aquilamoe.data.loader import Batches
 from aquilamoe.process import errors, interruption
-from aquilamoe.training import checkpoint, spikes
+from aquilamoe.training import checkpoint, fan_in, spikes
 from aquilamoe.training import optimizer as optimizers
 from aquilamoe.training.job import FIRST, Job, Rank
 from aquilamoe.training.metrics_logger import CHECKPOINT, STEP, VALIDATION, WAIT, MetricsLogger
@@ -133,7 +133,11 @@ def _build(job: Job, group: ParallelContext, saved: Path | None, rolled_back: Tr
         initialize(model, stage.seed)
     groups = stage.optimizer.groups
     parts = None if groups.are_one or job.marks is None else Parts(model, job.marks(), groups)
-    optimizer = optimizers.build(model, stage.optimizer, stage.learning_rate, parts.part_of if parts else {})
+    scales = {}
+    if stage.optimizer.learning_rate_scale == "fan_in" and job.beginning is not None:
+        scales = fan_in.scales(model, job.beginning)
+    part_of = parts.part_of if parts else {}
+    optimizer = optimizers.build(model, stage.optimizer, stage.learning_rate, part_of, scales)
     progress, extra = TrainProgress(), checkpoint.NOTHING
     if saved is not None:
         step, extra = checkpoint.load(saved, model, optimizer), checkpoint.load_extra(saved)

@@ -7,7 +7,7 @@ how parameters are grouped.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -27,15 +27,20 @@ _ROUTERS = ("mlp.gate.weight", "mlp.shared_expert_gate.weight")
 
 
 def build(
-    model: nn.Module, config: OptimizerConfig, learning_rate: float, part_of: Mapping[str, str] = ALIKE
+    model: nn.Module,
+    config: OptimizerConfig,
+    learning_rate: float,
+    part_of: Mapping[str, str] = ALIKE,
+    scales: Mapping[str, float] = ALIKE,
 ) -> AnyOptimizer:
     """The optimizer of a model. Gains and biases are not decayed; every matrix, embeddings included, is.
 
     part_of: new, old or mixed, by the name of a parameter. Parameters without gradients are left out.
+    scales: of AdamW's learning rates, by the name of a parameter; 1 where there is none.
     """
     if config.name == "muon" and any(is_hidden_matrix(*each) for each in _trained(model)):
         return MuonAndAdamW(model, config, learning_rate, part_of)
-    return _adamw(_trained(model), _Settings(config, learning_rate, part_of))
+    return _adamw(_trained(model), _Settings(config, learning_rate, part_of, scales))
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,7 @@ class _Settings:
     config: OptimizerConfig
     learning_rate: float
     part_of: Mapping[str, str]
+    scales: Mapping[str, float] = field(default_factory=dict)
 
 
 def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -77,7 +83,8 @@ def _groups(parameters: Iterable[tuple[str, nn.Parameter]], settings: _Settings)
         # One fused update is for tensors that are cut among the same processes.
         mesh = getattr(parameter, "device_mesh", None)
         part = settings.part_of.get(name, "")
-        key = (own.learning_rate_ratio, decay if parameter.ndim >= 2 else 0.0, part, mesh)
+        ratio = own.learning_rate_ratio * settings.scales.get(name, 1.0)
+        key = (ratio, decay if parameter.ndim >= 2 else 0.0, part, mesh)
         groups.setdefault(key, []).append(parameter)
     return [
         {"params": members, "weight_decay": decay, RATIO: ratio, PART: part, "lr": ratio * settings.learning_rate}
