@@ -38,7 +38,7 @@ ALLOWED = {
     ),
     "platform/aquilamoe/training/ray/launch.py": "the same, also of killed runs",
     "platform/aquilamoe/training/sessions.py": "the folder of the Ray session that this process has started",
-    "platform/aquilamoe/training/checkpoint.py": "model/, training/ and hidden folders of a stage's output",
+    "platform/aquilamoe/training/checkpoint.py": "model/, training/ and hidden folders of an output and its milestones",
     "tools/docs_site.py": ".site/ and site/, which it has marked as its own",
 }
 

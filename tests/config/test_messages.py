@@ -24,7 +24,7 @@ from aquilamoe.config.schema import (
 
 Compose = Callable[..., dict[str, Any]]
 Change = tuple[str, Any]
-ACTIONS = "clean, dryrun, evaluate, generate, lineage, list, plan, rebuild, report, run, status, verify, why"
+ACTIONS = "clean, dryrun, evaluate, generate, lineage, list, plan, rebuild, report, run, status, stop, verify, why"
 
 
 @pytest.fixture

@@ -53,6 +53,9 @@ def execute(values: Mapping[str, Any], command: str) -> None:
     if experiment.action == "list":
         _list(experiment, store)
         return
+    if experiment.action == "stop":
+        console.console().print(watch.stop(store), soft_wrap=True)
+        return
     if experiment.action == "clean":
         _clean(experiment, graph.build(experiment), store)
         return

@@ -20,6 +20,7 @@ from aquilamoe.pipeline.attempts import Attempts
 from aquilamoe.pipeline.plan import Planned
 from aquilamoe.pipeline.store import METRICS, RECORD, Record, Store, read_points
 from aquilamoe.process import standard_output
+from aquilamoe.process.stopping import request_stop
 
 RUNNING = "running.json"
 REFRESHES_PER_S = 2
@@ -63,6 +64,19 @@ def _is_announcement(value: Any) -> bool:
     )
 
 
+def stop(store: Store) -> str:
+    """Have what another process trains in this store save and stop; return the consequence.
+
+    UserError if nothing trains.
+    """
+    running = Watched.find(store)
+    if running is None:
+        raise UserError(f"{store.root}: no pipeline runs here; name its paths.root, or see action=status")
+    return (
+        f"stage {running.stop()} saves after its current step and ends; the command that started it resumes from there"
+    )
+
+
 class Watched:
     """What another process runs in a store."""
 
@@ -86,6 +100,19 @@ class Watched:
             note(f"{store.root / RUNNING}: is damaged; how far the running pipeline is cannot be shown")
             return None
         return Watched(store, announcement)
+
+    def stop(self) -> str:
+        """Request that the stage in training saves and stops; return its name.
+
+        UserError if none trains now.
+        """
+        running = self.read().running
+        stage = next((each for each in self.stages if running and each["name"] == running.name), None)
+        if stage is None or not stage["tokens"]:
+            what = f"stage {stage['name']} does not train" if stage else "no stage runs now"
+            raise UserError(f"{self.store.root}: {what}, and only a training can be stopped; end the command by Ctrl-C")
+        request_stop(self.store.partial(stage["name"], stage["fingerprint"]))
+        return str(stage["name"])
 
     def read(self) -> PipelineProgress:
         """Its progress now."""

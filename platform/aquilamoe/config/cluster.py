@@ -31,6 +31,19 @@ class ClusterConfig(Config):
         description="Largest forward pass of a worker; the gradients of several are accumulated to a step [tokens]"
     )
     checkpoint_every_tokens: PositiveInt = Field(description="Interval between checkpoints of a stage [tokens]")
+    checkpoint_every_s: PositiveFloat | None = Field(
+        default=None, description="Longest time between checkpoints of a stage; null: by tokens alone [s]"
+    )
+    keep_every_tokens: PositiveInt | None = Field(
+        default=None,
+        description="Interval between checkpoints that stay, in paths.root/milestones; null: the last two alone, until "
+        "the stage is complete [tokens]",
+    )
+    metrics_every_s: PositiveFloat | None = Field(
+        default=None,
+        description="Longest time between points of a curve, which are then means over the steps since the point "
+        "before; null: 200 points of single steps [s]",
+    )
     compile: bool = Field(description="Whether torch.compile compiles every block; pays in long runs on large models")
     flops_per_s: PositiveFloat | None = Field(
         description="Training speed on all devices that action=plan assumes before a first run has measured it; null: "

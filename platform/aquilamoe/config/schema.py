@@ -102,6 +102,7 @@ class ExperimentConfig(Config):
         "list",
         "report",
         "clean",
+        "stop",
     ] = Field(description="What the command does; --help describes each action")
     watch: bool = Field(
         default=False, description="action=status: whether a running pipeline is followed until it ends"

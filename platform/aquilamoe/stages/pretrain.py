@@ -8,6 +8,7 @@ from aquilamoe.config.schema import PretrainStage
 from aquilamoe.estimates.work import per_token
 from aquilamoe.pipeline.stage import Context, Estimate, Metrics
 from aquilamoe.pipeline.store import read_points
+from aquilamoe.process.stopping import forget_request
 
 VERSION = 1
 RESUMES = True
@@ -23,6 +24,7 @@ def estimate(node: Node) -> Estimate:
 
 
 def run(context: Context) -> Metrics:
+    forget_request(context.out)  # before imports take their seconds: from now on requests are to this run
     from aquilamoe.checkpoint.companions import copy_companions
     from aquilamoe.checkpoint.continuing import carry
     from aquilamoe.checkpoint.hf_config import write_config
@@ -55,6 +57,7 @@ def run(context: Context) -> Metrics:
         **launch(job, context.root),
         **(node.before.metrics if node.before else {}),
     }
+    forget_request(context.out)
     if source:
         carry(source.directory / "model", context.out / "model", node.model, "float32")
     else:

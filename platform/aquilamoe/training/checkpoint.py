@@ -6,6 +6,7 @@ A checkpoint is what a finished stage is, and the hashes of all its bytes: `mode
 
 import json
 import logging
+import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -38,6 +39,7 @@ from aquilamoe.training.parallel import ParallelContext
 
 KEEP = 2  # should the newest turn out bad, there is one before it
 WEIGHTS, TRAINING = "model", "training"
+MILESTONES = "milestones"
 HIDDEN = "."  # begins the name of a checkpoint that is being written or removed
 MOMENTS = "optimizer.safetensors"
 PROGRESS = "progress.json"
@@ -100,11 +102,13 @@ def save_checkpoint(
     *,
     extra: Mapping[str, Tensor] = NOTHING,
     group: ParallelContext | None = None,
+    keep_in: Path | None = None,
 ) -> Path:
     """Start to add `checkpoints/step-N` beside the existing ones: built under another name, made durable, renamed.
 
     All processes call it. It first waits for a checkpoint that is still being written, and returns when the state has
-    been copied; `wait` waits until this one is written. Arguments are those of `save`, with `out` as the directory.
+    been copied; `wait` waits until this one is written. Arguments are those of `save`, with `out` as the directory, and
+    `keep_in`, a folder where the checkpoint stays under the same name; None: nowhere.
 
     Returns:
         The path that the checkpoint will have.
@@ -125,6 +129,8 @@ def save_checkpoint(
             sync_directory(path)
         built.rename(target)
         sync_directory(folder)
+        if keep_in is not None:
+            _keep(target, keep_in)
         for old in _complete(out)[KEEP:]:
             discard(old)
 
@@ -137,6 +143,26 @@ def save_checkpoint(
     assert isinstance(writing, Future)
     _in_flight = writing
     return target
+
+
+def milestones(out: Path) -> Path:
+    """The folder, outside of all outputs, of checkpoints of a stage that stay when it goes on."""
+    return out.parent.parent / MILESTONES / out.stem
+
+
+def _keep(checkpoint: Path, folder: Path) -> None:
+    """Give the files of a checkpoint second names in a folder, or copies where the file system has no second names."""
+    kept, built = folder / checkpoint.name, folder / f"{HIDDEN}{checkpoint.name}"
+    if kept.exists():  # from before a step back
+        return
+    shutil.rmtree(built, ignore_errors=True)
+    try:
+        shutil.copytree(checkpoint, built, copy_function=os.link)
+    except (shutil.Error, OSError):
+        shutil.rmtree(built, ignore_errors=True)
+        shutil.copytree(checkpoint, built)
+    built.rename(kept)
+    sync_directory(folder)
 
 
 def wait() -> None:

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 
 from aquilamoe.checkpoint.allocator import keep_large_buffers
+from aquilamoe.config.messages import UserError
 from aquilamoe.config.schema import PretrainStage
 from aquilamoe.data.loader import Batches
 from aquilamoe.process import errors, interruption
 from aquilamoe.training import checkpoint, fan_in, spikes
 from aquilamoe.training import optimizer as optimizers
+from aquilamoe.training.due import Clock
 from aquilamoe.training.job import FIRST, Job, Rank
 from aquilamoe.training.metrics_logger import CHECKPOINT, STEP, VALIDATION, WAIT, MetricsLogger
 from aquilamoe.training.parallel import ParallelContext, initialize
@@ -53,6 +55,7 @@ def fit(
 
     if progress.step == 0:
         logger.write(_validate(train_step, logger))
+    clock = Clock(job, group, rank)
     ahead = batches.iterate(progress.position(job))
     for step in range(progress.step + 1, stage.num_steps + 1):
         interruption.check()
@@ -64,14 +67,21 @@ def fit(
         logger.stepped(step, values)
 
         is_last = step == stage.num_steps
+        due = clock.look()
         if is_last or _is_due(step, stage.validate_every_tokens, stage):
             logger.write(values | _validate(train_step, logger))
-        elif step % log_every == 0:
+            clock.pointed()
+        elif step % log_every == 0 or due.point:
             logger.write(values)
+            clock.pointed()
 
         # A worker with a preemption notice saves and continues; it ends by itself: see `training.preemption`.
-        if not is_last and (_is_due(step, cluster.checkpoint_every_tokens, stage) or group.any_(rank.is_save_due())):
-            _save_checkpoint(train_step, logger)
+        is_milestone = _is_due(step, cluster.keep_every_tokens, stage)
+        if not is_last and (_is_due(step, cluster.checkpoint_every_tokens, stage) or is_milestone or due.saves):
+            _save_checkpoint(train_step, logger, is_milestone)
+            clock.saved()
+        if due.stop and not is_last:
+            _stop(train_step)
 
     checkpoint.save(
         job.out, train_step.model, train_step.optimizer, progress.step, extra=train_step.extra(), group=group
@@ -158,7 +168,17 @@ def _validate(train_step: TrainStep, logger: MetricsLogger) -> dict[str, float]:
         return validate(train_step.job, train_step.model, train_step.progress, train_step.group)
 
 
-def _save_checkpoint(train_step: TrainStep, logger: MetricsLogger) -> None:
+def _stop(train_step: TrainStep) -> None:
+    """End with one line when the checkpoint of this step is complete."""
+    checkpoint.wait()
+    job, step = train_step.job, train_step.progress.step
+    raise UserError(
+        f"stage {job.name}: stopped on request, at {step * job.stage.batch_tokens:,} of "
+        f"{job.stage.num_steps * job.stage.batch_tokens:,} tokens; the same command resumes from there"
+    )
+
+
+def _save_checkpoint(train_step: TrainStep, logger: MetricsLogger, is_milestone: bool = False) -> None:
     progress = train_step.progress
     if progress.step == progress.skipped_steps:
         return  # nothing has changed yet, and the optimizer has no state
@@ -167,10 +187,18 @@ def _save_checkpoint(train_step: TrainStep, logger: MetricsLogger) -> None:
     extra = train_step.extra()
     with logger.measure(CHECKPOINT):
         logger.sync()  # before the checkpoint: a run that resumes from it needs the points up to it
-        checkpoint.save_checkpoint(out, train_step.model, train_step.optimizer, progress.step, extra=extra, group=group)
+        checkpoint.save_checkpoint(
+            out,
+            train_step.model,
+            train_step.optimizer,
+            progress.step,
+            extra=extra,
+            group=group,
+            keep_in=checkpoint.milestones(out) if is_milestone else None,
+        )
 
 
-def _is_due(step: int, every_tokens: int, stage: PretrainStage) -> bool:
-    """Whether a multiple of `every_tokens` falls into this step."""
+def _is_due(step: int, every_tokens: int | None, stage: PretrainStage) -> bool:
+    """Whether a multiple of `every_tokens` falls into this step; never without an interval."""
     batch = stage.batch_tokens
-    return step * batch // every_tokens > (step - 1) * batch // every_tokens
+    return every_tokens is not None and step * batch // every_tokens > (step - 1) * batch // every_tokens

@@ -4,6 +4,8 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from math import isfinite
+from statistics import fmean
 from typing import Any
 
 from aquilamoe.training.job import FIRST, Rank
@@ -33,6 +35,8 @@ class MetricsLogger:
         self.router_load = train_step.router_load
         self.counts_events = job.stage.spikes.policy != "stop"
         self.passed_over = passed_over
+        self.takes_means = job.cluster.metrics_every_s is not None
+        self.interval: dict[str, list[float]] = defaultdict(list)  # values of the steps since the last point
         enabled = train_step.group.is_first
         self.metrics = MetricsFile(
             job.out / "metrics.jsonl",
@@ -64,18 +68,24 @@ class MetricsLogger:
             self.meter.spent(part, seconds)
 
     def stepped(self, step: int, values: Mapping[str, float]) -> None:
-        """The values of a step, which the host has: for the meter alone."""
+        """The values of a step, which the host has."""
+        if self.takes_means:
+            for name in values.keys() - {"train/learning_rate"}:
+                if isfinite(values[name]):
+                    self.interval[name].append(values[name])
         if self.meter:
             self.meter.stepped(step, values)
 
     def write(self, values: Mapping[str, float]) -> None:
         """Add a point: the values of this step, and what was measured since the point before."""
         step, table = self.progress.step, None
-        point: dict[str, Any] = {**values, **self._events(), **self._speeds()}
+        means = {name: fmean(found) for name, found in self.interval.items()}
+        self.interval.clear()
+        point: dict[str, Any] = {**values, **means, **self._events(), **self._speeds()}
         if self.router_load and not self.router_load.is_empty:
             assert self.router is not None
-            means, table = self.router_load.read_and_reset()
-            point |= means
+            loads, table = self.router_load.read_and_reset()
+            point |= loads
             self.router.write(step, table)
         self.metrics.write(step, point)
         if self.meter:

@@ -6,6 +6,7 @@ global batch: `ddp`, a copy of the model in each; `fsdp`, every tensor cut into 
 processes, which are neighbours in a shard group, an expert is cut among the processes of the group that have it.
 """
 
+from collections.abc import Sequence
 from functools import cached_property, partial
 
 import torch
@@ -129,11 +130,11 @@ class ParallelContext:
             dist.all_reduce(tensor)
         return tensor
 
-    def any_(self, flag: bool) -> bool:
-        """Whether it is true in any of the processes."""
+    def any_of(self, flags: Sequence[bool]) -> list[bool]:
+        """Of each, whether it is true in any of the processes."""
         if self.world_size == 1:
-            return flag
-        return bool(self.sum_(torch.tensor(int(flag), device=self.device)).item())
+            return list(flags)
+        return [bool(count) for count in self.sum_(torch.tensor(flags, dtype=torch.int32, device=self.device)).tolist()]
 
     def clip(self, model: nn.Module, max_norm: float) -> Tensor:
         """Scale the gradients of all parameters to an L2 norm of at most `max_norm`; return the norm before, 0-dim."""
