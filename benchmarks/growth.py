@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import re
+import resource
 import shutil
 import statistics
 import subprocess
@@ -47,7 +48,21 @@ OURS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "width x2 with noise": ("growth/hypercloning", {}, TWICE),
     "width x2, depth x4/3": ("growth/hypercloning", {"noise": 0}, TWICE | DEEPER),
     "width x5/4, depth x4/3": ("growth/fpi", {"new_layers": "zero"}, QUARTER | DEEPER),
+    "mixture, width x2": (
+        "growth/fpi",
+        {"noise": 0},
+        {key: times for key, times in TWICE.items() if key != "intermediate_size"}
+        | {"moe_intermediate_size": Fraction(2)},
+    ),
+    "mixture, experts x2": (
+        "upcycling/copy",
+        {},
+        {"num_experts": Fraction(2), "num_experts_per_tok": Fraction(2)},
+    ),
 }
+MIXTURES = tuple(name for name in OURS if name.startswith("mixture, "))
+WHOLE = ", whole command"
+COMMANDS = tuple(f"{name}{WHOLE}" for name in ("replicate", "replicate with noise", "width x2", *MIXTURES))
 COLD = "replicate, source not cached"
 LIMITS = ("dd oflag=direct", "cp + sync")
 PEERS = (
@@ -56,6 +71,9 @@ PEERS = (
     "transformers in memory",
     "HyperCloning",
     "HyperCloning with noise",
+    f"mergekit-moe{WHOLE}",
+    f"mergekit-moe with noise{WHOLE}",
+    f"HyperCloning{WHOLE}",
 )
 
 
@@ -80,6 +98,11 @@ GOALS = [
     Goal("width x2", "HyperCloning", "seconds", 8.0),
     Goal("width x2 with noise", "HyperCloning with noise", "seconds", 8.0),
     Goal("width x2, depth x4/3", "HyperCloning", "seconds", 8.0),
+    Goal("mixture, experts x2", "dd oflag=direct", "seconds", 0.95),
+    Goal("mixture, width x2", "width x2", "seconds", 0.95),
+    Goal(f"replicate{WHOLE}", f"mergekit-moe{WHOLE}", "seconds", 5.0),
+    Goal(f"replicate with noise{WHOLE}", f"mergekit-moe with noise{WHOLE}", "seconds", 5.0),
+    Goal(f"width x2{WHOLE}", f"HyperCloning{WHOLE}", "seconds", 5.0),
 ]
 
 
@@ -94,8 +117,7 @@ def ours(name: str, source: Path) -> Contestant:
     group, options, sizes = OURS[name]
     values: Any = OmegaConf.to_container(OmegaConf.load(HERE.parent / f"conf/{group}.yaml"))
     old = read_config(source).model_dump()
-    new = {key: old[key] * times if isinstance(times, Fraction) else times for key, times in sizes.items()}
-    config = ModelConfig.model_validate({**old, **{key: v if v is None else int(v) for key, v in new.items()}})
+    config = ModelConfig.model_validate({**old, **_new_sizes(sizes, old)})
     if group.startswith("upcycling/"):
         scale_out = importlib.import_module("aquilamoe.growth.scale_out").scale_out
         upcycling = UpcyclingConfig.model_validate({**values, **options})
@@ -105,16 +127,42 @@ def ours(name: str, source: Path) -> Contestant:
     return lambda source, target: scale_up(source, target, config, growth, seed=0)
 
 
-def make_source(directory: Path, num_bytes: float) -> None:
-    """A Llama of about so many bytes with random weights, and the smallest tokenizer that transformers reads."""
+def _new_sizes(sizes: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str, int | None]:
+    new = {key: old[key] * times if isinstance(times, Fraction) else times for key, times in sizes.items()}
+    return {key: size if size is None else int(size) for key, size in new.items()}
+
+
+def command_words(name: str, source: Path, target: Path) -> list[str]:
+    """What a user types for a growth of this project, or its like for a peer, certificate and imports included."""
+    name = name.removesuffix(WHOLE)
+    if name not in OURS:
+        return [sys.executable, str(HERE / "growth_peers.py"), name, str(source), str(target)]
+    from aquilamoe.checkpoint.hf_config import read_config
+
+    group, options, sizes = OURS[name]
+    kind, method = group.split("/")
+    words = [f"source={source}", f"target={target}", f"{kind}={method}"]
+    words += [f"{kind}.{key}={value}" for key, value in options.items()]
+    new = _new_sizes(sizes, read_config(source).model_dump())
+    words += [f"model.{key}={size}" for key, size in new.items() if size is not None]
+    return [sys.executable, str(HERE.parent / "workflows/grow.py"), *words]
+
+
+def make_source(directory: Path, num_bytes: float, experts: int = 0) -> None:
+    """A Llama of about so many bytes with random weights, and the tokenizer of its bytes.
+
+    experts: in each layer, a quarter as wide as the feed-forward; then it is a Mixtral.
+    """
     import torch
+    from tokenizers import pre_tokenizers
 
     from aquilamoe.checkpoint import hf_config
     from aquilamoe.checkpoint import tensor_names as names
     from aquilamoe.checkpoint.reader import CheckpointWriter
     from aquilamoe.config.network import ModelConfig
 
-    layer_bytes = 2 * (2 * HIDDEN**2 + 2 * HIDDEN**2 * KV_HEADS // HEADS + 3 * HIDDEN * FFN)
+    neurons = experts * FFN // 4 if experts else FFN
+    layer_bytes = 2 * (2 * HIDDEN**2 + 2 * HIDDEN**2 * KV_HEADS // HEADS + 3 * HIDDEN * neurons)
     config = ModelConfig(
         vocab_size=VOCABULARY,
         hidden_size=HIDDEN,
@@ -129,18 +177,20 @@ def make_source(directory: Path, num_bytes: float) -> None:
         initializer_range=0.02,
         qkv_bias=False,
         tie_word_embeddings=False,
-        num_experts=0,
-        num_experts_per_tok=0,
-        moe_intermediate_size=0,
+        num_experts=experts,
+        num_experts_per_tok=min(2, experts),
+        moe_intermediate_size=FFN // 4 if experts else 0,
     )
     shapes, random = names.tensor_shapes(config), torch.Generator().manual_seed(0)
     with CheckpointWriter(directory, shapes, torch.bfloat16) as out:
         for name, shape in shapes.items():
             out.write(name, [torch.empty(shape, dtype=torch.bfloat16).normal_(0.0, 0.02, generator=random)])
     hf_config.write_config(directory, config, "bfloat16", eos_token_id=0)
-    model = {"type": "WordLevel", "vocab": {"a": 0, "b": 1}, "unk_token": "a"}
+    vocabulary = {symbol: index for index, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    model = {"type": "BPE", "vocab": vocabulary, "merges": []}
     tokenizer: dict[str, Any] = {"version": "1.0", "added_tokens": [], "model": model}
-    tokenizer |= dict.fromkeys(("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder"))
+    tokenizer |= dict.fromkeys(("truncation", "padding", "normalizer", "post_processor", "decoder"))
+    tokenizer["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "a"}
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
@@ -158,7 +208,9 @@ def prepare(name: str, source: Path) -> Contestant:
 
 def run_contestant(name: str, source: Path, target: Path) -> None:
     """In a process of its own: grow, make durable, print what it took."""
-    contestant = prepare(name, source)
+    is_whole = name.endswith(WHOLE)
+    words = command_words(name, source, target) if is_whole else []
+    contestant = (lambda *_: _run_command(words)) if is_whole else prepare(name, source)
     for path in source.iterdir():
         with path.open("rb") as file:
             if name == COLD:
@@ -170,10 +222,21 @@ def run_contestant(name: str, source: Path, target: Path) -> None:
     contestant(source, target)
     make_durable(target)
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
-    # Not ru_maxrss, which a process inherits from the one that started it.
-    memory = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert memory is not None
-    print(json.dumps({"seconds": seconds, "memory": int(memory[1]) * 1024, "cpu": cpu, "bytes": bytes_of(target)}))
+    # Not ru_maxrss, which a process inherits from the one that started it; here, that of a command is small.
+    peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert peak is not None
+    memory = int(peak[1])
+    if is_whole:
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        memory, cpu = used.ru_maxrss, used.ru_utime + used.ru_stime
+    print(json.dumps({"seconds": seconds, "memory": memory * 1024, "cpu": cpu, "bytes": bytes_of(target)}))
+
+
+def _run_command(words: Sequence[str]) -> None:
+    """A process of its own, whose imports count."""
+    done = subprocess.run(words, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(words)} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
 
 
 def make_durable(target: Path) -> None:
@@ -211,7 +274,8 @@ def measure(name: str, python: str, folder: Path) -> Row:
     try:
         if name in LIMITS:
             return run_limit(name, folder / "grown", target)
-        words = [python, str(HERE / "growth.py"), "--contestant", name, str(folder / "source"), str(target)]
+        source = folder / ("mixture" if name.removesuffix(WHOLE) in MIXTURES else "source")
+        words = [python, str(HERE / "growth.py"), "--contestant", name, str(source), str(target)]
         done = subprocess.run(words, cwd=HERE, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
@@ -266,6 +330,10 @@ Memory is the largest resident set of the process, imports included.
   differ.
 - `width x2`: `growth=hypercloning growth.noise=0`, every width doubled; `with noise`: with noise that cancels.
   `width x5/4`: `growth=fpi growth.new_layers=zero`, exact norms, noise.
+- `mixture`: the source is a Mixtral of as many bytes, with 8 experts; `width x2`: `growth=fpi growth.noise=0`;
+  `experts x2`: `upcycling=copy`, twice as many experts, and twice as many of them for a token.
+- `whole command`: what a user waits for, from the start of Python to its end, with the reading of the source for its
+  identity, the certificate and the model card; of peers, with their imports.
 - `dd` writes as many zeros with `oflag=direct conv=fsync`. `cp` copies the finished 8 experts out of the page cache.
 - `mergekit-moe` is the command as it comes. `transformers in memory` is the usual script and `HyperCloning` a stand-in
   that goes about it as the published code does, which is on no package index: both in `benchmarks/growth_peers.py`.
@@ -308,7 +376,7 @@ def contestants(arguments: argparse.Namespace) -> list[str]:
         raise SystemExit(f"--rounds: is {arguments.rounds}; use 1 or more")
     if not 0 < arguments.gigabytes < float("inf"):
         raise SystemExit(f"--gigabytes: is {arguments.gigabytes:g}; use a size above 0, e.g. 0.75")
-    known = [*LIMITS, *OURS, COLD, *(PEERS if arguments.peers else ())]
+    known = [*LIMITS, *OURS, COLD, *COMMANDS, *(PEERS if arguments.peers else ())]
     for name in arguments.only or ():
         if name in PEERS and name not in known:
             raise SystemExit(f"--only: {name!r} needs --peers; name a virtual environment with torch and mergekit")
@@ -364,6 +432,8 @@ def main() -> None:
     with own as folder_name:
         folder = Path(folder_name)
         make_source(folder / "source", arguments.gigabytes * 1e9)
+        if any(name.removesuffix(WHOLE) in MIXTURES for name in names):
+            make_source(folder / "mixture", arguments.gigabytes * 1e9, 8)
         prepare("replicate", folder / "source")(folder / "source", folder / "grown")
         for rows in compete(arguments, names, folder):
             print("\n".join(report(arguments, rows, folder)), flush=True)

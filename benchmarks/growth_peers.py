@@ -4,6 +4,7 @@ Each function grows the checkpoint in one directory into another, as its users d
 """
 
 import copy
+import sys
 import tempfile
 from pathlib import Path
 
@@ -126,3 +127,6 @@ PEERS = {
     "HyperCloning with noise": hypercloning_noise,
 }
 IMPORTS = {"mergekit-moe": "mergekit.scripts.moe", "mergekit-moe with noise": "mergekit.scripts.moe"}
+
+if __name__ == "__main__":
+    PEERS[sys.argv[1]](Path(sys.argv[2]), Path(sys.argv[3]))

@@ -9,6 +9,12 @@ from types import ModuleType
 
 import pytest
 
+from aquilamoe.checkpoint.hf_config import read_config
+from aquilamoe.cli import hydra_cli
+from aquilamoe.cli.program import GROW
+from aquilamoe.config.grow import parse
+from aquilamoe.growth.tool.request import resolve
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -41,7 +47,7 @@ def test_a_goal_that_is_missed_is_marked(benchmark: ModuleType) -> None:
 
 
 def test_every_goal_is_about_contestants_that_there_are(benchmark: ModuleType) -> None:
-    known = {*benchmark.OURS, *benchmark.PEERS, *benchmark.LIMITS, benchmark.COLD}
+    known = {*benchmark.OURS, *benchmark.COMMANDS, *benchmark.PEERS, *benchmark.LIMITS, benchmark.COLD}
     assert {name for goal in benchmark.GOALS for name in (goal.first, goal.second)} <= known
 
 
@@ -51,12 +57,34 @@ def test_every_growth_of_ours_is_one_that_can_be_done(
     for name, size in (("HIDDEN", 64), ("FFN", 96), ("VOCABULARY", 32)):
         monkeypatch.setattr(benchmark, name, size)
     benchmark.make_source(tmp_path / "source", 0)
+    benchmark.make_source(tmp_path / "mixture", 0, experts=4)
     for name in benchmark.OURS:
-        benchmark.prepare(name, tmp_path / "source")(tmp_path / "source", tmp_path / name)
+        source = tmp_path / ("mixture" if name in benchmark.MIXTURES else "source")
+        benchmark.prepare(name, source)(source, tmp_path / name)
         benchmark.make_durable(tmp_path / name)
-    sizes = {name: benchmark.bytes_of(tmp_path / name) for name in ("source", *benchmark.OURS)}
+    sizes = {name: benchmark.bytes_of(tmp_path / name) for name in ("source", "mixture", *benchmark.OURS)}
     assert min(sizes, key=sizes.__getitem__) == "source"
     assert sizes["width x2, depth x4/3"] > sizes["width x2"] > 2 * sizes["source"]
+    assert sizes["mixture, width x2"] > 2 * sizes["mixture"]
+    assert sizes["mixture, experts x2"] > 1.3 * sizes["mixture"]
+
+
+def test_whole_commands_are_those_of_the_same_growths(
+    benchmark: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, size in (("HIDDEN", 64), ("FFN", 96), ("VOCABULARY", 32)):
+        monkeypatch.setattr(benchmark, name, size)
+    benchmark.make_source(tmp_path / "source", 0)
+    benchmark.make_source(tmp_path / "mixture", 0, experts=4)
+    for name in benchmark.COMMANDS:
+        short = name.removesuffix(benchmark.WHOLE)
+        source = tmp_path / ("mixture" if short in benchmark.MIXTURES else "source")
+        _, program, *words = benchmark.command_words(name, source, tmp_path / "target")
+        assert program.endswith("workflows/grow.py")
+        (values,) = hydra_cli.composed(GROW, words)
+        request = resolve(parse(values))
+        benchmark.prepare(short, source)(source, tmp_path / name)
+        assert request.model == read_config(tmp_path / name), name
 
 
 def test_a_contestant_prints_what_it_took(
