@@ -24,6 +24,7 @@ from aquilamoe.checkpoint.state_dict import load_model, save_model
 from aquilamoe.config.growth import ShrinkConfig
 from aquilamoe.config.schema import GrowthConfig, ModelConfig, UpcyclingConfig
 from aquilamoe.growth import rules, shrink
+from aquilamoe.growth.mix import mix
 from aquilamoe.growth.scale_out import scale_out
 from aquilamoe.growth.scale_up import scale_up
 from aquilamoe.growth.split import calibrate
@@ -55,6 +56,7 @@ WIDER = {"hidden_size": 80, "intermediate_size": 200, "num_attention_heads": 12}
 TWICE = {"hidden_size": 128, "intermediate_size": 320, "num_attention_heads": 16}
 DEEPER = {"num_hidden_layers": 6}
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2}
+TWO = {"num_experts": 2, "num_experts_per_tok": 1}
 PARTS = {"num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 80}
 SHARED = {**EXPERTS, "shared_expert_intermediate_size": 160}
 ALTERNATING = {**EXPERTS, "mlp_only_layers": (0, 2)}
@@ -139,6 +141,8 @@ def cases() -> list[Case]:
         found += [Case(f"upcycling/{method}", {}, sizes) for sizes in (EXPERTS, PARTS)]
     for init in ("variance", "orthogonal", "zero"):
         found.append(Case("upcycling/copy", {"router_init": init}, EXPERTS))
+    of_two = {"texts": ["zh", "en"], "router_init": "normal"}
+    found += [Case("upcycling/mix", of_two | shared, TWO) for shared in ({}, {"shared": "base"})]
     for sizes in (SHARED, ALTERNATING, SHARED | ALTERNATING | PARTS, {**EXPERTS, "norm_topk_prob": False}):
         found.append(Case("upcycling/copy", {}, sizes))
     found += [Case("growth/fpi", {"norm": norm}, WIDER, NORMED) for norm in ("exact", "zero_pad")]
@@ -184,10 +188,12 @@ def ways_back() -> list[Case]:
 
 
 @torch.no_grad()
-def write_source(directory: Path, config: ModelConfig = SOURCE, dtype: torch.dtype = torch.float64) -> None:
+def write_source(
+    directory: Path, config: ModelConfig = SOURCE, dtype: torch.dtype = torch.float64, seed: int = 0
+) -> None:
     """A checkpoint as training leaves it: no gain is one, no bias zero, and every part of the network matters."""
     decoder = Decoder(config).double()
-    random = torch.Generator().manual_seed(0)
+    random = torch.Generator().manual_seed(seed)
     for name, parameter in decoder.named_parameters():
         values = torch.randn(parameter.shape, generator=random, dtype=torch.float64)
         is_matrix = parameter.dim() >= 2 and "embed" not in name
@@ -231,6 +237,13 @@ def logits(directory: Path) -> Tensor:
 
 def grow(case: Case, source: Path, target: Path) -> None:
     how = case.how
+    if isinstance(how, UpcyclingConfig) and how.method == "mix":
+        other = source.with_name(f"{source.name}-other")
+        if not other.exists():
+            with Reader(source) as reader:
+                write_source(other, case.source, reader.dtype(names.EMBEDDING), seed=1)
+        mix([source, other], target, case.target, how, seed=0)
+        return
     if isinstance(how, GrowthConfig):
         scale_up(source, target, case.target, how, seed=0)
         return
@@ -354,6 +367,7 @@ every option.
   its effective rank (the exponential of the entropy of the singular values). Copies that are identical have the
   rank of the source, and AdamW keeps it so.
 - **similarity** Mean cosine between the up_proj of neighbouring experts. Parts of a feed-forward are not alike.
+- `mix` makes experts of two checkpoints, and is compared with the first of them.
 - **parameters**, **FLOPs** of a training token, and bytes of the rows **read** while growing: times the source's. Rows
   that get noise are read once more, for their size.
 """

@@ -281,9 +281,12 @@ GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.n
 def test_every_option_of_every_group_composes_to_a_valid_experiment(
     compose: Callable[..., dict[str, Any]], tmp_path: Path, word: str
 ) -> None:
-    # Only experts can be split, and the default experiment has a dense model there.
-    before = ["+experiment=split"] if word == "upcycling=split" else []
-    experiment = graph.parse(compose(*before, f"+{word}" if word.startswith("experiment=") else word))
+    # Only experts can be split and only several sources mixed, and the default experiment has one dense model there.
+    before = {
+        "upcycling=split": ["+experiment=split"],
+        "upcycling=mix": ["+experiment=mix", "stages.upcycle=null", "stages.control.inputs.source=dense"],
+    }
+    experiment = graph.parse(compose(*before.get(word, []), f"+{word}" if word.startswith("experiment=") else word))
     # The default experiment grows its own small model only, and the one that needs a checkpoint is planned elsewhere.
     if not word.startswith("model=") and word != "experiment=from_checkpoint":
         plan = planning.make(graph.build(experiment), Store(tmp_path), Speed(1e9))

@@ -3,7 +3,7 @@
 Nothing here prints or exits: what a caller can repair raises `UserError`, whose text is one line.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ from aquilamoe.lineage.lookup import find
 
 # A method by its name, or its settings: {"method": "fpi", "noise": 0.2}; omitted settings are as in conf/.
 Method = str | Mapping[str, Any]
+# A checkpoint's directory, or several, which upcycling mix makes one of.
+Source = str | Path | Sequence[str | Path]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +70,7 @@ class GrownCheckpoint:
 
 
 def plan_growth(
-    source: str | Path,
+    source: Source,
     target: str | Path,
     *,
     model: Mapping[str, Any],
@@ -81,7 +83,7 @@ def plan_growth(
     """Plan a growth from the headers of the source, or a shrink from its weights; nothing is written.
 
     Args:
-        source: directory of a Hugging Face checkpoint with safetensors.
+        source: directory of a Hugging Face checkpoint with safetensors; of method mix, a list of them.
         target: directory that the growth would make.
         model: the sizes that change, e.g. `{"hidden_size": 96}`.
         growth: the method of a scale-up, e.g. "aki_pro"; exactly one of `growth`, `upcycling` and `shrink` is
@@ -141,7 +143,7 @@ def grow(
 
 
 def upcycle(
-    source: str | Path,
+    source: Source,
     target: str | Path,
     *,
     model: Mapping[str, Any],
@@ -153,7 +155,7 @@ def upcycle(
     """Make a Mixture of Experts of a dense checkpoint (section 3.2 of the paper), or give one more experts.
 
     Args:
-        source: directory of a Hugging Face checkpoint with safetensors.
+        source: directory of a Hugging Face checkpoint with safetensors; of method mix, a list of them.
         target: directory to make; one that this very call has made is returned as it is.
         model: the sizes that change, at least `num_experts` and `num_experts_per_tok`.
         upcycling: the method, by name or with settings.
@@ -267,12 +269,13 @@ class Store:
 
 def _made(config: GrowConfig, verb: str) -> GrownCheckpoint:
     request = resolve(config)
-    call = f"aquilamoe.{verb}({config.source!r}, {config.target!r}, ...)"
+    source = config.source if config.sources is None else list(config.sources)
+    call = f"aquilamoe.{verb}({source!r}, {config.target!r}, ...)"
     return GrownCheckpoint(request.target, make(request, config, call, Silent()))
 
 
 def _config(
-    source: str | Path,
+    source: Source,
     target: str | Path,
     model: Mapping[str, Any],
     *,
@@ -285,7 +288,9 @@ def _config(
     """The settings of conf/grow.yaml, overridden by the arguments; `others` are `seed`, `dtype` and `action`."""
     values = _yaml(CONF / "grow.yaml")
     del values["defaults"], values["hydra"]
-    values |= {"source": str(source), "target": str(target), **others}
+    places = [str(source)] if isinstance(source, (str, Path)) else [str(each) for each in source]
+    several = {} if isinstance(source, (str, Path)) else {"source": None, "sources": places}
+    values |= {"source": next(iter(places), None), "target": str(target), **several, **others}
     values["model"] |= model
     values["certificate"] |= certificate or {}
     if growth is not None:

@@ -135,12 +135,11 @@ def show_plan(out: Console, request: Request, config: GrowConfig, state: str, to
 
 def _show_heads(out: Console, request: Request, state: str) -> None:
     heads = make_table("", "", "", ">parameters", ">active", ">bytes", "")
-    source = request.source
-    places = (shown(source.directory), architecture(source)), (shown(request.target), written(request))
-    heads.add_row("source", *places[0], *_counts(source.model), size_or_absent(source.weight_bytes), source.dtype_name)
-    heads.add_row(
-        "target", *places[1], *_counts(request.model), size_or_absent(plan.target_bytes(request)), request.dtype_name
-    )
+    for source in request.sources:
+        counts = *_counts(source.model), size_or_absent(source.weight_bytes), source.dtype_name
+        heads.add_row("source", shown(source.directory), architecture(source), *counts)
+    counts = *_counts(request.model), size_or_absent(plan.target_bytes(request)), request.dtype_name
+    heads.add_row("target", shown(request.target), written(request), *counts)
     out.print(heads)
     out.print(f"{request.kind} by {request.growth.method}; {state}\n")
     for remark in remarks(request):
@@ -189,7 +188,7 @@ def _show_cost(out: Console, request: Request, config: GrowConfig) -> None:
         soft_wrap=True,
     )
     rate = f"{size_or_absent(int(config.disk_bytes_per_s))}/s, as set by disk_bytes_per_s (not measured)"
-    more = "calibration and certificate come" if request.growth.method == "split" else "the certificate comes"
+    more = "calibration and certificate come" if plan.is_calibrated(request) else "the certificate comes"
     out.print(f"time    about {duration(cost.seconds)} at {rate}; {more} on top", soft_wrap=True)
 
 
@@ -201,7 +200,8 @@ def _show_claim(out: Console, request: Request, config: GrowConfig, tolerance: f
             measured = "certificate.enabled is false, so nothing will be measured"
         out.print(f"claim   {NEARLY} are expected; {measured}", soft_wrap=True)
     elif not request.preserving:
-        out.print("claim   none: source and target differ, the certificate states by how much")
+        sides = "the mix differs from its sources" if request.others else "source and target differ"
+        out.print(f"claim   none: {sides}, the certificate states by how much")
     elif config.certificate.enabled:
         tokens = f"{comparison.settings_for(request.growth, config.certificate).tokens:,} tokens"
         limit = f"{tolerance:.3g} of the logits' spread"
@@ -228,7 +228,7 @@ def show_result(out: Console, request: Request, record: Mapping[str, Any]) -> No
     """The last table: source and target."""
     table = make_table("", "", ">layers", ">hidden", ">heads", ">experts", ">parameters", ">active", ">bytes")
     for name, kind, model, count in (
-        ("source", architecture(request.source), request.source.model, request.source.weight_bytes),
+        *(("source", architecture(source), source.model, source.weight_bytes) for source in request.sources),
         ("target", written(request), request.model, plan.target_bytes(request)),
     ):
         experts = f"{model.num_experts}, top {model.num_experts_per_tok}" if model.is_moe else format.ABSENT

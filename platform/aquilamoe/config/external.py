@@ -1,7 +1,7 @@
 """A checkpoint that no stage here has made, as the beginning of a line of checkpoints."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,17 @@ class Before:
 
     tokens: int | None
     flops: float | None
+
+    @classmethod
+    def sum(cls, parts: Sequence["Before"]) -> "Before | None":
+        """What was spent on several checkpoints; unknown where it is of one of them, None without any."""
+        if not parts:
+            return None
+        tokens, flops = [part.tokens for part in parts], [part.flops for part in parts]
+        return cls(
+            None if None in tokens else sum(each for each in tokens if each is not None),
+            None if None in flops else sum(each for each in flops if each is not None),
+        )
 
     @property
     def metrics(self) -> dict[str, float | int | None]:

@@ -7,7 +7,8 @@ from pydantic import ValidationError
 
 from aquilamoe.ancestors import ancestors
 from aquilamoe.config import passwords, plugins, stage_cluster, training
-from aquilamoe.config.external import TOKENIZER, ExternalCheckpoint
+from aquilamoe.config.external import TOKENIZER, Before, ExternalCheckpoint
+from aquilamoe.config.inheritance import without_null
 from aquilamoe.config.messages import UserError, first_problem, nearest
 from aquilamoe.config.node import Node as Node
 from aquilamoe.config.node import grown
@@ -24,6 +25,7 @@ from aquilamoe.config.schema import (
     GrowthStage,
     ModelConfig,
     PretrainStage,
+    ScaleOutStage,
     ScaleUpStage,
     Stage,
     TokenizerStage,
@@ -138,8 +140,12 @@ class _Builder:
             if stage.optimizer_state != "reset":
                 training.moments_of(self.nodes, source, f"stages.{name}.optimizer_state", "grow")
             growth = stage.growth if isinstance(stage, ScaleUpStage) else None
-            model = grown_model(model, stage.model, f"stages.{name}.model", growth)
+            others = self._other_sources(name, stage)
+            sizes = {"num_experts": 1 + len(others), **without_null(stage.model)} if others else stage.model
+            model = grown_model(model, sizes, f"stages.{name}.model", growth)
             stage = stage.model_copy(update={"model": model.model_dump()})
+            if others and isinstance(stage, ScaleOutStage):
+                return self._mix(name, stage, model, [source, *others])
         return Node(
             name=name,
             stage=stage,
@@ -150,6 +156,41 @@ class _Builder:
             before=source.before,
             growths=grown(source, stage, model),
             num_trainings=source.num_trainings,
+        )
+
+    def _other_sources(self, name: str, stage: Stage) -> list[Node]:
+        """The sources of a mix behind the first; UserError for a text that the corpus does not have."""
+        if not isinstance(stage, ScaleOutStage) or not stage.further:
+            return []
+        tokens = stage.inputs["tokens"]
+        for of_corpus in ancestors(tokens, lambda each: self.stages[each].inputs.values()):
+            corpus = self.nodes[of_corpus].stage
+            if not isinstance(corpus, CorpusStage):
+                continue
+            for text in set(stage.upcycling.texts or ()) - corpus.sources.keys():
+                raise UserError(
+                    f"stages.{name}.upcycling.texts: '{text}' is not in the corpus; {nearest(text, corpus.sources)}"
+                )
+        for role in stage.further:
+            self._check_tokenizer(name, stage, stage.inputs[role])
+        return [self.nodes[stage.inputs[role]] for role in stage.further]
+
+    def _mix(self, name: str, stage: ScaleOutStage, model: ModelConfig, sources: list[Node]) -> Node:
+        """A line of checkpoints that several lines end in: what these have in common was trained once."""
+        lines = [each for source in sources for each in self._line(source.name)]
+        nodes = [self.nodes[each] for each in dict.fromkeys(lines)]
+        own = {id(node.before): node.before for node in nodes if node.is_external and node.before is not None}
+        return Node(
+            name=name,
+            stage=stage,
+            model=model,
+            source_model=sources[0].model,
+            other_models=tuple(source.model for source in sources[1:] if source.model is not None),
+            ancestor_tokens=sum(node.tokens for node in nodes),
+            ancestor_flops=sum(node.flops for node in nodes),
+            before=Before.sum(list(own.values())),
+            growths=grown(sources[0], stage, model),
+            num_trainings=sources[0].num_trainings,
         )
 
     def _external(self, name: str, stage: CheckpointStage) -> Node:
@@ -201,10 +242,12 @@ class _Builder:
 
     def _line(self, name: str) -> list[str]:
         """A checkpoint and the checkpoints that it comes from, nearest first."""
-        found = [name]
-        while (source := self.stages[found[-1]].inputs.get("source")) is not None:
-            found.append(source)
-        return found
+
+        def sources(each: str) -> list[str]:
+            stage = self.stages[each]
+            return [stage.inputs[role] for role in ("source", *stage.further) if role in stage.inputs]
+
+        return [name, *ancestors(name, sources)]
 
     def _pretrain(self, name: str, stage: PretrainStage, source: Node | None) -> Node:
         model = source.model if source else stage.model

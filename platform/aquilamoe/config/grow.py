@@ -1,7 +1,7 @@
 """The configuration of the growth tool: any checkpoint in, a grown one out. As strict as an experiment's."""
 
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, ValidationError, field_validator
 
@@ -94,6 +94,11 @@ class GrowConfig(Config):
     source: str = Field(
         description="Directory of a checkpoint: safetensors (one file or shards), config.json, tokenizer [path]"
     )
+    sources: tuple[Annotated[str, Field(min_length=1)], ...] | None = Field(
+        default=None,
+        description="Directories of dense checkpoints of one shape, which upcycling=mix makes the experts of one; "
+        "instead of source [paths]",
+    )
     target: str = Field(
         description="Directory to make; it must not exist, or be the output of this very command [path]"
     )
@@ -144,6 +149,7 @@ class GrowConfig(Config):
 def parse(values: Mapping[str, Any]) -> GrowConfig:
     """Validate a composed configuration; UserError with one line for the first problem."""
     passwords.learn(values)
+    values = _first_source(values)
     needed = {"source": "a directory with a Hugging Face checkpoint", "target": "the directory to make"}
     missing = [key for key in needed if values.get(key) is None]
     if missing:
@@ -154,6 +160,27 @@ def parse(values: Mapping[str, Any]) -> GrowConfig:
         return GrowConfig.model_validate(values)
     except ValidationError as error:
         raise first_problem(error, GrowConfig, values) from None
+
+
+def _first_source(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The first of several sources is the source: its config.json and tokenizer are the target's."""
+    sources, upcycling = values.get("sources"), values.get("upcycling")
+    is_mix = isinstance(upcycling, Mapping) and upcycling.get("method") == "mix"
+    if is_mix and values.get("action") != "certify" and not sources:
+        raise UserError("sources: required but not set; name the checkpoints that are mixed, sources=[A,B]")
+    if sources is None:
+        return values
+    if not is_mix:
+        raise UserError(f"sources: {sources}, but only upcycling=mix has several; name one, source=DIR")
+    if values.get("source") is not None:
+        raise UserError(
+            f"source: {values['source']} beside sources; a mix takes all of them from sources, leave it out"
+        )
+    if not isinstance(sources, (list, tuple)) or not all(isinstance(each, str) for each in sources):
+        raise UserError(f"sources: {sources!r} is no list of directories; write sources=[A,B]")
+    if len(sources) < 2:
+        raise UserError(f"sources: {len(sources)} checkpoint; a mix makes an expert of each, name 2 or more")
+    return {**values, "source": sources[0]}
 
 
 def _chosen(upcycling: Any) -> Any:

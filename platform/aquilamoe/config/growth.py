@@ -72,18 +72,24 @@ class GrowthConfig(Config):
         return source.rms_norm_eps * copied / hidden_size
 
 
-_OF_SPLIT = ("direction", "shift", "calibration_tokens", "common_row")
+_OF_SPLIT = ("direction", "shift", "common_row")
+_OF_MIX = ("texts", "shared", "weights", "ridge")
 _FEWEST_TOKENS = 256
-_LEARNED = {"direction": "learned", "shift": 3.0, "calibration_tokens": 8192, "common_row": True}
+# What a method leaves out is as in its file in conf/upcycling.
+_COMPLETE: dict[str, dict[str, Any]] = {
+    "split": {"direction": "learned", "shift": 3.0, "calibration_tokens": 8192, "common_row": True},
+    "mix": {"shared": "average", "ridge": 1e-3, "calibration_tokens": 8192},
+}
 
 
 class UpcyclingConfig(Extended):
-    """How a dense model becomes a Mixture of Experts, or a mixture gets more experts."""
+    """How a dense model becomes a Mixture of Experts, several become one, or a mixture gets more experts."""
 
-    method: Literal["copy", "noise", "drop", "permute", "split"] = Field(
+    method: Literal["copy", "noise", "drop", "permute", "split", "mix"] = Field(
         description="How experts differ at the start. copy: not at all | noise: each has its own noise | drop: each "
         "has some neurons initialised randomly | permute: each has its neurons in another order | split: not at all, "
-        "and router rows of copies of an expert are shifted in opposite directions"
+        "and router rows of copies of an expert are shifted in opposite directions | mix: each is the feed-forward of "
+        "another source"
     )
     noise: NonNegativeFloat = Field(
         description="Standard deviation of method noise; 0 for the others [ratio to the weights' standard deviation]"
@@ -91,9 +97,11 @@ class UpcyclingConfig(Extended):
     drop_ratio: Fraction = Field(
         description="Neurons of each expert that method drop initialises randomly; 0 for the others [fraction]"
     )
-    router_init: Literal["normal", "variance", "orthogonal", "zero"] = Field(
+    router_init: Literal["normal", "variance", "orthogonal", "zero", "hidden", "ridge"] = Field(
         description="Initial router weights. normal | variance: normal, router_std read as a variance | orthogonal: "
-        "orthogonal rows of the same length | zero: the first experts get all tokens"
+        "orthogonal rows of the same length | zero: the first experts get all tokens | ridge, of a mix: ridge "
+        "regression of router inputs on which source's text they are of | hidden, of a mix: the mean router input of "
+        "each source's text, less that of all"
     )
     router_std: NonNegativeFloat = Field(description="Standard deviation of the initial router weights [dimensionless]")
     direction: Literal["learned", "random"] | None = Field(
@@ -108,14 +116,32 @@ class UpcyclingConfig(Extended):
     )
     calibration_tokens: Annotated[NonNegativeInt, Field(le=2**20)] | None = Field(
         default=None,
-        description="Training tokens on which the direction of a split is found, balanced and scaled; 0: none [tokens]",
+        description="Training tokens on which the direction of a split is found, balanced and scaled, 0: none; of each "
+        "source's text, on which the router of a mix is found [tokens]",
     )
     common_row: bool | None = Field(
         default=None,
         description="Whether a split subtracts from all router rows the row that minimises the z-loss; choices and "
         "gates do not change",
     )
-    added = _OF_SPLIT
+    texts: tuple[Annotated[str, Field(min_length=1)], ...] | None = Field(
+        default=None,
+        description="Text of each source of a mix, in the order of the sources: parts of the corpus; of grow.py, "
+        "languages of the embedded corpus or UTF-8 files, of which the last tenth is held out",
+    )
+    shared: Literal["average", "base"] | None = Field(
+        default=None,
+        description="What the experts of a mix share: attention, norms, embeddings. average: of the sources | base: "
+        "that of the first source",
+    )
+    weights: tuple[PositiveFloat, ...] | None = Field(
+        default=None, description="Weight of each source of a mix in that average; null: equal ones [weights]"
+    )
+    ridge: PositiveFloat | None = Field(
+        default=None,
+        description="Penalty of the ridge regression of a mix's router [ratio to the mean square of its inputs]",
+    )
+    added = (*_OF_SPLIT, "calibration_tokens", *_OF_MIX)
 
     @field_validator("shift", mode="before")
     @classmethod
@@ -128,11 +154,14 @@ class UpcyclingConfig(Extended):
 
     @model_validator(mode="before")
     @classmethod
-    def _complete_split(cls, values: Any) -> Any:
-        """What a split leaves out is as in conf/upcycling/split.yaml."""
-        if not isinstance(values, dict) or values.get("method") != "split":
-            return values
-        return {**values, **{key: _LEARNED[key] for key in _OF_SPLIT if values.get(key) is None}}
+    def _complete_method(cls, values: Any) -> Any:
+        """What a split or a mix leaves out is as in conf/upcycling."""
+        defaults = _COMPLETE.get(str(values.get("method")), {}) if isinstance(values, dict) else {}
+        return (
+            {**values, **{key: default for key, default in defaults.items() if values.get(key) is None}}
+            if defaults
+            else values
+        )
 
     @model_validator(mode="after")
     def _check_amounts(self) -> Self:
@@ -145,18 +174,33 @@ class UpcyclingConfig(Extended):
         return self
 
     @model_validator(mode="after")
-    def _check_split(self) -> Self:
-        for field in _OF_SPLIT:
-            if self.method != "split" and getattr(self, field) is not None:
-                raise ValueError(
-                    f"method {self.method} with {field} {getattr(self, field)}; {field} is of 'split', leave it out"
-                )
-        if self.calibration_tokens is not None and 0 < self.calibration_tokens < _FEWEST_TOKENS:
+    def _check_method_of_keys(self) -> Self:
+        for method, fields in (("split", _OF_SPLIT), ("mix", _OF_MIX)):
+            for field in fields:
+                if self.method != method and getattr(self, field) is not None:
+                    raise ValueError(
+                        f"method {self.method} with {field} {getattr(self, field)}; {field} is of '{method}', leave it "
+                        "out"
+                    )
+        if self.method not in _COMPLETE and self.calibration_tokens is not None:
             raise ValueError(
-                f"calibration_tokens {self.calibration_tokens}; directions are found on {_FEWEST_TOKENS} tokens or "
-                "more, or on 0"
+                f"method {self.method} with calibration_tokens {self.calibration_tokens}; calibration_tokens is of "
+                "'split' and 'mix', leave it out"
             )
-        if self.calibration_tokens != 0:
+        if self.method != "mix" and self.router_init in ("hidden", "ridge"):
+            raise ValueError(
+                f"method {self.method} with router_init {self.router_init}; it is of 'mix', use normal or orthogonal"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_calibration(self) -> Self:
+        tokens = self.calibration_tokens
+        if tokens is not None and (self.method == "mix" or tokens) and tokens < _FEWEST_TOKENS:
+            none = "" if self.method == "mix" else ", or on 0"
+            found = "routers are" if self.method == "mix" else "directions are"
+            raise ValueError(f"calibration_tokens {tokens}; {found} found on {_FEWEST_TOKENS} tokens or more{none}")
+        if tokens != 0:
             return self
         for field, value in (("direction", "learned"), ("shift", "auto"), ("common_row", True)):
             if getattr(self, field) == value:
@@ -165,6 +209,20 @@ class UpcyclingConfig(Extended):
                     f"{field} {str(value).lower()} with calibration_tokens 0; it is found from what routers read, set "
                     f"calibration_tokens to e.g. 8192, or {field} to {remedy}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _check_mix(self) -> Self:
+        """What there is one of for each source."""
+        if self.method != "mix" or self.texts is None:
+            return self
+        if len(self.texts) < 2:
+            raise ValueError(
+                f"texts: {len(self.texts)} named; a mix reads a text of each of 2 or more sources, e.g. [zh,en]"
+            )
+        if self.weights is not None and (self.shared != "average" or len(self.weights) != len(self.texts)):
+            expected = f"{len(self.texts)}, one for each text" if self.shared == "average" else "none, shared is base"
+            raise ValueError(f"weights: {len(self.weights)} named, expected {expected}; leave them out for equal ones")
         return self
 
 

@@ -32,7 +32,8 @@ def _inherit_data(stage: dict[str, Any], groups: dict[str, Any]) -> dict[str, An
             found["mixture"] = with_mixture(data)["mixture"]
         elif isinstance(mixture, dict):
             absent = {name for name in mixture if name in sources and sources[name] is None}
-            found["mixture"] = {name: share for name, share in mixture.items() if name not in absent}
+            kept = {name: share for name, share in mixture.items() if name not in absent}
+            found["mixture"] = without_null(kept) or kept
     return found
 
 

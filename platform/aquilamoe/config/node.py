@@ -20,6 +20,7 @@ class Node:
     ancestor_tokens, ancestor_flops: of everything before it on its line of checkpoints, as far as it was trained here.
     before: of a line that begins with a checkpoint from elsewhere, what that had cost before; None for other lines.
     growths: of its line of checkpoints, itself included. num_trainings: stages of the line that train, likewise.
+    other_models: of a mix, what its sources behind the first are.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Node:
     before: Before | None = None
     growths: tuple[Growth, ...] = ()
     num_trainings: int = 0
+    other_models: tuple[ModelConfig, ...] = ()
 
     @property
     def is_external(self) -> bool:

@@ -57,12 +57,17 @@ class StageConfig(Config):
         """`role: null` takes an input away that a template names."""
         return without_null(inputs)
 
+    @property
+    def further(self) -> tuple[str, ...]:
+        """Roles of further sources, of which there may be any number."""
+        return ()
+
     @model_validator(mode="after")
     def _check_roles(self) -> Self:
         for role in self.roles:
             if role not in self.inputs:
                 raise ValueError(f"inputs: '{role}' is missing; a {self.kind} stage reads {', '.join(self.roles)}")
-        unknown = set(self.inputs) - {*self.roles, *self.optional_roles}
+        unknown = set(self.inputs) - {*self.roles, *self.optional_roles, *self.further}
         if unknown and not self.any_role:
             known = ", ".join([*self.roles, *self.optional_roles]) or "nothing"
             raise ValueError(f"inputs: a {self.kind} stage does not read '{min(unknown)}'; it reads {known}")
@@ -290,10 +295,29 @@ class ScaleUpStage(GrowthStage):
 
 
 class ScaleOutStage(GrowthStage):
-    """A Mixture of Experts out of a dense source, or more experts out of experts."""
+    """A Mixture of Experts out of a dense source or several (`source_2`, ...), or more experts out of experts."""
 
     kind: Literal["scale_out"] = Field(description=KIND)
     upcycling: UpcyclingConfig = Field(description="Upcycling; a null key is as in the group upcycling")
+
+    @property
+    def further(self) -> tuple[str, ...]:
+        """Roles of the sources of a mix behind the first, in their order."""
+        if self.upcycling.method != "mix" or self.upcycling.texts is None:
+            return ()
+        return tuple(f"source_{number}" for number in range(2, len(self.upcycling.texts) + 1))
+
+    @model_validator(mode="after")
+    def _check_sources(self) -> Self:
+        for role in self.further:
+            if role not in self.inputs:
+                raise ValueError(
+                    f"inputs: '{role}' is missing; upcycling.texts names {len(self.further) + 1} texts, name as many "
+                    "sources"
+                )
+        if self.further and self.optimizer_state == "grow":
+            raise ValueError("optimizer_state grow of a mix; moments of several sources are not mixed, use reset")
+        return self
 
 
 class EvaluateStage(StageConfig):

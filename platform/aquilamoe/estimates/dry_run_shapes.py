@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from aquilamoe.checkpoint import tensor_names
+from aquilamoe.checkpoint.sources import of_source
 from aquilamoe.checkpoint.state_dict import on_disk
 from aquilamoe.config.graph import Node
 from aquilamoe.config.messages import UserError
 from aquilamoe.config.network import ModelConfig
 from aquilamoe.config.schema import GrowthStage, ScaleOutStage, ScaleUpStage
-from aquilamoe.growth import rules, scale_out, scale_up
+from aquilamoe.growth import mix, rules, scale_out, scale_up
 from aquilamoe.model.transformer import Decoder
 
 if TYPE_CHECKING:
@@ -70,20 +71,23 @@ def check_growth(node: Node) -> int:
 
 
 def _recipes(node: Node, source: ModelConfig, target: ModelConfig) -> "Iterator[Recipe]":
-    stage, reader = cast(GrowthStage, node.stage), cast("Reader", _Absent(source))
+    stage, reader = cast(GrowthStage, node.stage), cast("Reader", _Absent(source, 1 + len(node.other_models)))
     if isinstance(stage, ScaleUpStage):
         rules.check(source, target, stage.growth)
         return scale_up.recipes(reader, source, target, stage.growth, stage.seed)
     assert isinstance(stage, ScaleOutStage)
     rules.check(source, target, stage.upcycling)
+    if node.other_models:
+        return mix.recipes(reader, source, target, stage.upcycling, stage.seed)
     return scale_out.recipes(reader, source, target, stage.upcycling, stage.seed)
 
 
 class _Absent:
     """Reads a checkpoint that is not there: zeros of the right shapes, one number in memory for each tensor."""
 
-    def __init__(self, config: ModelConfig) -> None:
-        self._shapes = tensor_names.tensor_shapes(config)
+    def __init__(self, config: ModelConfig, count: int = 1) -> None:
+        shapes = tensor_names.tensor_shapes(config).items()
+        self._shapes = {of_source(name, number): shape for name, shape in shapes for number in range(count)}
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._shapes[name]

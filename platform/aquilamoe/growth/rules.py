@@ -1,6 +1,7 @@
 """What can be grown into what, and which growths keep the function: decided without torch, for plans and messages."""
 
 import math
+from collections.abc import Sequence
 
 from aquilamoe.config import plugins
 from aquilamoe.config.messages import UserError
@@ -246,6 +247,9 @@ def _check_scale_out(source: ModelConfig, target: ModelConfig, upcycling: Upcycl
             _check_kept(field, source, target, "a scale-out cannot change it, keep the source's")
     _check_settings(source, target, source.with_experts)
     rotary.check(source, target)
+    if upcycling.method == "mix":
+        _check_mix(source, target, upcycling)
+        return
     if source.is_moe:
         _check_more_experts(source, target)
     if upcycling.method == "split":
@@ -272,6 +276,47 @@ def _check_split(source: ModelConfig, target: ModelConfig) -> None:
             f"num_experts: target {new} is {new // old} copies of each expert, which {source.hidden_size} channels "
             f"cannot separate; use at most {source.hidden_size * old}"
         )
+
+
+def check_sources(sources: Sequence[tuple[str, ModelConfig]], target: ModelConfig) -> None:
+    """Raise UserError unless these models, with what they are called, can become the experts of one."""
+    if len(sources) < 2:
+        raise UserError(f"sources: {len(sources)} checkpoint; a mix makes an expert of each, name 2 or more")
+    (first, model), *others = sources
+    for place, (name, other) in enumerate(others, 1):
+        if name in [earlier for earlier, _ in sources[:place]]:
+            raise UserError(f"sources: {name} is named twice; name as many checkpoints as there are to be experts")
+        for field in ModelConfig.model_fields:
+            one, another = getattr(model, field), getattr(other, field)
+            if field not in _FREE and one != another:
+                raise UserError(
+                    f"sources: {field} is {one} in {first} and {another} in {name}; a mix is of checkpoints of one "
+                    "shape, choose those that were trained from one checkpoint"
+                )
+    if target.num_experts != len(sources):
+        raise UserError(
+            f"num_experts: target {target.num_experts}, but {len(sources)} sources make as many experts; leave it out"
+        )
+
+
+def _check_mix(source: ModelConfig, target: ModelConfig, upcycling: UpcyclingConfig) -> None:
+    """Experts are whole feed-forwards, and beside them is what a dense source has."""
+    if upcycling.texts is None:
+        raise UserError(
+            "upcycling.texts: required but not set; name the text of each source of a mix, e.g. upcycling.texts=[zh,en]"
+        )
+    if source.is_moe:
+        raise UserError(
+            f"num_experts: the sources have {source.num_experts} experts; a mix makes an expert of each dense "
+            "checkpoint, choose dense ones"
+        )
+    old = source.intermediate_size
+    for field, expected in (("moe_intermediate_size", old), ("intermediate_size", old), (_EXPERT_WIDTHS[1], 0)):
+        if (new := getattr(target, field)) != expected:
+            raise UserError(
+                f"{field}: target {new}, source {expected}; experts of a mix are whole feed-forwards and have no other "
+                "beside them, leave it out"
+            )
 
 
 def _check_more_experts(source: ModelConfig, target: ModelConfig) -> None:

@@ -129,13 +129,13 @@ class _Layer:
             if role == tensor_names.ROUTER:
                 yield self._to(self._router(shape), role)
             elif role in fillers:
-                yield self._to(_zeros(shape, FILLER), role)
+                yield self._to(zeros(shape, FILLER), role)
             elif self.source.is_moe or role not in (*_SHARED, tensor_names.SHARED_ROUTER):
                 yield self._to(self._from(role), role)
             elif role in _SHARED:
                 yield self._to(self._from(_SHARED[role]).noted("copied: the shared expert"), role)
             else:
-                yield self._to(_zeros(shape, "zeros: every token goes through the shared expert by one half"), role)
+                yield self._to(zeros(shape, "zeros: every token goes through the shared expert by one half"), role)
         for role in (tensor_names.GATE, tensor_names.UP, tensor_names.DOWN):
             yield from self._experts(role)
 
@@ -217,28 +217,35 @@ class _Layer:
             if self.split is not None:
                 rows = rows + cycled(self.split.offsets[self.index], self.source.num_experts)
             return rows.noted(f"{apart}, {self.upcycling.direction}")
-        shards = rules.num_shards(self.source, self.target)
-        name, std = f"model.layers.{self.index}.{tensor_names.ROUTER}", self.upcycling.router_std
-
-        def make() -> np.ndarray:
-            random = rng.stream(self.seed, name)
-            if self.upcycling.router_init == "orthogonal":
-                router = std * rng.orthogonal(shape[0] // shards, shape[1], random)
-            else:
-                deviation = {"normal": std, "variance": std**0.5, "zero": 0.0}[self.upcycling.router_init]
-                router = deviation * rng.normal((shape[0] // shards, shape[1]), random, np.float64)
-            return router.repeat(shards, axis=0)
-
-        note = {
-            "normal": f"drawn, normal with std {std:g}",
-            "variance": f"drawn, normal with variance {std:g}",
-            "orthogonal": f"drawn, orthogonal rows with std {std:g}",
-            "zero": "zeros",
-        }[self.upcycling.router_init]
-        return from_function(shape, make).noted(
-            note + (f"; one row for the {shards} parts of a copy" if shards > 1 else "")
-        )
+        return drawn_router(self.upcycling, self.seed, self.index, shape, rules.num_shards(self.source, self.target))
 
 
-def _zeros(shape: tuple[int, ...], why: str) -> LazyTensor:
+def drawn_router(
+    upcycling: UpcyclingConfig, seed: int, layer: int, shape: tuple[int, ...], shards: int = 1
+) -> LazyTensor:
+    """A router's rows, drawn for each feed-forward, of which each has so many shards: `_Layer._router` states how."""
+    name, std = f"model.layers.{layer}.{tensor_names.ROUTER}", upcycling.router_std
+
+    def make() -> np.ndarray:
+        random = rng.stream(seed, name)
+        if upcycling.router_init == "orthogonal":
+            router = std * rng.orthogonal(shape[0] // shards, shape[1], random)
+        else:
+            deviation = {"normal": std, "variance": std**0.5, "zero": 0.0}[upcycling.router_init]
+            router = deviation * rng.normal((shape[0] // shards, shape[1]), random, np.float64)
+        return router.repeat(shards, axis=0)
+
+    note = {
+        "normal": f"drawn, normal with std {std:g}",
+        "variance": f"drawn, normal with variance {std:g}",
+        "orthogonal": f"drawn, orthogonal rows with std {std:g}",
+        "zero": "zeros",
+    }[upcycling.router_init]
+    return from_function(shape, make).noted(
+        note + (f"; one row for the {shards} parts of a copy" if shards > 1 else "")
+    )
+
+
+def zeros(shape: tuple[int, ...], why: str) -> LazyTensor:
+    """A tensor of zeros, and why it is."""
     return from_function(shape, partial(np.zeros, shape)).noted(why)

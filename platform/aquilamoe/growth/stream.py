@@ -17,6 +17,7 @@ from aquilamoe.checkpoint import tensor_names as names
 from aquilamoe.checkpoint.allocator import keep_large_buffers
 from aquilamoe.checkpoint.dtypes import cast, check_finite, check_representable, torch_dtype
 from aquilamoe.checkpoint.hf_config import CheckpointConfig
+from aquilamoe.checkpoint.sources import Sources
 from aquilamoe.config.messages import UserError
 from aquilamoe.config.schema import ModelConfig
 from aquilamoe.growth import dtypes
@@ -50,11 +51,12 @@ def rewrite(
     grow: Callable[[reading.Reader], Iterable[Recipe]],
     progress: Progress,
     dtype_policy: dtypes.DtypePolicy = dtypes.AS_SOURCE,
+    others: Sequence[Path] = (),
 ) -> dict[str, str]:
     """Write to `target` what `grow` makes of the weights of `source`; then config and tokenizer.
 
     configs: of the source and of the target. layers: of the source, for every layer of the target.
-    dtype_policy: the types of the target's tensors.
+    dtype_policy: the types of the target's tensors. others: further checkpoints of the source's shape.
     Returns the SHA-256 of every tensor. Bytes that stay what they are go from file to file; everything else is
     computed on as many threads as torch has, a block of rows at a time, and does not depend on their number. Where
     nothing has to be, torch is not imported.
@@ -62,14 +64,15 @@ def rewrite(
     target would not be, when the disk is too small, or source and target are the same.
     """
     source_config, target_config = configs
-    if source.resolve() == target.resolve():
+    if target.resolve() in [directory.resolve() for directory in (source, *others)]:
         raise UserError(f"{target}: is source and target at once, 2 directories are needed; choose another target")
     shapes = names.tensor_shapes(target_config)
     companions.companions(source)  # refuses links out of the checkpoint
-    with reading.Reader(source) as reader:
-        fit.check(source, source_config.model, reader.tensors)
+    with Sources([source, *others]) as reader:
+        for directory, tensors in zip((source, *others), reader.by_source, strict=True):
+            fit.check(directory, source_config.model, tensors)
         fit.check_fillers(reader, source_config.model)
-        types = dtypes.of_target(reader.tensors, (source_config.model, target_config), layers, dtype_policy)
+        types = dtypes.of_target(reader.by_source[0], (source_config.model, target_config), layers, dtype_policy)
         values = carrying.carried(source_config, target_config, layers, dtypes.stated(types, shapes))
         recipes = list(grow(reader))
         with reading.CheckpointWriter(target, shapes, types, joined=names.joined(target_config)) as writer:

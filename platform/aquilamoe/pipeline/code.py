@@ -25,6 +25,8 @@ NAMED: Mapping[str, tuple[str, ...]] = {
         "growth/expert_diversity.py",
         "growth/split.py",
         "growth/directions.py",
+        "growth/mix.py",
+        "growth/mix_router.py",
     ),
     "schedule.name": ("training/schedules.py",),
 }
@@ -38,7 +40,7 @@ SHIPPED: Mapping[str, str] = {
     "growth/methods/lemon.py": "2a48cecdaa10",
     "growth/methods/random.py": "4f6a7c6607a0",
     "config/depth.py": "0d919ed00eaf",
-    "growth/scale_out.py": "9a68ae567ee8",
+    "growth/scale_out.py": "71eef1729cf6",
     "training/schedules.py": "68c8d7f04e05",
 }
 

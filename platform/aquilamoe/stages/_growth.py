@@ -29,14 +29,22 @@ def estimate(node: Node, growth: GrowthConfig | UpcyclingConfig) -> Estimate:
     assert node.model is not None and node.source_model is not None
     try:
         rules.check(node.source_model, node.model, growth)
+        if node.other_models:
+            names = [node.stage.inputs[role] for role in ("source", *node.stage.further)]
+            models = [node.source_model, *node.other_models]
+            rules.check_sources(list(zip(names, models, strict=True)), node.model)
     except UserError as error:
         # A rule's message begins with the field: of the model, or of the growth itself.
-        inside = "" if str(error).startswith(("growth", "upcycling")) else "model."
+        inside = "" if str(error).startswith(("growth", "upcycling", "sources")) else "model."
         raise UserError(f"stages.{node.name}.{inside}{error}") from None
-    moved = BYTES_PER_PARAMETER * (node.source_model.num_params + node.model.num_params)
-    per_token = sum(model.flops_per_token(SEQUENCE_LENGTH) for model in (node.source_model, node.model))
+    read = sum(model.num_params for model in (node.source_model, *node.other_models))
+    moved = BYTES_PER_PARAMETER * (read + node.model.num_params)
+    per_token = sum(
+        model.flops_per_token(SEQUENCE_LENGTH) for model in (node.source_model, *node.other_models, node.model)
+    )
     certified = FORWARD * per_token * cast(GrowthStage, node.stage).certificate_tokens
     calibrated = growth.calibration_tokens or 0 if isinstance(growth, UpcyclingConfig) else 0
+    calibrated *= 1 + len(node.other_models)
     certified += FORWARD * node.source_model.flops_per_token(SEQUENCE_LENGTH) * calibrated
     seconds = work.moving_s(moved, certified)
     warnings = tuple(f"model.{line}" for line in rules.warnings(growth, node.source_model, node.model))
@@ -57,9 +65,8 @@ def run(
 
     node = context.node
     stage = cast(GrowthStage, context.node.stage)
-    source = context.inputs["source"]
     assert node.model is not None and node.source_model is not None
-    before, after = source.directory / "model", context.out / "model"
+    before, after = context.inputs["source"].directory / "model", context.out / "model"
     grow(
         before,
         after,
@@ -69,27 +76,42 @@ def run(
         progress=lambda done, total: context.progress(done, total, "tensors"),
     )
     preserving = rules.preserves(growth, node.source_model, node.model)
-    tokens_bt = torch.from_numpy(_held_out(context, stage.certificate_tokens))
+    tokens_bt = torch.from_numpy(held_out(context, stage.certificate_tokens))
     claim = Claim(preserving=preserving, tolerance=stage.tolerance, growth=growth, seed=stage.seed, split=split)
     certificate: dict[str, Any] = certify(
         before, after, tokens_bt, claim, lambda done, total: context.progress(done, total, "layers")
     )
     if growth.method != "split":
         certificate.pop("experts", None)  # the same recipe makes the same files as in older stores
+    return described(context, certificate)
+
+
+def described(context: Context, certificate: dict[str, Any]) -> Metrics:
+    """Write the certificate of a growth; return it and the sizes as metrics, which are single values."""
+    node = context.node
+    assert node.model is not None
     write_atomically(context.out / CERTIFICATE, to_json(certificate, node.name))
-    del certificate["layers"], certificate["rounding"]  # metrics are single values
-    experts = certificate.pop("experts", {})
+    for key in ("layers", "rounding"):
+        del certificate[key]
+    experts, mix = certificate.pop("experts", {}), certificate.pop("mix", None)
     return {
         "params_total": node.model.num_params,
         "params_active": node.model.num_active_params,
         "lineage_tokens": node.lineage_tokens,
         "lineage_flops": node.lineage_flops,
         **(node.before.metrics if node.before else {}),
-        "source_final_loss": source.metrics.get("loss_end"),
+        "source_final_loss": context.inputs["source"].metrics.get("loss_end"),
         "certificate_tokens": certificate.pop("tokens"),
         **certificate,
         **{key: value for key, value in experts.items() if isinstance(value, float)},
+        **({} if mix is None else _of_texts(mix)),
     }
+
+
+def _of_texts(mix: dict[str, Any]) -> Metrics:
+    """What a mix makes of each text."""
+    measures = {"loss": mix["mix_losses"], "own_expert": mix["own_expert"]}
+    return {f"{key}_{text}": values[i] for key, values in measures.items() for i, text in enumerate(mix["texts"])}
 
 
 def calibrate(context: Context, upcycling: UpcyclingConfig) -> "Split":
@@ -101,7 +123,7 @@ def calibrate(context: Context, upcycling: UpcyclingConfig) -> "Split":
     node, source = context.node, context.inputs["source"].directory / "model"
     assert node.model is not None
     count = upcycling.calibration_tokens or 0
-    tokens_bt = torch.from_numpy(_calibration(context, count)) if count else None
+    tokens_bt = torch.from_numpy(training_text(context, count)) if count else None
     seed = cast(GrowthStage, node.stage).seed
 
     def progress(done: int, total: int) -> None:
@@ -110,8 +132,8 @@ def calibrate(context: Context, upcycling: UpcyclingConfig) -> "Split":
     return calibrate(source, node.model, upcycling, seed, tokens_bt, progress=progress)
 
 
-def _calibration(context: Context, tokens: int) -> "np.ndarray":
-    """Training sequences (rows, length), the languages in equal parts, drawn by the stage's seed."""
+def training_text(context: Context, tokens: int, *of: str) -> "np.ndarray":
+    """Training sequences (rows, length), languages in equal parts, all or those of `of`, by the stage's seed."""
     from aquilamoe.data.loader import Batches
     from aquilamoe.data.tokens import read_record
 
@@ -121,11 +143,11 @@ def _calibration(context: Context, tokens: int) -> "np.ndarray":
     length = min(SEQUENCE_LENGTH, context.node.model.max_position_embeddings - 1)
     rows = max(1, tokens // length)
     seed = cast(GrowthStage, context.node.stage).seed
-    return Batches(directory, dict.fromkeys(sources, 1.0), length, rows, seed).read(0)[:, :-1]
+    return Batches(directory, dict.fromkeys(of or sources, 1.0), length, rows, seed).read(0)[:, :-1]
 
 
-def _held_out(context: Context, tokens: int) -> "np.ndarray":
-    """Validation sequences (rows, length + 1), the languages in equal parts."""
+def held_out(context: Context, tokens: int, *of: str) -> "np.ndarray":
+    """Validation sequences (rows, length + 1), languages in equal parts, all or those of `of`."""
     import numpy as np
 
     from aquilamoe.data.loader import validation_batches
@@ -133,7 +155,7 @@ def _held_out(context: Context, tokens: int) -> "np.ndarray":
 
     assert context.node.model is not None
     directory = context.inputs["tokens"].directory
-    sources = read_record(directory).sources
+    sources = of or tuple(read_record(directory).sources)
     length = min(SEQUENCE_LENGTH, context.node.model.max_position_embeddings - 1)
     rows = max(1, tokens // len(sources) // length)
     return np.concatenate(

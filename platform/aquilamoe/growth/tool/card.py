@@ -3,7 +3,7 @@
 import json
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +25,25 @@ NEARLY = f"nearly function-preserving: KL below {NEARLY_KL:g} and loss within {N
 
 
 def render(
-    request: Request, config: GrowConfig, command: str, record: Mapping[str, Any], source_digests: Mapping[str, str]
+    request: Request,
+    config: GrowConfig,
+    command: str,
+    record: Mapping[str, Any],
+    digests: Mapping[str, Mapping[str, str]],
 ) -> str:
-    """The text of README.md; paths appear by their last part, so that it does not depend on where it was made."""
-    source = checkpoint_name(request.source.directory)
+    """The text of README.md; paths appear by their last part, so that it does not depend on where it was made.
+
+    digests: SHA-256 of the files of each source.
+    """
+    sources = [checkpoint_name(directory) for directory in request.directories]
     parts = [
         "---",
-        *_front_matter(request, source),
+        *_front_matter(request, sources),
         "---",
         "",
         f"# {request.target.name}",
         "",
-        _summary(request, source),
+        _summary(request, sources),
         "",
         "## Recipe",
         "",
@@ -54,15 +61,20 @@ def render(
         "",
         *_sizes(request),
         "",
-        "## Source",
-        "",
-        f"`{source}`, identified by the SHA-256 of its files (those of the grown tensors are in `record.json`):",
-        "",
-        *_table(("file", "SHA-256"), [(name, f"`{digest}`") for name, digest in sorted(source_digests.items())]),
-        "",
-        *_licence(request.source.directory, source),
+        *_sources(sources, list(digests.values())),
+        *_licence(request.source.directory, sources[0]),
     ]
     return "\n".join(parts).rstrip() + "\n"
+
+
+def _sources(names: Sequence[str], digests: Sequence[Mapping[str, str]]) -> list[str]:
+    lines = ["## Sources" if len(names) > 1 else "## Source", ""]
+    where = "those of the grown tensors are in `record.json`"
+    for name, files in zip(names, digests, strict=True):
+        cells = [(file, f"`{digest}`") for file, digest in sorted(files.items())]
+        lines += [f"`{name}`, identified by the SHA-256 of its files ({where}):", ""]
+        lines += [*_table(("file", "SHA-256"), cells), ""]
+    return lines
 
 
 def checkpoint_name(directory: Path) -> str:
@@ -77,6 +89,8 @@ def portable(command: str, config: GrowConfig) -> str:
     """The command as typed, with directories and files by their names alone."""
     names = {
         "source": checkpoint_name(Path(config.source)),
+        "sources": _listed(checkpoint_name(Path(source)) for source in config.sources or ()),
+        "upcycling.texts": _listed(Path(text).name for text in (config.upcycling and config.upcycling.texts) or ()),
         "target": Path(config.target).name,
         "certificate.text": Path(config.certificate.text or "").name,
     }
@@ -87,18 +101,26 @@ def portable(command: str, config: GrowConfig) -> str:
     return shlex.join(words)
 
 
-def _front_matter(request: Request, source: str) -> list[str]:
+def _listed(names: Iterable[str]) -> str:
+    return f"[{','.join(names)}]"
+
+
+def _front_matter(request: Request, sources: Sequence[str]) -> list[str]:
     carried = _carried(request.source.directory)
     method = request.growth.method
     tags = [TOOL.lower(), request.kind.replace("_", "-"), method.replace("_", "-"), *(["moe"] * request.model.is_moe)]
     return [
         *(line for key in CARRIED for line in carried.get(key, [])),
-        f"base_model: {json.dumps(source, ensure_ascii=False)}",
+        *_base_models([json.dumps(source, ensure_ascii=False) for source in sources]),
         "library_name: transformers",
         "pipeline_tag: text-generation",
         "tags:",
         *(f"- {tag}" for tag in tags),
     ]
+
+
+def _base_models(names: Sequence[str]) -> list[str]:
+    return [f"base_model: {names[0]}"] if len(names) == 1 else ["base_model:", *(f"- {name}" for name in names)]
 
 
 def _carried(source: Path) -> dict[str, list[str]]:
@@ -128,7 +150,7 @@ def _is_plain(lines: Sequence[str]) -> bool:
     return bool(re.fullmatch(rf"\s*({PLAIN}|\[{PLAIN}(, *{PLAIN})*\])", value))
 
 
-def _summary(request: Request, source: str) -> str:
+def _summary(request: Request, sources: Sequence[str]) -> str:
     old, new = request.source.model, request.model
     claim = "claims to compute the same function" if request.preserving else "does not claim to keep the function"
     if not request.preserving and request.growth.method == "split":
@@ -137,10 +159,12 @@ def _summary(request: Request, source: str) -> str:
         what = f"{deed(request)} by `{request.growth.method}`"
     else:
         experts = f"{new.num_experts} experts, {new.num_experts_per_tok} for a token"
-        what = f"upcycled to {experts}, by `{request.growth.method}`"
+        what = f"{'mixed' if request.others else 'upcycled'} to {experts}, by `{request.growth.method}`"
+    named = " and ".join(f"`{source}`" for source in sources)
+    each = " each" if request.others else ""
     deed_of = "shrink" if request.kind == "shrink" else "growth"
     return (
-        f"`{source}` with {format.count(old.num_params)} parameters, {what} to {format.count(new.num_params)} "
+        f"{named} with {format.count(old.num_params)} parameters{each}, {what} to {format.count(new.num_params)} "
         "parameters "
         f"({format.count(new.num_active_params)} active). It has not been trained since; the {deed_of} {claim}. "
         f"{' '.join([*remarks(request), f'Made by {TOOL}.'])}"
@@ -184,13 +208,15 @@ def certificate_rows(certificate: Mapping[str, Any]) -> list[tuple[str, str]]:
         found.append(("ties", "logits differ by more where experts of equal score changed places"))
     if rounding:
         found += _rounding_rows(rounding)
-    experts = certificate.get("experts")
+    experts, mix = certificate.get("experts"), certificate.get("mix")
+    of_source, of_target = ("sources", "mix") if mix else ("source", "target")
     return [
         *([("verdict", verdict(certificate))] if experts else []),
         *found,
-        ("KL(source, target), nats/token", f"{certificate['kl']:.3g}"),
-        ("loss of the source, nats/token", f"{certificate['source_loss']:.5f}"),
-        ("loss of the target, nats/token", f"{certificate['target_loss']:.5f}"),
+        (f"KL({of_source}, {of_target}), nats/token", f"{certificate['kl']:.3g}"),
+        (f"loss of the {of_source}, nats/token", f"{certificate['source_loss']:.5f}"),
+        (f"loss of the {of_target}, nats/token", f"{certificate['target_loss']:.5f}"),
+        *(_mix_rows(mix) if mix else []),
         *(_expert_rows(experts) if experts else []),
         ("tokens", f"{certificate['tokens']:,}"),
         ("text", str(certificate["text"])),
@@ -206,6 +232,17 @@ def verdict(certificate: Mapping[str, Any]) -> str:
         return NEARLY
     limits = f"KL {kl:.3g} and loss {loss:+.3g} nats/token; {NEARLY_KL:g} and {NEARLY_LOSS:g} would be nearly"
     return f"not function-preserving: {limits}"
+
+
+def _mix_rows(mix: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Losses of all sources and of the mix on the text of each source, and who its tokens are sent to."""
+    found = []
+    for number, text in enumerate(mix["texts"]):
+        losses = [f"source {source + 1} {losses[number]:.5f}" for source, losses in enumerate(mix["losses"])]
+        found.append((f"losses on {text}", f"{', '.join(losses)}, mix {mix['mix_losses'][number]:.5f}"))
+    for number, (text, share) in enumerate(zip(mix["texts"], mix["own_expert"], strict=True)):
+        found.append((f"best expert on {text}", f"that of source {number + 1} for {share:.1%} of (token, layer)"))
+    return found
 
 
 def _expert_rows(experts: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -75,8 +75,8 @@ def tolerance(
 
 
 def settings_for(growth: AnyGrowth | None, certificate: CertificateConfig) -> CertificateConfig:
-    """The certificate's settings, with at least `NEARLY_TOKENS` tokens for a split: its KL and shares are means."""
-    if growth is None or growth.method != "split":
+    """The certificate's settings, with at least `NEARLY_TOKENS` tokens where KL and shares count, which are means."""
+    if growth is None or growth.method not in ("split", "mix"):
         return certificate
     return certificate.model_copy(update={"tokens": max(certificate.tokens, NEARLY_TOKENS)})
 

@@ -12,15 +12,14 @@ from aquilamoe.config.grow import CertificateConfig
 from aquilamoe.config.messages import UserError
 from aquilamoe.config.network import ModelConfig
 from aquilamoe.config.paths import local
-from aquilamoe.config.plugins import PACKAGE_ROOT
 from aquilamoe.data.tokenizer import encode, open_tokenizer
+from aquilamoe.growth.tool.request import LANGUAGES, Request, SourceText
 
 if TYPE_CHECKING:
     import numpy as np
     from tokenizers import Tokenizer
 
 TOKENIZER_FILE = "tokenizer.json"
-EMBEDDED = PACKAGE_ROOT / "data" / "embedded"
 # No text needs more bytes than this for a token, on average; what is beyond is not read.
 BYTES_PER_TOKEN = 64
 CALIBRATION_LENGTH = 128  # tokens seen at once; of shorter contexts, all
@@ -90,6 +89,48 @@ def read(
     return HeldOut(tokens_bt, f"{name} (SHA-256 of the ids {digest[:12]})")
 
 
+def of_source(request: Request, text: SourceText, tokens: int, sequence_length: int, *, split: str) -> HeldOut:
+    """About so many tokens of the text of one source of a mix, in whole sequences; `split` is train or validation.
+
+    Of a file, the last tenth is for validation. UserError as for `read`.
+    """
+    settings = CertificateConfig(
+        enabled=True, text=None, tokens=tokens, sequence_length=sequence_length, tolerance=None
+    )
+    source, model = request.source.directory, request.source.model
+    rows, length = shape(model, settings)
+    if not (source / TOKENIZER_FILE).is_file():
+        raise UserError(
+            f"sources: {source} has no {TOKENIZER_FILE}, which turns upcycling.texts into ids; put it there"
+        )
+    if text.path is None:
+        content = _language(LANGUAGES[text.name], split)
+    else:
+        content = _part(text.path, rows * (length + 1), is_last=split == "validation")
+    tokens_bt = _sequences(open_tokenizer(source / TOKENIZER_FILE), content, rows, length, str(source / TOKENIZER_FILE))
+    if not len(tokens_bt):
+        raise UserError(
+            f"upcycling.texts: the {split} part of {text.path or text.name} is shorter than one sequence of "
+            f"{length + 1} tokens; give a longer text"
+        )
+    _check_vocabulary(source, int(tokens_bt.max()), model)
+    return HeldOut(tokens_bt, text.name if text.path is None else text.path.name)
+
+
+def _part(path: Path, tokens: int, *, is_last: bool) -> str:
+    """The beginning of a text file, or of its last tenth: as much as so many tokens need."""
+    edge = path.stat().st_size * 9 // 10
+    with path.open("rb") as file:
+        file.seek(edge if is_last else 0)
+        data = file.read(tokens * BYTES_PER_TOKEN if is_last else min(edge, tokens * BYTES_PER_TOKEN))
+    try:
+        return data.lstrip(bytes(range(0x80, 0xC0)) if is_last else b"").decode()
+    except UnicodeDecodeError as error:
+        if error.start < len(data) - 4:  # a character cut at an end is no mistake
+            raise UserError(f"upcycling.texts: {path} is not UTF-8 at byte {error.start}; convert it") from None
+        return data[: error.start].decode()
+
+
 def shape(model: ModelConfig, certificate: CertificateConfig) -> tuple[int, int]:
     """How many sequences, and how many tokens of each are predicted."""
     length = min(certificate.sequence_length, model.max_position_embeddings)
@@ -106,12 +147,17 @@ def _check_vocabulary(source: Path, largest: int, model: ModelConfig) -> None:
 
 def _embedded(split: str) -> Iterator[str]:
     """A split of every embedded language, each as one text."""
+    for path in LANGUAGES.values():
+        yield _language(path, split)
+
+
+def _language(path: Path, split: str) -> str:
+    """A split of one embedded language as one text."""
     import pyarrow.parquet as pq
 
-    for path in sorted(EMBEDDED.glob("*.parquet")):
-        # Not `read_table`, whose filters import pandas.
-        rows = pq.ParquetFile(path).read(columns=["text", "split"]).to_pydict()
-        yield "\n\n".join(text for text, of in zip(rows["text"], rows["split"], strict=True) if of == split)
+    # Not `read_table`, whose filters import pandas.
+    rows = pq.ParquetFile(path).read(columns=["text", "split"]).to_pydict()
+    return "\n\n".join(text for text, of in zip(rows["text"], rows["split"], strict=True) if of == split)
 
 
 def _read_text(key: str, path: Path, tokens: int) -> str:

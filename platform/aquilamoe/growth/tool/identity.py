@@ -12,7 +12,7 @@ from aquilamoe.checkpoint.companions import companions
 from aquilamoe.config.messages import UserError
 from aquilamoe.config.network import ModelConfig
 from aquilamoe.config.schema import UpcyclingConfig
-from aquilamoe.growth.tool.request import Request
+from aquilamoe.growth.tool.request import CheckpointFiles, Request, SourceText
 from aquilamoe.pipeline import code
 from aquilamoe.pipeline.fingerprint import Recipe, differences, fingerprint
 
@@ -22,9 +22,16 @@ SHOWN_DIFFERENCES = 3
 BUFFER_BYTES = 8 * 2**20
 
 
-def source_files(request: Request) -> list[Path]:
-    """What the target is made of: weights, config.json, the files beside them that are copied, and the card."""
-    source = request.source
+def inputs(request: Request, stop: Event | None = None) -> dict[str, dict[str, str]]:
+    """The digests of all files that the target is made of, by source: `source`, `source_2`, ..."""
+    return {
+        "source" if number == 1 else f"source_{number}": dict(sorted(digests(_files(source), stop).items()))
+        for number, source in enumerate(request.sources, 1)
+    }
+
+
+def _files(source: CheckpointFiles) -> list[Path]:
+    """What of a source matters: weights, config.json, the files beside them that are copied, and the card."""
     weights = sorted({info.file for info in source.tensors.values()})
     card = [path for path in [source.directory / "README.md"] if path.is_file()]
     for path in card:
@@ -53,19 +60,24 @@ def _digest(path: Path, stop: Event) -> str:
     return digest.hexdigest()
 
 
-def recipe(request: Request, source: Mapping[str, str]) -> Recipe:
-    """All that the bytes of the weights depend on; `source` are the digests of its files."""
+def recipe(request: Request, inputs: Mapping[str, Mapping[str, str]]) -> Recipe:
+    """All that the bytes of the weights depend on; `inputs` are the digests of the files of its sources."""
     name = {"scale_up": "growth", "scale_out": "upcycling"}.get(request.kind, request.kind)
     # What a growth only carries follows from the source's config.json.
     model = request.model.model_dump(mode="json", exclude=set(ModelConfig.added))
     growth = request.growth.model_dump(mode="json")
+    if request.texts:
+        growth["texts"] = [_text(text) for text in request.texts]
     config: dict[str, Any] = {name: growth, "model": model, "dtype": _dtype(request), "seed": request.seed}
-    if isinstance(request.growth, UpcyclingConfig) and request.growth.calibration_tokens:
+    if isinstance(request.growth, UpcyclingConfig) and request.growth.calibration_tokens and not request.texts:
         text = request.calibration_text
         config["calibration_text"] = "embedded" if text is None else digests([text])[text.name]
     changed = {"code": own} if (own := code.of(config)) else {}
-    inputs = {"source": dict(sorted(source.items()))}
-    return {"kind": request.kind, "version": VERSION, "config": config, "inputs": inputs, **changed}
+    return {"kind": request.kind, "version": VERSION, "config": config, "inputs": dict(inputs), **changed}
+
+
+def _text(text: SourceText) -> str:
+    return text.name if text.path is None else digests([text.path])[text.path.name]
 
 
 def _dtype(request: Request) -> str:
@@ -84,11 +96,12 @@ def identity(recipe: Recipe) -> str:
 def changes(request: Request, record: Mapping[str, Any]) -> list[str]:
     """How the recipe of a record differs from the request's; the source is read only where nothing else differs."""
     old = record["recipe"]
-    known = old["inputs"].get("source")
-    known = known if isinstance(known, dict) else {}
+    known = old["inputs"]
+    names = ["source", *(f"source_{number}" for number in range(2, len(request.sources) + 1))]
+    known = {name: known[name] if isinstance(known.get(name), dict) else {} for name in names}
     if changed := differences(old, recipe(request, known)):
         return changed
-    changed = differences(old, recipe(request, digests(source_files(request))))
+    changed = differences(old, recipe(request, inputs(request)))
     return [f"{line.split(' ', 1)[0]} has other bytes" for line in changed]
 
 

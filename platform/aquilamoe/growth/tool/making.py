@@ -79,12 +79,12 @@ class Making:
             note = self._grow()
         self._is_grown = True
         record = self._describe(note, self._certify(text))
-        page = card.render(self.request, self.config, self.command, record, record["recipe"]["inputs"]["source"])
+        page = card.render(self.request, self.config, self.command, record, record["recipe"]["inputs"])
         (self.place.partial / card.CARD).write_text(page, encoding="utf-8")
         return record
 
     def _held_out(self) -> HeldOut | None:
-        if not self.config.certificate.enabled:
+        if not self.config.certificate.enabled or self.request.texts:
             return None
         source, settings = (
             self.request.source,
@@ -95,10 +95,11 @@ class Making:
     def _grow(self) -> dict[str, Any]:
         """Write all tensors of the target; return what is known of them. The source's files are hashed meanwhile."""
         self.place.check_space(plan.target_bytes(self.request) + SLACK_BYTES)
-        unchanged.check(self.request.source.directory)
+        for source in self.request.directories:
+            unchanged.check(source)
         stop = Event()
         with ThreadPoolExecutor(max_workers=1) as aside:
-            digests = aside.submit(identity.digests, identity.source_files(self.request), stop)
+            digests = aside.submit(identity.inputs, self.request, stop)
             try:
                 tensors = self._grow_tensors()
                 recipe = identity.recipe(self.request, digests.result())
@@ -114,7 +115,9 @@ class Making:
         request = self.request
         source, target = request.source.directory, self.place.partial
         grow: Any
-        if request.kind == "shrink":
+        if request.others:
+            grow = self._mix()
+        elif request.kind == "shrink":
             grow = partial(shrink, source, target, request.model, self._reduced())
         else:
             grow = scale_up if request.kind == "scale_up" else scale_out
@@ -136,6 +139,36 @@ class Making:
             found = self.request.find_reduction(bar.update)
             bar.end(f"units of {len(found.layers)} layers in {format.duration(bar.seconds)}")
         return found
+
+    def _mix(self) -> Any:
+        """What writes a mix, whose routers may be found from text first."""
+        from aquilamoe.growth import mix
+
+        request, growth = self.request, self.request.growth
+        assert isinstance(growth, UpcyclingConfig)
+        write = partial(mix.mix, request.directories, self.place.partial, request.model, growth, request.seed)
+        if growth.router_init not in mix.FITTED:
+            return write
+        import torch
+
+        from aquilamoe.growth import mix_router
+
+        texts = [torch.from_numpy(text.tokens_bt[:, :-1]) for text in self._texts("train")]
+        with self.reporter.step("calibrate", "layers") as bar:
+            routers = mix_router.fit(
+                request.directories, request.model, growth, request.seed, texts, progress=bar.update
+            )
+            bar.end(f"{sum(text.numel() for text in texts):,} tokens in {format.duration(bar.seconds)}")
+        return partial(write, routers=routers)
+
+    def _texts(self, split: str) -> list[HeldOut]:
+        """The text of each source of a mix: for its router, or held out."""
+        request, settings = self.request, self.config.certificate
+        tokens, length = getattr(request.growth, "calibration_tokens", 0), held_out.CALIBRATION_LENGTH
+        if split == "validation":
+            tokens = comparison.settings_for(request.growth, settings).tokens
+            length = settings.sequence_length
+        return [held_out.of_source(request, text, tokens, length, split=split) for text in request.texts]
 
     def _calibrated(self) -> "Split | None":
         """What separates the copies of an expert, of a split; found once."""
@@ -160,6 +193,8 @@ class Making:
         return self._split
 
     def _certify(self, text: HeldOut | None) -> dict[str, Any] | None:
+        if self.request.texts and self.config.certificate.enabled:
+            return self._certify_mix()
         if text is None:
             return None
         began = time.monotonic()
@@ -179,6 +214,23 @@ class Making:
         self.seconds["certificate_s"] = time.monotonic() - began
         return certificate
 
+    def _certify_mix(self) -> dict[str, Any]:
+        import torch
+
+        from aquilamoe.growth import mix_certificate
+
+        request, texts = self.request, self._texts("validation")
+        named = [(text.text, torch.from_numpy(text.tokens_bt)) for text in texts]
+        assert isinstance(request.growth, UpcyclingConfig)
+        tolerance = comparison.tolerance(request.source, self.config.certificate, request.growth)
+        with self.reporter.step("certificate", "layers") as bar:
+            certificate = mix_certificate.certify(
+                request.directories, self.place.partial, named, tolerance=tolerance, progress=bar.update
+            )
+            self.seconds["certificate_s"] = bar.seconds
+            bar.end(f"{certificate['tokens']:,} tokens in {format.duration(bar.seconds)}")
+        return {**certificate, "text": f"held out of {', '.join(text.text for text in texts)}"}
+
     def _describe(self, note: Mapping[str, Any], certificate: Mapping[str, Any] | None) -> dict[str, Any]:
         """All that is known of the target. No time is in it: made again, it is the same."""
         request = self.request
@@ -188,6 +240,11 @@ class Making:
             "source": {
                 "name": card.checkpoint_name(request.source.directory),
                 "model": request.source.model.model_dump(mode="json"),
+                **(
+                    {"others": [card.checkpoint_name(path) for path in request.directories[1:]]}
+                    if request.others
+                    else {}
+                ),
             },
             "params_total": request.model.num_params,
             "params_active": request.model.num_active_params,

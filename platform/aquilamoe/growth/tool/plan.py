@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from aquilamoe.checkpoint import sharding, tensor_names
-from aquilamoe.checkpoint.reader import Reader
 from aquilamoe.checkpoint.safetensors_header import ITEM_BYTES
+from aquilamoe.checkpoint.sources import Sources
 from aquilamoe.config.growth import GrowthConfig, ShrinkConfig
 from aquilamoe.config.network import ModelConfig
 from aquilamoe.config.numbers import Config
@@ -18,6 +18,8 @@ from aquilamoe.files import free_bytes
 from aquilamoe.growth.bounds import calibration_bytes, growth_bytes
 from aquilamoe.growth.depth import map_layers
 from aquilamoe.growth.lazy_tensor import LazyTensor
+from aquilamoe.growth.mix import FITTED
+from aquilamoe.growth.mix import recipes as mix_recipes
 from aquilamoe.growth.reduction import recipes as shrink_recipes
 from aquilamoe.growth.scale_out import recipes as scale_out_recipes
 from aquilamoe.growth.scale_up import ABOVE
@@ -95,6 +97,7 @@ def document(request: Request, disk_bytes_per_s: float) -> dict[str, Any]:
         "version": 1,
         "action": "plan",
         "source": str(request.source.directory),
+        **({"sources": [str(path) for path in request.directories]} if request.others else {}),
         "target": str(request.target),
         "kind": request.kind,
         "method": request.growth.method,
@@ -124,19 +127,21 @@ def lines(request: Request, full: bool) -> list[TensorLine]:
 
 def origins(request: Request) -> list[Origin]:
     """What every tensor of the target would be made of, in the order of its files. A method may read what it needs."""
-    with Reader(request.source.directory) as reader:
+    with Sources(request.directories) as reader:
         rows = {name: recipe.rows for recipe in _recipes(reader, request) for name in recipe.names}
     places = dict(_places(request.model))
     assert rows.keys() == places.keys()
     return [Origin(name, *places[name], rows[name]) for name in request.shapes]
 
 
-def _recipes(reader: Reader, request: Request) -> Iterator[Recipe]:
+def _recipes(reader: Sources, request: Request) -> Iterator[Recipe]:
     source, model = request.source.model, request.model
     if isinstance(request.growth, ShrinkConfig):
         return shrink_recipes(reader, source, model, request.reduction)
     if isinstance(request.growth, GrowthConfig):
         return scale_up_recipes(reader, source, model, request.growth, request.seed)
+    if request.others:
+        return mix_recipes(reader, source, model, request.growth, request.seed)
     return scale_out_recipes(reader, source, model, request.growth, request.seed)
 
 
@@ -155,6 +160,8 @@ def _pattern(origin: Origin, request: Request) -> tuple[str, str]:
     how = re.sub(r"part \d+ of (\d+)", r"part e % \1 of \1", origin.how)
     if request.kind == "scale_out" and request.source.model.is_moe and ".experts." in origin.role:
         return f"expert e // {request.model.num_experts // request.source.model.num_experts}", how
+    if len(origin.rows.parts) == len(request.sources) > 1:
+        return "same of all sources", how
     named = {origin.role: "same", origin.role + ABOVE: ABOVE.removeprefix(" of the ")}
     return " + ".join(named.get(part.label, part.label) for part in origin.rows.parts), how
 
@@ -253,11 +260,18 @@ def _shards(request: Request) -> list[sharding.ShardLayout]:
     return sharding.plan_shards(request.shapes, request.dtypes, sharding.MAX_SHARD_BYTES, joined)
 
 
+def is_calibrated(request: Request) -> bool:
+    """Whether text is read before anything is written."""
+    growth = request.growth
+    return growth.method == "split" or getattr(growth, "router_init", None) in FITTED
+
+
 def _calibration_bytes(request: Request) -> int:
     """What finding the directions of a split takes in memory; 0 for other growths."""
     tokens = getattr(request.growth, "calibration_tokens", None)
-    if not tokens:
+    if not tokens or not is_calibrated(request):
         return 0
+    tokens *= max(1, len(request.texts))
     length = min(CALIBRATION_LENGTH, request.source.model.max_position_embeddings)
     item_bytes = max(4, ITEM_BYTES[request.source.dtype])
     return calibration_bytes(request.source.model, -(-tokens // length), length, item_bytes)
@@ -268,7 +282,7 @@ def cost(request: Request, disk_bytes_per_s: float) -> GrowthCost:
     largest = max(sharding.num_bytes(shape, request.dtypes[name]) for name, shape in request.shapes.items())
     if request.kind == "shrink":
         largest = max(tensor.num_bytes for tensor in request.source.tensors.values())
-    read, written = request.source.weight_bytes, target_bytes(request)
+    read, written = sum(source.weight_bytes for source in request.sources), target_bytes(request)
     return GrowthCost(
         read_bytes=read,
         written_bytes=written,

@@ -18,14 +18,17 @@ from aquilamoe.config.growth import GrowthConfig, ShrinkConfig, UpcyclingConfig
 from aquilamoe.config.messages import UserError
 from aquilamoe.config.network import ModelConfig
 from aquilamoe.config.paths import local
+from aquilamoe.config.plugins import PACKAGE_ROOT
 from aquilamoe.config.relative import absolute_sizes
-from aquilamoe.growth import dtypes, rules, shrink
+from aquilamoe.growth import dtypes, mix, rules, shrink
 from aquilamoe.growth.depth import map_layers
 from aquilamoe.growth.dtypes import AS_SOURCE, DtypePolicy
 from aquilamoe.growth.reduction import Reduction
 from aquilamoe.growth.stream import Progress, silent
 
 CARD = "README.md"
+EMBEDDED = PACKAGE_ROOT / "data" / "embedded"
+LANGUAGES = {path.name.partition("_")[0]: path for path in sorted(EMBEDDED.glob("*.parquet"))}  # of the embedded corpus
 AnyGrowth = GrowthConfig | UpcyclingConfig | ShrinkConfig
 
 
@@ -55,6 +58,14 @@ class CheckpointFiles:
         return sum(tensor.num_bytes for tensor in self.tensors.values())
 
 
+@dataclass(frozen=True)
+class SourceText:
+    """The text of one source of a mix: a language of the embedded corpus, or a file where `path` is set."""
+
+    name: str
+    path: Path | None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """A growth of one checkpoint to another, checked: it can be done.
@@ -62,6 +73,7 @@ class Request:
     derived: sizes of the target that were not named and that are not the source's, with what they follow.
     preserving: whether the growth claims to keep the function.
     calibration_text: what a split is calibrated on; None is the embedded training text.
+    others: of a mix, its sources behind the first. texts: of each source of a mix.
     """
 
     source: CheckpointFiles
@@ -72,7 +84,18 @@ class Request:
     derived: Mapping[str, str]
     preserving: bool
     calibration_text: Path | None = None
+    others: tuple[CheckpointFiles, ...] = ()
+    texts: tuple[SourceText, ...] = ()
     dtype_policy: DtypePolicy = AS_SOURCE
+
+    @property
+    def sources(self) -> tuple[CheckpointFiles, ...]:
+        """All checkpoints that the target is made of."""
+        return (self.source, *self.others)
+
+    @property
+    def directories(self) -> list[Path]:
+        return [source.directory for source in self.sources]
 
     @cached_property
     def dtypes(self) -> dict[str, str]:
@@ -117,21 +140,22 @@ def directory(key: str, value: str) -> Path:
     return Path(os.path.realpath(local(value)))
 
 
-def source_directory(config: GrowConfig) -> Path:
-    """Where the source is: a directory, or a checkpoint of the hub, `ORG/NAME` or `hf://ORG/NAME@REVISION`.
+def source_directory(config: GrowConfig, place: str | None = None) -> Path:
+    """Where the source, or another `place`, is: a directory, or `ORG/NAME` or `hf://ORG/NAME@REVISION` of the hub.
 
     What is not on this machine is downloaded, but not for a plan.
 
     Raises:
         UserError: there is no such checkpoint, or it cannot be downloaded; with the command that downloads it.
     """
-    typed = config.source if config.source.startswith(HUB) else f"{HUB}{config.source}"
-    is_hub = config.source.startswith(HUB) or (ADDRESS.fullmatch(typed) and not local(config.source).exists())
+    place, key = place or config.source, "sources" if config.sources else "source"
+    typed = place if place.startswith(HUB) else f"{HUB}{place}"
+    is_hub = place.startswith(HUB) or (ADDRESS.fullmatch(typed) and not local(place).exists())
     if not is_hub:
-        return directory("source", config.source)
+        return directory(key, place)
     from aquilamoe.checkpoint import hub
 
-    found = hub.find("source", hub.HubAddress.parse("source", typed), downloads=config.action != "plan")
+    found = hub.find(key, hub.HubAddress.parse(key, typed), downloads=config.action != "plan")
     return Path(os.path.realpath(found))
 
 
@@ -151,15 +175,16 @@ def open_checkpoint(key: str, path: Path) -> CheckpointFiles:
 
 def resolve(config: GrowConfig) -> Request:
     """Fill in all sizes and check the growth; UserError with one line for what cannot be done."""
-    source_path, target = source_directory(config), directory("target", config.target)
-    _check_apart(source_path, target)
-    source = open_checkpoint("source", source_path)
+    target = directory("target", config.target)
+    source, *others = [_source(config, place, target) for place in config.sources or (config.source,)]
     growth, model = _sized(source, config)
     with in_group_model():
         if isinstance(growth, ShrinkConfig):
             shrink.check(source.model, model)
         else:
             rules.check(source.model, model, growth)
+        if growth.method == "mix":
+            mix.check([source.directory, *(other.directory for other in others)], model)
         carrying.carried(source.config, model, _layers(source.model, model, growth), source.dtype_name)
     return Request(
         source=source,
@@ -171,6 +196,8 @@ def resolve(config: GrowConfig) -> Request:
         preserving=isinstance(growth, ShrinkConfig) or rules.preserves(growth, source.model, model),
         dtype_policy=DtypePolicy(config.dtype, config.keep_float32),
         calibration_text=_calibration_text(config),
+        others=tuple(others),
+        texts=_texts(config),
     )
 
 
@@ -180,7 +207,7 @@ def in_group_model() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        inside = "" if str(error).startswith(("growth", "upcycling", "architecture", "shrink")) else "model."
+        inside = "" if str(error).startswith(("growth", "upcycling", "sources", "architecture", "shrink")) else "model."
         raise UserError(f"{inside}{error}") from None
 
 
@@ -202,6 +229,41 @@ def _shrunk(source: CheckpointFiles, shrinking: ShrinkConfig, config: GrowConfig
     followers = shrink.followers(source.model, layers, named)
     model = grown_model(source.model, {**followers, **named}, "model")
     return shrinking.model_copy(update={"layers": layers}), model
+
+
+def _source(config: GrowConfig, place: str, target: Path) -> CheckpointFiles:
+    path = source_directory(config, place)
+    _check_apart(path, target)
+    return open_checkpoint("sources" if config.sources else "source", path)
+
+
+def _texts(config: GrowConfig) -> tuple[SourceText, ...]:
+    """The text of each source of a mix."""
+    if config.upcycling is None or config.upcycling.texts is None:
+        return ()
+    assert config.sources is not None
+    texts = config.upcycling.texts
+    if len(texts) != len(config.sources):
+        raise UserError(
+            f"upcycling.texts: {len(texts)} named, there are {len(config.sources)} sources; name one text for each, in "
+            "their order"
+        )
+    if config.certificate.text is not None:
+        raise UserError(
+            f"certificate.text: {config.certificate.text}, but a mix is measured on the held-out part of each of "
+            "upcycling.texts; leave it out"
+        )
+    return tuple(SourceText(text, None if text in LANGUAGES else _text_file(text)) for text in texts)
+
+
+def _text_file(text: str) -> Path:
+    path = local(text)
+    if not path.is_file():
+        raise UserError(
+            f"upcycling.texts: '{text}' is neither a language of the embedded corpus ({', '.join(LANGUAGES)}) nor a "
+            "file; name a text file"
+        )
+    return path
 
 
 def _calibration_text(config: GrowConfig) -> Path | None:
@@ -251,6 +313,8 @@ def _changes(config: GrowConfig, source: ModelConfig) -> dict[str, Any]:
     changes = {field: value for field, value in config.model.items() if value is not None}
     if not isinstance(config.upcycling, SparseUpcycling):
         return changes
+    if config.upcycling.method == "mix" and config.sources:
+        changes.setdefault("num_experts", len(config.sources))
     dense = config.upcycling.dense_layers(source.num_hidden_layers)
     if dense is None:
         return changes
@@ -268,6 +332,7 @@ def _derived(source: ModelConfig, model: ModelConfig, config: GrowConfig) -> dic
         "num_attention_heads": f"follows hidden_size at head_dim {model.head_dim}",
         "head_dim": "follows hidden_size and num_attention_heads",
         "rms_norm_eps": "follows hidden_size by growth.norm zero_pad",
+        "num_experts": "an expert of each source",
         "moe_intermediate_size": "follows the source's feed-forward",
         "mlp_only_layers": "follows growth.depth" if config.growth else "follows upcycling.layers",
         "layer_types": "follows growth.depth",
