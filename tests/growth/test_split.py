@@ -347,7 +347,7 @@ def test_what_cannot_be_split_is_refused(source: ModelConfig, target: ModelConfi
         ({**BLIND, "common_row": True}, "common_row true with calibration_tokens 0; .* or common_row to false"),
         (
             {"method": "copy"},
-            "method copy with calibration_tokens 1024; calibration_tokens is of 'split', leave it out",
+            "method copy with calibration_tokens 1024; calibration_tokens is of 'split' and 'mix', leave it out",
         ),
     ],
 )
