@@ -1,7 +1,8 @@
 """Golden loss curves: a change of the mathematics - by intent or by accident - changes these numbers.
 
 The tolerance survives another CPU's rounding, which was measured at 1e-5, and hardly another computation: a learning
-rate half a percent higher shows at 4e-3. When a change is meant, run this file as a script and put here what it prints.
+rate half a percent higher shows at 4e-3. When a change is meant, put here what this file prints as a script:
+PYTHONPATH=tests/support python tests/training/test_golden.py
 """
 
 import json

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -349,7 +350,10 @@ def run_rank(rank: int, tokens: Path, folder: Path) -> None:
 def test_two_ranks_do_alike_what_one_would_do(tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also their validation is that of one rank, though they cannot divide its rows evenly."""
     command = [sys.executable, __file__, str(tokens), str(tmp_path)]
-    started = [subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True) for rank in range(2)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "support")}
+    started = [
+        subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True, env=environment) for rank in range(2)
+    ]
     spoil(tokens, 5 * ROWS + ROWS - 1)(monkeypatch)
     for policy in ("skip", "roll_back"):
         train(make_job(tokens, tmp_path / f"{policy}-alone", policy), FIRST)
