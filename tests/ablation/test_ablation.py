@@ -87,6 +87,7 @@ def test_one_at_a_time_leaves_what_differs_from_the_baseline_in_one_axis() -> No
     assert names == ["fpi, interpolate", "fpi, stack", "aki, stack", "aki_pro, stack", "random, stack"]
 
 
+@pytest.mark.process
 def test_every_seeds_source_is_trained_once_and_the_data_once_for_all(expand: Callable[..., StudyGraph]) -> None:
     union = expand()
     names = [node.name for node in union.nodes.values()]

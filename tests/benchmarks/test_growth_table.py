@@ -52,6 +52,7 @@ def test_a_measurement_gives_the_committed_lines_again(table: ModuleType, tmp_pa
         assert table.line(case, table.measure(case, table.source_of(case, tmp_path))) == lines[index]
 
 
+@pytest.mark.process
 def test_transformers_distinguishes_exact_growths_from_others_in_float32(table: ModuleType, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 

@@ -100,6 +100,7 @@ def test_a_profile_divides_the_whole_step_among_its_regions(benchmark: ModuleTyp
     assert all(shares[region] > 0 for region in shares if region != "experts")
 
 
+@pytest.mark.process
 def test_the_whole_command_measures_and_writes_its_page(
     benchmark: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

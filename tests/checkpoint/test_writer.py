@@ -476,6 +476,7 @@ print(peak())
 """
 
 
+@pytest.mark.process
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", MEMORY], cwd=tmp_path, capture_output=True, text=True, check=True)
     shutil.rmtree(tmp_path / "target")

@@ -167,6 +167,7 @@ def test_a_growth_ends_by_a_swallowed_signal(tmp_path: Path, sent: Sent) -> None
     assert not (tmp_path / "target").exists()
 
 
+@pytest.mark.process
 def test_an_ablation_ends_by_a_swallowed_signal(tiny: list[str], tmp_path: Path, sent: Sent) -> None:
     of_later = ("stages.moe", "stages.control", "stages.scale_out", "stages.ev")
     words = ["+ablation=scale_up", TWO_METHODS, "tracking.enabled=false"]

@@ -39,6 +39,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run
 
 
+@pytest.mark.process
 def test_the_wheel_plans_the_experiments_that_travel_with_it_and_those_of_the_folder(
     installed: Run, tmp_path: Path
 ) -> None:

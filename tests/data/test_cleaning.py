@@ -208,6 +208,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.process
 def test_killed_anywhere_and_run_again_the_bytes_are_those_of_one_process(
     tmp_path: Path, ambush: Callable[..., dict[str, str]]
 ) -> None:

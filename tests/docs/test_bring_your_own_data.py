@@ -17,6 +17,8 @@ from aquilamoe.config import graph
 from aquilamoe.pipeline import fingerprint
 from aquilamoe.pipeline import plan as planning
 
+pytestmark = pytest.mark.process
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "bring-your-own-data.md").read_text(encoding="utf-8")
 COMMANDS = [line for line in PAGE.splitlines() if line.startswith("python workflows/efficientscale.py")]

@@ -138,6 +138,7 @@ def write_cheaply(directory: Path, config: ModelConfig) -> None:
     write_config(directory, config, "bfloat16", None)
 
 
+@pytest.mark.process
 def test_the_memory_of_a_certificate_is_bounded_whatever_the_size_of_the_models(tmp_path: Path) -> None:
     write_cheaply(tmp_path / "source", DENSE)
     scale_out(tmp_path / "source", tmp_path / "target", SPARSE, UPCYCLING, 0)

@@ -203,6 +203,7 @@ def mapped(gradient: Tensor, gradient_map: GradientMap) -> Tensor:
     return gradient * gradient_map.share
 
 
+@pytest.mark.process
 def test_a_stage_grows_what_a_mixture_has_learned_and_training_continues_with_its_optimizer_state(
     compose: Callable[..., Any], tiny: list[str], tmp_path: Path
 ) -> None:

@@ -417,6 +417,7 @@ def test_a_text_that_calibrates_is_another_than_the_one_that_certifies(tmp_path:
         )
 
 
+@pytest.mark.process
 def test_a_stage_splits_experts_and_training_continues_with_their_optimizer_state(
     compose: Callable[..., Any], tiny: list[str], tmp_path: Path
 ) -> None:

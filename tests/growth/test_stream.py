@@ -118,6 +118,7 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 LARGE: dict[str, Any] = {"hidden_size": 1024, "intermediate_size": 4096, "vocab_size": 16384, "num_hidden_layers": 4}
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("how", "sizes"),
     [

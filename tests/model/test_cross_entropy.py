@@ -131,6 +131,7 @@ print(peak_mb() - before)
 """
 
 
+@pytest.mark.process
 def test_a_vocabulary_of_152_thousand_takes_a_fraction_of_the_memory_of_its_logits() -> None:
     done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
     whole_mb = 2048 * 152_000 * 4 / 2**20

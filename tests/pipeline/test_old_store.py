@@ -52,6 +52,7 @@ def test_every_query_of_it_has_a_result(
     assert "prepare" in capsys.readouterr().out
 
 
+@pytest.mark.process
 def test_a_run_computes_nothing_and_mlflow_gets_no_second_run_of_a_stage(
     values: Callable[..., dict[str, Any]], folder: Path
 ) -> None:

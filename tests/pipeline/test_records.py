@@ -21,6 +21,8 @@ from aquilamoe.pipeline.store import METRICS, RECORD, Store
 from aquilamoe.training.metrics import PointsFile
 from stage_records import stage_record
 
+pytestmark = pytest.mark.process
+
 CASES = int(os.environ.get("STORE_FUZZ_CASES", "60"))  # the longer campaign: STORE_FUZZ_CASES=2000
 WORDS = ("plan", "status", "lineage checkpoint=moe", "why checkpoint=moe", "verify", "run")
 DEEP = "[" * 5000 + "]" * 5000

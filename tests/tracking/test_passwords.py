@@ -152,6 +152,7 @@ def as_hydra_reads(text: str) -> str:
     return "'" + re.sub(r"(\\*)'", r"\1\1\\'", text) + "'"
 
 
+@pytest.mark.process
 def test_no_file_of_a_run_and_no_line_of_it_has_a_password(
     run: Callable[..., Any], tiny: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -266,9 +266,8 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor
     folder = tmp_path_factory.mktemp("ranks")
     command = [sys.executable, __file__, str(folder)]
     started = [subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True) for rank in range(2)]
-    for process in started:
-        _, errors = process.communicate()
-        assert process.returncode == 0, errors
+    errors = [process.communicate()[1] for process in started]  # of both, so that none is left
+    assert [process.returncode for process in started] == [0, 0], errors
     return [load_file(folder / f"rank-{rank}.safetensors") for rank in range(2)]
 
 
@@ -277,12 +276,14 @@ def of_case(values: dict[str, Tensor], case: str, kind: str) -> dict[str, Tensor
     return {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
 
 
+@pytest.mark.process
 def test_both_ranks_end_with_the_same_losses_and_gradients(two_ranks: list[dict[str, Tensor]]) -> None:
     first, second = two_ranks
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("rows", [ROWS, 2, 3])
 def test_two_ranks_give_the_losses_and_gradients_of_one_rank_on_the_whole_batch(
@@ -298,6 +299,7 @@ def test_two_ranks_give_the_losses_and_gradients_of_one_rank_on_the_whole_batch(
     assert_equal_gradients(gradients(whole), of_case(two_ranks[0], case, "gradient"))
 
 
+@pytest.mark.process
 def test_two_ranks_sum_the_gradients_of_rounded_parameters_in_float32(two_ranks: list[dict[str, Tensor]]) -> None:
     """So do two micro-batches of one rank: the halves are rounded, their mean is not."""
     alone = stepper(MODELS["moe"], micro_batch_rows=ROWS // 2, precision="bf16_master")
@@ -305,6 +307,7 @@ def test_two_ranks_sum_the_gradients_of_rounded_parameters_in_float32(two_ranks:
     assert_equal_gradients(gradients(alone), of_case(two_ranks[0], "rounded", "gradient"), 1e-7)
 
 
+@pytest.mark.process
 def test_the_classic_scope_balances_each_rank_by_itself(two_ranks: list[dict[str, Tensor]]) -> None:
     halves = [accumulate(stepper(MODELS["moe"], of_scope("micro_batch")), half) for half in np.split(batch(), 2)]
     mean = sum(values["train/balance_loss"] for values in halves) / 2

@@ -317,6 +317,7 @@ def run_until(job: Job, event: int) -> bool:
     return True
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("policy", "bad"), [("skip", (9, 14)), ("roll_back", (17, 25))])
 def test_a_run_that_is_killed_once_anywhere_ends_with_the_same_bytes(
     tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str, bad: tuple[int, ...]
@@ -347,6 +348,7 @@ def run_rank(rank: int, tokens: Path, folder: Path) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.process
 def test_two_ranks_do_alike_what_one_would_do(tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also their validation is that of one rank, though they cannot divide its rows evenly."""
     command = [sys.executable, __file__, str(tokens), str(tmp_path)]
