@@ -97,6 +97,18 @@ def test_transformers_finds_in_the_exported_directory_the_losses_that_the_evalua
         assert loss_of(theirs, batches) == pytest.approx(metrics[f"{stage}/{language}/nats_per_token"], abs=1e-5)
 
 
+def test_a_part_of_the_split_is_evaluated_as_if_it_were_all(made: Made, stage: str, theirs: Any) -> None:
+    evaluate = made.experiment.stages["evaluate"].model_copy(update={"validation_tokens": 100, "prompts": {}})
+    nodes = graph.build(made.experiment.model_copy(update={"stages": {**made.experiment.stages, "evaluate": evaluate}}))
+    plan = planning.make(nodes, made.store, Speed(1e9))
+    assert {planned.name for planned in plan if planned.is_computed} <= {"evaluate"}
+    metrics = runner.run(plan, made.store, made.experiment.cluster, [])["evaluate"].metrics
+    for language in PROMPTS:
+        batches = list(validation_batches(made.done["tokens"].directory, language, 32, 100, 8))
+        assert sum(len(batch) for batch in batches) == 100 // 32
+        assert loss_of(theirs, batches) == pytest.approx(metrics[f"{stage}/{language}/nats_per_token"], abs=1e-5)
+
+
 def test_transformers_chooses_the_experts_that_the_evaluation_counted(made: Made) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(made.model("export_scale_out"), dtype=torch.float32)
     evaluation = made.done["evaluate"]

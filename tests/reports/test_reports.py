@@ -336,6 +336,15 @@ def test_the_finding_states_why_the_curves_end_elsewhere_and_whether_they_contra
     assert parts_note(records, find(records, CHAIN, "control")) == ""
 
 
+def test_the_finding_names_the_part_of_the_held_out_text_that_was_evaluated() -> None:
+    records, _ = example(3.31, 3.42)
+    assert find(records, CHAIN, "control").comparisons[0].measure == "nats/token, all held-out text"
+    records["evaluate"]["recipe"] = {"config": {"validation_tokens": 65_536}}
+    assert (
+        find(records, CHAIN, "control").comparisons[0].measure == "nats/token, 65.5k held-out tokens of each language"
+    )
+
+
 def test_a_difference_that_one_seed_cannot_resolve_is_called_that() -> None:
     assert "several paired seeds" in find(example(3.50, 3.51)[0], CHAIN, "control").caveats[-1]
     assert "several paired seeds" not in find(example(3.40, 3.51)[0], CHAIN, "control").caveats[-1]

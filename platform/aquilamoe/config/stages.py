@@ -320,16 +320,20 @@ class ScaleOutStage(GrowthStage):
         return self
 
 
-class EvaluateStage(StageConfig):
-    """Held-out loss of every checkpoint among the inputs, on the whole validation split, and samples of its text."""
+class EvaluateStage(Extended, StageConfig):
+    """Held-out loss of every checkpoint among the inputs, on the validation split, and samples of its text."""
 
     kind: Literal["evaluate"] = Field(description=KIND)
     sequence_length: SequenceLength
     precision: Literal["bf16", "fp32"] = Field(description="Precision of the evaluation. bf16: autocast | fp32")
+    validation_tokens: PositiveInt | None = Field(
+        default=None, description="Held-out text of each language that is read; null: the whole split [tokens]"
+    )
     prompts: dict[str, list[Annotated[str, Field(min_length=1)]]] = Field(
         default_factory=dict, description="Beginnings of the samples, by language"
     )
     generation: GenerationConfig = Field(default=GenerationConfig(), description="How the prompts are continued")
+    added = ("validation_tokens",)
     roles = ("tokens",)
     any_role = True
 

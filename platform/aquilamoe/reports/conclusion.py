@@ -149,12 +149,19 @@ def _comparisons(records: Mapping[str, Record], grown: str, control: str) -> lis
     curves = [] if a is None or b is None else [Effect(VALIDATION, a, b)]
     if ours is None or theirs is None or ours.nats is None or theirs.nats is None:
         return curves
-    rows = [Effect("nats/token, all held-out text", ours.nats, theirs.nats), *curves]
+    rows = [Effect(f"nats/token, {_held_out(records)}", ours.nats, theirs.nats), *curves]
     for lang in [lang for lang in ours.lang_nats if lang in theirs.lang_nats]:
         rows.append(Effect(f"{lang}, nats/token", ours.lang_nats[lang], theirs.lang_nats[lang]))
     for lang in [lang for lang in ours.lang_bits if lang in theirs.lang_bits]:
         rows.append(Effect(f"{lang}, bits/byte", ours.lang_bits[lang], theirs.lang_bits[lang]))
     return rows
+
+
+def _held_out(records: Mapping[str, Record]) -> str:
+    """What the last evaluation read."""
+    recipes = [record.get("recipe") or {} for record in records.values() if record.get("kind") == "evaluate"]
+    tokens = (recipes[-1].get("config") or {}).get("validation_tokens") if recipes else None
+    return "all held-out text" if tokens is None else f"{count(tokens)} held-out tokens of each language"
 
 
 def _flops(grown: Record, control: Record) -> tuple[str, list[str]]:
@@ -186,7 +193,8 @@ def parts_note(records: Mapping[str, Record], finding: Finding) -> str:
     config = (records[finding.grown].get("recipe") or {}).get("config") or {}
     tokens = config.get("validation_tokens")
     part = f"a fixed part of {count(tokens)} tokens" if isinstance(tokens, int) else "a fixed part"
-    text = f"The headline is about all held-out text; validation while training, as in the curves, reads {part} of it."
+    text = f"The headline is about {_held_out(records)}; validation while training, as in the curves, reads {part}"
+    text += " of it." if _held_out(records) == "all held-out text" else "."
     if validation.difference * finding.comparisons[0].difference < 0:
         text += " On that part the order is reversed."
     return text

@@ -1,4 +1,4 @@
-"""Held-out loss of every checkpoint, by language, on the whole validation split, and samples of its text.
+"""Held-out loss of every checkpoint, by language, on the validation split or a part of it, and samples of its text.
 
 Of a Mixture of Experts also which experts the tokens of each language choose, and how alike the experts are.
 """
@@ -23,8 +23,10 @@ RESUMES = False
 
 
 def estimate(node: Node) -> Estimate:
-    """Every checkpoint reads all of the validation split."""
-    return Estimate(grows_with=(("tokens",), tuple(role for role in node.stage.inputs if role != "tokens")))
+    """Every checkpoint reads the validation split, or the part of it that the stage names."""
+    checkpoints = tuple(role for role in node.stage.inputs if role != "tokens")
+    is_part = cast(EvaluateStage, node.stage).validation_tokens is not None
+    return Estimate(grows_with=(checkpoints,) if is_part else (("tokens",), checkpoints))
 
 
 def run(context: Context) -> Metrics:
@@ -74,7 +76,7 @@ def _losses(
     length, rows = stage.sequence_length, validation_rows(cluster, stage.sequence_length)
     losses: dict[str, float] = {}
     for name, splits in sources.items():
-        batches = validation_batches(tokens, name, length, None, rows)
+        batches = validation_batches(tokens, name, length, stage.validation_tokens, rows)
         nats = evaluate(model, batches, stage.precision, watch=partial(choices.add, name))
         split = splits["validation"]
         losses[f"{name}/nats_per_token"] = nats
