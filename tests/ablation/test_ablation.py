@@ -389,6 +389,10 @@ def _without_ablation(values: dict[str, Any]) -> dict[str, Any]:
             ["ablation=restart_lr", "ablation.objective.metric=loss_edn", *ONE_METHOD],
             "error: ablation.objective.metric: stage 'dense' reports no 'loss_edn'; did you mean 'loss_end'?",
         ),
+        (
+            ["ablation=restart_lr", "cluster=local_process", "cluster.workers=2", "seeds=1", *ONE_METHOD],
+            "error: cluster.workers: 2 workers need cluster.executor=ray; use cluster=local, or 1 worker",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_before_anything_runs(

@@ -24,6 +24,8 @@ from aquilamoe.config.messages import UserError
 from aquilamoe.config.schema import ModelConfig
 from aquilamoe.growth import mix, mix_certificate, mix_router
 from aquilamoe.growth.scale_out import scale_out
+from aquilamoe.lineage.artifacts import read_artifact
+from aquilamoe.lineage.graph import ArtifactGraph
 from aquilamoe.model.transformer import Decoder
 from small_checkpoints import logits, model, tensor, tokens, upcycling
 
@@ -230,6 +232,9 @@ def test_the_tool_mixes_certifies_and_describes_two_sources(tmp_path: Path) -> N
     assert str(tmp_path) not in json.dumps(target.record), "paths are no part of what it is"
     card = (target.directory / "README.md").read_text()
     assert 'base_model:\n- "first"\n- "second"\n' in card and "losses on second.txt" in card
+    parents = ArtifactGraph({}, {}).parents(read_artifact(target.directory))
+    assert [(parent.role, parent.stage) for parent in parents] == [("source", "first"), ("source_2", "second")]
+    assert all("no output here has its weights" in parent.problem for parent in parents)
     assert aquilamoe.upcycle(sources, tmp_path / "mix", **arguments).record == target.record
     files[1].write_text(files[1].read_text()[::-1])
     with pytest.raises(UserError, match="made by another recipe"):

@@ -16,7 +16,7 @@ from aquilamoe.ablation.study import text as study_text
 from aquilamoe.ablation.study_graph import StudyGraph, build
 from aquilamoe.ablation.trial import Failure, Stopping
 from aquilamoe.ablation.variants import Compose
-from aquilamoe.cli import ablation_costs, ablation_view, advise, documents
+from aquilamoe.cli import ablation_costs, ablation_view, advise, documents, preflight
 from aquilamoe.cli.console import console
 from aquilamoe.cli.tables import cost_table
 from aquilamoe.config import graph
@@ -62,6 +62,8 @@ def execute(values: Mapping[str, Any], known: list[str], compose: Compose, comma
     elif experiment.action == "status":
         _show_status(experiment, store, collect(union, store, config, experiment, command))
     else:
+        if refused := preflight.refused_layouts(union.nodes.values(), experiment.cluster):
+            raise UserError(*refused)
         temporary.use(short=experiment.cluster.executor == "ray", keep_compiled=experiment.cluster.compile)
         with store.lock():
             failures = _run(experiment, union, store, config)
@@ -88,6 +90,8 @@ def _show_plan(experiment: ExperimentConfig, union: StudyGraph, store: Store, co
     out.print(ablation_view.plan_table(union, tasks, config))
     out.print(f"\n{ablation_view.plan_summary(union, planning.totals(tasks), _at_once(cluster, config))}\n")
     out.print(cost_table(ablation_costs.table(union, tasks, cluster), out.width))
+    for line in preflight.refused_layouts(union.nodes.values(), cluster):
+        out.print(f"\na run would stop: {line}", style="yellow", soft_wrap=True)
 
 
 def _show_status(experiment: ExperimentConfig, store: Store, study: Study) -> None:

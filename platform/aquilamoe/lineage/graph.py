@@ -57,7 +57,7 @@ class ArtifactGraph:
     def parents(self, entry: Artifact) -> list[Parent]:
         """What an output was made from: checkpoints first."""
         if not entry.is_stage:
-            return [self._grown_from(entry)]
+            return [self._grown_from(entry, role, name) for role, name in _sources(entry).items()]
         found = [self._parent(role, reference) for role, reference in entry.inputs.items()]
         return sorted(found, key=lambda parent: (parent.role != "source", not (parent.entry and parent.entry.weights)))
 
@@ -79,20 +79,26 @@ class ArtifactGraph:
         problem = "" if found else damage or f"{name} is no longer in the store"
         return Parent(role, reference["stage"], fingerprint, found, problem)
 
-    def _grown_from(self, entry: Artifact) -> Parent:
-        """The source of a growth by hand: the stage's output whose weights have the bytes that it noted.
+    def _grown_from(self, entry: Artifact, role: str, name: str) -> Parent:
+        """A source of a growth by hand: the stage's output whose weights have the bytes that it noted.
 
         Of another growth by hand no digest of whole files is known; its card, which names its own source and recipe by
         digests, stands for it.
         """
-        name = entry.record.get("source", {}).get("name", "source")
-        noted = entry.recipe.get("inputs", {}).get("source", {})
+        noted = entry.recipe.get("inputs", {}).get(role, {})
         for other in self.entries.values():
             same_weights = other.weights and all(noted.get(file) == digest for file, digest in other.weights.items())
             if same_weights or (not other.is_stage and _has_card(other.directory, noted)):
-                return Parent("source", other.stage, other.fingerprint, other)
+                return Parent(role, other.stage, other.fingerprint, other)
         digest = next((noted[file] for file in sorted(noted) if file.endswith(WEIGHTS)), "unknown")
-        return Parent("source", name, None, None, f"no output here has its weights (SHA-256 {digest[:12]})")
+        return Parent(role, name, None, None, f"no output here has its weights (SHA-256 {digest[:12]})")
+
+
+def _sources(entry: Artifact) -> dict[str, str]:
+    """What a growth by hand was made from, names by role: `source`, and of a mix also `source_2` and so on."""
+    source = entry.record.get("source", {})
+    others = {f"source_{place}": name for place, name in enumerate(source.get("others", ()), start=2)}
+    return {"source": source.get("name", "source"), **others}
 
 
 def read_graph(stages: Path) -> ArtifactGraph:
