@@ -355,9 +355,10 @@ def test_every_ablation_of_the_platform_compares_what_differs(compose: Composed,
     words = [word for axis, value in last.items() for word in config.axes[axis].values[value]]
     axes = {axis: {"values": {value: ()}, "baseline": value} for axis, value in last.items()}
     one = config.model_copy(update={"axes": configured(axes=axes).axes, "exclude": ()})
+    of_mixtures = ["+experiment=split"] if name == "expert_growth" else []
     found, default = (
         build(one, partial(_given, [_without_ablation(composed)]))
-        for composed in (compose(f"+ablation={name}", *words), compose())
+        for composed in (compose(*of_mixtures, f"+ablation={name}", *words), compose(*of_mixtures))
     )
     assert found.leaves[0].fingerprint != default.leaves[0].fingerprint
     kinds = {leaf.control.kind for leaf in found.leaves if leaf.control}
