@@ -19,6 +19,8 @@ from aquilamoe.training import example
 from aquilamoe.training.loop import train
 from token_files import write_token_file
 
+pytestmark = pytest.mark.process
+
 REPOSITORY = Path(__file__).parents[2]
 TWO_METHODS = (
     "ablation.exclude=[{method:random},{method:lemon},{method:aki_pro},{method:hypercloning},{depth:interpolate}]"
@@ -167,7 +169,6 @@ def test_a_growth_ends_by_a_swallowed_signal(tmp_path: Path, sent: Sent) -> None
     assert not (tmp_path / "target").exists()
 
 
-@pytest.mark.process
 def test_an_ablation_ends_by_a_swallowed_signal(tiny: list[str], tmp_path: Path, sent: Sent) -> None:
     of_later = ("stages.moe", "stages.control", "stages.scale_out", "stages.ev")
     words = ["+ablation=scale_up", TWO_METHODS, "tracking.enabled=false"]

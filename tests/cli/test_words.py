@@ -21,6 +21,8 @@ from aquilamoe.config import graph, grow
 from aquilamoe.config.keys import is_text
 from aquilamoe.config.messages import UserError
 
+pytestmark = pytest.mark.process
+
 ROOT = Path(__file__).resolve().parents[2]
 ABLATIONS, GROW, PIPELINE = program.ABLATIONS, program.GROW, program.PIPELINE
 PATHS = {

@@ -17,6 +17,8 @@ from aquilamoe.pipeline.records import RECORD
 from aquilamoe.pipeline.store import Store
 from stage_records import stage_record
 
+pytestmark = pytest.mark.process
+
 Execute = Callable[..., None]
 # Of every stage that is read, one that reads it.
 READER = {

@@ -20,6 +20,8 @@ from aquilamoe.pipeline.store import RECORD, Store
 from stage_records import stage_record
 from waiting import until
 
+pytestmark = pytest.mark.process
+
 FILES = {"model/a.safetensors": os.urandom(70_000), "model/config.json": b"{}", "metrics.jsonl": b'{"step": 1}\n'}
 PRINT = "0123456789ab"
 
@@ -316,7 +318,6 @@ def test_checkpoints_that_cannot_be_removed_do_not_fail_the_stage_that_is_finish
     assert f"cannot remove {here.place}" in line and "stays there; the stage is finished" in line
 
 
-@pytest.mark.process
 def test_a_training_that_was_killed_goes_on_on_another_machine_and_ends_with_the_same_bytes(
     s3: str,
     tmp_path: Path,

@@ -22,6 +22,8 @@ from aquilamoe.pipeline.plan import Planned
 from aquilamoe.pipeline.store import Store
 from aquilamoe.stages import checkpoint as stage
 
+pytestmark = pytest.mark.process
+
 Compose = Callable[..., dict[str, Any]]
 UNTRACKED = "tracking.enabled=false"
 
@@ -312,7 +314,6 @@ def test_the_dry_run_rehearses_it(
     assert "All 11 stages ran" in capsys.readouterr().out
 
 
-@pytest.mark.process
 def test_a_run_killed_while_it_takes_the_checkpoint_and_while_it_trains_ends_with_the_bytes_of_one_that_was_not(
     finished: tuple[Path, list[str]],
     command: Callable[..., "subprocess.CompletedProcess[str]"],

@@ -24,6 +24,8 @@ from aquilamoe.tracking import connection
 from aquilamoe.tracking.queries import comparison_url, ui_command
 from aquilamoe.tracking.sync_state import SyncState
 
+pytestmark = pytest.mark.process
+
 Place = Callable[[str], dict[str, Any]]
 # Where a password may stand, and which characters end it there.
 PLACES: dict[str, tuple[Place, str]] = {
@@ -152,7 +154,6 @@ def as_hydra_reads(text: str) -> str:
     return "'" + re.sub(r"(\\*)'", r"\1\1\\'", text) + "'"
 
 
-@pytest.mark.process
 def test_no_file_of_a_run_and_no_line_of_it_has_a_password(
     run: Callable[..., Any], tiny: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
