@@ -88,6 +88,16 @@ def test_milestones_stay_when_later_checkpoints_and_the_stage_itself_have_gone_o
     assert weights(kept / "step-000000002") != weights(kept / "step-000000004")
 
 
+def test_a_milestone_of_steps_that_were_undone_is_replaced(tokens: Path, tmp_path: Path) -> None:
+    train(once := job(tokens, tmp_path / "once", keep_every_tokens=2 * BATCH))
+    again = job(tokens, tmp_path / "again", keep_every_tokens=2 * BATCH)
+    kept = checkpoint.milestones(again.out) / "step-000000002"
+    (kept / "model").mkdir(parents=True)
+    (kept / "model" / "model.safetensors").write_text("of steps that were undone")
+    train(again)
+    assert weights(kept) == weights(checkpoint.milestones(once.out) / kept.name)
+
+
 def test_points_are_means_over_the_steps_since_the_point_before_if_they_are_due_by_time(
     tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -202,8 +202,8 @@ def _check_one_growth(values: Mapping[str, Any]) -> None:
     named = [key for key, settings in chosen.items() if settings is not None]
     if len(named) > 1:
         raise UserError(
-            f"{', '.join(named)}: {'all' if len(named) > 2 else 'both'} are named, a call does one of them; grow "
-            "first, then upcycle the result in a second call"
+            f"{', '.join(named)}: {'all' if len(named) > 2 else 'both'} are named, a call does one of them; name "
+            "one, and the next in a second call, with the result as its source"
         )
     if not named and values.get("action") != "certify":
         raise UserError(

@@ -228,7 +228,8 @@ class ModelConfig(Extended):
             raise ValueError("num_experts 1 is a dense model with a router; use 0 for dense, or at least 2")
         if not 1 <= self.num_experts_per_tok <= self.num_experts:
             raise ValueError(
-                f"num_experts_per_tok {self.num_experts_per_tok} is not between 1 and num_experts {self.num_experts}"
+                f"num_experts_per_tok {self.num_experts_per_tok} is not between 1 and num_experts {self.num_experts}; "
+                "set it to how many experts a token goes through"
             )
         if not self.moe_intermediate_size:
             raise ValueError("moe_intermediate_size 0 leaves experts without neurons; use null for intermediate_size")

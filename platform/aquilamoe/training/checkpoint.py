@@ -153,14 +153,13 @@ def milestones(out: Path) -> Path:
 def _keep(checkpoint: Path, folder: Path) -> None:
     """Give the files of a checkpoint second names in a folder, or copies where the file system has no second names."""
     kept, built = folder / checkpoint.name, folder / f"{HIDDEN}{checkpoint.name}"
-    if kept.exists():  # from before a step back
-        return
     shutil.rmtree(built, ignore_errors=True)
     try:
         shutil.copytree(checkpoint, built, copy_function=os.link)
     except (shutil.Error, OSError):
         shutil.rmtree(built, ignore_errors=True)
         shutil.copytree(checkpoint, built)
+    shutil.rmtree(kept, ignore_errors=True)  # of steps that a rollback has undone
     built.rename(kept)
     sync_directory(folder)
 
